@@ -1,0 +1,290 @@
+"""Where a causal LM keeps its decoder layers, and how a config changes when layers move.
+
+What must be known about particular model types is data at the top of this file. `native_differences` checks it against
+the live model: it rebuilds the model from its config on the meta device and compares the two layer by layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from not_hf.errors import UnsupportedArchitectureError
+
+# Config lists with one entry per layer. A whitelist: "any list of that length" would also match `eos_token_id`.
+PER_LAYER_LISTS = (
+    "layer_types",
+    "mlp_layer_types",
+    "attention_layers",
+    "no_rope_layers",
+    "layers_block_type",
+    "block_types",
+)
+# Config lists that hold the indices of the layers that have a property.
+LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers")
+# Attributes in which a layer, or a module in it, remembers its index.
+INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
+# Modules and parameters (without `weight`/`bias`) through which a layer writes to the residual stream.
+OUTPUT_PROJECTIONS = {
+    "attention": ("o_proj", "out_proj", "c_proj", "dense", "wo", "dense_attention"),
+    "mlp": ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "down_proj_bias", "output_linear"),
+}
+# Config values that scale the embeddings before the first layer: an organ alone must run without them.
+NEUTRAL_EMBEDDING = {"embedding_multiplier": 1.0}
+# Config values that make layers depend on each other; an organ cannot be cut where they are set.
+SHARED_STATE = ("num_kv_shared_layers",)
+
+Slot = tuple[PreTrainedConfig, int]  # a layer's origin: the config of its own model and its index there
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The decoder stack of a live model: `owner.<name>` is its `ModuleList`, `path` its dotted path from the model."""
+
+    owner: nn.Module
+    name: str
+    path: str
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self.owner, self.name)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.owner.config
+
+
+def find_stack(model: PreTrainedModel) -> Stack:
+    """Find the one `ModuleList` whose length is `config.num_hidden_layers`.
+
+    Raises:
+        UnsupportedArchitectureError: With the reason why `model` cannot give or take layers.
+    """
+    config = model.config
+    check_config(config)
+    kind = f"model_type {config.model_type!r}"
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedArchitectureError(f"{kind} carries a recurrent state that has no place in a KV cache")
+    num_layers = getattr(config, "num_hidden_layers", None)
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    paths = [path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths)]
+    if len(paths) > 1:
+        paths = [p for p in paths if isinstance(model.get_submodule(p)[0], GradientCheckpointingLayer)]
+    if len(paths) != 1:
+        found = "no list" if not paths else "several lists (" + ", ".join(paths) + ")"
+        raise UnsupportedArchitectureError(f"{kind} has {found} of num_hidden_layers={num_layers} layers")
+    owner_path, _, name = paths[0].rpartition(".")
+    stack = Stack(model.get_submodule(owner_path), name, paths[0])
+    if stack.config is not config:
+        raise UnsupportedArchitectureError(f"{kind} keeps its layers under a config of their own; load the text model")
+    return stack
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse what a config alone shows to be impossible.
+
+    Raises:
+        UnsupportedArchitectureError: With the reason.
+    """
+    kind = f"model_type {config.model_type!r}"
+    if config.is_encoder_decoder:
+        raise UnsupportedArchitectureError(f"{kind} is an encoder-decoder; use a decoder-only causal LM")
+    if any(getattr(config, key, None) for key in SHARED_STATE):
+        raise UnsupportedArchitectureError(f"{kind} shares keys and values between layers; they cannot be cut apart")
+    if config.is_heterogeneous:
+        raise UnsupportedArchitectureError(f"{kind} uses per_layer_config, which not_hf cannot splice yet")
+
+
+def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """Build the native causal LM of `config` on the meta device: every attribute and shape, no memory.
+
+    Raises:
+        UnsupportedArchitectureError: transformers has no causal LM for this config, or cannot build it.
+    """
+    check_config(config)
+    config = copy.deepcopy(config)
+    try:
+        with no_init_weights(), torch.device("meta"):
+            if model_class is None:
+                return AutoModelForCausalLM.from_config(config)
+            return model_class(config)
+    except Exception as error:  # a native __init__ may raise anything on a config it cannot serve
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedArchitectureError(
+            f"no causal LM can be built from model_type {config.model_type!r}: {reason}"
+        ) from error
+
+
+def splice_config(base: PreTrainedConfig, slots: Sequence[Slot]) -> dict[str, Any]:
+    """The config values that change when a model of config `base` gets the layers `slots`, in order.
+
+    Args:
+        base: Config of the model that receives the layers; it is not changed.
+        slots: For each layer of the new stack, where it comes from.
+
+    Returns:
+        New values by attribute name, for `num_hidden_layers` and every per-layer rule that `base` has.
+    """
+    values: dict[str, Any] = {"num_hidden_layers": len(slots)}
+    for key in PER_LAYER_LISTS:
+        if _is_list(base, key) and len(getattr(base, key)) == base.num_hidden_layers:
+            values[key] = [getattr(config, key)[i] for config, i in slots]
+    for key in LAYER_INDEX_LISTS:
+        if _is_list(base, key):
+            values[key] = [n for n, (config, i) in enumerate(slots) if i in getattr(config, key)]
+    if "attention_layers" in values and _is_list(base, "attention_types"):  # gpt_neo writes the list run-length coded
+        values["attention_types"] = [[list(values["attention_layers"]), 1]]
+    if getattr(base, "decoder_sparse_step", None) is not None and "mlp_only_layers" in values:
+        # layer i is sparse when step divides i + 1, unless listed: say the same with step 1 and the list alone
+        values["mlp_only_layers"] = [
+            n
+            for n, (config, i) in enumerate(slots)
+            if (i + 1) % config.decoder_sparse_step or i in config.mlp_only_layers
+        ]
+        values["decoder_sparse_step"] = 1
+    if getattr(base, "first_k_dense_replace", None) is not None:
+        dense = [i < config.first_k_dense_replace for config, i in slots]
+        values["first_k_dense_replace"] = dense.index(False) if False in dense else len(dense)
+    return values
+
+
+def spliced_config(base: PreTrainedConfig, slots: Sequence[Slot]) -> PreTrainedConfig:
+    """A copy of `base` that describes the layers `slots`."""
+    config = copy.deepcopy(base)
+    for key, value in splice_config(base, slots).items():
+        setattr(config, key, value)
+    return config
+
+
+def set_layer_index(layer: nn.Module, index: int) -> None:
+    """Tell a layer and every module in it that it stands at `index` of the stack."""
+    for module, name in _index_holders(layer):
+        setattr(module, name, index)
+
+
+@contextlib.contextmanager
+def numbered(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Number layers from 0 for a while."""
+    before = [(module, name, vars(module)[name]) for layer in layers for module, name in _index_holders(layer)]
+    try:
+        for n, layer in enumerate(layers):
+            set_layer_index(layer, n)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters through which `layer` writes to the residual stream, biases included, norms never.
+
+    Yields:
+        Name below the layer, and the parameter.
+    """
+    for name, parameter in layer.named_parameters():
+        *path, leaf = name.split(".")
+        owner = path[-1] if leaf in ("weight", "bias") and path else leaf
+        branch = "attention" if path and "att" in path[0].lower() else "mlp"
+        if owner in OUTPUT_PROJECTIONS[branch]:
+            yield name, parameter
+
+
+def outer_attributes(model: PreTrainedModel, stack_path: str) -> dict[tuple[str, str], Any]:
+    """Plain attributes of the modules outside the stack (`has_sliding_layers`), by module name and attribute.
+
+    A native `__init__` derives some of them from the per-layer config, so they change when layers do.
+    """
+    return {
+        (name, key): value
+        for name, module in model.named_modules()
+        if not f"{name}.".startswith(f"{stack_path}.")
+        for key, value in _scalars(module).items()
+    }
+
+
+def native_differences(layers: Sequence[nn.Module], twin_layers: Sequence[nn.Module]) -> list[str]:
+    """In what live layers differ from those a native model of the same config would have.
+
+    An empty list means: saved with this config and loaded without not_hf, these layers compute the same.
+    """
+    differences: list[str] = []
+    for n, (layer, twin) in enumerate(zip(layers, twin_layers, strict=True)):
+        ours, theirs = dict(layer.named_modules()), dict(twin.named_modules())
+        if shape_of(layer) != shape_of(twin):
+            differences += _tensor_differences(f"layer {n}", shape_of(layer), shape_of(twin))
+        for name in ours.keys() & theirs.keys():
+            mine, native = _scalars(ours[name]), _scalars(theirs[name])
+            where = f"layer {n} {name}".rstrip()
+            if type(ours[name]) is not type(theirs[name]):
+                differences.append(
+                    f"{where} is {type(ours[name]).__name__}, natively {type(theirs[name]).__name__}"
+                )
+            differences += [
+                f"{where}.{key} is {mine[key]!r}, natively {native[key]!r}"
+                for key in sorted(mine.keys() & native.keys())
+                if mine[key] != native[key]
+            ]
+    return differences
+
+
+def shape_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter below `layer`."""
+    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+
+
+def fingerprint(config: PreTrainedConfig) -> str:
+    """SHA-256 of what a config says about its layers: equal for two fine-tunes of one model."""
+    ignored = {
+        "_name_or_path", "architectures", "transformers_version", "dtype", "vocab_size", "id2label", "label2id",
+        "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "tie_word_embeddings",
+    }  # fmt: skip
+    values = {key: value for key, value in config.to_dict().items() if key not in ignored}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# Set by the user or the loader, not by the config.
+_NOT_DERIVED = {"training", "gradient_checkpointing", "name_or_path", "_attn_implementation", "vocab_size", "padding_idx"}
+
+
+def _index_holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for module in layer.modules():
+        for name in INDEX_ATTRIBUTES:
+            if name in vars(module):
+                yield module, name
+
+
+def _scalars(module: nn.Module) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str, tuple, type(None)))
+        and key not in _NOT_DERIVED
+        and not key.startswith(("_is_hf", "_version", "_output_capturing", "call_super_init", "dump_patches"))
+    }
+
+
+def _tensor_differences(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [
+        f"{where} {name} has shape {ours.get(name)}, natively {theirs.get(name)}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _is_list(config: PreTrainedConfig, key: str) -> bool:
+    return isinstance(getattr(config, key, None), (list, tuple))

@@ -1,0 +1,113 @@
+"""Reading safetensors checkpoints lazily, from a local folder or the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from not_hf.errors import CorruptDonorError
+
+# safetensors names of the dtypes a trained weight may have, and what torch calls them
+FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True, **hub_kwargs: Any
+) -> dict[str, Any]:
+    """Open the tensors of a checkpoint without reading them.
+
+    Args:
+        source: Local folder or Hub ID holding `model.safetensors` or a sharded checkpoint with its index.
+        wanted: Says by name which tensors are needed; of a sharded checkpoint only their files are fetched.
+        hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, … as in transformers.
+
+    Returns:
+        A `safe_open(...).get_slice` view per wanted tensor, by its name in the file. A view is read from the memory
+        map when it is indexed.
+
+    Raises:
+        OSError: There is no safetensors checkpoint, or it cannot be fetched.
+        CorruptDonorError: A file is truncated, or the index names a file or tensor that is not there.
+    """
+    single = _fetch(source, SAFE_WEIGHTS_NAME, **hub_kwargs)
+    if single is not None:
+        return {name: view for name, view in _open(single).items() if wanted(name)}
+    index = _fetch(source, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
+    if index is None:
+        raise OSError(
+            f"{source} has no {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}. If it holds pytorch_model.bin, convert "
+            "it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
+        )
+    files = {name: file for name, file in _weight_map(index).items() if wanted(name)}
+    views: dict[str, Any] = {}
+    for file in sorted(set(files.values())):
+        path = _fetch(source, file, **hub_kwargs)
+        if path is None:
+            raise CorruptDonorError(f"{source}: the weight index names {file}, which is not there")
+        opened = _open(path)
+        for name in (name for name, home in files.items() if home == file):
+            if name not in opened:
+                raise CorruptDonorError(f"{source}: the weight index puts {name} into {file}, which lacks it")
+            views[name] = opened[name]
+    return views
+
+
+def renumber_layers(
+    views: Mapping[str, Any], prefix: str, path: str, span: tuple[int, int]
+) -> tuple[dict[str, Any], set[int]]:
+    """Keep the tensors of layers `i … j - 1` and number them from 0.
+
+    Args:
+        views: Tensors by their name in the checkpoint.
+        prefix: The base model's prefix in a causal LM (`model`, `transformer`), which a checkpoint may leave out.
+        path: Path of the stack below the base model (`layers`, `h`, `decoder.layers`).
+        span: Half-open `(i, j)`.
+
+    Returns:
+        Tensors by name below the base model (`layers.0.…`), and which layers of the span have any.
+    """
+    pattern = layer_pattern(prefix, path)
+    kept: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, view in views.items():
+        if (match := pattern.match(name)) and span[0] <= (n := int(match[1])) < span[1]:
+            kept[f"{path}.{n - span[0]}.{match[2]}"] = view
+            seen.add(n)
+    return kept, seen
+
+
+def layer_pattern(prefix: str, path: str) -> re.Pattern[str]:
+    """Matches names of layer tensors; group 1 is the layer's number, group 2 the name below it."""
+    return re.compile(rf"^(?:{re.escape(prefix)}\.)?{re.escape(path)}\.(\d+)\.(.+)$")
+
+
+def _fetch(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:
+    return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+
+def _open(path: str) -> dict[str, Any]:
+    try:
+        handle = safe_open(path, framework="pt")
+        return {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (a handle is no dict)
+    except SafetensorError as error:
+        raise CorruptDonorError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    try:
+        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CorruptDonorError(f"{index} is not a safetensors index: {error}") from error
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(f, str) for f in weight_map.values())):
+        raise CorruptDonorError(f"{index} is not a safetensors index: weight_map must map names to files")
+    outside = sorted(file for file in set(weight_map.values()) if file != os.path.basename(file) or "\\" in file)
+    if outside:
+        raise CorruptDonorError(f"{index} names files that are not beside it: {', '.join(outside)}")
+    return weight_map

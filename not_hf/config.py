@@ -1,0 +1,130 @@
+"""`DonorConfig`: what a donor repo's `config.json` says about an organ and the model it was cut from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
+from not_hf.version import __version__
+
+MODES = ("insert", "replace")
+INITS = ("copy", "identity")
+
+
+class DonorConfig(PreTrainedConfig):
+    """Configuration of a donor: one organ, or a composition that lists several.
+
+    Args:
+        base_model_name_or_path: Hub ID or local path of the model the organ was cut from.
+        base_revision: Commit of that repo at cut time, `None` for a local folder or a live model.
+        layers: Half-open span `[i, j]` of the base's layers.
+        position: Where the organ goes, counted in the recipient's own layers.
+        mode: `"insert"` (before layer `position`) or `"replace"` (of layers `position … position + k`).
+        init: `"copy"` (layers as cut) or `"identity"` (an inserted organ starts as an exact no-op).
+        base_config: The base's native config as a dict, its `model_type` included.
+        organ_config: The same config reduced to the span: `num_hidden_layers == j - i`.
+        domain: Free text naming what the organ was trained for.
+        datasets: Names of the training datasets, Hub IDs where there are.
+        tokens_seen: Number of training tokens.
+        metrics: Measured numbers, a nested dict of floats.
+        not_hf_version: Version of not_hf that cut the organ.
+        fingerprint: SHA-256 of the base's config reduced to what shapes its layers.
+        donors: For a composition, one entry per organ (see `docs/architecture.md`); `None` for a single organ.
+    """
+
+    model_type = "not_donor"
+
+    base_model_name_or_path: str | None = None
+    base_revision: str | None = None
+    layers: list[int] | None = None
+    position: int | None = None
+    mode: str = "insert"
+    init: str = "copy"
+    base_config: dict[str, Any] | None = None
+    organ_config: dict[str, Any] | None = None
+    domain: str | None = None
+    datasets: list[str] | None = None
+    tokens_seen: int | None = None
+    metrics: dict[str, Any] | None = None
+    not_hf_version: str | None = None
+    fingerprint: str | None = None
+    donors: list[dict[str, Any]] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.not_hf_version = self.not_hf_version or __version__
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> DonorConfig:
+        """As in transformers, but values of a wrong type raise `CorruptDonorError`."""
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise CorruptDonorError(f"donor config.json: {_one_line(error)}") from error
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in transformers, but the keys that place an organ are written even where they are the default."""
+        return {**super().to_diff_dict(), "mode": self.mode, "init": self.init}
+
+    @property
+    def num_organ_layers(self) -> int:
+        """Number of layers in the organ, `k = j - i`."""
+        return 0 if self.layers is None else self.layers[1] - self.layers[0]
+
+    def native_config(self, which: str = "organ_config") -> PreTrainedConfig:
+        """The base's (`"base_config"`) or the organ's (`"organ_config"`) config as its native class.
+
+        Raises:
+            CorruptDonorError: The dict is missing or the native class refuses it.
+            UnsupportedArchitectureError: transformers does not know its `model_type`.
+        """
+        values = dict(getattr(self, which) or {})
+        model_type = values.pop("model_type", None)
+        if not isinstance(model_type, str):
+            raise CorruptDonorError(f"donor config has no {which} with a model_type; cut the organ again")
+        try:
+            return AutoConfig.for_model(model_type, **values)
+        except (ValueError, KeyError) as error:
+            if "Unrecognized model identifier" in str(error):
+                raise UnsupportedArchitectureError(
+                    f"this transformers release does not know model_type {model_type!r}; upgrade transformers"
+                ) from error
+            raise CorruptDonorError(f"donor config has an unusable {which}: {_one_line(error)}") from error
+        except Exception as error:  # a native config may raise anything on values of a wrong type
+            raise CorruptDonorError(f"donor config has an unusable {which}: {_one_line(error)}") from error
+
+    def check(self) -> None:
+        """Check that the config agrees with itself.
+
+        Raises:
+            CorruptDonorError: One line naming the first contradiction.
+        """
+        if self.donors is not None:
+            raise CorruptDonorError(
+                "this repo is a composition of several organs; load it with TransplantedForCausalLM.from_pretrained"
+            )
+        span = self.layers
+        if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):
+            raise CorruptDonorError(f"donor config layers must be two integers [i, j], got {span!r}")
+        if self.mode not in MODES or self.init not in INITS:
+            raise CorruptDonorError(
+                f"donor config needs mode in {MODES} and init in {INITS}, got {self.mode!r} and {self.init!r}"
+            )
+        num_base, num_organ = (
+            self.native_config(which).num_hidden_layers for which in ("base_config", "organ_config")
+        )
+        if not 0 <= span[0] < span[1] <= num_base:
+            raise CorruptDonorError(f"donor config layers {span} are not a span of the base's {num_base} layers")
+        if num_organ != self.num_organ_layers:
+            raise CorruptDonorError(
+                f"donor config layers {span} name {self.num_organ_layers} layers, its organ_config has {num_organ}"
+            )
+        if type(self.position) is not int or self.position < 0:
+            raise CorruptDonorError(f"donor config position must be an integer >= 0, got {self.position!r}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,446 @@
+"""`DonorModel`: an organ on its own, as a native base model stripped to its layers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.hub import resolve_revision
+
+from not_hf.anatomy import (
+    NEUTRAL_EMBEDDING,
+    Stack,
+    find_stack,
+    fingerprint,
+    meta_twin,
+    output_projections,
+    spliced_config,
+)
+from not_hf.card import write_card
+from not_hf.checkpoint import FLOAT_DTYPES, layer_pattern, open_checkpoint, renumber_layers
+from not_hf.config import INITS, MODES, DonorConfig
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.sharing import push_folder
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class DonorModel(PreTrainedModel):
+    """One organ: `k` decoder layers of a causal LM, without embeddings, head or final norm.
+
+    It is the native base model with everything but its layers taken out, so checkpoints are stored in the layout the
+    architecture has on the Hub, and masks, rotary embeddings and caches are the native ones.
+
+    Args:
+        config: What the organ is and where it was cut.
+
+    Raises:
+        CorruptDonorError: The config contradicts itself.
+        UnsupportedArchitectureError: The architecture has no decoder stack that can be cut.
+    """
+
+    config_class = DonorConfig
+    base_model_prefix = "organ"
+    main_input_name = "inputs_embeds"
+    supports_gradient_checkpointing = True
+    # the organ inside decides what it supports
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: DonorConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()
+        native = config.native_config()
+        native._attn_implementation = config._attn_implementation
+        for key, neutral in NEUTRAL_EMBEDDING.items():
+            if hasattr(native, key):
+                setattr(native, key, neutral)
+        super().__init__(config, *args, **kwargs)
+        causal_lm = AutoModelForCausalLM.from_config(native)
+        stack = find_stack(causal_lm)
+        self.organ: PreTrainedModel = causal_lm.base_model
+        _strip(self.organ, stack)
+        config._attn_implementation = self.organ.config._attn_implementation
+        self._stack_path = stack.path.removeprefix(f"{causal_lm.base_model_prefix}.")
+        self.post_init()
+
+    @property
+    def stack(self) -> Stack:
+        """Where the organ's layers are."""
+        owner, _, name = self._stack_path.rpartition(".")
+        return Stack(self.organ.get_submodule(owner), name, f"organ.{self._stack_path}")
+
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """An organ has no embeddings."""
+
+    def get_output_embeddings(self) -> None:  # type: ignore[override]
+        """An organ has no head."""
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the organ alone on hidden states.
+
+        Given the base's `hidden_states[i]`, the result is its `hidden_states[j]` (before the final norm if `j` is the
+        last).
+
+        Args:
+            inputs_embeds: Hidden states at the organ's entry, `(batch, seq, hidden)`.
+            attention_mask: 1 for tokens, 0 for padding, `(batch, seq)`.
+            position_ids: Positions of the tokens, `(batch, seq)`.
+            use_cache: Return `past_key_values`.
+            **kwargs: As in the native base model (`past_key_values`, `output_hidden_states`, …).
+
+        Returns:
+            The native output; `last_hidden_state` is `(batch, seq, hidden)`.
+        """
+        return self.organ(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | os.PathLike[str] | PreTrainedModel,
+        layers: Sequence[int],
+        position: int | None = None,
+        mode: str = "insert",
+        init: str = "copy",
+        *,
+        domain: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        **hub_kwargs: Any,
+    ) -> DonorModel:
+        """Cut an organ out of a causal LM.
+
+        Args:
+            base: Local folder, Hub ID or live model. A live model is not changed: the organ owns copies.
+            layers: Half-open span `(i, j)` of the base's layers.
+            position: Where the organ goes by default, in the recipient's own layers. `None`: right after the span for
+                `mode="insert"`, the span itself for `mode="replace"`.
+            mode: `"insert"` before layer `position`, or `"replace"` layers `position … position + k`.
+            init: `"copy"` keeps the layers as cut; `"identity"` zeroes their output projections, so that an inserted
+                organ starts as an exact no-op.
+            domain: What the organ is going to be trained for, free text.
+            dtype: Of the organ; `"auto"` keeps the checkpoint's.
+            **hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            NotHFError: An argument is out of range.
+            UnsupportedArchitectureError: The base cannot give layers, or `init="identity"` cannot make them a no-op.
+            OSError: The base cannot be read.
+        """
+        if isinstance(base, PreTrainedModel):
+            if hub_kwargs:
+                raise TypeError(f"{', '.join(hub_kwargs)}: only for a base that is read from a folder or the Hub")
+            if getattr(base, "active_donors", None):
+                raise NotHFError("the live model carries organs; unload() or merge_and_unload() it, then cut")
+            name, revision, base_config = base.config.name_or_path or None, None, base.config
+            stack, prefix = find_stack(base), base.base_model_prefix
+        else:
+            name = os.fspath(base)
+            _check_hub_kwargs(hub_kwargs)
+            resolved = resolve_revision(
+                name,
+                hub_kwargs.get("revision"),
+                token=hub_kwargs.get("token"),
+                local_files_only=hub_kwargs.get("local_files_only", False),
+                cache_dir=hub_kwargs.get("cache_dir"),
+            )
+            revision = getattr(resolved, "resolved", None)
+            hub_kwargs["revision"] = resolved
+            base_config = AutoConfig.from_pretrained(name, **hub_kwargs)
+            if isinstance(base_config, DonorConfig):
+                raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
+            twin = meta_twin(base_config)
+            stack, prefix = find_stack(twin), twin.base_model_prefix
+
+        config = _donor_config(base_config, layers, position, mode, init)
+        config.base_model_name_or_path, config.base_revision, config.domain = name, revision, domain
+        if getattr(base_config, "quantization_config", None) is not None:
+            raise UnsupportedArchitectureError(
+                f"{name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"
+            )
+        span = (config.layers[0], config.layers[1])
+        path = stack.path.removeprefix(f"{prefix}.")
+        if isinstance(base, PreTrainedModel):
+            state = {
+                f"organ.{path}.{n}.{key}": tensor.detach().clone()
+                for n, layer in enumerate(stack.layers[span[0] : span[1]])
+                for key, tensor in layer.state_dict().items()
+            }
+            if any(tensor.is_meta for tensor in state.values()):
+                raise NotHFError("the live model is offloaded; cut the organ from its folder or Hub ID instead")
+            organ = cls._load(config, state, dtype, str(name)).to(next(iter(state.values())).device)
+        else:
+            pattern = layer_pattern(prefix, path)
+            views = open_checkpoint(name, lambda key: pattern.match(key) is not None, **hub_kwargs)
+            renumbered, seen = renumber_layers(views, prefix, path, span)
+            if absent := set(range(*span)) - seen:
+                raise CorruptDonorError(f"{name} has no tensors for layers {sorted(absent)} under {path}")
+            organ = cls._load(config, {f"organ.{key}": view for key, view in renumbered.items()}, dtype, name)
+        if init == "identity":
+            _make_identity(organ)
+        return organ
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        config: DonorConfig | str | os.PathLike[str] | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        **kwargs: Any,
+    ) -> DonorModel:
+        """Load an organ from a folder or the Hub, strictly. Arguments as in `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            CorruptDonorError: A tensor is missing, unexpected, mis-shaped, non-finite or not floating-point, a file is
+                truncated, or the config contradicts the weights.
+            OSError: The repo cannot be read.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, config=config, dtype=dtype, **kwargs)
+        source = os.fspath(pretrained_model_name_or_path)
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        hub_kwargs["revision"] = resolve_revision(
+            source,
+            hub_kwargs.get("revision"),
+            token=hub_kwargs.get("token"),
+            local_files_only=hub_kwargs.get("local_files_only", False),
+            cache_dir=hub_kwargs.get("cache_dir"),
+        )
+        for auto in ("_from_auto", "_from_pipeline", "adapter_kwargs", "trust_remote_code"):
+            kwargs.pop(auto, None)
+        if not isinstance(config, DonorConfig):
+            config = DonorConfig.from_pretrained(config or source, **hub_kwargs)
+        config.check()
+        views = open_checkpoint(source, **hub_kwargs)
+        for name, view in views.items():
+            if view.get_dtype() not in FLOAT_DTYPES:
+                raise CorruptDonorError(f"{source}: tensor {name} is {view.get_dtype()}, not floating-point")
+            if 0 in view.get_shape():
+                raise CorruptDonorError(f"{source}: tensor {name} is empty, shape {view.get_shape()}")
+        return cls._load(config, views, kwargs.pop("torch_dtype", dtype), source, *model_args, **kwargs)
+
+    @classmethod
+    def _load(
+        cls,
+        config: DonorConfig,
+        state: dict[str, Any],
+        dtype: str | torch.dtype | None,
+        source: str,
+        *model_args: Any,
+        **kwargs: Any,
+    ) -> DonorModel:
+        """Build the organ and fill it from tensors or lazy views named `organ.<stack>.<n>.…`, refusing what is off."""
+        if not state:
+            raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
+        if dtype in (None, "auto"):
+            dtype = next(_dtype_of(tensor) for tensor in state.values() if _dtype_of(tensor) is not None)
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            with _without_load_report():
+                organ, info = super().from_pretrained(
+                    None,
+                    *model_args,
+                    config=config,
+                    state_dict=state,
+                    dtype=dtype,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **kwargs,
+                )
+        except RuntimeError as error:  # tensors that cannot be brought into the module's layout
+            raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+        problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
+        problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
+        problems += [
+            f"{name} has shape {tuple(found)}, expected {tuple(expected)}"
+            for name, found, expected in sorted(info["mismatched_keys"])
+        ]
+        if not problems:
+            problems = [
+                f"non-finite values in {name}"
+                for name, tensor in organ.state_dict().items()
+                if not tensor.is_meta and not torch.isfinite(tensor).all()
+            ]
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise CorruptDonorError(f"{source}: {'; '.join(problems[:5])}{more}")
+        organ.config.name_or_path = source
+        return (organ, info) if wants_info else organ
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write `config.json`, `model.safetensors`, the card and, for a local base, its tokenizer.
+
+        Args:
+            save_directory: Folder; created when missing.
+            is_main_process: Write on this process; `False` on the other ranks of a distributed run.
+            state_dict: Tensors to save instead of the organ's own, by the organ's names.
+            push_to_hub: Push afterwards to `repo_id` (default: the folder's name), as transformers does.
+            max_shard_size: Past this size the weights are sharded.
+
+        Raises:
+            CorruptDonorError: A tensor is empty or not materialized; nothing is written then.
+        """
+        tensors = self.state_dict() if state_dict is None else state_dict
+        hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
+        if hollow:
+            raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
+        push_kwargs = {key: kwargs.pop(key) for key in (*_PUSH_KWARGS, "repo_id") if key in kwargs}
+        if "token" in push_kwargs and not push_to_hub:
+            push_kwargs.pop("token")
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        num_parameters = sum(tensor.numel() for tensor in tensors.values())
+        super().save_pretrained(
+            save_directory, is_main_process, dict(tensors), max_shard_size=max_shard_size, **kwargs
+        )
+        if is_main_process:
+            write_card(save_directory, self.config, num_parameters=num_parameters, size=size)
+            base = self.config.base_model_name_or_path
+            if base is not None and os.path.isdir(base):
+                with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
+                    AutoTokenizer.from_pretrained(base).save_pretrained(save_directory)
+        if push_to_hub:
+            repo_id = push_kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **push_kwargs)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any) -> CommitInfo:  # type: ignore[override]
+        """Push the organ and its card to the Hub as one commit. Arguments as in `PreTrainedModel.push_to_hub`."""
+        return push_folder(
+            lambda folder: self.save_pretrained(folder, max_shard_size=max_shard_size), repo_id, **kwargs
+        )
+
+
+_PUSH_KWARGS = (
+    "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags",
+)  # fmt: skip
+
+
+class _Passthrough(nn.Module):
+    """Stands where a stripped module was: hands hidden states on, answers anything else with a zero."""
+
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim > 2:
+            return x  # (batch, seq, hidden)
+        return torch.zeros((), device=x.device if isinstance(x, torch.Tensor) else None)
+
+
+def _strip(base: nn.Module, stack: Stack) -> None:
+    """Take out everything beside the path to the stack that owns parameters or drops activations."""
+    keep = {id(module) for module in (stack.owner, stack.layers)}
+    on_path = [base] if base is stack.owner else [m for m in base.modules() if _holds(m, stack.owner)]
+    for parent in on_path:
+        for name, child in list(parent.named_children()):
+            if id(child) in keep or any(child is module for module in on_path):
+                continue
+            if isinstance(child, nn.Dropout) or next(child.parameters(), None) is not None:
+                setattr(parent, name, _Passthrough())
+
+
+def _holds(module: nn.Module, inner: nn.Module) -> bool:
+    return any(child is inner for child in module.modules())
+
+
+def _make_identity(organ: DonorModel) -> None:
+    """Zero the output projections of every layer, then check on random hidden states that nothing is left."""
+    with torch.no_grad():
+        for layer in organ.stack.layers:
+            for _, parameter in output_projections(layer):
+                parameter.zero_()
+        hidden = torch.randn(1, 4, organ.stack.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
+        if not torch.equal(organ(inputs_embeds=hidden).last_hidden_state, hidden):
+            raise UnsupportedArchitectureError(
+                f"layers of model_type {organ.stack.config.model_type!r} do not become a no-op when their output "
+                "projections are zero; use init='copy'"
+            )
+
+
+def _donor_config(
+    base_config: PreTrainedConfig, layers: Sequence[int], position: int | None, mode: str, init: str
+) -> DonorConfig:
+    num_layers = base_config.num_hidden_layers
+    span = list(layers)
+    if len(span) != 2 or not all(isinstance(n, int) for n in span) or not 0 <= span[0] < span[1] <= num_layers:
+        raise NotHFError(f"layers must be a half-open span (i, j) with 0 <= i < j <= {num_layers}, got {layers!r}")
+    if mode not in MODES or init not in INITS:
+        raise NotHFError(f"mode must be one of {MODES} and init one of {INITS}, got {mode!r} and {init!r}")
+    if position is None:
+        position = span[1] if mode == "insert" else span[0]
+    last = num_layers if mode == "insert" else num_layers - (span[1] - span[0])
+    if not isinstance(position, int) or not 0 <= position <= last:
+        raise NotHFError(f"position must be between 0 and {last} to {mode} {span[1] - span[0]} layers, got {position}")
+    organ_config = spliced_config(base_config, [(base_config, n) for n in range(*span)])
+    return DonorConfig(
+        layers=span,
+        position=position,
+        mode=mode,
+        init=init,
+        base_config=_plain(base_config),
+        organ_config=_plain(organ_config),
+        fingerprint=fingerprint(base_config),
+    )
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """A native config as a dict that survives JSON, without what says nothing about the layers."""
+    values = config.to_dict()
+    for key in ("id2label", "label2id", "_name_or_path", "architectures", "transformers_version"):
+        values.pop(key, None)
+    return {"model_type": config.model_type, **values}
+
+
+def _check_hub_kwargs(hub_kwargs: dict[str, Any]) -> None:
+    if unknown := hub_kwargs.keys() - set(HUB_KWARGS):
+        raise TypeError(f"from_base() got unexpected arguments: {', '.join(sorted(unknown))}")
+
+
+def _dtype_of(tensor: Any) -> torch.dtype | None:
+    """dtype of a tensor or lazy view, `None` when it is not floating-point."""
+    if isinstance(tensor, torch.Tensor):
+        return tensor.dtype if tensor.is_floating_point() else None
+    name = FLOAT_DTYPES.get(tensor.get_dtype())
+    return None if name is None else getattr(torch, name)
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers logs a table of missing and unexpected tensors as a warning; we raise it as one line instead."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

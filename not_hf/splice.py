@@ -1,0 +1,186 @@
+"""The state machine behind a transplanted model: which layers stand in the stack, and everything kept in step with it.
+
+Every change rebuilds the stack from the pristine base and the active organs, so undoing one is exact and several
+organs need no extra code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from not_hf.anatomy import (
+    Slot,
+    Stack,
+    find_stack,
+    meta_twin,
+    native_differences,
+    numbered,
+    outer_attributes,
+    set_layer_index,
+    splice_config,
+    spliced_config,
+)
+from not_hf.config import DonorConfig
+from not_hf.errors import IncompatibleDonorError
+
+
+@dataclass
+class Organ:
+    """One loaded organ: its layers, where they go, and whether they stand in the stack now."""
+
+    config: DonorConfig  # position and mode are those in force
+    layers: list[nn.Module]
+    active: bool = True
+    native_config: PreTrainedConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.native_config = self.config.native_config()
+
+    @property
+    def span(self) -> range:
+        """The recipient layers it replaces; empty for an insertion."""
+        return range(self.config.position, self.config.position + (len(self.layers) * (self.config.mode == "replace")))
+
+
+Placed = tuple[nn.Module, Slot]
+
+
+class Surgery:
+    """What a transplanted model remembers of its base, and its organs in load order.
+
+    It hangs on the model as a plain attribute, so that `state_dict`, `parameters` and hooks see the native model only;
+    `deepcopy` and pickle carry it along.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        stack = find_stack(model)
+        self.native_class = type(model)
+        self.path = stack.path
+        self.base_layers: list[nn.Module] = list(stack.layers)
+        self.base_config = copy.deepcopy(model.config)
+        self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.organs: dict[str, Organ] = {}
+        self.disabled = 0
+        self._derived: dict[tuple, dict[tuple[str, str], Any]] = {(): {}}
+        self._base_derived: dict[tuple[str, str], Any] = {}
+
+    def stack(self, model: PreTrainedModel) -> Stack:
+        """Where the live layers are."""
+        owner, _, name = self.path.rpartition(".")
+        return Stack(model.get_submodule(owner), name, self.path)
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the organs in the stack, in load order."""
+        return [] if self.disabled else [name for name, organ in self.organs.items() if organ.active]
+
+    def plan(self, organs: Iterable[Organ] | None = None) -> list[Placed]:
+        """The stack, front to back: each layer with its origin.
+
+        Args:
+            organs: In load order; `None` means the active ones.
+
+        Raises:
+            IncompatibleDonorError: Two organs want the same recipient layers.
+        """
+        chosen = [self.organs[name] for name in self.active] if organs is None else list(organs)
+        replaced: set[int] = set()
+        for organ in chosen:
+            if taken := replaced & set(organ.span):
+                raise IncompatibleDonorError(f"recipient layers {sorted(taken)} are already replaced by another organ")
+            replaced |= set(organ.span)
+        inside = {n for organ in chosen for n in organ.span[1:]}
+        placed: list[Placed] = []
+        for n in range(len(self.base_layers) + 1):
+            for organ in (organ for organ in chosen if organ.config.position == n):
+                if n in inside:
+                    raise IncompatibleDonorError(f"position {n} lies inside a span that another organ replaces")
+                placed += [(layer, (organ.native_config, i)) for i, layer in enumerate(organ.layers)]
+            if n < len(self.base_layers) and n not in replaced:
+                placed.append((self.base_layers[n], (self.base_config, n)))
+        return placed
+
+    def twin(self, placed: list[Placed]) -> PreTrainedModel:
+        """The native model of that stack's config, on the meta device."""
+        return meta_twin(spliced_config(self.base_config, [slot for _, slot in placed]), self.native_class)
+
+    def differences(self, placed: list[Placed]) -> list[str]:
+        """In what those layers would differ after saving natively and loading without not_hf."""
+        layers = [layer for layer, _ in placed]
+        with numbered(layers):
+            return native_differences(layers, list(self.stack(self.twin(placed)).layers))
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Make the live model agree with `plan()`. Everything that can fail is computed before the first change."""
+        placed = self.plan()
+        values = splice_config(self.base_config, [slot for _, slot in placed])
+        if not self.active:
+            values = {key: copy.deepcopy(getattr(self.base_config, key)) for key in values}
+        attributes = self._attributes(placed)
+
+        stack, config = self.stack(model), model.config
+        standing = {id(layer) for layer in stack.layers}
+        reference = dict(stack.layers[0].named_modules())
+        _forget_capture_hooks(model, self.parked(model))
+        for key, value in values.items():
+            setattr(config, key, value)
+        for (path, key), value in attributes.items():
+            setattr(model.get_submodule(path), key, value)
+        for n, (layer, _) in enumerate(placed):
+            set_layer_index(layer, n)
+            if id(layer) not in standing:
+                _adopt(layer, config, reference, model.training)
+        stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
+
+    def _attributes(self, placed: list[Placed]) -> dict[tuple[str, str], Any]:
+        """What model-level attributes derived from the per-layer config must be for that stack.
+
+        Only those that any stack so far has changed; worked out once per stack, since it builds a twin.
+        """
+        signature = tuple((name, *self.organs[name].span, self.organs[name].config.position) for name in self.active)
+        if signature not in self._derived:
+            base = outer_attributes(self.twin(self.plan([])), self.path)
+            here = outer_attributes(self.twin(placed), self.path)
+            self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
+            self._base_derived.update({key: base[key] for key in self._derived[signature]})
+        return {**self._base_derived, **self._derived[signature]}
+
+    def parked(self, model: PreTrainedModel) -> Iterator[nn.Module]:
+        """Layers that belong to the model but do not stand in the stack now."""
+        standing = {id(layer) for layer in self.stack(model).layers}
+        for layer in (*self.base_layers, *(layer for organ in self.organs.values() for layer in organ.layers)):
+            if id(layer) not in standing:
+                yield layer
+
+
+def _adopt(
+    layer: nn.Module, config: PreTrainedConfig, reference: dict[str, nn.Module], training: bool
+) -> None:
+    """Give a layer that enters the stack what its neighbours have: the config, train mode, gradient checkpointing."""
+    layer.train(training)
+    for name, module in layer.named_modules():
+        if isinstance(vars(module).get("config"), PreTrainedConfig):
+            module.config = config
+        neighbour = vars(reference.get(name, module))
+        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if key in neighbour:
+                setattr(module, key, neighbour[key])
+
+
+def _forget_capture_hooks(model: PreTrainedModel, parked: Iterable[nn.Module]) -> None:
+    """Let transformers install its output-capturing hooks anew: it does so once per model, for the layers of then."""
+    owners = [m for m in model.modules() if vars(m).get("_output_capturing_hooks_installed")]
+    if not owners:
+        return
+    for module in (*model.modules(), *(m for layer in parked for m in layer.modules())):
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                del module._forward_hooks[key]
+    for owner in owners:
+        owner._output_capturing_hooks_installed = False

@@ -1,0 +1,488 @@
+"""`TransplantedForCausalLM`: a native causal LM that carries organs.
+
+The native model is extended in place by a dynamic subclass of its own class, as torch's `fully_shard` does: signature,
+flags, state-dict keys, hooks and `isinstance` stay native. The class keeps the native name, because pipelines,
+trainers and `config.architectures` go by it; `isinstance(model, TransplantedForCausalLM)` tells it apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from not_hf.card import write_card
+from not_hf.compatibility import require_compatibility
+from not_hf.config import DonorConfig
+from not_hf.donor import HUB_KWARGS, DonorModel
+from not_hf.errors import IncompatibleDonorError, NotHFError
+from not_hf.sharing import push_folder
+from not_hf.splice import Organ, Surgery
+
+logger = logging.getLogger(__name__)
+
+DonorSource = str | os.PathLike[str] | DonorModel
+
+
+class TransplantedForCausalLM:
+    """A causal LM with organs. Made by `from_pretrained`, never by its constructor.
+
+    Besides what follows, an instance is a full model of its native class (`LlamaForCausalLM`, …).
+    """
+
+    config_class = DonorConfig  # what AutoModelForCausalLM goes by; instances have their native config
+    _surgery: Surgery
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | PreTrainedModel,
+        donor: DonorSource | None = None,
+        *,
+        donor_name: str = "default",
+        position: int | None = None,
+        mode: str | None = None,
+        donor_revision: str | None = None,
+        donor_subfolder: str | None = None,
+        is_trainable: bool = False,
+        config: PreTrainedConfig | None = None,
+        **base_kwargs: Any,
+    ) -> TransplantedForCausalLM:
+        """Load a recipient and put an organ into it.
+
+        Args:
+            pretrained_model_name_or_path: Recipient (folder, Hub ID, or a live model, which is transplanted in place)
+                when `donor` is given; otherwise a donor repo, whose config names the base and its revision.
+            donor: Donor folder, Hub ID or `DonorModel` (which stays the caller's: its tensors are copied in).
+            donor_name: Name of the organ in this model.
+            position: Counts the recipient's own layers; `None`: as the donor says.
+            mode: `"insert"` or `"replace"`; `None`: as the donor says.
+            donor_revision: Branch, tag or commit of the donor repo.
+            donor_subfolder: Folder of the donor within its repo.
+            is_trainable: Make the organ's parameters trainable. Everything else is frozen either way.
+            config: Config of the repo named first, when already loaded.
+            **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `revision`, …). `token`,
+                `cache_dir`, `force_download`, `local_files_only` hold for the donor too. Without `donor`, `revision`
+                and `subfolder` are the donor repo's.
+
+        Returns:
+            The native model, extended. It is in eval mode, unless a live recipient was training.
+
+        Raises:
+            IncompatibleDonorError: With every mismatch, before weights are read.
+            CorruptDonorError: The donor's files are off. A live recipient is then as it was.
+            OSError: A repo cannot be read.
+        """
+        for auto in ("_from_auto", "_from_pipeline", "adapter_kwargs"):
+            base_kwargs.pop(auto, None)
+        shared = {key: base_kwargs[key] for key in HUB_KWARGS if key in base_kwargs}
+        shared = {key: value for key, value in shared.items() if key not in ("revision", "subfolder")}
+        options = {"position": position, "mode": mode, "is_trainable": is_trainable}
+        if isinstance(pretrained_model_name_or_path, PreTrainedModel):
+            if donor is None:
+                raise NotHFError("name a donor to put into the live model: from_pretrained(model, donor)")
+            return _transplant(
+                pretrained_model_name_or_path, donor, donor_name, donor_revision, donor_subfolder, options, shared
+            )
+
+        source = os.fspath(pretrained_model_name_or_path)
+        if donor is None:
+            donor, base_kwargs = source, dict(base_kwargs)
+            donor_revision = donor_revision or base_kwargs.pop("revision", None)
+            donor_subfolder = donor_subfolder or base_kwargs.pop("subfolder", None)
+            located = _located(shared, donor_revision, donor_subfolder)
+            donor_config = config if isinstance(config, DonorConfig) else AutoConfig.from_pretrained(source, **located)
+            if not isinstance(donor_config, DonorConfig):
+                raise NotHFError(f"{source} is no donor; name one: from_pretrained({source!r}, donor)")
+            # AutoModelForCausalLM moves keyword arguments that the donor's config also has into that config
+            for key in ("attn_implementation", "experts_implementation"):
+                if (value := getattr(donor_config, f"_{key}")) is not None:
+                    base_kwargs.setdefault(key, value)
+            source, base_kwargs["revision"] = _base_of(donor_config, source), donor_config.base_revision
+            options["position"] = donor_config.position if position is None else position
+            options["mode"] = mode or donor_config.mode
+        else:
+            if config is not None:
+                base_kwargs["config"] = config
+            located = _located(shared, donor_revision, donor_subfolder)
+            donor_config = (
+                donor.config if isinstance(donor, DonorModel) else DonorConfig.from_pretrained(donor, **located)
+            )
+        if donor_config.donors is None:
+            found = AutoConfig.from_pretrained(
+                source, **shared, **{k: v for k, v in base_kwargs.items() if k in ("revision", "subfolder")}
+            )
+            at = options["position"] if options["position"] is not None else donor_config.position
+            require_compatibility(donor_config, found, at, options["mode"] or donor_config.mode)
+        base = AutoModelForCausalLM.from_pretrained(source, **base_kwargs)
+        return _transplant(base, donor, donor_name, donor_revision, donor_subfolder, options, shared)
+
+    # ------------------------------------------------------------------ organs
+
+    @property
+    def active_donors(self) -> list[str]:
+        """Names of the organs that take part in `forward`, in load order."""
+        return self._surgery.active
+
+    @property
+    def donor_config(self) -> dict[str, DonorConfig]:
+        """Config of each loaded organ by name; `position` and `mode` are those in force here."""
+        return {name: organ.config for name, organ in self._surgery.organs.items()}
+
+    def load_donor(
+        self,
+        donor: DonorSource,
+        donor_name: str,
+        position: int | None = None,
+        mode: str | None = None,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **hub_kwargs: Any,
+    ) -> None:
+        """Put one more organ in and make it active beside those that are. Arguments as in `from_pretrained`.
+
+        Raises:
+            IncompatibleDonorError: It does not fit the recipient, or overlaps an active organ; nothing is changed.
+            CorruptDonorError: Its files are off; nothing is changed.
+        """
+        surgery = self._surgery
+        if donor_name in surgery.organs or not donor_name or set(donor_name) & set("./\\"):
+            raise NotHFError(f"donor_name {donor_name!r} is taken or not a plain name; choose another")
+        located = _located(hub_kwargs, revision, subfolder)
+        config = donor.config if isinstance(donor, DonorModel) else DonorConfig.from_pretrained(donor, **located)
+        config.check()
+        config = copy.deepcopy(config)
+        config.position = config.position if position is None else position
+        config.mode = mode or config.mode
+        require_compatibility(config, surgery.base_config, config.position, config.mode)
+        neighbour = surgery.base_layers[min(config.position, len(surgery.base_layers) - 1)]
+        if isinstance(donor, DonorModel):
+            layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
+        else:
+            dtype = next(p.dtype for p in neighbour.parameters() if p.is_floating_point())
+            layers = list(DonorModel.from_pretrained(donor, dtype=dtype, **located).stack.layers)
+        organ = Organ(config, layers)
+        placed = surgery.plan([*(surgery.organs[name] for name in surgery.active), organ])
+        if differences := surgery.differences(placed):
+            logger.warning(
+                "organ %r works here but cannot be merged into a native model: %s", donor_name, "; ".join(differences)
+            )
+        for layer in layers:
+            _settle(layer, neighbour, is_trainable)
+        surgery.organs[donor_name] = organ
+        surgery.apply(self)
+
+    def set_donor(self, donor_names: str | Sequence[str]) -> None:
+        """Make exactly these organs active; their order in the stack is the order they were loaded in.
+
+        Raises:
+            NotHFError: A name is not loaded.
+            IncompatibleDonorError: They overlap; nothing is changed.
+        """
+        names = [donor_names] if isinstance(donor_names, str) else list(donor_names)
+        organs = self._surgery.organs
+        if unknown := [name for name in names if name not in organs]:
+            raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
+        self._surgery.plan([organ for name, organ in organs.items() if name in names])
+        for name, organ in organs.items():
+            organ.active = name in names
+        self._surgery.apply(self)
+
+    @contextlib.contextmanager
+    def disable_donors(self) -> Iterator[None]:
+        """The base, bit for bit, inside the `with` block. May be nested; an exception inside does no harm."""
+        self._surgery.disabled += 1
+        try:
+            self._surgery.apply(self)
+            yield
+        finally:
+            self._surgery.disabled -= 1
+            self._surgery.apply(self)
+
+    def delete_donor(self, donor_name: str) -> None:
+        """Take an organ out for good; the others stay as if it had never been there."""
+        if donor_name not in self._surgery.organs:
+            raise NotHFError(f"no donor named {donor_name}; loaded are {', '.join(self._surgery.organs) or 'none'}")
+        organ = self._surgery.organs[donor_name]
+        organ.active = False
+        self._surgery.apply(self)
+        del self._surgery.organs[donor_name]
+
+    def unload(self) -> PreTrainedModel:
+        """Take every organ out and give the native model back, its class, config and `requires_grad` flags restored."""
+        surgery = self._surgery
+        for organ in surgery.organs.values():
+            organ.active = False
+        surgery.apply(self)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(surgery.requires_grad[name])
+        return self._release()
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """Make the active organs a plain part of the native model, which then saves and loads without not_hf.
+
+        Raises:
+            IncompatibleDonorError: A native model of the spliced config would compute something else; it names every
+                difference, and nothing is changed.
+        """
+        surgery = self._surgery
+        if not surgery.active:
+            return self.unload()
+        placed = surgery.plan()
+        if differences := surgery.differences(placed):
+            raise IncompatibleDonorError(f"a native model cannot hold these layers: {'; '.join(differences)}")
+        flags = surgery.requires_grad
+        base = {id(layer) for layer in surgery.base_layers}
+        with self.disable_donors():
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(flags[name])
+        for layer, _ in placed:
+            if id(layer) not in base:
+                layer.requires_grad_(True)
+        return self._release()
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The same modules behind a handle of the native class; as in PEFT, active organs stay in."""
+        view = self._surgery.native_class.__new__(self._surgery.native_class)
+        view.__dict__ = {key: value for key, value in self.__dict__.items() if key != "_surgery"}
+        return view
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of trainable parameters and of all parameters."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how much is trainable, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    # ------------------------------------------------------------- save and load
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        selected_donors: Sequence[str] | None = None,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> None:
+        """Save organs only: one as a donor repo, several as a composition with a subfolder each.
+
+        Args:
+            save_directory: Folder; created when missing.
+            selected_donors: Names of the organs to save; `None` means all that are loaded.
+            is_main_process: Write on this process.
+            state_dict: The whole model's tensors, when they were gathered elsewhere (as `Trainer` does).
+            push_to_hub: Push afterwards to `repo_id` (default: the folder's name).
+            max_shard_size: Past this size an organ's weights are sharded.
+        """
+        organs = self._surgery.organs
+        names = list(organs) if selected_donors is None else list(selected_donors)
+        if unknown := [name for name in names if name not in organs]:
+            raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
+        if not names:
+            raise NotHFError("no organ is loaded; use merge_and_unload() or unload() to save a native model")
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        push_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in _PUSH_ONLY}
+        states = {name: self._organ_state(name, state_dict) for name in names}
+        options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size}
+        for name in names:
+            folder = save_directory if len(names) == 1 else os.path.join(save_directory, name)
+            _donor_shell(organs[name]).save_pretrained(folder, state_dict=states[name], **options)
+        if len(names) > 1 and is_main_process:
+            config = _composition({name: organs[name].config for name in names})
+            config.save_pretrained(save_directory)
+            write_card(save_directory, config)
+        if push_to_hub:
+            self.push_to_hub(repo_id, selected_donors=names, max_shard_size=max_shard_size, **push_kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        selected_donors: Sequence[str] | None = None,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Push the organs and their cards as one commit. Arguments as in `PreTrainedModel.push_to_hub`."""
+
+        def save(folder: str) -> None:
+            self.save_pretrained(folder, selected_donors, max_shard_size=max_shard_size)
+
+        return push_folder(save, repo_id, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """As in torch; also takes what `save_pretrained` wrote for the one loaded organ, as `Trainer` hands it back."""
+        if not state_dict or not all(key.startswith(f"{DonorModel.base_model_prefix}.") for key in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+        if len(self._surgery.organs) != 1:
+            raise NotHFError("an organ's checkpoint fits a model with exactly one organ; use load_donor")
+        (organ,) = self._surgery.organs.values()
+        loaded = DonorModel._load(organ.config, dict(state_dict), None, "the checkpoint")
+        for layer, source in zip(organ.layers, loaded.stack.layers, strict=True):
+            layer.load_state_dict(source.state_dict())
+        return _IncompatibleKeys([], [])
+
+    def _organ_state(self, name: str, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """The organ's tensors by `DonorModel`'s names, from the whole model's `state_dict` where it has them."""
+        organ, path = self._surgery.organs[name], self._surgery.path
+        places = {id(layer): n for n, layer in enumerate(self._surgery.stack(self).layers)}
+        prefix = f"{DonorModel.base_model_prefix}.{path.removeprefix(f'{self.base_model_prefix}.')}"
+        tensors: dict[str, torch.Tensor] = {}
+        for n, layer in enumerate(organ.layers):
+            place = f"{path}.{places.get(id(layer))}."
+            given = {} if state_dict is None else {k.removeprefix(place): v for k, v in state_dict.items() if k.startswith(place)}
+            tensors |= {f"{prefix}.{n}.{key}": value for key, value in (given or layer.state_dict()).items()}
+        return tensors
+
+    # ------------------------------------------------------------------ plumbing
+
+    def _release(self) -> PreTrainedModel:
+        """Back to the native class."""
+        native = self._surgery.native_class
+        del self._surgery
+        self.__class__ = native
+        return self  # type: ignore[return-value]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TransplantedForCausalLM:
+        """`to()`, `half()`, … reach the layers that are not in the stack as well."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if recurse:
+            for layer in self._surgery.parked(self):  # type: ignore[arg-type]
+                layer._apply(fn)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The dynamic class cannot be found by name: pickle the native one and extend it again."""
+        return _revive, (self._surgery.native_class,), self.__dict__
+
+
+_PUSH_ONLY = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+
+
+@functools.cache
+def _transplanted_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
+    return type(native.__name__, (TransplantedForCausalLM, native), {**names, "config_class": native.config_class})
+
+
+def _revive(native: type[PreTrainedModel]) -> PreTrainedModel:
+    cls = _transplanted_class(native)
+    return cls.__new__(cls)
+
+
+def _transplant(
+    model: PreTrainedModel,
+    donor: DonorSource,
+    donor_name: str,
+    revision: str | None,
+    subfolder: str | None,
+    options: dict[str, Any],
+    hub_kwargs: dict[str, Any],
+) -> Any:
+    """Extend a model in place and load one organ, or every organ of a composition; undo everything on failure."""
+    fresh = not isinstance(model, TransplantedForCausalLM)
+    if fresh:
+        surgery = Surgery(model)
+        model._surgery = surgery
+        model.__class__ = _transplanted_class(type(model))
+        model.requires_grad_(False)
+    loaded: list[str] = []
+    try:
+        for name, source, rev, sub, own in _listed(donor, donor_name, revision, subfolder, hub_kwargs):
+            chosen = {key: own.get(key) if value is None else value for key, value in options.items()}
+            model.load_donor(source, name, revision=rev, subfolder=sub, **chosen, **hub_kwargs)
+            loaded.append(name)
+    except BaseException:
+        for name in reversed(loaded):
+            model.delete_donor(name)
+        if fresh:
+            model.unload()
+        raise
+    return model
+
+
+def _listed(
+    donor: DonorSource, donor_name: str, revision: str | None, subfolder: str | None, hub_kwargs: dict[str, Any]
+) -> Iterator[tuple[str, DonorSource, str | None, str | None, dict[str, Any]]]:
+    """The organs a donor stands for: `(name, source, revision, subfolder, its place)`; one, or a composition's."""
+    if isinstance(donor, DonorModel):
+        yield donor_name, donor, None, None, {}
+        return
+    config = DonorConfig.from_pretrained(donor, **_located(hub_kwargs, revision, subfolder))
+    if config.donors is None:
+        yield donor_name, donor, revision, subfolder, {}
+        return
+    for entry in config.donors:
+        place = {key: entry.get(key) for key in ("position", "mode")}
+        if "donor" in entry:
+            yield entry["name"], entry["donor"], entry.get("revision"), entry.get("subfolder"), place
+        else:
+            inner = "/".join(part for part in (subfolder, entry["subfolder"]) if part)
+            yield entry["name"], donor, revision, inner, place
+
+
+def _composition(configs: dict[str, DonorConfig]) -> DonorConfig:
+    first = next(iter(configs.values()))
+    return DonorConfig(
+        base_model_name_or_path=first.base_model_name_or_path,
+        base_revision=first.base_revision,
+        base_config=first.base_config,
+        donors=[
+            {"name": name, "subfolder": name, "position": config.position, "mode": config.mode, "scale": 1.0}
+            for name, config in configs.items()
+        ],
+    )
+
+
+def _located(hub_kwargs: dict[str, Any], revision: str | None, subfolder: str | None) -> dict[str, Any]:
+    return {**hub_kwargs, "revision": revision, "subfolder": subfolder or ""}
+
+
+def _base_of(config: DonorConfig, source: str) -> str:
+    base = config.base_model_name_or_path
+    if not base:
+        raise NotHFError(f"{source} does not name its base; give it: from_pretrained(base, {source!r})")
+    return base
+
+
+def _donor_shell(organ: Organ) -> DonorModel:
+    """A `DonorModel` without memory, to save an organ's tensors through."""
+    dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            return DonorModel(copy.deepcopy(organ.config))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool) -> None:
+    """Move an organ's layer to where a layer of the recipient is: device, dtype of each parameter, trainability."""
+    theirs = dict(neighbour.named_parameters())
+    fallback = next(p for p in theirs.values() if p.is_floating_point())
+    for name, parameter in layer.named_parameters():
+        like = theirs.get(name, fallback)
+        parameter.data = parameter.data.to(device=like.device, dtype=like.dtype)
+        parameter.grad = None
+        parameter.requires_grad_(is_trainable)
+    for buffer in layer.buffers():
+        buffer.data = buffer.data.to(device=fallback.device)

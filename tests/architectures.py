@@ -1,0 +1,117 @@
+"""Tiny configs of every architecture in the matrix, rich enough that layers differ and mistakes show."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 96
+NUM_LAYERS = 4
+
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+_GPT = {"n_embd": 32, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 64}
+_NEOX = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+ARCHITECTURES: dict[str, dict] = {
+    "gpt2": _GPT,
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": NUM_LAYERS,
+        "num_heads": 4,
+        "intermediate_size": 48,
+        "attention_types": [[["global", "local"], NUM_LAYERS // 2]],
+        "window_size": 4,
+        "max_position_embeddings": 64,
+    },
+    "gpt_neox": _NEOX,
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 16,
+        "max_position_embeddings": 64,
+    },
+    "bloom": {"hidden_size": 32, "n_layer": NUM_LAYERS, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4},
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": 6},
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3_moe": {
+        **_LLAMA,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 2,
+    },
+    "gemma2": {**_LLAMA, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **_LLAMA,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
+    },
+    "phi3": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "olmo2": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "gpt_oss": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "smollm3": {**{k: v for k, v in _LLAMA.items() if k != "head_dim"}, "no_rope_layers": [1, 0, 1, 1]},
+    "stablelm": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "starcoder2": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "cohere": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "granite": {
+        **{k: v for k, v in _LLAMA.items() if k != "head_dim"},
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+}
+
+# Refused with a reason: a recurrent state, and an encoder-decoder.
+REFUSED: dict[str, dict] = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
+    "t5": {"d_model": 32, "num_layers": NUM_LAYERS, "num_heads": 4},
+}
+
+
+def tiny_config(model_type: str, **overrides):
+    """The tiny config of an architecture, with token ids inside the vocabulary."""
+    values = {
+        "vocab_size": VOCAB,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **{**ARCHITECTURES, **REFUSED}[model_type],
+        **overrides,
+    }
+    return AutoConfig.for_model(model_type, **values)
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A tiny causal LM in eval mode whose every parameter, norms and biases included, is random."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name or "ln_" in name else 0.15 * noise)
+    model.tie_weights()
+    model.generation_config.eos_token_id = None  # greedy runs to the length asked for
+    return model.eval()
