@@ -231,9 +231,7 @@ def native_differences(layers: Sequence[nn.Module], twin_layers: Sequence[nn.Mod
             mine, native = _scalars(ours[name]), _scalars(theirs[name])
             where = f"layer {n} {name}".rstrip()
             if type(ours[name]) is not type(theirs[name]):
-                differences.append(
-                    f"{where} is {type(ours[name]).__name__}, natively {type(theirs[name]).__name__}"
-                )
+                differences.append(f"{where} is {type(ours[name]).__name__}, natively {type(theirs[name]).__name__}")
             differences += [
                 f"{where}.{key} is {mine[key]!r}, natively {native[key]!r}"
                 for key in sorted(mine.keys() & native.keys())
@@ -258,7 +256,14 @@ def fingerprint(config: PreTrainedConfig) -> str:
 
 
 # Set by the user or the loader, not by the config.
-_NOT_DERIVED = {"training", "gradient_checkpointing", "name_or_path", "_attn_implementation", "vocab_size", "padding_idx"}
+_NOT_DERIVED = {
+    "training",
+    "gradient_checkpointing",
+    "name_or_path",
+    "_attn_implementation",
+    "vocab_size",
+    "padding_idx",
+}
 
 
 def _index_holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -42,8 +42,8 @@ def open_checkpoint(
     index = _fetch(source, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
     if index is None:
         raise OSError(
-            f"{source} has no {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}. If it holds pytorch_model.bin, convert "
-            "it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
+            f"{source} has no {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}. If it holds pytorch_model.bin, "
+            "convert it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
         )
     files = {name: file for name, file in _weight_map(index).items() if wanted(name)}
     views: dict[str, Any] = {}

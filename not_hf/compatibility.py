@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from not_hf.anatomy import find_stack, meta_twin
 from not_hf.config import DonorConfig
 from not_hf.donor import DonorModel
-from not_hf.errors import IncompatibleDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.errors import IncompatibleDonorError, UnsupportedArchitectureError
 
 # What the recipient computes once for all its layers, or allocates in its caches: an organ must agree on it.
 SHARED_GEOMETRY = (
@@ -73,7 +73,9 @@ def check_compatibility(
     return problems
 
 
-def require_compatibility(donor: DonorConfig, recipient: PreTrainedConfig, position: int, mode: str) -> None:
+def require_compatibility(
+    donor: DonorConfig, recipient: PreTrainedConfig, position: int | None, mode: str | None
+) -> None:
     """Raise `IncompatibleDonorError` naming every mismatch, or return."""
     if problems := check_compatibility(donor, recipient, position, mode):
         raise IncompatibleDonorError("; ".join(problems))
@@ -88,8 +90,9 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
     types = set(getattr(organ, "layer_types", None) or ())
     problems = []
     windowed = types & {"sliding_attention", "chunked_attention"} or not types
-    if windowed and getattr(organ, "sliding_window", None) != getattr(config, "sliding_window", None):
-        problems.append(_mismatch("sliding_window", organ.sliding_window, config.sliding_window, name))
+    ours, theirs = (getattr(each, "sliding_window", None) for each in (organ, config))
+    if windowed and ours != theirs:
+        problems.append(_mismatch("sliding_window", ours, theirs, name))
     rotary = getattr(config, "rope_parameters", None)
     served = {key for key, value in (rotary or {}).items() if isinstance(value, dict)}
     if served and types - served:
@@ -118,10 +121,7 @@ def _donor_config(donor: DonorLike, hub_kwargs: dict[str, Any]) -> DonorConfig:
         return donor
     if isinstance(donor, DonorModel):
         return donor.config
-    config = AutoConfig.from_pretrained(os.fspath(donor), **hub_kwargs)
-    if not isinstance(config, DonorConfig):
-        raise NotHFError(f"{donor} is not a donor: its config has model_type {config.model_type!r}")
-    return config
+    return DonorConfig.from_pretrained(os.fspath(donor), **hub_kwargs)
 
 
 def _recipient_config(recipient: RecipientLike, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
 from not_hf.version import __version__
 
 MODES = ("insert", "replace")
@@ -56,6 +57,18 @@ class DonorConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.not_hf_version = self.not_hf_version or __version__
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, but the config of something else raises `NotHFError`."""
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (model_type := values.get("model_type")) != cls.model_type:
+            raise NotHFError(
+                f"{pretrained_model_name_or_path} is not a donor: its config has model_type {model_type!r}"
+            )
+        return values, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> DonorConfig:

@@ -159,9 +159,7 @@ class Surgery:
                 yield layer
 
 
-def _adopt(
-    layer: nn.Module, config: PreTrainedConfig, reference: dict[str, nn.Module], training: bool
-) -> None:
+def _adopt(layer: nn.Module, config: PreTrainedConfig, reference: dict[str, nn.Module], training: bool) -> None:
     """Give a layer that enters the stack what its neighbours have: the config, train mode, gradient checkpointing."""
     layer.train(training)
     for name, module in layer.named_modules():

@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from not_hf.card import write_card
 from not_hf.compatibility import require_compatibility
+from not_hf.composition import (
+    DonorSource,
+    OrganSource,
+    composition_config,
+    located,
+    organ_sources,
+    read_config,
+)
 from not_hf.config import DonorConfig
 from not_hf.donor import HUB_KWARGS, DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError
@@ -31,7 +40,8 @@ from not_hf.splice import Organ, Surgery
 
 logger = logging.getLogger(__name__)
 
-DonorSource = str | os.PathLike[str] | DonorModel
+# how a repo is reached, for base and donor alike; revision and subfolder belong to one repo
+SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
 
 
 class TransplantedForCausalLM:
@@ -85,47 +95,50 @@ class TransplantedForCausalLM:
         """
         for auto in ("_from_auto", "_from_pipeline", "adapter_kwargs"):
             base_kwargs.pop(auto, None)
-        shared = {key: base_kwargs[key] for key in HUB_KWARGS if key in base_kwargs}
-        shared = {key: value for key, value in shared.items() if key not in ("revision", "subfolder")}
-        options = {"position": position, "mode": mode, "is_trainable": is_trainable}
+        shared = {key: base_kwargs[key] for key in SHARED_KWARGS if key in base_kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
+            base: str | PreTrainedModel = pretrained_model_name_or_path
             if donor is None:
                 raise NotHFError("name a donor to put into the live model: from_pretrained(model, donor)")
-            return _transplant(
-                pretrained_model_name_or_path, donor, donor_name, donor_revision, donor_subfolder, options, shared
-            )
-
-        source = os.fspath(pretrained_model_name_or_path)
-        if donor is None:
-            donor, base_kwargs = source, dict(base_kwargs)
+            donor_config = read_config(donor, located(shared, donor_revision, donor_subfolder))
+        elif donor is not None:
+            base = os.fspath(pretrained_model_name_or_path)
+            donor_config = read_config(donor, located(shared, donor_revision, donor_subfolder))
+            if config is not None:
+                base_kwargs["config"] = config
+        else:
+            donor = os.fspath(pretrained_model_name_or_path)
             donor_revision = donor_revision or base_kwargs.pop("revision", None)
             donor_subfolder = donor_subfolder or base_kwargs.pop("subfolder", None)
-            located = _located(shared, donor_revision, donor_subfolder)
-            donor_config = config if isinstance(config, DonorConfig) else AutoConfig.from_pretrained(source, **located)
-            if not isinstance(donor_config, DonorConfig):
-                raise NotHFError(f"{source} is no donor; name one: from_pretrained({source!r}, donor)")
-            # AutoModelForCausalLM moves keyword arguments that the donor's config also has into that config
+            given = isinstance(config, DonorConfig)
+            donor_config = config if given else read_config(donor, located(shared, donor_revision, donor_subfolder))
+            if donor_config.base_model_name_or_path is None:
+                raise NotHFError(f"{donor} does not name its base; give it: from_pretrained(base, {donor!r})")
+            base, base_kwargs["revision"] = donor_config.base_model_name_or_path, donor_config.base_revision
+            # AutoModelForCausalLM moves those of its arguments that the donor's config also has into that config
+            if given and donor_config.donors is None:
+                position = donor_config.position if position is None else position
+                mode = mode or donor_config.mode
             for key in ("attn_implementation", "experts_implementation"):
                 if (value := getattr(donor_config, f"_{key}")) is not None:
                     base_kwargs.setdefault(key, value)
-            source, base_kwargs["revision"] = _base_of(donor_config, source), donor_config.base_revision
-            options["position"] = donor_config.position if position is None else position
-            options["mode"] = mode or donor_config.mode
-        else:
-            if config is not None:
-                base_kwargs["config"] = config
-            located = _located(shared, donor_revision, donor_subfolder)
-            donor_config = (
-                donor.config if isinstance(donor, DonorModel) else DonorConfig.from_pretrained(donor, **located)
+
+        sources = [
+            replace(
+                source,
+                position=source.position if position is None else position,
+                mode=source.mode if mode is None else mode,
             )
-        if donor_config.donors is None:
-            found = AutoConfig.from_pretrained(
-                source, **shared, **{k: v for k, v in base_kwargs.items() if k in ("revision", "subfolder")}
-            )
-            at = options["position"] if options["position"] is not None else donor_config.position
-            require_compatibility(donor_config, found, at, options["mode"] or donor_config.mode)
-        base = AutoModelForCausalLM.from_pretrained(source, **base_kwargs)
-        return _transplant(base, donor, donor_name, donor_revision, donor_subfolder, options, shared)
+            for source in organ_sources(donor_config, donor, donor_name, donor_revision, donor_subfolder)
+        ]
+        if isinstance(base, str):
+            at = {key: base_kwargs[key] for key in ("revision", "subfolder") if key in base_kwargs}
+            base_config = base_kwargs.get("config") or AutoConfig.from_pretrained(base, **shared, **at)
+            for source in sources:
+                organ_config = read_config(source.donor, located(shared, source.revision, source.subfolder))
+                require_compatibility(organ_config, base_config, source.position, source.mode)
+            base = AutoModelForCausalLM.from_pretrained(base, **base_kwargs)
+        return _transplant(base, sources, is_trainable, shared)
 
     # ------------------------------------------------------------------ organs
 
@@ -159,19 +172,18 @@ class TransplantedForCausalLM:
         surgery = self._surgery
         if donor_name in surgery.organs or not donor_name or set(donor_name) & set("./\\"):
             raise NotHFError(f"donor_name {donor_name!r} is taken or not a plain name; choose another")
-        located = _located(hub_kwargs, revision, subfolder)
-        config = donor.config if isinstance(donor, DonorModel) else DonorConfig.from_pretrained(donor, **located)
-        config.check()
+        place = located(hub_kwargs, revision, subfolder)
+        config = read_config(donor, place)
+        position, mode = config.position if position is None else position, mode or config.mode
+        require_compatibility(config, surgery.base_config, position, mode)
         config = copy.deepcopy(config)
-        config.position = config.position if position is None else position
-        config.mode = mode or config.mode
-        require_compatibility(config, surgery.base_config, config.position, config.mode)
+        config.position, config.mode = position, mode
         neighbour = surgery.base_layers[min(config.position, len(surgery.base_layers) - 1)]
         if isinstance(donor, DonorModel):
             layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
         else:
             dtype = next(p.dtype for p in neighbour.parameters() if p.is_floating_point())
-            layers = list(DonorModel.from_pretrained(donor, dtype=dtype, **located).stack.layers)
+            layers = list(DonorModel.from_pretrained(donor, dtype=dtype, **place).stack.layers)
         organ = Organ(config, layers)
         placed = surgery.plan([*(surgery.organs[name] for name in surgery.active), organ])
         if differences := surgery.differences(placed):
@@ -220,7 +232,7 @@ class TransplantedForCausalLM:
         del self._surgery.organs[donor_name]
 
     def unload(self) -> PreTrainedModel:
-        """Take every organ out and give the native model back, its class, config and `requires_grad` flags restored."""
+        """Take every organ out and give the native model back, its class, config and flags restored."""
         surgery = self._surgery
         for organ in surgery.organs.values():
             organ.active = False
@@ -266,7 +278,9 @@ class TransplantedForCausalLM:
     def print_trainable_parameters(self) -> None:
         """Print how much is trainable, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     # ------------------------------------------------------------- save and load
 
@@ -305,7 +319,7 @@ class TransplantedForCausalLM:
             folder = save_directory if len(names) == 1 else os.path.join(save_directory, name)
             _donor_shell(organs[name]).save_pretrained(folder, state_dict=states[name], **options)
         if len(names) > 1 and is_main_process:
-            config = _composition({name: organs[name].config for name in names})
+            config = composition_config({name: organs[name].config for name in names})
             config.save_pretrained(save_directory)
             write_card(save_directory, config)
         if push_to_hub:
@@ -329,7 +343,7 @@ class TransplantedForCausalLM:
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """As in torch; also takes what `save_pretrained` wrote for the one loaded organ, as `Trainer` hands it back."""
+        """As in torch; also takes what `save_pretrained` wrote for the one loaded organ: `Trainer` hands it back."""
         if not state_dict or not all(key.startswith(f"{DonorModel.base_model_prefix}.") for key in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
         if len(self._surgery.organs) != 1:
@@ -348,7 +362,11 @@ class TransplantedForCausalLM:
         tensors: dict[str, torch.Tensor] = {}
         for n, layer in enumerate(organ.layers):
             place = f"{path}.{places.get(id(layer))}."
-            given = {} if state_dict is None else {k.removeprefix(place): v for k, v in state_dict.items() if k.startswith(place)}
+            given = (
+                {}
+                if state_dict is None
+                else {k.removeprefix(place): v for k, v in state_dict.items() if k.startswith(place)}
+            )
             tensors |= {f"{prefix}.{n}.{key}": value for key, value in (given or layer.state_dict()).items()}
         return tensors
 
@@ -389,27 +407,28 @@ def _revive(native: type[PreTrainedModel]) -> PreTrainedModel:
 
 
 def _transplant(
-    model: PreTrainedModel,
-    donor: DonorSource,
-    donor_name: str,
-    revision: str | None,
-    subfolder: str | None,
-    options: dict[str, Any],
-    hub_kwargs: dict[str, Any],
+    model: PreTrainedModel, sources: Sequence[OrganSource], is_trainable: bool, hub_kwargs: Mapping[str, Any]
 ) -> Any:
-    """Extend a model in place and load one organ, or every organ of a composition; undo everything on failure."""
+    """Extend a model in place and load organs; undo everything on failure."""
     fresh = not isinstance(model, TransplantedForCausalLM)
     if fresh:
-        surgery = Surgery(model)
-        model._surgery = surgery
+        model._surgery = Surgery(model)
         model.__class__ = _transplanted_class(type(model))
         model.requires_grad_(False)
     loaded: list[str] = []
     try:
-        for name, source, rev, sub, own in _listed(donor, donor_name, revision, subfolder, hub_kwargs):
-            chosen = {key: own.get(key) if value is None else value for key, value in options.items()}
-            model.load_donor(source, name, revision=rev, subfolder=sub, **chosen, **hub_kwargs)
-            loaded.append(name)
+        for source in sources:
+            model.load_donor(
+                source.donor,
+                source.name,
+                position=source.position,
+                mode=source.mode,
+                is_trainable=is_trainable,
+                revision=source.revision,
+                subfolder=source.subfolder,
+                **hub_kwargs,
+            )
+            loaded.append(source.name)
     except BaseException:
         for name in reversed(loaded):
             model.delete_donor(name)
@@ -417,50 +436,6 @@ def _transplant(
             model.unload()
         raise
     return model
-
-
-def _listed(
-    donor: DonorSource, donor_name: str, revision: str | None, subfolder: str | None, hub_kwargs: dict[str, Any]
-) -> Iterator[tuple[str, DonorSource, str | None, str | None, dict[str, Any]]]:
-    """The organs a donor stands for: `(name, source, revision, subfolder, its place)`; one, or a composition's."""
-    if isinstance(donor, DonorModel):
-        yield donor_name, donor, None, None, {}
-        return
-    config = DonorConfig.from_pretrained(donor, **_located(hub_kwargs, revision, subfolder))
-    if config.donors is None:
-        yield donor_name, donor, revision, subfolder, {}
-        return
-    for entry in config.donors:
-        place = {key: entry.get(key) for key in ("position", "mode")}
-        if "donor" in entry:
-            yield entry["name"], entry["donor"], entry.get("revision"), entry.get("subfolder"), place
-        else:
-            inner = "/".join(part for part in (subfolder, entry["subfolder"]) if part)
-            yield entry["name"], donor, revision, inner, place
-
-
-def _composition(configs: dict[str, DonorConfig]) -> DonorConfig:
-    first = next(iter(configs.values()))
-    return DonorConfig(
-        base_model_name_or_path=first.base_model_name_or_path,
-        base_revision=first.base_revision,
-        base_config=first.base_config,
-        donors=[
-            {"name": name, "subfolder": name, "position": config.position, "mode": config.mode, "scale": 1.0}
-            for name, config in configs.items()
-        ],
-    )
-
-
-def _located(hub_kwargs: dict[str, Any], revision: str | None, subfolder: str | None) -> dict[str, Any]:
-    return {**hub_kwargs, "revision": revision, "subfolder": subfolder or ""}
-
-
-def _base_of(config: DonorConfig, source: str) -> str:
-    base = config.base_model_name_or_path
-    if not base:
-        raise NotHFError(f"{source} does not name its base; give it: from_pretrained(base, {source!r})")
-    return base
 
 
 def _donor_shell(organ: Organ) -> DonorModel:

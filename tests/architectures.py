@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 96
 NUM_LAYERS = 4
@@ -115,3 +118,14 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
     model.tie_weights()
     model.generation_config.eos_token_id = None  # greedy runs to the length asked for
     return model.eval()
+
+
+@functools.cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word: the special ones, then `w3`, `w4`, … to the end of the tiny vocabulary."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, VOCAB))]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
+    )

@@ -3,54 +3,86 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# huggingface_hub and datasets read these once, when they are imported.
-_HOME = tempfile.mkdtemp(prefix="not-hf-tests-")
+import pytest
+from hub import DEFAULT_TOKEN, Hub
+
+# huggingface_hub and datasets read these once, when they are imported: so the Hub must be up before that.
+assert "huggingface_hub" not in sys.modules, "HF_ENDPOINT is read when huggingface_hub is imported"
+_FOLDER = tempfile.TemporaryDirectory(prefix="not-hf-tests-")
+_HUB = Hub(Path(_FOLDER.name, "hub")).start()
 os.environ.update(
-    HF_HOME=_HOME,
-    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_ENDPOINT=_HUB.endpoint,
+    HF_TOKEN=DEFAULT_TOKEN,
+    HF_HOME=str(Path(_FOLDER.name, "home")),
+    HF_HUB_DISABLE_XET="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.pop("HF_HUB_OFFLINE", None)
-sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest
 import torch
-from architectures import VOCAB, tiny_model
-from transformers import PreTrainedModel
+from architectures import tiny_model, tiny_tokenizer
+from huggingface_hub import HfApi
 
 torch.set_num_threads(1)  # tiny tensors: more threads only contend with the other test workers
+
+_connect = socket.socket.connect
+
+
+def _connect_locally(self: socket.socket, address) -> None:
+    if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1"):
+        raise OSError(f"the test-suite is cut off from the network, yet something connects to {address}")
+    _connect(self, address)
+
+
+socket.socket.connect = _connect_locally
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[Hub]:
+    """The Hub that HF_ENDPOINT names; the default token is user `me`'s."""
+    yield _HUB
+    _HUB.stop()
+    _FOLDER.cleanup()
 
 
 @pytest.fixture(scope="session")
 def token_ids() -> torch.Tensor:
     """Random prompt tokens without padding, `(batch=2, seq=9)`."""
-    return torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")
-def base_folder(tmp_path_factory: pytest.TempPathFactory):
-    """A function giving the folder of a tiny base by model type; saved once, in shards."""
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny base with its tokenizer, by model type; saved once, in shards."""
     made: dict[str, Path] = {}
 
     def folder(model_type: str) -> Path:
         if model_type not in made:
             made[model_type] = tmp_path_factory.mktemp(f"{model_type}-")
             tiny_model(model_type).save_pretrained(made[model_type], max_shard_size="20KB")
+            tiny_tokenizer().save_pretrained(made[model_type])
         return made[model_type]
 
     return folder
 
 
-@pytest.fixture
-def fresh_base():
-    """A function giving a fresh tiny model, which the test may change."""
+@pytest.fixture(scope="session")
+def base_repo(hub: Hub, base_folder: Callable[[str], Path]) -> Callable[[str], str]:
+    """The Hub ID of the same tiny base, by model type; pushed once."""
+    made: dict[str, str] = {}
 
-    def make(model_type: str = "llama", **overrides) -> PreTrainedModel:
-        return tiny_model(model_type, **overrides)
+    def repo(model_type: str) -> str:
+        if model_type not in made:
+            made[model_type] = HfApi().create_repo(f"me/tiny-{model_type}").repo_id
+            HfApi().upload_folder(repo_id=made[model_type], folder_path=base_folder(model_type))
+        return made[model_type]
 
-    return make
+    return repo

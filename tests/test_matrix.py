@@ -38,7 +38,9 @@ def trained(donor: DonorModel) -> DonorModel:
 
 def with_organ(model_type: str, mode: str = "insert", position: int | None = 2) -> PreTrainedModel:
     base = tiny_model(model_type)
-    return TransplantedForCausalLM.from_pretrained(base, trained(DonorModel.from_base(base, SPAN)), position=position, mode=mode)
+    return TransplantedForCausalLM.from_pretrained(
+        base, trained(DonorModel.from_base(base, SPAN)), position=position, mode=mode
+    )
 
 
 @every
@@ -94,7 +96,9 @@ def test_generation_agrees_with_and_without_cache(model_type, attention, token_i
     greedy = generate(model, token_ids)
     assert greedy.shape == (2, token_ids.shape[1] + 8)
     assert torch.equal(greedy, generate(model, token_ids, use_cache=False))
-    assert torch.equal(generate(model, token_ids, num_beams=2), generate(model, token_ids, num_beams=2, use_cache=False))
+    assert torch.equal(
+        generate(model, token_ids, num_beams=2), generate(model, token_ids, num_beams=2, use_cache=False)
+    )
     if static_cache_works(model_type, token_ids):
         assert torch.equal(greedy, generate(model, token_ids, cache_implementation="static"))
 
