@@ -1,0 +1,260 @@
+"""Perplexity of a causal language model, as an `evaluate.Metric`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import datasets
+import evaluate
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from not_hf.errors import NotHFError
+
+_DESCRIPTION = """
+Perplexity (PPL) of texts under a causal language model: the exponential of the mean negative log-likelihood
+(natural logarithm) of their tokens. Texts longer than the window are scored in overlapping windows, none is
+truncated.
+"""
+
+_CITATION = """
+@article{jelinek1977perplexity,
+  title={Perplexity -- a measure of the difficulty of speech recognition tasks},
+  author={Jelinek, F. and Mercer, R. L. and Bahl, L. R. and Baker, J. K.},
+  journal={The Journal of the Acoustical Society of America},
+  volume={62},
+  pages={S63},
+  year={1977},
+  doi={10.1121/1.2016299}
+}
+"""
+
+_INPUTS = """
+Args:
+    predictions (list of str): Texts, each at least one token long (two without start token). To score a corpus
+        as one stream, join it to one text.
+    model (model, str): A causal LM, transplanted or not, used on its own device in its own dtype and given back
+        as it was; or an ID or folder, as `model_id`.
+    model_id (str): Hub ID or folder of a model or of a donor, loaded with `AutoModelForCausalLM`.
+    tokenizer (tokenizer, str): Required with a model object. An ID or folder loads with its own by default.
+    batch_size (int): Windows that go through the model at once. Default 16.
+    add_start_token (bool): Put BOS before each text, so that its first token is predicted too. Default True.
+    device (str): Where to put a model loaded by ID: "cpu", "cuda", ... Default CUDA when available.
+    max_length (int): Tokens per window, BOS included. Default the model's context, at most 1024, which bounds
+        memory and keeps models with different contexts comparable.
+    stride (int): Tokens between the starts of two windows of one text, at most max_length. Default half of
+        max_length.
+
+What is computed: a text of n tokens (BOS included) is cut into windows [b, min(b + max_length, n)) for
+b = 0, stride, 2 stride, ... up to the first that reaches n. A window scores the tokens that no earlier window
+covered, each given all tokens before it in the window. So with stride < max_length every token of a text but its
+first is scored exactly once, with a context of at least max_length - stride tokens wherever the text has that
+many; with stride = max_length the first token of each later window has no context and is not scored
+(https://huggingface.co/docs/transformers/perplexity). Log-probabilities are taken in float32.
+
+Returns a dict:
+    perplexities (list of float): Of each text, exp(its summed NLL / its number of scored tokens).
+    mean_perplexity (float): Their arithmetic mean, as evaluate's own `perplexity` metric gives it.
+    perplexity (float): Of the corpus, exp(summed NLL of all texts / num_tokens): what papers report.
+    num_tokens (int): Number of scored tokens of all texts.
+
+Raises NotHFError (a ValueError) for no texts, texts too short, no model, a model object without tokenizer, or a
+tokenizer without BOS where one is asked for.
+
+Example:
+    >>> from not_hf import perplexity
+    >>> perplexity.compute(predictions=["In the beginning"], model=model, tokenizer=tokenizer)
+    >>> perplexity.compute(predictions=["In the beginning"], model_id="openai-community/gpt2")
+"""
+
+
+class Perplexity(evaluate.Metric):
+    """Perplexity metric that takes a live model or an ID; same interface and numbers as evaluate's `perplexity`.
+
+    See `compute` for arguments, what exactly is computed, and what is returned. Texts are buffered in memory,
+    not in evaluate's locked cache files, so that any number of processes may use it at once; with
+    `num_process > 1` evaluate needs its files and uses them.
+    """
+
+    def __init__(
+        self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs: Any
+    ) -> None:
+        if keep_in_memory is None:
+            keep_in_memory = num_process == 1
+        super().__init__(config_name, keep_in_memory=keep_in_memory, num_process=num_process, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+            reference_urls=["https://huggingface.co/docs/transformers/perplexity"],
+        )
+
+    def compute(
+        self, *, predictions: Iterable[str] | None = None, references: None = None, **kwargs: Any
+    ) -> dict[str, Any] | None:
+        """Compute the perplexity of texts; those given to `add` and `add_batch` before are included."""
+        if predictions is not None:
+            if isinstance(predictions, str):
+                raise NotHFError("predictions is one string; give a list of texts: predictions=[text]")
+            predictions = list(predictions) or None
+            for text in predictions or ():
+                if not isinstance(text, str):
+                    raise NotHFError(f"predictions holds {type(text).__name__}; give a list of texts (str)")
+        if predictions is None and self.writer is None:
+            raise NotHFError("no texts to compute the perplexity of; give predictions=[text, ...]")
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def _compute(
+        self,
+        *,
+        predictions: list[str],
+        model: PreTrainedModel | str | None = None,
+        model_id: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        batch_size: int = 16,
+        add_start_token: bool = True,
+        device: str | None = None,
+        max_length: int | None = None,
+        stride: int | None = None,
+    ) -> dict[str, Any]:
+        model, tokenizer = _load(model, model_id, tokenizer, device)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        max_length = int(min(1024, context)) if max_length is None else max_length
+        stride = max_length // 2 if stride is None else stride
+        if not 2 <= max_length <= context:
+            raise NotHFError(f"max_length is {max_length}; choose 2 to {context}, the model's context")
+        if not 1 <= stride <= max_length:
+            raise NotHFError(f"stride is {stride}; choose 1 to {max_length}, the max_length")
+        if batch_size < 1:
+            raise NotHFError(f"batch_size is {batch_size}; choose at least 1")
+        texts = _encode(predictions, tokenizer, add_start_token)
+        windows = [w for i, ids in enumerate(texts) for w in _windows(i, len(ids), max_length, stride)]
+        nll = [0.0] * len(texts)
+        num_tokens = [0] * len(texts)
+        windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, and memory runs out at once
+        batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            for batch in evaluate.logging.tqdm(batches, desc="Perplexity"):
+                for window, window_nll in zip(batch, _nll(model, texts, batch), strict=True):
+                    nll[window.text] += window_nll
+                    num_tokens[window.text] += window.end - window.scored
+        finally:
+            for module, training in modes:
+                module.training = training
+        perplexities = [_exp(total / count) for total, count in zip(nll, num_tokens, strict=True)]
+        return {
+            "perplexities": perplexities,
+            "mean_perplexity": sum(perplexities) / len(perplexities),
+            "perplexity": _exp(math.fsum(nll) / sum(num_tokens)),
+            "num_tokens": sum(num_tokens),
+        }
+
+
+class _Window(NamedTuple):
+    """Tokens [begin, end) of a text, of which [scored, end) are scored; begin < scored."""
+
+    text: int
+    begin: int
+    scored: int
+    end: int
+
+
+def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterator[_Window]:
+    """The windows of one text that score anything."""
+    covered = 0
+    for begin in range(0, num_tokens, stride):
+        end = min(begin + max_length, num_tokens)
+        scored = max(covered, begin + 1)  # a window's first token has nothing it could be predicted from
+        if scored < end:
+            yield _Window(text, begin, scored, end)
+        covered = end
+
+
+@torch.inference_mode()
+def _nll(model: PreTrainedModel, texts: list[list[int]], batch: list[_Window]) -> list[float]:
+    """Summed negative log-likelihood (nats) of the scored tokens of each window."""
+    longest = max(window.end - window.begin for window in batch)
+    # Padding is on the right, after everything that is scored: positions count from 0, causal attention never
+    # sees it, and any id will do.
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)  # (batch, seq)
+    for row, window in enumerate(batch):
+        length = window.end - window.begin
+        input_ids[row, :length] = torch.tensor(texts[window.text][window.begin : window.end])
+        attention_mask[row, :length] = 1
+    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (batch, seq, vocab)
+    sums = []
+    for row, window in enumerate(batch):  # row by row: one row of float32 logits at a time
+        scored = slice(window.scored - window.begin, window.end - window.begin)
+        predicting = slice(scored.start - 1, scored.stop - 1)
+        targets = input_ids[row, scored].to(logits.device)
+        sums.append(torch.nn.functional.cross_entropy(logits[row, predicting].float(), targets, reduction="sum"))
+    return torch.stack(sums).tolist()
+
+
+def _encode(predictions: list[str], tokenizer: PreTrainedTokenizerBase, add_start_token: bool) -> list[list[int]]:
+    """Token ids of each text without other special tokens than the BOS asked for."""
+    bos = tokenizer.bos_token_id
+    if add_start_token and bos is None:
+        raise NotHFError("the tokenizer has no BOS token; pass add_start_token=False, or set tokenizer.bos_token")
+    start = [bos] if add_start_token else []
+    texts = []
+    for i in range(0, len(predictions), 1000):  # a fast tokenizer's encodings weigh far more than their ids
+        texts += tokenizer(predictions[i : i + 1000], add_special_tokens=False, verbose=False)["input_ids"]
+    texts = [start + list(ids) for ids in texts]
+    short = [i for i, ids in enumerate(texts) if len(ids) < 2]
+    if short:
+        hint = "remove empty texts" if add_start_token else "remove them, or pass add_start_token=True"
+        raise NotHFError(f"{len(short)} of {len(texts)} texts hold no token to predict, first: {short[0]}; {hint}")
+    return texts
+
+
+def _load(
+    model: PreTrainedModel | str | None,
+    model_id: str | None,
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    device: str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer to use, loaded where only their ID or folder is given."""
+    source = model if model_id is None else model_id
+    if source is None or (model is not None and model_id is not None):
+        raise NotHFError("give either model= (a model, an ID or a folder) or model_id= (an ID or a folder)")
+    loaded: Any = source
+    if isinstance(source, torch.nn.Module):
+        if tokenizer is None:
+            raise NotHFError("a model object needs its tokenizer; pass tokenizer=")
+        if device is not None and _device(device).type != source.device.type:
+            raise NotHFError(f"the model is on {source.device}, not {device}; move it with model.to({device!r}) first")
+    else:
+        tokenizer = source if tokenizer is None else tokenizer
+        loaded = AutoModelForCausalLM.from_pretrained(source)
+        loaded.to(_device(device))
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    return loaded, tokenizer
+
+
+def _device(device: str | None) -> torch.device:
+    """The torch device; evaluate's "gpu" is CUDA, and so is the default where there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda" if device == "gpu" else device)
+
+
+def _exp(mean_nll: float) -> float:
+    """Perplexity of a mean NLL in nats; infinite where it leaves the range of floats."""
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        return math.inf
+
+
+perplexity = Perplexity()

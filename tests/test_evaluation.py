@@ -1,0 +1,221 @@
+"""Perplexity against a loop by hand in float64, and against what a caller may not lose."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import not_hf
+from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf.evaluation import Perplexity, perplexity
+
+CONTEXT = 32
+# from one token to several windows
+TEXTS = ["In", "the beginning was the word"] + [f"verse {i}" + " and the word" * (9 * i % 40) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's: BOS = EOS = 0, no pad token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=64, special_tokens=["<|end|>"], show_progress=False)
+    bpe.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|end|>", eos_token="<|end|>", model_max_length=CONTEXT
+    )
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "opt"])
+def model(request):
+    """Learned, rotary and mask-derived positions; initialized widely, so that every detail shows in the numbers."""
+    torch.manual_seed(0)
+    ids = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+    if request.param == "gpt2":
+        size = {"n_positions": CONTEXT, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+        return GPT2LMHeadModel(GPT2Config(**ids, **size)).eval()
+    size = {"max_position_embeddings": CONTEXT, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if request.param == "llama":
+        return LlamaForCausalLM(LlamaConfig(**ids, **size, intermediate_size=32, initializer_range=0.3)).eval()
+    return OPTForCausalLM(
+        OPTConfig(**ids, **size, ffn_dim=32, word_embed_proj_dim=16, pad_token_id=1, init_std=0.3)
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def gpt2(tokenizer):
+    config = GPT2Config(
+        vocab_size=64, n_positions=CONTEXT, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def by_hand(model, tokenizer, texts, *, max_length, stride, bos=True) -> tuple[list[float], float, int]:
+    """Perplexity of each text, of all, and the number of tokens: one text, window and token at a time, in fp64."""
+    model = copy.deepcopy(model).double()
+    perplexities, total, num_tokens = [], 0.0, 0
+    for text in texts:
+        ids = [0] * bos + tokenizer(text, verbose=False)["input_ids"]
+        nll, covered = [], 0
+        for begin in range(0, len(ids), stride):
+            window = ids[begin : begin + max_length]
+            with torch.no_grad():
+                logits = model(torch.tensor([window])).logits[0]  # (seq, vocab)
+            for place in range(1, len(window)):
+                if begin + place >= covered:
+                    nll.append(-math.log(torch.softmax(logits[place - 1], 0)[window[place]]))
+            covered = begin + len(window)
+            if covered == len(ids):
+                break
+        perplexities.append(math.exp(sum(nll) / len(nll)))
+        total, num_tokens = total + sum(nll), num_tokens + len(nll)
+    return perplexities, math.exp(total / num_tokens), num_tokens
+
+
+@pytest.mark.parametrize(
+    "window",
+    [{}, {"max_length": 16, "stride": 5}, {"max_length": 16, "stride": 15}, {"max_length": 16, "stride": 16}],
+    ids=["default", "overlap", "one", "none"],
+)
+def test_numbers_are_those_by_hand(model, tokenizer, window):
+    expected = {"max_length": CONTEXT, "stride": CONTEXT // 2} | window
+    each, corpus, num_tokens = by_hand(model, tokenizer, TEXTS, **expected)
+    lengths = [len(ids) for ids in tokenizer(TEXTS, verbose=False)["input_ids"]]
+    assert max(lengths) > 2 * CONTEXT
+    for batch_size in (1, 5, 16):
+        result = perplexity.compute(
+            predictions=TEXTS, model=model, tokenizer=tokenizer, batch_size=batch_size, **window
+        )
+        assert result.keys() == {"perplexities", "mean_perplexity", "perplexity", "num_tokens"}
+        assert result["perplexities"] == pytest.approx(each, rel=1e-5)
+        assert result["mean_perplexity"] == pytest.approx(sum(each) / len(each), rel=1e-5)
+        assert result["perplexity"] == pytest.approx(corpus, rel=1e-5)
+        assert result["num_tokens"] == num_tokens
+    if expected["stride"] < expected["max_length"]:
+        assert num_tokens == sum(lengths)  # every token once
+
+
+def test_without_start_token(gpt2, tokenizer):
+    texts = TEXTS[1:]
+    each, corpus, num_tokens = by_hand(gpt2, tokenizer, texts, max_length=CONTEXT, stride=16, bos=False)
+    result = perplexity.compute(predictions=texts, model=gpt2, tokenizer=tokenizer, add_start_token=False)
+    assert result["perplexities"] == pytest.approx(each, rel=1e-5)
+    assert (result["perplexity"], result["num_tokens"]) == (pytest.approx(corpus, rel=1e-5), num_tokens)
+
+
+def test_low_precision_logits_are_summed_in_float32(gpt2, tokenizer):
+    half = copy.deepcopy(gpt2).bfloat16()
+    seen = []
+    handle = half.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.dtype))
+    result = perplexity.compute(predictions=TEXTS[:1], model=half, tokenizer=tokenizer)
+    handle.remove()
+    assert seen == [torch.bfloat16]
+    ids = torch.tensor([[0, *tokenizer(TEXTS[0])["input_ids"]]])
+    with torch.no_grad():
+        log_probabilities = half(ids).logits[0].double().log_softmax(-1)
+    nll = -sum(log_probabilities[i, ids[0, i + 1]] for i in range(ids.shape[1] - 1)) / (ids.shape[1] - 1)
+    assert result["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
+
+
+def test_a_hopeless_model_is_infinitely_perplexed(gpt2, tokenizer):
+    broken = copy.deepcopy(gpt2)
+    broken.lm_head.weight.data *= 1e6
+    assert perplexity.compute(predictions=TEXTS[1:2], model=broken, tokenizer=tokenizer)["perplexity"] == math.inf
+
+
+def test_model_and_tokenizer_come_back_as_they_were(gpt2, tokenizer):
+    model = copy.deepcopy(gpt2).train()
+    model.transformer.h[0].eval()  # frozen part, as trainers leave it
+    modes = [module.training for module in model.modules()]
+    state = pickle.dumps(tokenizer)
+    first = perplexity.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)
+    assert [module.training for module in model.modules()] == modes
+    assert pickle.dumps(tokenizer) == state
+    assert tokenizer.pad_token is None
+    assert first == perplexity.compute(predictions=TEXTS, model=gpt2, tokenizer=tokenizer)  # no dropout
+
+    model.lm_head.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        perplexity.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)
+    assert [module.training for module in model.modules()] == modes
+    assert first == perplexity.compute(predictions=TEXTS, model=gpt2, tokenizer=tokenizer)  # no text left behind
+
+
+def test_by_id_and_through_evaluate(gpt2, tokenizer, tmp_path):
+    expected = perplexity.compute(predictions=TEXTS, model=gpt2, tokenizer=tokenizer)
+    gpt2.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert perplexity.compute(predictions=TEXTS, model_id=str(tmp_path), device="cpu") == expected
+    assert perplexity.compute(predictions=TEXTS, model=tmp_path, tokenizer=tokenizer, device="cpu") == expected
+    loaded = evaluate.load(str(Path(not_hf.__file__).parent / "evaluation.py"))
+    assert loaded.compute(predictions=TEXTS, model_id=str(tmp_path), device="cpu") == expected
+
+
+def test_donors_and_transplanted_models(gpt2, tokenizer, tmp_path):
+    gpt2.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    donor = DonorModel.from_base(str(tmp_path / "base"), layers=(0, 1), init="identity")
+    donor.save_pretrained(tmp_path / "donor")
+    expected = perplexity.compute(predictions=TEXTS, model=gpt2, tokenizer=tokenizer)
+    model = TransplantedForCausalLM.from_pretrained(str(tmp_path / "base"), donor)
+    assert perplexity.compute(predictions=TEXTS, model=model, tokenizer=tokenizer) == expected
+    assert perplexity.compute(predictions=TEXTS, model_id=str(tmp_path / "donor"), device="cpu") == expected
+
+
+def test_is_a_metric_without_cache_files(gpt2, tokenizer, tmp_path):
+    assert isinstance(perplexity, evaluate.Metric)
+    assert not_hf.perplexity is perplexity
+    assert "stride" in perplexity.compute.__doc__
+    metric = Perplexity(cache_dir=str(tmp_path))
+    expected = metric.compute(predictions=TEXTS[:3], model=gpt2, tokenizer=tokenizer)
+    metric.add(prediction=TEXTS[0])
+    metric.add_batch(predictions=TEXTS[1:3])
+    assert metric.compute(model=gpt2, tokenizer=tokenizer) == expected
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # so processes cannot get in each other's way
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"predictions": []}, "no texts to compute the perplexity of"),
+        ({"predictions": None}, "no texts to compute the perplexity of"),
+        ({"predictions": "a text"}, "predictions is one string"),
+        ({"predictions": ["a", None]}, "predictions holds NoneType"),
+        ({"predictions": ["word", ""]}, "1 of 2 texts hold no token to predict, first: 1; remove empty texts"),
+        ({"predictions": ["the"], "add_start_token": False}, "first: 0; remove them, or pass add_start_token=True"),
+        ({"tokenizer": None}, "a model object needs its tokenizer"),
+        ({"model": None}, "give either model="),
+        ({"model_id": "gpt2"}, "give either model="),
+        ({"device": "meta"}, "the model is on cpu, not meta"),
+        ({"max_length": 1}, "max_length is 1; choose 2 to 32"),
+        ({"max_length": 33}, "max_length is 33; choose 2 to 32"),
+        ({"stride": 0}, "stride is 0; choose 1 to 32"),
+        ({"stride": 33}, "stride is 33; choose 1 to 32"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_says_what_is_wrong(gpt2, tokenizer, change, message):
+    with pytest.raises(NotHFError, match=message):
+        perplexity.compute(**{"predictions": TEXTS, "model": gpt2, "tokenizer": tokenizer} | change)
+
+
+def test_asks_for_a_start_token(gpt2, tokenizer):
+    no_bos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(NotHFError, match="no BOS token; pass add_start_token=False"):
+        perplexity.compute(predictions=TEXTS, model=gpt2, tokenizer=no_bos)
