@@ -1,27 +1,30 @@
 """Neural Organ Transplantation (arXiv 2601.13580) for Hugging Face transformers.
 
-Importing the package registers donors with the AutoClasses; nothing else happens.
+Importing the package registers donors with the AutoClasses; nothing else happens. What it exports is imported on
+first use, so that `import not_hf` costs no more than `import transformers`.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-from not_hf.compatibility import check_compatibility
-from not_hf.config import DonorConfig
-from not_hf.donor import DonorModel
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError, UnsupportedArchitectureError
-from not_hf.tokenizer import DonorTokenizer
-from not_hf.transplant import TransplantedForCausalLM
+from not_hf.registration import register_config
 from not_hf.version import __version__
 
 if TYPE_CHECKING:
+    from not_hf.compatibility import check_compatibility
+    from not_hf.config import DonorConfig
+    from not_hf.donor import DonorModel
     from not_hf.evaluation import perplexity
+    from not_hf.transplant import TransplantedForCausalLM
 
-AutoConfig.register(DonorConfig.model_type, DonorConfig, exist_ok=True)
-AutoModel.register(DonorConfig, DonorModel, exist_ok=True)
-AutoModelForCausalLM.register(DonorConfig, TransplantedForCausalLM, exist_ok=True)
-AutoTokenizer.register(DonorConfig, DonorTokenizer, exist_ok=True)
+_LAZY = {
+    "DonorConfig": "not_hf.config",
+    "DonorModel": "not_hf.donor",
+    "TransplantedForCausalLM": "not_hf.transplant",
+    "check_compatibility": "not_hf.compatibility",
+    "perplexity": "not_hf.evaluation",
+}
 
 __all__ = [
     "CorruptDonorError",
@@ -36,11 +39,16 @@ __all__ = [
     "perplexity",
 ]
 
+register_config()
+
 
 def __getattr__(name: str) -> Any:
-    """Load on first use what would make the import slow."""
-    if name == "perplexity":
-        from not_hf.evaluation import perplexity
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
 
-        return perplexity
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

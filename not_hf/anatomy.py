@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,7 +62,7 @@ class Stack:
 
     @property
     def config(self) -> PreTrainedConfig:
-        return self.owner.config
+        return cast(PreTrainedConfig, self.owner.config)
 
 
 def find_stack(model: PreTrainedModel) -> Stack:
@@ -84,7 +84,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
     ]
     paths = [path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths)]
     if len(paths) > 1:
-        paths = [p for p in paths if isinstance(model.get_submodule(p)[0], GradientCheckpointingLayer)]
+        paths = [p for p in paths if isinstance(next(model.get_submodule(p).children()), GradientCheckpointingLayer)]
     if len(paths) != 1:
         found = "no list" if not paths else "several lists (" + ", ".join(paths) + ")"
         raise UnsupportedArchitectureError(f"{kind} has {found} of num_hidden_layers={num_layers} layers")

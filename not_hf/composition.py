@@ -33,7 +33,9 @@ def located(hub_kwargs: Mapping[str, Any], revision: str | None, subfolder: str 
 
 def read_config(donor: DonorSource, hub_kwargs: Mapping[str, Any]) -> DonorConfig:
     """The config of a donor model, folder or Hub ID."""
-    return donor.config if isinstance(donor, DonorModel) else DonorConfig.from_pretrained(donor, **hub_kwargs)
+    if isinstance(donor, DonorModel):
+        return donor.config
+    return DonorConfig.from_pretrained(donor, **hub_kwargs)
 
 
 def organ_sources(

@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.registration import register_models
 from not_hf.version import __version__
 
 MODES = ("insert", "replace")
@@ -55,6 +56,7 @@ class DonorConfig(PreTrainedConfig):
     donors: list[dict[str, Any]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        register_models()
         self.not_hf_version = self.not_hf_version or __version__
         super().__post_init__(**kwargs)
 
@@ -71,7 +73,7 @@ class DonorConfig(PreTrainedConfig):
         return values, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> DonorConfig:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # (config, unused kwargs) when asked for
         """As in transformers, but values of a wrong type raise `CorruptDonorError`."""
         try:
             return super().from_dict(config_dict, **kwargs)
@@ -83,9 +85,15 @@ class DonorConfig(PreTrainedConfig):
         return {**super().to_diff_dict(), "mode": self.mode, "init": self.init}
 
     @property
+    def span(self) -> tuple[int, int]:
+        """`layers` as a tuple `(i, j)`, half open."""
+        i, j = self.layers or (0, 0)
+        return i, j
+
+    @property
     def num_organ_layers(self) -> int:
         """Number of layers in the organ, `k = j - i`."""
-        return 0 if self.layers is None else self.layers[1] - self.layers[0]
+        return self.span[1] - self.span[0]
 
     def native_config(self, which: str = "organ_config") -> PreTrainedConfig:
         """The base's (`"base_config"`) or the organ's (`"organ_config"`) config as its native class.
@@ -94,6 +102,8 @@ class DonorConfig(PreTrainedConfig):
             CorruptDonorError: The dict is missing or the native class refuses it.
             UnsupportedArchitectureError: transformers does not know its `model_type`.
         """
+        from transformers import AutoConfig  # its table of classes asks for this module, see registration
+
         values = dict(getattr(self, which) or {})
         model_type = values.pop("model_type", None)
         if not isinstance(model_type, str):

@@ -5,32 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.hub import resolve_revision
 
-from not_hf.anatomy import (
-    NEUTRAL_EMBEDDING,
-    Stack,
-    find_stack,
-    fingerprint,
-    meta_twin,
-    output_projections,
-    spliced_config,
-)
+from not_hf.anatomy import NEUTRAL_EMBEDDING, Stack, find_stack, output_projections
 from not_hf.card import write_card
-from not_hf.checkpoint import FLOAT_DTYPES, layer_pattern, open_checkpoint, renumber_layers
-from not_hf.config import INITS, MODES, DonorConfig
-from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.checkpoint import FLOAT_DTYPES, open_checkpoint
+from not_hf.config import DonorConfig
+from not_hf.cutting import HUB_KWARGS, LiveBase, cut_config, open_base, resolve_commit
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
 from not_hf.sharing import push_folder
 
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# of push_to_hub, which save_pretrained(push_to_hub=True) takes as well
+PUSH_KWARGS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 class DonorModel(PreTrainedModel):
@@ -47,6 +40,7 @@ class DonorModel(PreTrainedModel):
         UnsupportedArchitectureError: The architecture has no decoder stack that can be cut.
     """
 
+    config: DonorConfig
     config_class = DonorConfig
     base_model_prefix = "organ"
     main_input_name = "inputs_embeds"
@@ -82,7 +76,7 @@ class DonorModel(PreTrainedModel):
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """An organ has no embeddings."""
 
-    def get_output_embeddings(self) -> None:  # type: ignore[override]
+    def get_output_embeddings(self) -> None:
         """An organ has no head."""
 
     def forward(
@@ -148,61 +142,20 @@ class DonorModel(PreTrainedModel):
             UnsupportedArchitectureError: The base cannot give layers, or `init="identity"` cannot make them a no-op.
             OSError: The base cannot be read.
         """
-        if isinstance(base, PreTrainedModel):
-            if hub_kwargs:
-                raise TypeError(f"{', '.join(hub_kwargs)}: only for a base that is read from a folder or the Hub")
-            if getattr(base, "active_donors", None):
-                raise NotHFError("the live model carries organs; unload() or merge_and_unload() it, then cut")
-            name, revision, base_config = base.config.name_or_path or None, None, base.config
-            stack, prefix = find_stack(base), base.base_model_prefix
-        else:
-            name = os.fspath(base)
-            _check_hub_kwargs(hub_kwargs)
-            resolved = resolve_revision(
-                name,
-                hub_kwargs.get("revision"),
-                token=hub_kwargs.get("token"),
-                local_files_only=hub_kwargs.get("local_files_only", False),
-                cache_dir=hub_kwargs.get("cache_dir"),
-            )
-            revision = getattr(resolved, "resolved", None)
-            hub_kwargs["revision"] = resolved
-            base_config = AutoConfig.from_pretrained(name, **hub_kwargs)
-            if isinstance(base_config, DonorConfig):
-                raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
-            twin = meta_twin(base_config)
-            stack, prefix = find_stack(twin), twin.base_model_prefix
-
-        config = _donor_config(base_config, layers, position, mode, init)
-        config.base_model_name_or_path, config.base_revision, config.domain = name, revision, domain
-        if getattr(base_config, "quantization_config", None) is not None:
-            raise UnsupportedArchitectureError(
-                f"{name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"
-            )
-        span = (config.layers[0], config.layers[1])
-        path = stack.path.removeprefix(f"{prefix}.")
-        if isinstance(base, PreTrainedModel):
-            state = {
-                f"organ.{path}.{n}.{key}": tensor.detach().clone()
-                for n, layer in enumerate(stack.layers[span[0] : span[1]])
-                for key, tensor in layer.state_dict().items()
-            }
-            if any(tensor.is_meta for tensor in state.values()):
-                raise NotHFError("the live model is offloaded; cut the organ from its folder or Hub ID instead")
-            organ = cls._load(config, state, dtype, str(name)).to(next(iter(state.values())).device)
-        else:
-            pattern = layer_pattern(prefix, path)
-            views = open_checkpoint(name, lambda key: pattern.match(key) is not None, **hub_kwargs)
-            renumbered, seen = renumber_layers(views, prefix, path, span)
-            if absent := set(range(*span)) - seen:
-                raise CorruptDonorError(f"{name} has no tensors for layers {sorted(absent)} under {path}")
-            organ = cls._load(config, {f"organ.{key}": view for key, view in renumbered.items()}, dtype, name)
+        source = open_base(base, **hub_kwargs)
+        config = cut_config(source, layers, position, mode, init)
+        config.domain = domain
+        tensors = source.tensors(config.span)
+        state = {f"{cls.base_model_prefix}.{name}": tensor for name, tensor in tensors.items()}
+        organ = cls._load(config, state, dtype, str(source.name))
+        if isinstance(source, LiveBase):
+            nn.Module.to(organ, source.model.device)
         if init == "identity":
             _make_identity(organ)
         return organ
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *model_args: Any,
@@ -221,13 +174,7 @@ class DonorModel(PreTrainedModel):
             return super().from_pretrained(None, *model_args, config=config, dtype=dtype, **kwargs)
         source = os.fspath(pretrained_model_name_or_path)
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        hub_kwargs["revision"] = resolve_revision(
-            source,
-            hub_kwargs.get("revision"),
-            token=hub_kwargs.get("token"),
-            local_files_only=hub_kwargs.get("local_files_only", False),
-            cache_dir=hub_kwargs.get("cache_dir"),
-        )
+        hub_kwargs["revision"] = resolve_commit(source, hub_kwargs)
         for auto in ("_from_auto", "_from_pipeline", "adapter_kwargs", "trust_remote_code"):
             kwargs.pop(auto, None)
         if not isinstance(config, DonorConfig):
@@ -255,11 +202,11 @@ class DonorModel(PreTrainedModel):
         if not state:
             raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
         if dtype in (None, "auto"):
-            dtype = next(_dtype_of(tensor) for tensor in state.values() if _dtype_of(tensor) is not None)
+            dtype = next(filter(None, map(_dtype_of, state.values())), torch.float32)
         wants_info = kwargs.pop("output_loading_info", False)
         try:
             with _without_load_report():
-                organ, info = super().from_pretrained(
+                loaded: Any = super().from_pretrained(
                     None,
                     *model_args,
                     config=config,
@@ -271,6 +218,7 @@ class DonorModel(PreTrainedModel):
                 )
         except RuntimeError as error:  # tensors that cannot be brought into the module's layout
             raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+        organ, info = loaded
         problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
         problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
         problems += [
@@ -287,7 +235,7 @@ class DonorModel(PreTrainedModel):
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CorruptDonorError(f"{source}: {'; '.join(problems[:5])}{more}")
         organ.config.name_or_path = source
-        return (organ, info) if wants_info else organ
+        return loaded if wants_info else organ
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -310,38 +258,43 @@ class DonorModel(PreTrainedModel):
         Raises:
             CorruptDonorError: A tensor is empty or not materialized; nothing is written then.
         """
-        tensors = self.state_dict() if state_dict is None else state_dict
-        hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
-        if hollow:
-            raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
-        push_kwargs = {key: kwargs.pop(key) for key in (*_PUSH_KWARGS, "repo_id") if key in kwargs}
-        if "token" in push_kwargs and not push_to_hub:
-            push_kwargs.pop("token")
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        num_parameters = sum(tensor.numel() for tensor in tensors.values())
-        super().save_pretrained(
-            save_directory, is_main_process, dict(tensors), max_shard_size=max_shard_size, **kwargs
-        )
-        if is_main_process:
-            write_card(save_directory, self.config, num_parameters=num_parameters, size=size)
-            base = self.config.base_model_name_or_path
-            if base is not None and os.path.isdir(base):
-                with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
-                    AutoTokenizer.from_pretrained(base).save_pretrained(save_directory)
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        push_kwargs = {key: kwargs.pop(key) for key in PUSH_KWARGS if key in kwargs}
+        self.save_donor(save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
         if push_to_hub:
-            repo_id = push_kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, max_shard_size=max_shard_size, **push_kwargs)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any) -> CommitInfo:  # type: ignore[override]
         """Push the organ and its card to the Hub as one commit. Arguments as in `PreTrainedModel.push_to_hub`."""
-        return push_folder(
-            lambda folder: self.save_pretrained(folder, max_shard_size=max_shard_size), repo_id, **kwargs
-        )
 
+        def save(folder: str, repo_id: str) -> None:
+            self.save_donor(folder, repo_id=repo_id, max_shard_size=max_shard_size)
 
-_PUSH_KWARGS = (
-    "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags",
-)  # fmt: skip
+        return push_folder(save, repo_id, **kwargs)
+
+    def save_donor(
+        self,
+        folder: str | os.PathLike[str],
+        is_main_process: bool = True,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """`save_pretrained` without the push; `repo_id` is where the card says the organ lies."""
+        tensors = self.state_dict() if tensors is None else tensors
+        hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
+        if hollow:
+            raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
+        super().save_pretrained(folder, is_main_process, dict(tensors), **kwargs)
+        if not is_main_process:
+            return
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        num_parameters = sum(tensor.numel() for tensor in tensors.values())
+        write_card(folder, self.config, num_parameters, size, repo_id)
+        base = self.config.base_model_name_or_path
+        if base is not None and os.path.isdir(base):
+            with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
+                AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 class _Passthrough(nn.Module):
@@ -382,45 +335,6 @@ def _make_identity(organ: DonorModel) -> None:
                 f"layers of model_type {organ.stack.config.model_type!r} do not become a no-op when their output "
                 "projections are zero; use init='copy'"
             )
-
-
-def _donor_config(
-    base_config: PreTrainedConfig, layers: Sequence[int], position: int | None, mode: str, init: str
-) -> DonorConfig:
-    num_layers = base_config.num_hidden_layers
-    span = list(layers)
-    if len(span) != 2 or not all(isinstance(n, int) for n in span) or not 0 <= span[0] < span[1] <= num_layers:
-        raise NotHFError(f"layers must be a half-open span (i, j) with 0 <= i < j <= {num_layers}, got {layers!r}")
-    if mode not in MODES or init not in INITS:
-        raise NotHFError(f"mode must be one of {MODES} and init one of {INITS}, got {mode!r} and {init!r}")
-    if position is None:
-        position = span[1] if mode == "insert" else span[0]
-    last = num_layers if mode == "insert" else num_layers - (span[1] - span[0])
-    if not isinstance(position, int) or not 0 <= position <= last:
-        raise NotHFError(f"position must be between 0 and {last} to {mode} {span[1] - span[0]} layers, got {position}")
-    organ_config = spliced_config(base_config, [(base_config, n) for n in range(*span)])
-    return DonorConfig(
-        layers=span,
-        position=position,
-        mode=mode,
-        init=init,
-        base_config=_plain(base_config),
-        organ_config=_plain(organ_config),
-        fingerprint=fingerprint(base_config),
-    )
-
-
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
-    """A native config as a dict that survives JSON, without what says nothing about the layers."""
-    values = config.to_dict()
-    for key in ("id2label", "label2id", "_name_or_path", "architectures", "transformers_version"):
-        values.pop(key, None)
-    return {"model_type": config.model_type, **values}
-
-
-def _check_hub_kwargs(hub_kwargs: dict[str, Any]) -> None:
-    if unknown := hub_kwargs.keys() - set(HUB_KWARGS):
-        raise TypeError(f"from_base() got unexpected arguments: {', '.join(sorted(unknown))}")
 
 
 def _dtype_of(tensor: Any) -> torch.dtype | None:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 
 
 def push_folder(
-    save: Callable[[str], None],
+    save: Callable[[str, str], None],
     repo_id: str,
     *,
     commit_message: str | None = None,
@@ -23,12 +23,14 @@ def push_folder(
     create_pr: bool = False,
     tags: list[str] | None = None,
 ) -> CommitInfo:
-    """Upload what `save(folder)` writes, as one commit. Nothing is sent when saving fails.
+    """Upload what `save(folder, repo_id)` writes, as one commit. Nothing is sent when saving fails.
 
     The arguments are those of `transformers`' `push_to_hub`. A `README.md` already in the repo is handed to `save`,
     which may update it.
     """
     api = HfApi(token=token)
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
     with tempfile.TemporaryDirectory() as folder:
         try:
             # hf_hub_download would link into the cache: copy, so that the update stays in the temporary folder
@@ -36,12 +38,12 @@ def push_folder(
             Path(folder, "README.md").write_text(text, encoding="utf-8")
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
             pass  # the first push of this repo, branch or card
-        save(folder)
+        save(folder, repo_id)
         if tags:
             card = ModelCard.load(path := os.path.join(folder, "README.md"))
             card.data.tags = sorted({*(card.data.tags or []), *tags})
             card.save(path)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(

@@ -43,9 +43,14 @@ class Organ:
         self.native_config = self.config.native_config()
 
     @property
+    def position(self) -> int:
+        """Where it stands, in the recipient's own layers."""
+        return self.config.position or 0
+
+    @property
     def span(self) -> range:
         """The recipient layers it replaces; empty for an insertion."""
-        return range(self.config.position, self.config.position + (len(self.layers) * (self.config.mode == "replace")))
+        return range(self.position, self.position + (len(self.layers) if self.config.mode == "replace" else 0))
 
 
 Placed = tuple[nn.Module, Slot]
@@ -98,7 +103,7 @@ class Surgery:
         inside = {n for organ in chosen for n in organ.span[1:]}
         placed: list[Placed] = []
         for n in range(len(self.base_layers) + 1):
-            for organ in (organ for organ in chosen if organ.config.position == n):
+            for organ in (organ for organ in chosen if organ.position == n):
                 if n in inside:
                     raise IncompatibleDonorError(f"position {n} lies inside a span that another organ replaces")
                 placed += [(layer, (organ.native_config, i)) for i, layer in enumerate(organ.layers)]
@@ -143,7 +148,7 @@ class Surgery:
 
         Only those that any stack so far has changed; worked out once per stack, since it builds a twin.
         """
-        signature = tuple((name, *self.organs[name].span, self.organs[name].config.position) for name in self.active)
+        signature = tuple((name, *self.organs[name].span, self.organs[name].position) for name in self.active)
         if signature not in self._derived:
             base = outer_attributes(self.twin(self.plan([])), self.path)
             here = outer_attributes(self.twin(placed), self.path)
@@ -181,4 +186,4 @@ def _forget_capture_hooks(model: PreTrainedModel, parked: Iterable[nn.Module]) -
             if getattr(hook, "__name__", "") == "output_capturing_hook":
                 del module._forward_hooks[key]
     for owner in owners:
-        owner._output_capturing_hooks_installed = False
+        vars(owner)["_output_capturing_hooks_installed"] = False

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from not_hf.config import DonorConfig
-from not_hf.donor import HUB_KWARGS
+from not_hf.cutting import HUB_KWARGS
 from not_hf.errors import NotHFError
 
 

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -22,19 +22,19 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from not_hf.card import write_card
 from not_hf.compatibility import require_compatibility
 from not_hf.composition import (
     DonorSource,
     OrganSource,
-    composition_config,
     located,
     organ_sources,
     read_config,
 )
 from not_hf.config import DonorConfig
-from not_hf.donor import HUB_KWARGS, DonorModel
+from not_hf.cutting import HUB_KWARGS
+from not_hf.donor import PUSH_KWARGS, DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError
+from not_hf.saving import save_organs
 from not_hf.sharing import push_folder
 from not_hf.splice import Organ, Surgery
 
@@ -44,7 +44,13 @@ logger = logging.getLogger(__name__)
 SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
 
 
-class TransplantedForCausalLM:
+if TYPE_CHECKING:
+    _Native = PreTrainedModel  # each instance is of a native class as well
+else:
+    _Native = object
+
+
+class TransplantedForCausalLM(_Native):
     """A causal LM with organs. Made by `from_pretrained`, never by its constructor.
 
     Besides what follows, an instance is a full model of its native class (`LlamaForCausalLM`, …).
@@ -54,7 +60,7 @@ class TransplantedForCausalLM:
     _surgery: Surgery
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | PreTrainedModel,
         donor: DonorSource | None = None,
@@ -110,13 +116,15 @@ class TransplantedForCausalLM:
             donor = os.fspath(pretrained_model_name_or_path)
             donor_revision = donor_revision or base_kwargs.pop("revision", None)
             donor_subfolder = donor_subfolder or base_kwargs.pop("subfolder", None)
-            given = isinstance(config, DonorConfig)
-            donor_config = config if given else read_config(donor, located(shared, donor_revision, donor_subfolder))
+            if isinstance(config, DonorConfig):
+                donor_config = config
+            else:
+                donor_config = read_config(donor, located(shared, donor_revision, donor_subfolder))
             if donor_config.base_model_name_or_path is None:
                 raise NotHFError(f"{donor} does not name its base; give it: from_pretrained(base, {donor!r})")
             base, base_kwargs["revision"] = donor_config.base_model_name_or_path, donor_config.base_revision
             # AutoModelForCausalLM moves those of its arguments that the donor's config also has into that config
-            if given and donor_config.donors is None:
+            if donor_config is config and donor_config.donors is None:
                 position = donor_config.position if position is None else position
                 mode = mode or donor_config.mode
             for key in ("attn_implementation", "experts_implementation"):
@@ -178,7 +186,7 @@ class TransplantedForCausalLM:
         require_compatibility(config, surgery.base_config, position, mode)
         config = copy.deepcopy(config)
         config.position, config.mode = position, mode
-        neighbour = surgery.base_layers[min(config.position, len(surgery.base_layers) - 1)]
+        neighbour = surgery.base_layers[min(position or 0, len(surgery.base_layers) - 1)]
         if isinstance(donor, DonorModel):
             layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
         else:
@@ -202,10 +210,7 @@ class TransplantedForCausalLM:
             NotHFError: A name is not loaded.
             IncompatibleDonorError: They overlap; nothing is changed.
         """
-        names = [donor_names] if isinstance(donor_names, str) else list(donor_names)
-        organs = self._surgery.organs
-        if unknown := [name for name in names if name not in organs]:
-            raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
+        names, organs = self._named(donor_names), self._surgery.organs
         self._surgery.plan([organ for name, organ in organs.items() if name in names])
         for name, organ in organs.items():
             organ.active = name in names
@@ -224,10 +229,8 @@ class TransplantedForCausalLM:
 
     def delete_donor(self, donor_name: str) -> None:
         """Take an organ out for good; the others stay as if it had never been there."""
-        if donor_name not in self._surgery.organs:
-            raise NotHFError(f"no donor named {donor_name}; loaded are {', '.join(self._surgery.organs) or 'none'}")
-        organ = self._surgery.organs[donor_name]
-        organ.active = False
+        self._named(donor_name)
+        self._surgery.organs[donor_name].active = False
         self._surgery.apply(self)
         del self._surgery.organs[donor_name]
 
@@ -284,7 +287,7 @@ class TransplantedForCausalLM:
 
     # ------------------------------------------------------------- save and load
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         selected_donors: Sequence[str] | None = None,
@@ -305,27 +308,17 @@ class TransplantedForCausalLM:
             push_to_hub: Push afterwards to `repo_id` (default: the folder's name).
             max_shard_size: Past this size an organ's weights are sharded.
         """
-        organs = self._surgery.organs
-        names = list(organs) if selected_donors is None else list(selected_donors)
-        if unknown := [name for name in names if name not in organs]:
-            raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
+        names = self._named(selected_donors)
         if not names:
             raise NotHFError("no organ is loaded; use merge_and_unload() or unload() to save a native model")
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        push_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in _PUSH_ONLY}
-        states = {name: self._organ_state(name, state_dict) for name in names}
-        options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size}
-        for name in names:
-            folder = save_directory if len(names) == 1 else os.path.join(save_directory, name)
-            _donor_shell(organs[name]).save_pretrained(folder, state_dict=states[name], **options)
-        if len(names) > 1 and is_main_process:
-            config = composition_config({name: organs[name].config for name in names})
-            config.save_pretrained(save_directory)
-            write_card(save_directory, config)
+        push_kwargs = {key: kwargs.pop(key) for key in PUSH_KWARGS if key in kwargs}
+        options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **kwargs}
+        save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
         if push_to_hub:
             self.push_to_hub(repo_id, selected_donors=names, max_shard_size=max_shard_size, **push_kwargs)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -334,9 +327,10 @@ class TransplantedForCausalLM:
         **kwargs: Any,
     ) -> CommitInfo:
         """Push the organs and their cards as one commit. Arguments as in `PreTrainedModel.push_to_hub`."""
+        names = self._named(selected_donors)
 
-        def save(folder: str) -> None:
-            self.save_pretrained(folder, selected_donors, max_shard_size=max_shard_size)
+        def save(folder: str, repo_id: str) -> None:
+            save_organs(self, self._surgery, names, folder, repo_id=repo_id, max_shard_size=max_shard_size)
 
         return push_folder(save, repo_id, **kwargs)
 
@@ -345,7 +339,7 @@ class TransplantedForCausalLM:
     ) -> _IncompatibleKeys:
         """As in torch; also takes what `save_pretrained` wrote for the one loaded organ: `Trainer` hands it back."""
         if not state_dict or not all(key.startswith(f"{DonorModel.base_model_prefix}.") for key in state_dict):
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
         if len(self._surgery.organs) != 1:
             raise NotHFError("an organ's checkpoint fits a model with exactly one organ; use load_donor")
         (organ,) = self._surgery.organs.values()
@@ -354,36 +348,28 @@ class TransplantedForCausalLM:
             layer.load_state_dict(source.state_dict())
         return _IncompatibleKeys([], [])
 
-    def _organ_state(self, name: str, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """The organ's tensors by `DonorModel`'s names, from the whole model's `state_dict` where it has them."""
-        organ, path = self._surgery.organs[name], self._surgery.path
-        places = {id(layer): n for n, layer in enumerate(self._surgery.stack(self).layers)}
-        prefix = f"{DonorModel.base_model_prefix}.{path.removeprefix(f'{self.base_model_prefix}.')}"
-        tensors: dict[str, torch.Tensor] = {}
-        for n, layer in enumerate(organ.layers):
-            place = f"{path}.{places.get(id(layer))}."
-            given = (
-                {}
-                if state_dict is None
-                else {k.removeprefix(place): v for k, v in state_dict.items() if k.startswith(place)}
-            )
-            tensors |= {f"{prefix}.{n}.{key}": value for key, value in (given or layer.state_dict()).items()}
-        return tensors
-
     # ------------------------------------------------------------------ plumbing
+
+    def _named(self, names: str | Sequence[str] | None) -> list[str]:
+        """Names of loaded organs, all of them for `None`."""
+        organs = self._surgery.organs
+        chosen = list(organs) if names is None else [names] if isinstance(names, str) else list(names)
+        if unknown := [name for name in chosen if name not in organs]:
+            raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
+        return chosen
 
     def _release(self) -> PreTrainedModel:
         """Back to the native class."""
         native = self._surgery.native_class
         del self._surgery
-        self.__class__ = native
-        return self  # type: ignore[return-value]
+        self.__class__ = native  # type: ignore[assignment]
+        return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TransplantedForCausalLM:
         """`to()`, `half()`, … reach the layers that are not in the stack as well."""
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        super()._apply(fn, recurse)
         if recurse:
-            for layer in self._surgery.parked(self):  # type: ignore[arg-type]
+            for layer in self._surgery.parked(self):
                 layer._apply(fn)
         return self
 
@@ -392,29 +378,34 @@ class TransplantedForCausalLM:
         return _revive, (self._surgery.native_class,), self.__dict__
 
 
-_PUSH_ONLY = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
-
-
 @functools.cache
-def _transplanted_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _transplanted_class(native: Any) -> type[TransplantedForCausalLM]:
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
     return type(native.__name__, (TransplantedForCausalLM, native), {**names, "config_class": native.config_class})
 
 
-def _revive(native: type[PreTrainedModel]) -> PreTrainedModel:
+def _revive(native: type) -> TransplantedForCausalLM:
     cls = _transplanted_class(native)
     return cls.__new__(cls)
 
 
+def _extend(model: PreTrainedModel) -> TransplantedForCausalLM:
+    """Give a native model, in place, the class that can carry organs; freeze it."""
+    surgery = Surgery(model)
+    native: Any = type(model)
+    model.__class__ = _transplanted_class(native)
+    model.requires_grad_(False)
+    extended = cast(TransplantedForCausalLM, model)
+    extended._surgery = surgery
+    return extended
+
+
 def _transplant(
-    model: PreTrainedModel, sources: Sequence[OrganSource], is_trainable: bool, hub_kwargs: Mapping[str, Any]
-) -> Any:
+    base: PreTrainedModel, sources: Sequence[OrganSource], is_trainable: bool, hub_kwargs: Mapping[str, Any]
+) -> TransplantedForCausalLM:
     """Extend a model in place and load organs; undo everything on failure."""
-    fresh = not isinstance(model, TransplantedForCausalLM)
-    if fresh:
-        model._surgery = Surgery(model)
-        model.__class__ = _transplanted_class(type(model))
-        model.requires_grad_(False)
+    fresh = not isinstance(base, TransplantedForCausalLM)
+    model = _extend(base) if fresh else cast(TransplantedForCausalLM, base)
     loaded: list[str] = []
     try:
         for source in sources:
@@ -436,18 +427,6 @@ def _transplant(
             model.unload()
         raise
     return model
-
-
-def _donor_shell(organ: Organ) -> DonorModel:
-    """A `DonorModel` without memory, to save an organ's tensors through."""
-    dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device("meta"):
-            return DonorModel(copy.deepcopy(organ.config))
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool) -> None:

@@ -104,13 +104,15 @@ def test_generation_agrees_with_and_without_cache(model_type, attention, token_i
 
 
 def static_cache_works(model_type: str, ids: torch.Tensor) -> bool:
-    """Whether the base itself gives the same tokens with a static cache."""
+    """Whether the base itself computes the same scores with a static cache (gpt_neo's local attention does not)."""
     base = tiny_model(model_type)
+    scores = {"output_scores": True, "return_dict_in_generate": True}
     try:
-        static = generate(base, ids, cache_implementation="static")
+        static = generate(base, ids, cache_implementation="static", **scores).scores
     except (ValueError, TypeError, AttributeError, NotImplementedError):
         return False
-    return torch.equal(static, generate(base, ids))
+    dynamic = generate(base, ids, **scores).scores
+    return torch.allclose(torch.stack(static), torch.stack(dynamic), atol=1e-4)
 
 
 @every

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from not_hf import DonorModel, TransplantedForCausalLM
 from not_hf.data import pack
+from not_hf.saving import organ_tensors as saved_tensors
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def trainable(base, model_type: str = "llama") -> TransplantedForCausalLM:
 
 
 def organ_tensors(model: TransplantedForCausalLM) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model._organ_state("default", None).items()}
+    return {name: tensor.clone() for name, tensor in saved_tensors(model, model._surgery, "default").items()}
 
 
 def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:

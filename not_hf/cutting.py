@@ -1,0 +1,181 @@
+"""What an organ is cut from: a live model, or a checkpoint in a folder or on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import resolve_revision
+
+from not_hf.anatomy import Stack, find_stack, fingerprint, meta_twin, spliced_config
+from not_hf.checkpoint import layer_pattern, open_checkpoint, renumber_layers
+from not_hf.config import INITS, MODES, DonorConfig
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+
+# how a repo, and a folder in it, is reached; named as in transformers
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+Span = tuple[int, int]  # half-open, in layers
+
+
+@dataclass(frozen=True)
+class LiveBase:
+    """A model in memory."""
+
+    model: PreTrainedModel
+    stack: Stack
+
+    @property
+    def name(self) -> str | None:
+        """Hub ID or folder it was loaded from, if any."""
+        return self.model.config.name_or_path or None
+
+    revision = None  # transformers does not keep the commit a model was loaded at
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Its native config."""
+        return self.model.config
+
+    @property
+    def path(self) -> str:
+        """Path of its stack below the base model."""
+        return self.stack.path.removeprefix(f"{self.model.base_model_prefix}.")
+
+    def tensors(self, span: Span) -> dict[str, torch.Tensor]:
+        """Copies of the span's tensors by name below the base model, layers numbered from 0.
+
+        Raises:
+            NotHFError: They are not in memory.
+        """
+        tensors = {
+            f"{self.path}.{n}.{key}": tensor.detach().clone()
+            for n, layer in enumerate(self.stack.layers[span[0] : span[1]])
+            for key, tensor in layer.state_dict().items()
+        }
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise NotHFError("the live model is offloaded; cut the organ from its folder or Hub ID instead")
+        return tensors
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """A safetensors checkpoint in a folder or on the Hub."""
+
+    name: str
+    revision: str | None  # commit on the Hub
+    config: PreTrainedConfig
+    prefix: str  # of the base model in the causal LM
+    path: str
+    hub_kwargs: Mapping[str, Any]
+
+    def tensors(self, span: Span) -> dict[str, Any]:
+        """As `LiveBase.tensors`, but lazy views into the files that hold them; other files are not fetched.
+
+        Raises:
+            CorruptDonorError: A layer of the span has no tensors.
+            OSError: The checkpoint cannot be read.
+        """
+        pattern = layer_pattern(self.prefix, self.path)
+        wanted = range(*span)
+
+        def in_span(name: str) -> bool:
+            match = pattern.match(name)
+            return match is not None and int(match[1]) in wanted
+
+        views = open_checkpoint(self.name, in_span, **self.hub_kwargs)
+        tensors, seen = renumber_layers(views, self.prefix, self.path, span)
+        if absent := set(wanted) - seen:
+            raise CorruptDonorError(f"{self.name} has no tensors for layers {sorted(absent)} under {self.path}")
+        return tensors
+
+
+def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any) -> LiveBase | StoredBase:
+    """Find the decoder stack of a model, in memory or stored. No weights are read.
+
+    Raises:
+        UnsupportedArchitectureError: It has no stack that can be cut, or it is quantized.
+        NotHFError: It is not a plain base model.
+        OSError: Its config cannot be read.
+    """
+    opened: LiveBase | StoredBase
+    if isinstance(base, PreTrainedModel):
+        if hub_kwargs:
+            raise TypeError(f"{', '.join(hub_kwargs)}: only for a base that is read from a folder or the Hub")
+        if getattr(base, "active_donors", None):
+            raise NotHFError("the live model carries organs; unload() or merge_and_unload() it, then cut")
+        opened = LiveBase(base, find_stack(base))
+    else:
+        name = os.fspath(base)
+        if unknown := sorted(hub_kwargs.keys() - set(HUB_KWARGS)):
+            raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+        commit = resolve_commit(name, hub_kwargs)
+        hub_kwargs["revision"] = commit
+        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+        if isinstance(config, DonorConfig):
+            raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
+        twin = meta_twin(config)
+        prefix = twin.base_model_prefix
+        path = find_stack(twin).path.removeprefix(f"{prefix}.")
+        opened = StoredBase(name, getattr(commit, "resolved", None), config, prefix, path, hub_kwargs)
+    if getattr(opened.config, "quantization_config", None) is not None:
+        raise UnsupportedArchitectureError(
+            f"{opened.name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"
+        )
+    return opened
+
+
+def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
+    """Pin a revision to its commit once, so that everything read from the repo is of one state."""
+    return resolve_revision(
+        source,
+        hub_kwargs.get("revision"),
+        token=hub_kwargs.get("token"),
+        local_files_only=hub_kwargs.get("local_files_only", False),
+        cache_dir=hub_kwargs.get("cache_dir"),
+    )
+
+
+def cut_config(
+    base: LiveBase | StoredBase, layers: Sequence[int], position: int | None, mode: str, init: str
+) -> DonorConfig:
+    """The config of an organ that is cut from `base`; arguments as in `DonorModel.from_base`.
+
+    Raises:
+        NotHFError: One is out of range.
+    """
+    num_layers = base.config.num_hidden_layers
+    span = list(layers)
+    if len(span) != 2 or not all(isinstance(n, int) for n in span) or not 0 <= span[0] < span[1] <= num_layers:
+        raise NotHFError(f"layers must be a half-open span (i, j) with 0 <= i < j <= {num_layers}, got {layers!r}")
+    if mode not in MODES or init not in INITS:
+        raise NotHFError(f"mode must be one of {MODES} and init one of {INITS}, got {mode!r} and {init!r}")
+    k = span[1] - span[0]
+    if position is None:
+        position = span[1] if mode == "insert" else span[0]
+    last = num_layers if mode == "insert" else num_layers - k
+    if not isinstance(position, int) or not 0 <= position <= last:
+        raise NotHFError(f"position must be between 0 and {last} to {mode} {k} layers, got {position!r}")
+    return DonorConfig(
+        base_model_name_or_path=base.name,
+        base_revision=base.revision,
+        layers=span,
+        position=position,
+        mode=mode,
+        init=init,
+        base_config=_plain(base.config),
+        organ_config=_plain(spliced_config(base.config, [(base.config, n) for n in range(*span)])),
+        fingerprint=fingerprint(base.config),
+    )
+
+
+def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+    """A native config as a dict that survives JSON, without what says nothing about the layers."""
+    values = config.to_dict()
+    for key in ("id2label", "label2id", "_name_or_path", "architectures", "transformers_version"):
+        values.pop(key, None)
+    return {"model_type": config.model_type, **values}

@@ -1,0 +1,73 @@
+"""Makes transformers' AutoClasses know donors, without importing torch before anybody needs it.
+
+`import transformers` alone is lazy, and `import not_hf` stays so: the config class is registered when transformers
+imports its own table of config classes, the model classes when the first `DonorConfig` is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+CONFIG_TABLE = "transformers.models.auto.configuration_auto"
+
+
+def register_config() -> None:
+    """Register `DonorConfig` now, or when transformers imports its table of config classes."""
+    if CONFIG_TABLE in sys.modules:
+        _register_config()
+    elif not any(isinstance(finder, _ConfigTableFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ConfigTableFinder())
+
+
+@functools.cache
+def register_models() -> None:
+    """Register model and tokenizer classes; `DonorConfig` calls it when the first one is made."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from not_hf.config import DonorConfig
+    from not_hf.donor import DonorModel
+    from not_hf.tokenizer import DonorTokenizer
+    from not_hf.transplant import TransplantedForCausalLM
+
+    AutoModel.register(DonorConfig, DonorModel, exist_ok=True)
+    AutoModelForCausalLM.register(DonorConfig, TransplantedForCausalLM, exist_ok=True)
+    AutoTokenizer.register(DonorConfig, DonorTokenizer, exist_ok=True)
+
+
+def _register_config() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from not_hf.config import DonorConfig
+
+    AutoConfig.register(DonorConfig.model_type, DonorConfig, exist_ok=True)
+
+
+class _ConfigTableFinder(MetaPathFinder):
+    """Finds transformers' table of config classes as Python would, and has `DonorConfig` added once it is loaded."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != CONFIG_TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = _then(spec.loader, _register_config)  # type: ignore
+        return spec
+
+
+def _then(loader: Loader, follow_up: Callable[[], None]) -> Callable[[ModuleType], None]:
+    run = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        run(module)
+        follow_up()
+
+    return exec_module

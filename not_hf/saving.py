@@ -1,0 +1,87 @@
+"""Writing a transplanted model's organs: tensors out of the live stack, through a `DonorModel` without memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from not_hf.card import write_card
+from not_hf.composition import composition_config
+from not_hf.donor import DonorModel
+from not_hf.splice import Organ, Surgery
+
+
+def organ_tensors(
+    model: PreTrainedModel, surgery: Surgery, name: str, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """An organ's tensors by `DonorModel`'s names.
+
+    Args:
+        model: The transplanted model.
+        surgery: Its organs.
+        name: Which one.
+        state_dict: The whole model's tensors, when they were gathered elsewhere; used where it has the organ's.
+    """
+    organ, path = surgery.organs[name], surgery.path
+    places = {id(layer): n for n, layer in enumerate(surgery.stack(model).layers)}
+    prefix = f"{DonorModel.base_model_prefix}.{path.removeprefix(f'{model.base_model_prefix}.')}"
+    tensors: dict[str, torch.Tensor] = {}
+    for n, layer in enumerate(organ.layers):
+        place = f"{path}.{places.get(id(layer))}."
+        given = {k.removeprefix(place): v for k, v in (state_dict or {}).items() if k.startswith(place)}
+        tensors |= {f"{prefix}.{n}.{key}": value for key, value in (given or layer.state_dict()).items()}
+    return tensors
+
+
+def save_organs(
+    model: PreTrainedModel,
+    surgery: Surgery,
+    names: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    repo_id: str | None = None,
+    is_main_process: bool = True,
+    **kwargs: Any,
+) -> None:
+    """Write one organ as a donor repo, several as a composition with a subfolder each.
+
+    Args:
+        model: The transplanted model.
+        surgery: Its organs.
+        names: Which ones, at least one.
+        folder: Created when missing.
+        state_dict: As in `organ_tensors`.
+        repo_id: For the card, where the folder is going to be pushed to.
+        is_main_process: Write on this process.
+        **kwargs: For `PreTrainedModel.save_pretrained`.
+    """
+    states = {name: organ_tensors(model, surgery, name, state_dict) for name in names}
+    for name in names:
+        alone = len(names) == 1
+        _shell(surgery.organs[name]).save_donor(
+            folder if alone else os.path.join(folder, name),
+            is_main_process,
+            states[name],
+            repo_id=repo_id if alone else None,
+            **kwargs,
+        )
+    if len(names) > 1 and is_main_process:
+        config = composition_config({name: surgery.organs[name].config for name in names})
+        config.save_pretrained(folder)
+        write_card(folder, config, repo_id=repo_id)
+
+
+def _shell(organ: Organ) -> DonorModel:
+    """A `DonorModel` on the meta device, in the organ's dtype, to save the organ's tensors through."""
+    dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
+    with torch.device("meta"):
+        shell = DonorModel(copy.deepcopy(organ.config))
+    for parameter in shell.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return shell

@@ -1,0 +1,64 @@
+"""What `import not_hf` does and what it costs, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def run(script: str, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *options, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
+def test_import_is_as_cheap_as_that_of_transformers():
+    """`-X importtime` prints cumulative microseconds; the package may add a second at most."""
+    cumulative = {}
+    for line in run("import not_hf", "-X", "importtime").splitlines():
+        _, micro, name = line.removeprefix("import time:").split("|")
+        cumulative[name.strip()] = micro.strip()
+    assert int(cumulative["not_hf"]) < 1e6
+    assert "torch" not in cumulative
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import not_hf; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer",
+        "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer; import not_hf",
+        "import not_hf; from transformers.modeling_layers import AutoModel; from transformers import *",
+        "import not_hf; from transformers import pipeline, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer",
+        "from not_hf import *; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer",
+    ],
+)
+def test_the_auto_classes_know_donors_in_any_order_of_imports(imports):
+    out = run(
+        f"""
+        {imports}
+        config = AutoConfig.for_model("not_donor")
+        import not_hf
+        from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+        assert type(config) is not_hf.DonorConfig
+        assert AutoModel._model_mapping[type(config)] is not_hf.DonorModel
+        assert AutoModelForCausalLM._model_mapping[type(config)] is not_hf.TransplantedForCausalLM
+        print(TOKENIZER_MAPPING[type(config)].__name__)
+        """
+    )
+    assert out.strip() == "DonorTokenizer"
+
+
+def test_what_it_exports_is_there():
+    names = run("import not_hf; print(*(getattr(not_hf, name).__class__.__name__ for name in dir(not_hf)))").split()
+    assert len(names) == 10
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import not_hf
+
+    with pytest.raises(AttributeError, match="'not_hf' has no attribute 'nothing'"):
+        not_hf.nothing
