@@ -128,5 +128,5 @@ def _recipient_config(recipient: RecipientLike, hub_kwargs: dict[str, Any]) -> P
     if isinstance(recipient, PreTrainedConfig):
         return recipient
     if isinstance(recipient, PreTrainedModel):
-        return recipient.config
+        return getattr(recipient, "base_config", recipient.config)  # positions count its own layers
     return AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)

@@ -1,15 +1,25 @@
-"""Several organs as one repo: a root config that lists them, and what it takes to load each."""
+"""Which repos a call means: a base and a donor, a donor that names its base, a composition of several organs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
 from not_hf.config import DonorConfig
+from not_hf.cutting import HUB_KWARGS
 from not_hf.donor import DonorModel
-from not_hf.errors import CorruptDonorError
+from not_hf.errors import CorruptDonorError, NotHFError
+
+# how a repo is reached; its revision and its subfolder are its own
+SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
+# what else it takes to read a base's config
+CONFIG_KWARGS = ("revision", "subfolder", "gguf_file", "trust_remote_code", "code_revision")
+# what AutoModelForCausalLM and pipelines add for the repo named first, which is not the base
+AUTO_KWARGS = ("_from_auto", "_from_pipeline", "adapter_kwargs")
 
 DonorSource = str | os.PathLike[str] | DonorModel
 
@@ -26,38 +36,104 @@ class OrganSource:
     mode: str | None = None
 
 
-def located(hub_kwargs: Mapping[str, Any], revision: str | None, subfolder: str | None) -> dict[str, Any]:
-    """Keyword arguments that read one folder of one revision of a repo."""
-    return {**hub_kwargs, "revision": revision, "subfolder": subfolder or ""}
+@dataclass(frozen=True)
+class Request:
+    """What `TransplantedForCausalLM.from_pretrained` was asked for: a recipient, and organs to put into it."""
+
+    base: str | PreTrainedModel
+    base_kwargs: dict[str, Any]
+    sources: list[OrganSource]
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """How repos are reached, for base and donors alike."""
+        return {key: value for key, value in self.base_kwargs.items() if key in SHARED_KWARGS}
+
+    def base_config(self) -> PreTrainedConfig:
+        """The native config of a recipient that is still to be loaded."""
+        given = {key: value for key, value in self.base_kwargs.items() if key in (*SHARED_KWARGS, *CONFIG_KWARGS)}
+        return self.base_kwargs.get("config") or AutoConfig.from_pretrained(str(self.base), **given)
 
 
-def read_config(donor: DonorSource, hub_kwargs: Mapping[str, Any]) -> DonorConfig:
+def read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorConfig:
     """The config of a donor model, folder or Hub ID."""
-    if isinstance(donor, DonorModel):
-        return donor.config
-    return DonorConfig.from_pretrained(donor, **hub_kwargs)
+    if isinstance(source.donor, DonorModel):
+        return source.donor.config
+    return DonorConfig.from_pretrained(
+        source.donor, **{**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
+    )
 
 
-def organ_sources(
-    config: DonorConfig, donor: DonorSource, name: str, revision: str | None, subfolder: str | None
-) -> Iterator[OrganSource]:
-    """The organs that `donor` stands for: itself, or those a composition lists.
+def resolve_request(
+    first: str | os.PathLike[str] | PreTrainedModel,
+    donor: DonorSource | None,
+    wish: OrganSource,
+    config: PreTrainedConfig | None,
+    base_kwargs: Mapping[str, Any],
+) -> Request:
+    """Tell base from donor in the forms that `TransplantedForCausalLM.from_pretrained` takes.
+
+    Args:
+        first: Its first argument: the recipient, or the donor repo when `donor` is `None`.
+        donor: Its second argument.
+        wish: Name, revision, subfolder and place that were asked for; its `donor` does not count.
+        config: Config of the repo named first, if it was given.
+        base_kwargs: The other keyword arguments.
 
     Raises:
-        CorruptDonorError: An entry of the composition is incomplete.
+        NotHFError: No donor is named, or a donor names no base.
+        CorruptDonorError: A composition is incomplete.
+        OSError: The donor's config cannot be read.
     """
+    kwargs = {key: value for key, value in base_kwargs.items() if key not in AUTO_KWARGS}
+    shared = {key: value for key, value in kwargs.items() if key in SHARED_KWARGS}
+    base: str | PreTrainedModel
+    if donor is not None:
+        base = first if isinstance(first, PreTrainedModel) else os.fspath(first)
+        if config is not None:
+            kwargs["config"] = config
+        wish = replace(wish, donor=donor)
+        return Request(base, kwargs, list(_organs(wish, read_config(wish, shared))))
+
+    if isinstance(first, PreTrainedModel):
+        raise NotHFError("name a donor to put into the live model: from_pretrained(model, donor)")
+    wish = replace(
+        wish,
+        donor=os.fspath(first),
+        revision=wish.revision or kwargs.pop("revision", None),
+        subfolder=wish.subfolder or kwargs.pop("subfolder", None),
+    )
+    given = isinstance(config, DonorConfig)
+    donor_config = config if isinstance(config, DonorConfig) else read_config(wish, shared)
+    if donor_config.base_model_name_or_path is None:
+        raise NotHFError(f"{wish.donor} does not name its base; give it: from_pretrained(base, {wish.donor!r})")
+    if given and donor_config.donors is None:
+        # AutoModelForCausalLM has moved those of its arguments that the donor's config also has into that config
+        place = (donor_config.position, donor_config.mode)
+        wish = replace(wish, position=place[0] if wish.position is None else wish.position, mode=wish.mode or place[1])
+    for key in ("attn_implementation", "experts_implementation"):
+        if (value := getattr(donor_config, f"_{key}")) is not None:
+            kwargs.setdefault(key, value)
+    kwargs["revision"] = donor_config.base_revision
+    return Request(donor_config.base_model_name_or_path, kwargs, list(_organs(wish, donor_config)))
+
+
+def _organs(wish: OrganSource, config: DonorConfig) -> Iterator[OrganSource]:
+    """The organs a donor stands for: itself, or those a composition lists."""
     if config.donors is None:
-        yield OrganSource(name, donor, revision, subfolder)
+        yield wish
         return
+    if wish.position is not None or wish.mode is not None:
+        raise NotHFError(f"{wish.donor} is a composition whose organs have their places; load them one by one to move")
     for entry in config.donors:
         place = {"position": entry.get("position"), "mode": entry.get("mode")}
         if "name" not in entry or not ("donor" in entry or "subfolder" in entry):
-            raise CorruptDonorError(f"{donor}: an organ of the composition lacks a name or a place: {entry}")
+            raise CorruptDonorError(f"{wish.donor}: an organ of the composition lacks a name or a place: {entry}")
         if "donor" in entry:
             yield OrganSource(entry["name"], entry["donor"], entry.get("revision"), entry.get("subfolder"), **place)
         else:
-            inner = "/".join(part for part in (subfolder, entry["subfolder"]) if part)
-            yield OrganSource(entry["name"], donor, revision, inner, **place)
+            inner = "/".join(part for part in (wish.subfolder, entry["subfolder"]) if part)
+            yield OrganSource(entry["name"], wish.donor, wish.revision, inner, **place)
 
 
 def composition_config(configs: Mapping[str, DonorConfig]) -> DonorConfig:

@@ -14,12 +14,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from not_hf.anatomy import NEUTRAL_EMBEDDING, Stack, find_stack, output_projections
+from not_hf.anatomy import NEUTRAL_EMBEDDING, Stack, find_stack
 from not_hf.card import write_card
 from not_hf.checkpoint import FLOAT_DTYPES, open_checkpoint
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, cut_config, open_base, resolve_commit
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
+from not_hf.layers import silence, strip_to_layers
 from not_hf.sharing import push_folder
 
 # of push_to_hub, which save_pretrained(push_to_hub=True) takes as well
@@ -59,10 +60,11 @@ class DonorModel(PreTrainedModel):
             if hasattr(native, key):
                 setattr(native, key, neutral)
         super().__init__(config, *args, **kwargs)
-        causal_lm = AutoModelForCausalLM.from_config(native)
+        # in the dtype that is being loaded, not in the one the base's config names
+        causal_lm = AutoModelForCausalLM.from_config(native, dtype=torch.get_default_dtype())
         stack = find_stack(causal_lm)
         self.organ: PreTrainedModel = causal_lm.base_model
-        _strip(self.organ, stack)
+        strip_to_layers(self.organ, stack)
         config._attn_implementation = self.organ.config._attn_implementation
         self._stack_path = stack.path.removeprefix(f"{causal_lm.base_model_prefix}.")
         self.post_init()
@@ -147,7 +149,7 @@ class DonorModel(PreTrainedModel):
         config.domain = domain
         tensors = source.tensors(config.span)
         state = {f"{cls.base_model_prefix}.{name}": tensor for name, tensor in tensors.items()}
-        organ = cls._load(config, state, dtype, str(source.name))
+        organ, _ = cls.load_tensors(config, state, dtype, source=str(source.name))
         if isinstance(source, LiveBase):
             nn.Module.to(organ, source.model.device)
         if init == "identity":
@@ -186,31 +188,51 @@ class DonorModel(PreTrainedModel):
                 raise CorruptDonorError(f"{source}: tensor {name} is {view.get_dtype()}, not floating-point")
             if 0 in view.get_shape():
                 raise CorruptDonorError(f"{source}: tensor {name} is empty, shape {view.get_shape()}")
-        return cls._load(config, views, kwargs.pop("torch_dtype", dtype), source, *model_args, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        dtype = kwargs.pop("torch_dtype", dtype)
+        organ, missing = cls.load_tensors(config, views, dtype, *model_args, source=source, **kwargs)
+        organ.config.name_or_path = source
+        info = {"missing_keys": missing, "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (organ, info) if wants_info else organ  # type: ignore[return-value]
 
     @classmethod
-    def _load(
+    def load_tensors(
         cls,
         config: DonorConfig,
-        state: dict[str, Any],
-        dtype: str | torch.dtype | None,
-        source: str,
+        tensors: Mapping[str, Any],
+        dtype: str | torch.dtype | None = "auto",
         *model_args: Any,
+        source: str = "the checkpoint",
+        partial: bool = False,
         **kwargs: Any,
-    ) -> DonorModel:
-        """Build the organ and fill it from tensors or lazy views named `organ.<stack>.<n>.…`, refusing what is off."""
-        if not state:
+    ) -> tuple[DonorModel, set[str]]:
+        """Build an organ and fill it, refusing what is off.
+
+        Args:
+            config: What the organ is.
+            tensors: Tensors or lazy views of them, by the names they have in a checkpoint.
+            dtype: Of the organ; `"auto"` keeps theirs.
+            source: Where they are from, for errors.
+            partial: Accept that tensors are missing, as in one shard of a checkpoint.
+            **kwargs: As in `PreTrainedModel.from_pretrained`.
+
+        Returns:
+            The organ, and the names of its tensors that were missing.
+
+        Raises:
+            CorruptDonorError: As in `from_pretrained`.
+        """
+        if not tensors:
             raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
         if dtype in (None, "auto"):
-            dtype = next(filter(None, map(_dtype_of, state.values())), torch.float32)
-        wants_info = kwargs.pop("output_loading_info", False)
+            dtype = next(filter(None, map(_dtype_of, tensors.values())), torch.float32)
         try:
             with _without_load_report():
                 loaded: Any = super().from_pretrained(
                     None,
                     *model_args,
                     config=config,
-                    state_dict=state,
+                    state_dict=dict(tensors),
                     dtype=dtype,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
@@ -219,7 +241,7 @@ class DonorModel(PreTrainedModel):
         except RuntimeError as error:  # tensors that cannot be brought into the module's layout
             raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
         organ, info = loaded
-        problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
+        problems = [] if partial else [f"missing {name}" for name in sorted(info["missing_keys"])]
         problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
         problems += [
             f"{name} has shape {tuple(found)}, expected {tuple(expected)}"
@@ -234,8 +256,7 @@ class DonorModel(PreTrainedModel):
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CorruptDonorError(f"{source}: {'; '.join(problems[:5])}{more}")
-        organ.config.name_or_path = source
-        return loaded if wants_info else organ
+        return organ, set(info["missing_keys"])
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -297,44 +318,19 @@ class DonorModel(PreTrainedModel):
                 AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
-class _Passthrough(nn.Module):
-    """Stands where a stripped module was: hands hidden states on, answers anything else with a zero."""
-
-    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim > 2:
-            return x  # (batch, seq, hidden)
-        return torch.zeros((), device=x.device if isinstance(x, torch.Tensor) else None)
-
-
-def _strip(base: nn.Module, stack: Stack) -> None:
-    """Take out everything beside the path to the stack that owns parameters or drops activations."""
-    keep = {id(module) for module in (stack.owner, stack.layers)}
-    on_path = [base] if base is stack.owner else [m for m in base.modules() if _holds(m, stack.owner)]
-    for parent in on_path:
-        for name, child in list(parent.named_children()):
-            if id(child) in keep or any(child is module for module in on_path):
-                continue
-            if isinstance(child, nn.Dropout) or next(child.parameters(), None) is not None:
-                setattr(parent, name, _Passthrough())
-
-
-def _holds(module: nn.Module, inner: nn.Module) -> bool:
-    return any(child is inner for child in module.modules())
-
-
 def _make_identity(organ: DonorModel) -> None:
-    """Zero the output projections of every layer, then check on random hidden states that nothing is left."""
+    """Silence every layer, then check on random hidden states that nothing is left."""
+    for layer in organ.stack.layers:
+        silence(layer)
+    hidden = torch.randn(1, 4, organ.stack.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
     with torch.no_grad():
-        for layer in organ.stack.layers:
-            for _, parameter in output_projections(layer):
-                parameter.zero_()
-        hidden = torch.randn(1, 4, organ.stack.config.hidden_size, generator=torch.Generator().manual_seed(0))
-        hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
-        if not torch.equal(organ(inputs_embeds=hidden).last_hidden_state, hidden):
-            raise UnsupportedArchitectureError(
-                f"layers of model_type {organ.stack.config.model_type!r} do not become a no-op when their output "
-                "projections are zero; use init='copy'"
-            )
+        if torch.equal(organ(inputs_embeds=hidden).last_hidden_state, hidden):
+            return
+    raise UnsupportedArchitectureError(
+        f"layers of model_type {organ.stack.config.model_type!r} do not become a no-op when their output projections "
+        "are zero; use init='copy'"
+    )
 
 
 def _dtype_of(tensor: Any) -> torch.dtype | None:

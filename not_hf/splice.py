@@ -28,6 +28,7 @@ from not_hf.anatomy import (
 )
 from not_hf.config import DonorConfig
 from not_hf.errors import IncompatibleDonorError
+from not_hf.layers import adopt, forget_capture_hooks
 
 
 @dataclass
@@ -132,7 +133,7 @@ class Surgery:
         stack, config = self.stack(model), model.config
         standing = {id(layer) for layer in stack.layers}
         reference = dict(stack.layers[0].named_modules())
-        _forget_capture_hooks(model, self.parked(model))
+        forget_capture_hooks([model, *self.parked(model), *(layer for layer, _ in placed)])
         for key, value in values.items():
             setattr(config, key, value)
         for (path, key), value in attributes.items():
@@ -140,7 +141,7 @@ class Surgery:
         for n, (layer, _) in enumerate(placed):
             set_layer_index(layer, n)
             if id(layer) not in standing:
-                _adopt(layer, config, reference, model.training)
+                adopt(layer, config, reference, model.training)
         stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
 
     def _attributes(self, placed: list[Placed]) -> dict[tuple[str, str], Any]:
@@ -156,34 +157,14 @@ class Surgery:
             self._base_derived.update({key: base[key] for key in self._derived[signature]})
         return {**self._base_derived, **self._derived[signature]}
 
+    def release(self, model: PreTrainedModel) -> None:
+        """Restore the `requires_grad` flags that the base's parameters had; organs must be out of the stack."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+
     def parked(self, model: PreTrainedModel) -> Iterator[nn.Module]:
         """Layers that belong to the model but do not stand in the stack now."""
         standing = {id(layer) for layer in self.stack(model).layers}
         for layer in (*self.base_layers, *(layer for organ in self.organs.values() for layer in organ.layers)):
             if id(layer) not in standing:
                 yield layer
-
-
-def _adopt(layer: nn.Module, config: PreTrainedConfig, reference: dict[str, nn.Module], training: bool) -> None:
-    """Give a layer that enters the stack what its neighbours have: the config, train mode, gradient checkpointing."""
-    layer.train(training)
-    for name, module in layer.named_modules():
-        if isinstance(vars(module).get("config"), PreTrainedConfig):
-            module.config = config
-        neighbour = vars(reference.get(name, module))
-        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-            if key in neighbour:
-                setattr(module, key, neighbour[key])
-
-
-def _forget_capture_hooks(model: PreTrainedModel, parked: Iterable[nn.Module]) -> None:
-    """Let transformers install its output-capturing hooks anew: it does so once per model, for the layers of then."""
-    owners = [m for m in model.modules() if vars(m).get("_output_capturing_hooks_installed")]
-    if not owners:
-        return
-    for module in (*model.modules(), *(m for layer in parked for m in layer.modules())):
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__name__", "") == "output_capturing_hook":
-                del module._forward_hooks[key]
-    for owner in owners:
-        vars(owner)["_output_capturing_hooks_installed"] = False

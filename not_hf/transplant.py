@@ -13,36 +13,24 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import CommitInfo
-from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from not_hf.compatibility import require_compatibility
-from not_hf.composition import (
-    DonorSource,
-    OrganSource,
-    located,
-    organ_sources,
-    read_config,
-)
+from not_hf.composition import DonorSource, OrganSource, read_config, resolve_request
 from not_hf.config import DonorConfig
-from not_hf.cutting import HUB_KWARGS
 from not_hf.donor import PUSH_KWARGS, DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError
+from not_hf.layers import settle
 from not_hf.saving import save_organs
 from not_hf.sharing import push_folder
 from not_hf.splice import Organ, Surgery
 
 logger = logging.getLogger(__name__)
-
-# how a repo is reached, for base and donor alike; revision and subfolder belong to one repo
-SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
-
 
 if TYPE_CHECKING:
     _Native = PreTrainedModel  # each instance is of a native class as well
@@ -99,54 +87,20 @@ class TransplantedForCausalLM(_Native):
             CorruptDonorError: The donor's files are off. A live recipient is then as it was.
             OSError: A repo cannot be read.
         """
-        for auto in ("_from_auto", "_from_pipeline", "adapter_kwargs"):
-            base_kwargs.pop(auto, None)
-        shared = {key: base_kwargs[key] for key in SHARED_KWARGS if key in base_kwargs}
-        if isinstance(pretrained_model_name_or_path, PreTrainedModel):
-            base: str | PreTrainedModel = pretrained_model_name_or_path
-            if donor is None:
-                raise NotHFError("name a donor to put into the live model: from_pretrained(model, donor)")
-            donor_config = read_config(donor, located(shared, donor_revision, donor_subfolder))
-        elif donor is not None:
-            base = os.fspath(pretrained_model_name_or_path)
-            donor_config = read_config(donor, located(shared, donor_revision, donor_subfolder))
-            if config is not None:
-                base_kwargs["config"] = config
-        else:
-            donor = os.fspath(pretrained_model_name_or_path)
-            donor_revision = donor_revision or base_kwargs.pop("revision", None)
-            donor_subfolder = donor_subfolder or base_kwargs.pop("subfolder", None)
-            if isinstance(config, DonorConfig):
-                donor_config = config
-            else:
-                donor_config = read_config(donor, located(shared, donor_revision, donor_subfolder))
-            if donor_config.base_model_name_or_path is None:
-                raise NotHFError(f"{donor} does not name its base; give it: from_pretrained(base, {donor!r})")
-            base, base_kwargs["revision"] = donor_config.base_model_name_or_path, donor_config.base_revision
-            # AutoModelForCausalLM moves those of its arguments that the donor's config also has into that config
-            if donor_config is config and donor_config.donors is None:
-                position = donor_config.position if position is None else position
-                mode = mode or donor_config.mode
-            for key in ("attn_implementation", "experts_implementation"):
-                if (value := getattr(donor_config, f"_{key}")) is not None:
-                    base_kwargs.setdefault(key, value)
-
-        sources = [
-            replace(
-                source,
-                position=source.position if position is None else position,
-                mode=source.mode if mode is None else mode,
-            )
-            for source in organ_sources(donor_config, donor, donor_name, donor_revision, donor_subfolder)
-        ]
-        if isinstance(base, str):
-            at = {key: base_kwargs[key] for key in ("revision", "subfolder") if key in base_kwargs}
-            base_config = base_kwargs.get("config") or AutoConfig.from_pretrained(base, **shared, **at)
-            for source in sources:
-                organ_config = read_config(source.donor, located(shared, source.revision, source.subfolder))
-                require_compatibility(organ_config, base_config, source.position, source.mode)
-            base = AutoModelForCausalLM.from_pretrained(base, **base_kwargs)
-        return _transplant(base, sources, is_trainable, shared)
+        request = resolve_request(
+            pretrained_model_name_or_path,
+            donor,
+            OrganSource(donor_name, "", donor_revision, donor_subfolder, position, mode),
+            config,
+            base_kwargs,
+        )
+        base = request.base
+        if not isinstance(base, PreTrainedModel):
+            for source in request.sources:
+                organ_config = read_config(source, request.shared)
+                require_compatibility(organ_config, request.base_config(), source.position, source.mode)
+            base = AutoModelForCausalLM.from_pretrained(base, **request.base_kwargs)
+        return _transplant(base, request.sources, is_trainable, request.shared)
 
     # ------------------------------------------------------------------ organs
 
@@ -154,6 +108,11 @@ class TransplantedForCausalLM(_Native):
     def active_donors(self) -> list[str]:
         """Names of the organs that take part in `forward`, in load order."""
         return self._surgery.active
+
+    @property
+    def base_config(self) -> PreTrainedConfig:
+        """Config of the recipient without its organs."""
+        return self._surgery.base_config
 
     @property
     def donor_config(self) -> dict[str, DonorConfig]:
@@ -180,8 +139,7 @@ class TransplantedForCausalLM(_Native):
         surgery = self._surgery
         if donor_name in surgery.organs or not donor_name or set(donor_name) & set("./\\"):
             raise NotHFError(f"donor_name {donor_name!r} is taken or not a plain name; choose another")
-        place = located(hub_kwargs, revision, subfolder)
-        config = read_config(donor, place)
+        config = read_config(OrganSource(donor_name, donor, revision, subfolder), hub_kwargs)
         position, mode = config.position if position is None else position, mode or config.mode
         require_compatibility(config, surgery.base_config, position, mode)
         config = copy.deepcopy(config)
@@ -191,7 +149,12 @@ class TransplantedForCausalLM(_Native):
             layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
         else:
             dtype = next(p.dtype for p in neighbour.parameters() if p.is_floating_point())
-            layers = list(DonorModel.from_pretrained(donor, dtype=dtype, **place).stack.layers)
+            attention = self.config._attn_implementation
+            place = {**hub_kwargs, "revision": revision, "subfolder": subfolder or ""}
+            loaded = DonorModel.from_pretrained(donor, dtype=dtype, attn_implementation=attention, **place)
+            layers = list(loaded.stack.layers)
+        if any(parameter.is_meta for parameter in neighbour.parameters()):
+            raise NotHFError("the recipient is offloaded to disk or CPU; load it without offloading first")
         organ = Organ(config, layers)
         placed = surgery.plan([*(surgery.organs[name] for name in surgery.active), organ])
         if differences := surgery.differences(placed):
@@ -199,7 +162,7 @@ class TransplantedForCausalLM(_Native):
                 "organ %r works here but cannot be merged into a native model: %s", donor_name, "; ".join(differences)
             )
         for layer in layers:
-            _settle(layer, neighbour, is_trainable)
+            settle(layer, neighbour, is_trainable)
         surgery.organs[donor_name] = organ
         surgery.apply(self)
 
@@ -240,8 +203,7 @@ class TransplantedForCausalLM(_Native):
         for organ in surgery.organs.values():
             organ.active = False
         surgery.apply(self)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(surgery.requires_grad[name])
+        surgery.release(self)
         return self._release()
 
     def merge_and_unload(self) -> PreTrainedModel:
@@ -257,11 +219,9 @@ class TransplantedForCausalLM(_Native):
         placed = surgery.plan()
         if differences := surgery.differences(placed):
             raise IncompatibleDonorError(f"a native model cannot hold these layers: {'; '.join(differences)}")
-        flags = surgery.requires_grad
         base = {id(layer) for layer in surgery.base_layers}
         with self.disable_donors():
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_(flags[name])
+            surgery.release(self)
         for layer, _ in placed:
             if id(layer) not in base:
                 layer.requires_grad_(True)
@@ -343,9 +303,11 @@ class TransplantedForCausalLM(_Native):
         if len(self._surgery.organs) != 1:
             raise NotHFError("an organ's checkpoint fits a model with exactly one organ; use load_donor")
         (organ,) = self._surgery.organs.values()
-        loaded = DonorModel._load(organ.config, dict(state_dict), None, "the checkpoint")
-        for layer, source in zip(organ.layers, loaded.stack.layers, strict=True):
-            layer.load_state_dict(source.state_dict())
+        loaded, missing = DonorModel.load_tensors(organ.config, dict(state_dict), partial=not strict)
+        for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
+            place = f"{loaded.stack.path}.{n}."
+            tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
+            layer.load_state_dict(tensors, strict=False)
         return _IncompatibleKeys([], [])
 
     # ------------------------------------------------------------------ plumbing
@@ -427,16 +389,3 @@ def _transplant(
             model.unload()
         raise
     return model
-
-
-def _settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool) -> None:
-    """Move an organ's layer to where a layer of the recipient is: device, dtype of each parameter, trainability."""
-    theirs = dict(neighbour.named_parameters())
-    fallback = next(p for p in theirs.values() if p.is_floating_point())
-    for name, parameter in layer.named_parameters():
-        like = theirs.get(name, fallback)
-        parameter.data = parameter.data.to(device=like.device, dtype=like.dtype)
-        parameter.grad = None
-        parameter.requires_grad_(is_trainable)
-    for buffer in layer.buffers():
-        buffer.data = buffer.data.to(device=fallback.device)

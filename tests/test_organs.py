@@ -8,9 +8,10 @@ import pickle
 import pytest
 import torch
 from architectures import tiny_model
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf import CorruptDonorError, DonorModel, NotHFError, TransplantedForCausalLM, check_compatibility
 
 
 @torch.no_grad()
@@ -224,3 +225,32 @@ def test_an_organ_grows_out_of_its_config_alone(token_ids):
     fresh = DonorModel(copy.deepcopy(A.config))
     assert fresh.state_dict().keys() == A.state_dict().keys()
     assert fresh(inputs_embeds=torch.randn(1, 3, 32)).last_hidden_state.shape == (1, 3, 32)
+
+
+def test_an_organ_that_was_run_alone_records_its_states_once(token_ids):
+    donor = copy.deepcopy(A)
+    donor(inputs_embeds=torch.randn(1, 3, 32), output_hidden_states=True)
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor)
+    assert len(model(token_ids, output_hidden_states=True).hidden_states) == 6
+
+
+def test_compatibility_counts_the_own_layers_of_a_transplanted_recipient():
+    model = transplanted(("b", B, {}))
+    assert model.config.num_hidden_layers == 6 and model.base_config.num_hidden_layers == 4
+    assert check_compatibility(A, model, position=4) == []
+    assert "between 0 and 4" in check_compatibility(A, model, position=5)[0]
+
+
+def test_shards_of_an_organ_load_one_by_one(token_ids, tmp_path):
+    """As `Trainer` does on resuming from a sharded checkpoint."""
+    model = transplanted(("b", B, {}))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    expected = logits(model, token_ids)
+    other = transplanted(("b", DonorModel.from_base(tiny_model("llama"), (0, 2)), {}))
+    for shard in shards:
+        other.load_state_dict(load_file(shard), strict=False)
+    assert torch.equal(logits(other, token_ids), expected)
+    with pytest.raises(CorruptDonorError, match="missing"):
+        other.load_state_dict(load_file(shards[0]))

@@ -122,10 +122,27 @@ def test_the_best_model_is_loaded_at_the_end(blocks, tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
 
 
+def test_an_organ_of_a_bf16_base_trains_and_loads_in_fp32(blocks, tmp_path):
+    base = tiny_model("llama").to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    assert {p.dtype for p in DonorModel.from_base(tmp_path / "base", (1, 3)).parameters()} == {torch.bfloat16}
+    donor = DonorModel.from_base(tmp_path / "base", (1, 3), mode="replace", dtype="float32")
+    recipient = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = TransplantedForCausalLM.from_pretrained(recipient, donor, is_trainable=True)
+    run = trainer(model, blocks, tmp_path / "run")
+    run.train()
+    saved = DonorModel.from_pretrained(tmp_path / "run" / "checkpoint-6")
+    assert {p.dtype for p in saved.parameters()} == {torch.float32} and saved.config.dtype == torch.float32
+    assert equal(saved.state_dict(), organ_tensors(model))
+    before = organ_tensors(model)
+    run._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-6"))
+    assert equal(organ_tensors(model), before)
+
+
 def test_gradient_checkpointing_computes_the_same(blocks, tmp_path):
     plain, checkpointed = trainable(tiny_model("llama")), trainable(tiny_model("llama"))
     trainer(plain, blocks, tmp_path / "plain").train()
-    run = trainer(checkpointed, blocks, tmp_path / "checkpointed", gradient_checkpointing=True)
+    run = trainer(checkpointed, blocks, tmp_path / "checkpointed", activation_checkpointing=True)
     run.train()
     assert checkpointed.is_activation_checkpointing
     assert equal(organ_tensors(plain), organ_tensors(checkpointed))

@@ -1,0 +1,232 @@
+"""Commands that need no text: `extract`, `inspect`, `check`, `push`, `merge`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+
+from not_hf.cli.options import Base, Donor, Dtype, Force, Init, Mode, Output, Position, Token
+from not_hf.cli.run import CHECKPOINTS, Result, command, facts, output_folder
+from not_hf.errors import NotHFError
+
+if TYPE_CHECKING:
+    from not_hf import DonorConfig
+
+
+@command("not-hf extract openai-community/gpt2 --layers 4:7 --init identity -o organ")
+def extract(
+    base: Annotated[str, typer.Argument(help="Model to cut from: folder or Hub ID.", show_default=False)],
+    layers: Annotated[
+        str, typer.Option("--layers", metavar="I:J", help="Half-open span: 4:7 is layers 4, 5, 6.", show_default=False)
+    ],
+    output: Output,
+    position: Position = None,
+    mode: Annotated[Mode, typer.Option(help="Put it before layer `position`, or in the place of layers.")] = "insert",
+    init: Annotated[Init, typer.Option(help="Keep the layers as cut, or make them start as an exact no-op.")] = "copy",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Folder within the repo.", show_default=False)] = None,
+    dtype: Annotated[Dtype, typer.Option(help="dtype of the organ; auto keeps the base's.")] = "auto",
+    token: Token = None,
+    force: Force = False,
+) -> Result:
+    """Cut an organ out of a causal LM. Only the bytes of its layers are read."""
+    span = _span(layers)
+    hub = _given(revision=revision, subfolder=subfolder, token=token)
+    with output_folder(output, force):
+        from not_hf import DonorModel
+
+        donor = DonorModel.from_base(base, span, position, mode, init, dtype=dtype, **hub)
+        donor.save_pretrained(output)
+    data = {
+        "folder": str(output),
+        "base": donor.config.base_model_name_or_path,
+        "base_revision": donor.config.base_revision,
+        "layers": donor.config.layers,
+        "position": donor.config.position,
+        "mode": donor.config.mode,
+        "init": donor.config.init,
+        "num_parameters": donor.num_parameters(),
+        "dtype": str(donor.dtype).removeprefix("torch."),
+    }
+    return Result(data, facts("Cut", data))
+
+
+@command("not-hf inspect gpt2-kjv")
+def inspect(
+    donor: Donor,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
+    token: Token = None,
+) -> Result:
+    """Show what a donor repo holds, without reading its weights."""
+    from not_hf import DonorConfig
+
+    config = DonorConfig.from_pretrained(donor, **_given(revision=revision, token=token))
+    tensors = [] if config.donors else list(_tensors(donor, revision, token))
+    data = {
+        "id": donor,
+        "config": config.to_dict(),
+        "fingerprint": config.fingerprint,
+        "num_parameters": sum(tensor["num_parameters"] for tensor in tensors),
+        "size": sum(tensor["size"] for tensor in tensors),
+        "tensors": tensors,
+    }
+    tables = [_provenance(donor, config, data)]
+    for title, rows in (("Organs", config.donors), ("Tensors", tensors)):
+        if rows:
+            table = Table(*rows[0], title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*map(str, row.values()))
+            tables.append(table)
+    return Result(data, Group(*tables))
+
+
+@command("not-hf check gpt2-kjv openai-community/gpt2 --position 1")
+def check(
+    donor: Donor,
+    recipient: Annotated[str, typer.Argument(help="Recipient: folder or Hub ID.", show_default=False)],
+    position: Position = None,
+    mode: Annotated[Mode | None, typer.Option(help="As in extract.", show_default="as the donor says")] = None,
+    token: Token = None,
+) -> Result:
+    """List everything that keeps an organ from fitting a recipient, from their configs alone. Exit 1 if anything."""
+    from not_hf import check_compatibility
+
+    problems = check_compatibility(donor, recipient, position, mode, token=token)
+    count = f"{len(problems)} mismatch{'es' if len(problems) > 1 else ''}"
+    return Result(
+        {"donor": donor, "recipient": recipient, "compatible": not problems, "mismatches": problems},
+        "\n".join(problems) or f"{donor} fits {recipient}",
+        f"{donor} does not fit {recipient}: {count}" if problems else None,
+    )
+
+
+@command("not-hf push gpt2-kjv me/gpt2-kjv --private")
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a donor.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Repo on the Hub, created when missing.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, created when missing.", show_default="main")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    token: Token = None,
+    commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload organ",
+) -> Result:
+    """Share an organ: check it strictly, then upload its folder, card included, as one commit."""
+    if not folder.is_dir():
+        raise NotHFError(f"no folder {folder}; name one that holds a donor")
+    from not_hf import DonorConfig, DonorModel
+    from not_hf.card import write_card
+    from not_hf.sharing import push_folder
+
+    config = DonorConfig.from_pretrained(folder)
+    inside = ["" if config.donors is None else entry.get("subfolder", "") for entry in config.donors or [{}]]
+    donors = [DonorModel.from_pretrained(folder, subfolder=name) for name in inside if name or not config.donors]
+
+    def copy(target: str, repo_id: str) -> None:
+        ignored = shutil.ignore_patterns(".*", CHECKPOINTS)
+        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
+        if not (folder / "README.md").exists():
+            write_card(target, config, sum(donor.num_parameters() for donor in donors), repo_id=repo_id)
+
+    commit = push_folder(
+        copy,
+        repo_id,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        token=token,
+        commit_message=commit_message,
+    )
+    repo = commit.repo_url
+    data = {"repo_id": repo.repo_id, "url": str(repo), "commit": commit.oid, "pull_request": commit.pr_url}
+    return Result(data, facts("Pushed", data))
+
+
+@command("not-hf merge gpt2-kjv -o gpt2-kjv-merged")
+def merge(
+    donor: Donor,
+    output: Output,
+    base: Base = None,
+    max_shard_size: Annotated[str, typer.Option(help="Past this size the weights are sharded.")] = "5GB",
+    force: Force = False,
+) -> Result:
+    """Write the recipient with its organ as a native model with its tokenizer, which loads without not_hf."""
+    from transformers import AutoTokenizer
+
+    from not_hf import TransplantedForCausalLM
+
+    with output_folder(output, force):
+        model = TransplantedForCausalLM.from_pretrained(*((base, donor) if base else (donor,)))
+        native = model.merge_and_unload()
+        native.save_pretrained(output, max_shard_size=max_shard_size)
+        AutoTokenizer.from_pretrained(base or donor).save_pretrained(output)
+    data = {
+        "folder": str(output),
+        "architecture": type(native).__name__,
+        "num_layers": native.config.num_hidden_layers,
+        "num_parameters": native.num_parameters(),
+    }
+    return Result(data, facts("Merged", data))
+
+
+def _given(**options: str | None) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _span(layers: str) -> tuple[int, int]:
+    first, colon, last = layers.partition(":")
+    try:
+        if colon:
+            return int(first), int(last)
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{layers!r} is not a span I:J of two integers, such as 4:7", param_hint="--layers")
+
+
+def _tensors(donor: str, revision: str | None, token: str | None) -> Iterator[dict[str, Any]]:
+    """Name, shape and dtype of each tensor from the headers of the safetensors files, sizes in bytes."""
+    from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
+
+    if os.path.isdir(donor):
+        found = get_local_safetensors_metadata(donor)
+    else:
+        found = get_safetensors_metadata(donor, revision=revision, token=token)
+    for file in found.files_metadata.values():
+        for name, tensor in file.tensors.items():
+            size = tensor.data_offsets[1] - tensor.data_offsets[0]
+            yield {
+                "name": name,
+                "shape": list(tensor.shape),
+                "dtype": tensor.dtype,
+                "num_parameters": tensor.parameter_count,
+                "size": size,
+            }
+
+
+def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
+    return facts(
+        donor,
+        {
+            "base": config.base_model_name_or_path,
+            "base revision": config.base_revision,
+            "architecture": (config.base_config or {}).get("model_type"),
+            "layers": config.layers,
+            "position": config.position,
+            "mode": config.mode,
+            "init": config.init,
+            "parameters": data["num_parameters"],
+            "size": f"{data['size'] / 1e6:,.1f} MB",
+            "domain": config.domain,
+            "datasets": ", ".join(config.datasets or []) or None,
+            "tokens seen": config.tokens_seen,
+            "metrics": config.metrics,
+            "not_hf version": config.not_hf_version,
+            "fingerprint": config.fingerprint,
+        },
+    )
