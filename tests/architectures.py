@@ -6,7 +6,7 @@ import functools
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 VOCAB = 96
 NUM_LAYERS = 4
@@ -118,6 +118,20 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
     model.tie_weights()
     model.generation_config.eos_token_id = None  # greedy runs to the length asked for
     return model.eval()
+
+
+def enable_checkpointing(model: PreTrainedModel, kwargs: dict | None = None) -> None:
+    """Turn gradient checkpointing on, under the name that transformers 5.23 gave it or the one it had before."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs)
+
+
+# the same for TrainingArguments
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, tiny_config, tiny_model
+from architectures import ARCHITECTURES, enable_checkpointing, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -136,7 +136,7 @@ def test_gradients_reach_the_organ_and_nothing_else(model_type, checkpointing, t
     base = tiny_model(model_type)
     model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, SPAN), is_trainable=True)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     model.train()
     for module in model.modules():  # so that both runs see the same network
         if isinstance(module, nn.Dropout):

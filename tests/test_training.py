@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import tiny_model, tiny_tokenizer
+from architectures import CHECKPOINTING, enable_checkpointing, tiny_model, tiny_tokenizer
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -142,16 +142,16 @@ def test_an_organ_of_a_bf16_base_trains_and_loads_in_fp32(blocks, tmp_path):
 def test_gradient_checkpointing_computes_the_same(blocks, tmp_path):
     plain, checkpointed = trainable(tiny_model("llama")), trainable(tiny_model("llama"))
     trainer(plain, blocks, tmp_path / "plain").train()
-    run = trainer(checkpointed, blocks, tmp_path / "checkpointed", activation_checkpointing=True)
+    run = trainer(checkpointed, blocks, tmp_path / "checkpointed", **{CHECKPOINTING: True})
     run.train()
-    assert checkpointed.is_activation_checkpointing
+    assert all(layer.gradient_checkpointing for layer in checkpointed.model.layers)
     assert equal(organ_tensors(plain), organ_tensors(checkpointed))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_an_inserted_layer_checkpoints_like_its_neighbours(use_reentrant, token_ids):
     base = tiny_model("llama")
-    base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(base, {"use_reentrant": use_reentrant})
     model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, (1, 3)), is_trainable=True)
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
     model.train()

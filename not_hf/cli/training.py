@@ -77,6 +77,9 @@ def train(
             *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
         )
         _check_context(model, block_length)
+        # transformers 5.23 renamed it, and warns about the old name
+        known = TrainingArguments.__dataclass_fields__
+        checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         arguments = TrainingArguments(
             output_dir=str(output / CHECKPOINTS),
             num_train_epochs=epochs,
@@ -86,7 +89,7 @@ def train(
             warmup_steps=warmup,
             seed=seed,
             bf16=dtype == "float32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-            activation_checkpointing=gradient_checkpointing,
+            **{checkpointing: gradient_checkpointing},
             dataloader_pin_memory=torch.accelerator.is_available(),
             include_num_input_tokens_seen="all",
             logging_steps=10,
