@@ -27,12 +27,16 @@ PER_LAYER_LISTS = (
     "layer_types",
     "mlp_layer_types",
     "attention_layers",
+    "layer_rope_theta",
     "no_rope_layers",
+    "num_attention_heads_per_layer",
     "layers_block_type",
     "block_types",
 )
 # Config lists that hold the indices of the layers that have a property.
 LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers")
+# Config counts of the first layers, which are dense where the others have experts.
+DENSE_PREFIXES = ("first_k_dense_replace", "num_dense_layers")
 # Attributes in which a layer, or a module in it, remembers its index.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
 # Modules and parameters (without `weight`/`bias`) through which a layer writes to the residual stream.
@@ -50,19 +54,26 @@ Slot = tuple[PreTrainedConfig, int]  # a layer's origin: the config of its own m
 
 @dataclass(frozen=True)
 class Stack:
-    """The decoder stack of a live model: `owner.<name>` is its `ModuleList`, `path` its dotted path from the model."""
+    """Where a live model keeps its decoder layers: `model.<base>.<path>` is their `ModuleList`."""
 
-    owner: nn.Module
-    name: str
-    path: str
+    model: nn.Module
+    base: str  # the base model in the causal LM: model, transformer, gpt_neox, …
+    path: str  # the list in the base model: layers, h, decoder.layers, …
+
+    @property
+    def full_path(self) -> str:
+        """Path of the list from the model."""
+        return f"{self.base}.{self.path}"
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The native base model."""
+        return cast(PreTrainedModel, self.model.get_submodule(self.base))
 
     @property
     def layers(self) -> nn.ModuleList:
-        return getattr(self.owner, self.name)
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        return cast(PreTrainedConfig, self.owner.config)
+        """The layers that stand in the stack now."""
+        return cast(nn.ModuleList, self.model.get_submodule(self.full_path))
 
 
 def find_stack(model: PreTrainedModel) -> Stack:
@@ -88,11 +99,14 @@ def find_stack(model: PreTrainedModel) -> Stack:
     if len(paths) != 1:
         found = "no list" if not paths else "several lists (" + ", ".join(paths) + ")"
         raise UnsupportedArchitectureError(f"{kind} has {found} of num_hidden_layers={num_layers} layers")
-    owner_path, _, name = paths[0].rpartition(".")
-    stack = Stack(model.get_submodule(owner_path), name, paths[0])
-    if stack.config is not config:
-        raise UnsupportedArchitectureError(f"{kind} keeps its layers under a config of their own; load the text model")
-    return stack
+    parts = paths[0].split(".")
+    for n in range(1, len(parts)):
+        base = model.get_submodule(".".join(parts[:n]))
+        if isinstance(base, PreTrainedModel):
+            if base.config is not config:
+                raise UnsupportedArchitectureError(f"{kind} has its layers under another config; load the text model")
+            return Stack(model, ".".join(parts[:n]), ".".join(parts[n:]))
+    raise UnsupportedArchitectureError(f"{kind} keeps its layers outside of a base model")
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -118,6 +132,8 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
     """
     check_config(config)
     config = copy.deepcopy(config)
+    if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
+        config.dtype = getattr(torch, config.dtype)
     try:
         with no_init_weights(), torch.device("meta"):
             if model_class is None:
@@ -157,9 +173,10 @@ def splice_config(base: PreTrainedConfig, slots: Sequence[Slot]) -> dict[str, An
             if (i + 1) % config.decoder_sparse_step or i in config.mlp_only_layers
         ]
         values["decoder_sparse_step"] = 1
-    if getattr(base, "first_k_dense_replace", None) is not None:
-        dense = [i < config.first_k_dense_replace for config, i in slots]
-        values["first_k_dense_replace"] = dense.index(False) if False in dense else len(dense)
+    for key in DENSE_PREFIXES:
+        if getattr(base, key, None) is not None:
+            dense = [i < getattr(config, key) for config, i in slots]
+            values[key] = dense.index(False) if False in dense else len(dense)
     return values
 
 
@@ -240,6 +257,30 @@ def native_differences(layers: Sequence[nn.Module], twin_layers: Sequence[nn.Mod
     return differences
 
 
+def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[nn.Module]) -> None:
+    """Give layers the plain attributes that their originals have because of where they stand in the base.
+
+    Args:
+        layers: Layers of an organ, built as the first ones of a shorter model.
+        originals: The same layers of the base, on the meta device.
+
+    Raises:
+        UnsupportedArchitectureError: At their new place they are built of other modules or shapes.
+    """
+    for layer, original in zip(layers, originals, strict=True):
+        ours, theirs = dict(layer.named_modules()), dict(original.named_modules())
+        kinds = [{name: type(module) for name, module in modules.items()} for modules in (ours, theirs)]
+        if kinds[0] != kinds[1] or shape_of(layer) != shape_of(original):
+            raise UnsupportedArchitectureError(
+                "these layers are built otherwise at another place of the stack; cut a span that does not depend on it"
+            )
+        for name, module in theirs.items():
+            mine = _scalars(ours[name])
+            for key, value in _scalars(module).items():
+                if key not in INDEX_ATTRIBUTES and key in mine and mine[key] != value:
+                    setattr(ours[name], key, value)
+
+
 def shape_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of each parameter below `layer`."""
     return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
@@ -269,7 +310,7 @@ _NOT_DERIVED = {
 def _index_holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in layer.modules():
         for name in INDEX_ATTRIBUTES:
-            if name in vars(module):
+            if type(vars(module).get(name)) is int:  # None where a model does not number this module
                 yield module, name
 
 

@@ -95,9 +95,10 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
         problems.append(_mismatch("sliding_window", ours, theirs, name))
     rotary = getattr(config, "rope_parameters", None)
     served = {key for key, value in (rotary or {}).items() if isinstance(value, dict)}
-    if served and types - served:
+    unserved = types - served - set(getattr(config, "layer_types", None) or ())
+    if served and unserved:
         problems.append(
-            f"donor layer_types {sorted(types - served)} have no rotary embedding in {name}; "
+            f"donor layer_types {sorted(unserved)} have no rotary embedding in {name}; "
             f"cut layers of type {sorted(served)}"
         )
     return problems

@@ -44,7 +44,7 @@ class LiveBase:
     @property
     def path(self) -> str:
         """Path of its stack below the base model."""
-        return self.stack.path.removeprefix(f"{self.model.base_model_prefix}.")
+        return self.stack.path
 
     def tensors(self, span: Span) -> dict[str, torch.Tensor]:
         """Copies of the span's tensors by name below the base model, layers numbered from 0.
@@ -118,10 +118,8 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
         if isinstance(config, DonorConfig):
             raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
-        twin = meta_twin(config)
-        prefix = twin.base_model_prefix
-        path = find_stack(twin).path.removeprefix(f"{prefix}.")
-        opened = StoredBase(name, getattr(commit, "resolved", None), config, prefix, path, hub_kwargs)
+        stack = find_stack(meta_twin(config))
+        opened = StoredBase(name, getattr(commit, "resolved", None), config, stack.base, stack.path, hub_kwargs)
     if getattr(opened.config, "quantization_config", None) is not None:
         raise UnsupportedArchitectureError(
             f"{opened.name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from not_hf.anatomy import NEUTRAL_EMBEDDING, Stack, find_stack
+from not_hf.anatomy import NEUTRAL_EMBEDDING, Stack, find_stack, inherit_attributes, meta_twin
 from not_hf.card import write_card
 from not_hf.checkpoint import FLOAT_DTYPES, open_checkpoint
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, cut_config, open_base, resolve_commit
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
-from not_hf.layers import silence, strip_to_layers
+from not_hf.layers import check_bare, silence, strip_to_layers
 from not_hf.sharing import push_folder
 
 # of push_to_hub, which save_pretrained(push_to_hub=True) takes as well
@@ -63,17 +63,18 @@ class DonorModel(PreTrainedModel):
         # in the dtype that is being loaded, not in the one the base's config names
         causal_lm = AutoModelForCausalLM.from_config(native, dtype=torch.get_default_dtype())
         stack = find_stack(causal_lm)
-        self.organ: PreTrainedModel = causal_lm.base_model
-        strip_to_layers(self.organ, stack)
+        base_stack = find_stack(meta_twin(config.native_config("base_config")))
+        inherit_attributes(list(stack.layers), list(base_stack.layers)[slice(*config.span)])
+        strip_to_layers(stack)
+        self.organ: PreTrainedModel = stack.base_model
         config._attn_implementation = self.organ.config._attn_implementation
-        self._stack_path = stack.path.removeprefix(f"{causal_lm.base_model_prefix}.")
+        self._stack_path = stack.path
         self.post_init()
 
     @property
     def stack(self) -> Stack:
         """Where the organ's layers are."""
-        owner, _, name = self._stack_path.rpartition(".")
-        return Stack(self.organ.get_submodule(owner), name, f"organ.{self._stack_path}")
+        return Stack(self, self.base_model_prefix, self._stack_path)
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """An organ has no embeddings."""
@@ -152,8 +153,11 @@ class DonorModel(PreTrainedModel):
         organ, _ = cls.load_tensors(config, state, dtype, source=str(source.name))
         if isinstance(source, LiveBase):
             nn.Module.to(organ, source.model.device)
+        hidden = torch.randn(1, 4, source.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
+        check_bare(organ, organ.stack, hidden)
         if init == "identity":
-            _make_identity(organ)
+            _make_identity(organ, hidden)
         return organ
 
     @classmethod
@@ -318,17 +322,15 @@ class DonorModel(PreTrainedModel):
                 AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
-def _make_identity(organ: DonorModel) -> None:
-    """Silence every layer, then check on random hidden states that nothing is left."""
+def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:
+    """Silence every layer, then check on hidden states that nothing is left."""
     for layer in organ.stack.layers:
         silence(layer)
-    hidden = torch.randn(1, 4, organ.stack.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
     with torch.no_grad():
         if torch.equal(organ(inputs_embeds=hidden).last_hidden_state, hidden):
             return
     raise UnsupportedArchitectureError(
-        f"layers of model_type {organ.stack.config.model_type!r} do not become a no-op when their output projections "
+        f"layers of model_type {organ.organ.config.model_type!r} do not become a no-op when their output projections "
         "are zero; use init='copy'"
     )
 

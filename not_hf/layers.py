@@ -10,6 +10,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from not_hf.anatomy import Stack, output_projections
+from not_hf.errors import UnsupportedArchitectureError
+
+# modules beside the layers that do not touch hidden states: they say where tokens stand
+POSITIONAL = ("rotary", "rope")
 
 
 class Passthrough(nn.Module):
@@ -22,15 +26,39 @@ class Passthrough(nn.Module):
         return torch.zeros((), device=x.device if isinstance(x, torch.Tensor) else None)
 
 
-def strip_to_layers(base: nn.Module, stack: Stack) -> None:
-    """Put a `Passthrough` in the place of everything beside the stack that owns parameters or drops activations."""
-    on_path = [module for module in base.modules() if any(inner is stack.owner for inner in module.modules())]
-    for parent in on_path:
-        for name, child in list(parent.named_children()):
-            if child is stack.layers or any(child is module for module in on_path):
-                continue
-            if isinstance(child, nn.Dropout) or next(child.parameters(), None) is not None:
+def strip_to_layers(stack: Stack) -> None:
+    """Put a `Passthrough` in the place of everything in the base model but its layers and its rotary embeddings."""
+    parent: nn.Module = stack.base_model
+    for step in stack.path.split("."):
+        for name, _ in list(parent.named_children()):
+            if name != step and not any(word in name for word in POSITIONAL):
                 setattr(parent, name, Passthrough())
+        parent = getattr(parent, step)
+
+
+@torch.no_grad()
+def check_bare(organ: nn.Module, stack: Stack, hidden: torch.Tensor) -> None:
+    """Check that a stripped base model is nothing but its layers: without them hidden states go through unchanged.
+
+    Args:
+        organ: Takes `inputs_embeds`.
+        stack: Its layers, left out for the moment.
+        hidden: Any hidden states, `(batch, seq, hidden)`.
+
+    Raises:
+        UnsupportedArchitectureError: Something beside the layers changes hidden states, or cannot do without them.
+    """
+    layers, kind = stack.layers, f"model_type {stack.base_model.config.model_type!r}"
+    modules, layers._modules = layers._modules, {}
+    try:
+        found = organ(inputs_embeds=hidden).last_hidden_state
+    except Exception as error:  # native forwards raise anything on what they do not expect
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedArchitectureError(f"layers of {kind} cannot be run without the rest: {reason}") from error
+    finally:
+        layers._modules = modules
+    if not torch.equal(found, hidden):
+        raise UnsupportedArchitectureError(f"{kind} changes hidden states outside of its layers")
 
 
 @torch.no_grad()

@@ -27,12 +27,12 @@ def organ_tensors(
         name: Which one.
         state_dict: The whole model's tensors, when they were gathered elsewhere; used where it has the organ's.
     """
-    organ, path = surgery.organs[name], surgery.path
-    places = {id(layer): n for n, layer in enumerate(surgery.stack(model).layers)}
-    prefix = f"{DonorModel.base_model_prefix}.{path.removeprefix(f'{model.base_model_prefix}.')}"
+    organ, stack = surgery.organs[name], surgery.stack(model)
+    places = {id(layer): n for n, layer in enumerate(stack.layers)}
+    prefix = f"{DonorModel.base_model_prefix}.{stack.path}"
     tensors: dict[str, torch.Tensor] = {}
     for n, layer in enumerate(organ.layers):
-        place = f"{path}.{places.get(id(layer))}."
+        place = f"{stack.full_path}.{places.get(id(layer))}."
         given = {k.removeprefix(place): v for k, v in (state_dict or {}).items() if k.startswith(place)}
         tensors |= {f"{prefix}.{n}.{key}": value for key, value in (given or layer.state_dict()).items()}
     return tensors

@@ -67,7 +67,7 @@ class Surgery:
     def __init__(self, model: PreTrainedModel) -> None:
         stack = find_stack(model)
         self.native_class = type(model)
-        self.path = stack.path
+        self._where = (stack.base, stack.path)
         self.base_layers: list[nn.Module] = list(stack.layers)
         self.base_config = copy.deepcopy(model.config)
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -78,8 +78,7 @@ class Surgery:
 
     def stack(self, model: PreTrainedModel) -> Stack:
         """Where the live layers are."""
-        owner, _, name = self.path.rpartition(".")
-        return Stack(model.get_submodule(owner), name, self.path)
+        return Stack(model, *self._where)
 
     @property
     def active(self) -> list[str]:
@@ -151,8 +150,10 @@ class Surgery:
         """
         signature = tuple((name, *self.organs[name].span, self.organs[name].position) for name in self.active)
         if signature not in self._derived:
-            base = outer_attributes(self.twin(self.plan([])), self.path)
-            here = outer_attributes(self.twin(placed), self.path)
+            base, here = (
+                outer_attributes(twin, self.stack(twin).full_path)
+                for twin in (self.twin(self.plan([])), self.twin(placed))
+            )
             self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
             self._base_derived.update({key: base[key] for key in self._derived[signature]})
         return {**self._base_derived, **self._derived[signature]}

@@ -305,7 +305,7 @@ class TransplantedForCausalLM(_Native):
         (organ,) = self._surgery.organs.values()
         loaded, missing = DonorModel.load_tensors(organ.config, dict(state_dict), partial=not strict)
         for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
-            place = f"{loaded.stack.path}.{n}."
+            place = f"{loaded.stack.full_path}.{n}."
             tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
             layer.load_state_dict(tensors, strict=False)
         return _IncompatibleKeys([], [])

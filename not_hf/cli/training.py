@@ -79,7 +79,8 @@ def train(
         _check_context(model, block_length)
         # transformers 5.23 renamed it, and warns about the old name
         known = TrainingArguments.__dataclass_fields__
-        checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        checkpointing: dict[str, Any] = {name: gradient_checkpointing}
         arguments = TrainingArguments(
             output_dir=str(output / CHECKPOINTS),
             num_train_epochs=epochs,
@@ -89,7 +90,7 @@ def train(
             warmup_steps=warmup,
             seed=seed,
             bf16=dtype == "float32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-            **{checkpointing: gradient_checkpointing},
+            **checkpointing,
             dataloader_pin_memory=torch.accelerator.is_available(),
             include_num_input_tokens_seen="all",
             logging_steps=10,
