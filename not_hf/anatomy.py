@@ -10,7 +10,7 @@ import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -134,12 +134,15 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
     config = copy.deepcopy(config)
     if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
         config.dtype = getattr(torch, config.dtype)
+    with no_init_weights(), torch.device("meta"):
+        return build(model_class or AutoModelForCausalLM.from_config, config)
+
+
+def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Call a native constructor; whatever it raises on a config it cannot serve becomes one typed line."""
     try:
-        with no_init_weights(), torch.device("meta"):
-            if model_class is None:
-                return AutoModelForCausalLM.from_config(config)
-            return model_class(config)
-    except Exception as error:  # a native __init__ may raise anything on a config it cannot serve
+        return constructor(config, **kwargs)
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedArchitectureError(
             f"no causal LM can be built from model_type {config.model_type!r}: {reason}"
@@ -186,6 +189,13 @@ def spliced_config(base: PreTrainedConfig, slots: Sequence[Slot]) -> PreTrainedC
     for key, value in splice_config(base, slots).items():
         setattr(config, key, value)
     return config
+
+
+def config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
+    """What two configs say otherwise, beside names and dtypes."""
+    mine, other = ours.to_dict(), theirs.to_dict()
+    keys = sorted((mine.keys() | other.keys()) - _NAMES)
+    return [f"{k} is {mine.get(k)!r}, not {other.get(k)!r}" for k in keys if mine.get(k) != other.get(k)]
 
 
 def set_layer_index(layer: nn.Module, index: int) -> None:
@@ -282,19 +292,26 @@ def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[nn.Modul
 
 
 def shape_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter below `layer`."""
-    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    """Shape of each parameter and buffer below `layer`."""
+    return {name: tuple(tensor.shape) for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
 
 
 def fingerprint(config: PreTrainedConfig) -> str:
     """SHA-256 of what a config says about its layers: equal for two fine-tunes of one model."""
-    ignored = {
-        "_name_or_path", "architectures", "transformers_version", "dtype", "vocab_size", "id2label", "label2id",
-        "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "tie_word_embeddings",
-    }  # fmt: skip
+    ignored = _NAMES | {
+        "vocab_size",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "use_cache",
+        "tie_word_embeddings",
+    }
     values = {key: value for key, value in config.to_dict().items() if key not in ignored}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
+
+# Config keys that say nothing about what a model computes.
+_NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"}
 
 # Set by the user or the loader, not by the config.
 _NOT_DERIVED = {

@@ -93,16 +93,16 @@ def donor_card(
     )
 
 
-def write_card(
+def updated_card(
     folder: str | os.PathLike[str],
     config: DonorConfig,
     num_parameters: int | None = None,
     size: int | None = None,
     repo_id: str | None = None,
-) -> None:
-    """Write a donor's card to `folder/README.md`.
+) -> ModelCard:
+    """The card for a donor's folder. Nothing is written.
 
-    A card that is already there keeps its text and its metadata: only the facts between the two
+    A `README.md` that is already there keeps its text and its metadata: only the facts between the two
     `not_hf facts` comments are rewritten, our metadata keys are set, and tags, datasets and results united.
 
     Args:
@@ -114,15 +114,20 @@ def write_card(
     """
     path = Path(folder, "README.md")
     card = donor_card(config, num_parameters, size, repo_id)
-    if path.exists():
-        try:
-            existing = ModelCard.load(path)
-        except (ValueError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise NotHFError(f"{path} has metadata that cannot be read ({reason}); mend or remove it") from error
-        _update(existing, card)
-        card = existing
-    card.save(path)
+    if not path.exists():
+        return card
+    try:
+        existing = ModelCard.load(path)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise NotHFError(f"{path} has metadata that cannot be read ({reason}); mend or remove it") from error
+    _update(existing, card)
+    return existing
+
+
+def write_card(folder: str | os.PathLike[str], config: DonorConfig, *args: Any, **kwargs: Any) -> None:
+    """Write `updated_card` to `folder/README.md`."""
+    updated_card(folder, config, *args, **kwargs).save(Path(folder, "README.md"))
 
 
 def _update(card: ModelCard, new: ModelCard) -> None:

@@ -19,13 +19,17 @@ FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True, **hub_kwargs: Any
+    source: str | os.PathLike[str],
+    wanted: Callable[[str], bool] = lambda name: True,
+    variant: str | None = None,
+    **hub_kwargs: Any,
 ) -> dict[str, Any]:
     """Open the tensors of a checkpoint without reading them.
 
     Args:
         source: Local folder or Hub ID holding `model.safetensors` or a sharded checkpoint with its index.
         wanted: Says by name which tensors are needed; of a sharded checkpoint only their files are fetched.
+        variant: As in transformers: `model.<variant>.safetensors`.
         hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, … as in transformers.
 
     Returns:
@@ -36,13 +40,14 @@ def open_checkpoint(
         OSError: There is no safetensors checkpoint, or it cannot be fetched.
         CorruptDonorError: A file is truncated, or the index names a file or tensor that is not there.
     """
-    single = _fetch(source, SAFE_WEIGHTS_NAME, **hub_kwargs)
+    whole, sharded = (_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    single = _fetch(source, whole, **hub_kwargs)
     if single is not None:
         return {name: view for name, view in _open(single).items() if wanted(name)}
-    index = _fetch(source, SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
+    index = _fetch(source, sharded, **hub_kwargs)
     if index is None:
         raise OSError(
-            f"{source} has no {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}. If it holds pytorch_model.bin, "
+            f"{source} has no {whole} or {sharded}. If it holds pytorch_model.bin, "
             "convert it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
         )
     files = {name: file for name, file in _weight_map(index).items() if wanted(name)}
@@ -86,6 +91,13 @@ def renumber_layers(
 def layer_pattern(prefix: str, path: str) -> re.Pattern[str]:
     """Matches names of layer tensors; group 1 is the layer's number, group 2 the name below it."""
     return re.compile(rf"^(?:{re.escape(prefix)}\.)?{re.escape(path)}\.(\d+)\.(.+)$")
+
+
+def _add_variant(name: str, variant: str | None) -> str:
+    if variant is None:
+        return name
+    stem, _, ending = name.partition(".safetensors")
+    return f"{stem}.safetensors.index.{variant}.json" if ending else f"{stem}.{variant}.safetensors"
 
 
 def _fetch(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:

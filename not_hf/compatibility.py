@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from not_hf.anatomy import find_stack, meta_twin
+from not_hf.anatomy import find_stack, meta_twin, spliced_config
 from not_hf.config import DonorConfig
 from not_hf.donor import DonorModel
 from not_hf.errors import IncompatibleDonorError, UnsupportedArchitectureError
@@ -21,6 +22,7 @@ SHARED_GEOMETRY = (
     "rope_parameters",
     "rotary_dim",
     "alibi",
+    "window_size",
 )
 
 DonorLike = str | os.PathLike[str] | DonorConfig | DonorModel
@@ -70,7 +72,7 @@ def check_compatibility(
             problems.append(_mismatch(key, ours, theirs, name))
     problems += _layer_type_problems(organ, config, name)
     problems += _place_problems(donor_config.num_organ_layers, position, mode, config, name)
-    return problems
+    return problems or _structure_problems(organ, config, int(position or 0), mode, name)
 
 
 def require_compatibility(
@@ -93,25 +95,50 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
     ours, theirs = (getattr(each, "sliding_window", None) for each in (organ, config))
     if windowed and ours != theirs:
         problems.append(_mismatch("sliding_window", ours, theirs, name))
-    rotary = getattr(config, "rope_parameters", None)
-    served = {key for key, value in (rotary or {}).items() if isinstance(value, dict)}
-    unserved = types - served - set(getattr(config, "layer_types", None) or ())
-    if served and unserved:
+    rotary = getattr(config, "rope_parameters", None) or {}
+    served = set(getattr(config, "layer_types", None) or ())
+    if any(isinstance(value, dict) for value in rotary.values()) and types - served:  # one embedding per layer type
         problems.append(
-            f"donor layer_types {sorted(unserved)} have no rotary embedding in {name}; "
+            f"donor layer_types {sorted(types - served)} have no rotary embedding in {name}; "
             f"cut layers of type {sorted(served)}"
         )
     return problems
 
 
-def _place_problems(k: int, position: int | None, mode: str, config: PreTrainedConfig, name: str) -> list[str]:
+def _structure_problems(
+    organ: PreTrainedConfig, config: PreTrainedConfig, position: int, mode: str, name: str
+) -> list[str]:
+    """Whether the recipient's class would build other modules where the organ goes."""
+    k = organ.num_hidden_layers
+    rest = position + (k if mode == "replace" else 0)
+    slots = [
+        *((config, n) for n in range(position)),
+        *((organ, n) for n in range(k)),
+        *((config, n) for n in range(rest, config.num_hidden_layers)),
+    ]
+    try:
+        natives = list(find_stack(meta_twin(spliced_config(config, slots))).layers)[position : position + k]
+        layers = list(find_stack(meta_twin(organ)).layers)
+    except UnsupportedArchitectureError as error:
+        return [f"{name} cannot take these layers: {error}"]
+    odd = {key for ours, theirs in zip(layers, natives, strict=True) for key in _tensors(ours) ^ _tensors(theirs)}
+    if odd:
+        return [f"layers of {name} are built of other modules than the donor's ({', '.join(sorted(odd)[:4])}, …)"]
+    return []
+
+
+def _tensors(layer: nn.Module) -> set[str]:
+    return {key for key, _ in layer.named_parameters()}
+
+
+def _place_problems(k: int, position: Any, mode: str, config: PreTrainedConfig, name: str) -> list[str]:
     num_layers = getattr(config, "num_hidden_layers", None)
     if num_layers is None:
         return []
     last = num_layers if mode == "insert" else num_layers - k
     if mode not in ("insert", "replace"):
         return [f"mode must be 'insert' or 'replace', got {mode!r}"]
-    if not isinstance(position, int) or not 0 <= position <= last:
+    if not hasattr(position, "__index__") or not 0 <= position <= last:
         room = f"position must be between 0 and {last}" if last >= 0 else "the organ is longer than the recipient"
         return [f"cannot {mode} {k} layers at position {position} of {num_layers} ({name}); {room}"]
     return []

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.config import DonorConfig
-from not_hf.cutting import HUB_KWARGS
+from not_hf.cutting import HUB_KWARGS, resolve_commit
 from not_hf.donor import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError
 
@@ -34,6 +34,7 @@ class OrganSource:
     subfolder: str | None = None
     position: int | None = None
     mode: str | None = None
+    active: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class Request:
     def base_config(self) -> PreTrainedConfig:
         """The native config of a recipient that is still to be loaded."""
         given = {key: value for key, value in self.base_kwargs.items() if key in (*SHARED_KWARGS, *CONFIG_KWARGS)}
-        return self.base_kwargs.get("config") or AutoConfig.from_pretrained(str(self.base), **given)
+        config = self.base_kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            config = AutoConfig.from_pretrained(config or str(self.base), **given)
+        if isinstance(config, DonorConfig):
+            raise NotHFError(f"{self.base} is a donor, not a recipient; name the base first, then the donor")
+        return config
 
 
 def read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorConfig:
@@ -89,9 +95,13 @@ def resolve_request(
     shared = {key: value for key, value in kwargs.items() if key in SHARED_KWARGS}
     base: str | PreTrainedModel
     if donor is not None:
+        if isinstance(first, PreTrainedModel) and (odd := sorted(kwargs.keys() - set(SHARED_KWARGS))):
+            raise TypeError(f"{', '.join(odd)}: only for a recipient that is loaded here, this one is live")
         base = first if isinstance(first, PreTrainedModel) else os.fspath(first)
         if config is not None:
             kwargs["config"] = config
+        if isinstance(base, str):
+            kwargs["revision"] = resolve_commit(base, kwargs)
         wish = replace(wish, donor=donor)
         return Request(base, kwargs, list(_organs(wish, read_config(wish, shared))))
 
@@ -114,8 +124,9 @@ def resolve_request(
     for key in ("attn_implementation", "experts_implementation"):
         if (value := getattr(donor_config, f"_{key}")) is not None:
             kwargs.setdefault(key, value)
-    kwargs["revision"] = donor_config.base_revision
-    return Request(donor_config.base_model_name_or_path, kwargs, list(_organs(wish, donor_config)))
+    base = donor_config.base_model_name_or_path
+    kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": donor_config.base_revision})
+    return Request(base, kwargs, list(_organs(wish, donor_config)))
 
 
 def _organs(wish: OrganSource, config: DonorConfig) -> Iterator[OrganSource]:
@@ -126,25 +137,36 @@ def _organs(wish: OrganSource, config: DonorConfig) -> Iterator[OrganSource]:
     if wish.position is not None or wish.mode is not None:
         raise NotHFError(f"{wish.donor} is a composition whose organs have their places; load them one by one to move")
     for entry in config.donors:
-        place = {"position": entry.get("position"), "mode": entry.get("mode")}
-        if "name" not in entry or not ("donor" in entry or "subfolder" in entry):
+        if not isinstance(entry, dict) or "name" not in entry or not ("donor" in entry or "subfolder" in entry):
             raise CorruptDonorError(f"{wish.donor}: an organ of the composition lacks a name or a place: {entry}")
+        place = (entry.get("position"), entry.get("mode"), bool(entry.get("active", True)))
         if "donor" in entry:
-            yield OrganSource(entry["name"], entry["donor"], entry.get("revision"), entry.get("subfolder"), **place)
+            yield OrganSource(entry["name"], entry["donor"], entry.get("revision"), entry.get("subfolder"), *place)
         else:
             inner = "/".join(part for part in (wish.subfolder, entry["subfolder"]) if part)
-            yield OrganSource(entry["name"], wish.donor, wish.revision, inner, **place)
+            yield OrganSource(entry["name"], wish.donor, wish.revision, inner, *place)
 
 
-def composition_config(configs: Mapping[str, DonorConfig]) -> DonorConfig:
-    """The root config of a folder with one subfolder per organ, named like it."""
-    first = next(iter(configs.values()))
+def composition_config(organs: Mapping[str, tuple[DonorConfig, bool]]) -> DonorConfig:
+    """The root config of a folder with one subfolder per organ, named like it.
+
+    Args:
+        organs: Config of each organ by name, and whether it is active.
+    """
+    first, _ = next(iter(organs.values()))
     return DonorConfig(
         base_model_name_or_path=first.base_model_name_or_path,
         base_revision=first.base_revision,
         base_config=first.base_config,
         donors=[
-            {"name": name, "subfolder": name, "position": config.position, "mode": config.mode}
-            for name, config in configs.items()
+            {
+                "name": name,
+                "subfolder": name,
+                "position": config.position,
+                "mode": config.mode,
+                "scale": 1.0,
+                "active": active,
+            }
+            for name, (config, active) in organs.items()
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -65,7 +66,12 @@ class DonorConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers, but the config of something else raises `NotHFError`."""
-        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, AttributeError) as error:  # JSON, but no object
+            raise CorruptDonorError(f"{pretrained_model_name_or_path}: config.json holds no JSON object") from error
+        if not isinstance(values, dict):
+            raise CorruptDonorError(f"{pretrained_model_name_or_path}: config.json holds no JSON object")
         if (model_type := values.get("model_type")) != cls.model_type:
             raise NotHFError(
                 f"{pretrained_model_name_or_path} is not a donor: its config has model_type {model_type!r}"
@@ -74,10 +80,10 @@ class DonorConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # (config, unused kwargs) when asked for
-        """As in transformers, but values of a wrong type raise `CorruptDonorError`."""
+        """As in transformers, but values of a wrong type or meaning raise `CorruptDonorError`."""
         try:
             return super().from_dict(config_dict, **kwargs)
-        except StrictDataclassError as error:
+        except (StrictDataclassError, TypeError, AttributeError, IndexError, KeyError) as error:
             raise CorruptDonorError(f"donor config.json: {_one_line(error)}") from error
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -104,12 +110,12 @@ class DonorConfig(PreTrainedConfig):
         """
         from transformers import AutoConfig  # its table of classes asks for this module, see registration
 
-        values = dict(getattr(self, which) or {})
-        model_type = values.pop("model_type", None)
+        values = getattr(self, which)
+        model_type = values.get("model_type") if isinstance(values, dict) else None
         if not isinstance(model_type, str):
             raise CorruptDonorError(f"donor config has no {which} with a model_type; cut the organ again")
         try:
-            return AutoConfig.for_model(model_type, **values)
+            return AutoConfig.for_model(**copy.deepcopy(values))
         except (ValueError, KeyError) as error:
             if "Unrecognized model identifier" in str(error):
                 raise UnsupportedArchitectureError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,11 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
             raise NotHFError("the live model carries organs; unload() or merge_and_unload() it, then cut")
         opened = LiveBase(base, find_stack(base))
     else:
-        name = os.fspath(base)
+        try:
+            name = os.fspath(base)
+        except TypeError as error:
+            kind = type(base).__name__
+            raise NotHFError(f"a base is a folder, a Hub ID or a model of transformers, not a {kind}") from error
         if unknown := sorted(hub_kwargs.keys() - set(HUB_KWARGS)):
             raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
         commit = resolve_commit(name, hub_kwargs)
@@ -147,26 +152,29 @@ def cut_config(
         NotHFError: One is out of range.
     """
     num_layers = base.config.num_hidden_layers
-    span = list(layers)
-    if len(span) != 2 or not all(isinstance(n, int) for n in span) or not 0 <= span[0] < span[1] <= num_layers:
+    try:
+        ends = (layers.start, layers.stop) if isinstance(layers, range) and layers.step == 1 else layers
+        i, j = (operator.index(n) for n in ends)
+    except (TypeError, ValueError):
+        i, j = -1, -1
+    if not 0 <= i < j <= num_layers:
         raise NotHFError(f"layers must be a half-open span (i, j) with 0 <= i < j <= {num_layers}, got {layers!r}")
     if mode not in MODES or init not in INITS:
         raise NotHFError(f"mode must be one of {MODES} and init one of {INITS}, got {mode!r} and {init!r}")
-    k = span[1] - span[0]
     if position is None:
-        position = span[1] if mode == "insert" else span[0]
-    last = num_layers if mode == "insert" else num_layers - k
-    if not isinstance(position, int) or not 0 <= position <= last:
-        raise NotHFError(f"position must be between 0 and {last} to {mode} {k} layers, got {position!r}")
+        position = j if mode == "insert" else i
+    last = num_layers if mode == "insert" else num_layers - (j - i)
+    if not hasattr(position, "__index__") or not 0 <= position <= last:
+        raise NotHFError(f"position must be between 0 and {last} to {mode} {j - i} layers, got {position!r}")
     return DonorConfig(
         base_model_name_or_path=base.name,
         base_revision=base.revision,
-        layers=span,
-        position=position,
+        layers=[int(i), int(j)],
+        position=int(position),
         mode=mode,
         init=init,
         base_config=_plain(base.config),
-        organ_config=_plain(spliced_config(base.config, [(base.config, n) for n in range(*span)])),
+        organ_config=_plain(spliced_config(base.config, [(base.config, n) for n in range(i, j)])),
         fingerprint=fingerprint(base.config),
     )
 

@@ -13,9 +13,19 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-from not_hf.anatomy import NEUTRAL_EMBEDDING, Stack, find_stack, inherit_attributes, meta_twin
-from not_hf.card import write_card
+from not_hf.anatomy import (
+    NEUTRAL_EMBEDDING,
+    Stack,
+    build,
+    config_differences,
+    find_stack,
+    inherit_attributes,
+    meta_twin,
+    spliced_config,
+)
+from not_hf.card import updated_card
 from not_hf.checkpoint import FLOAT_DTYPES, open_checkpoint
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, cut_config, open_base, resolve_commit
@@ -54,16 +64,21 @@ class DonorModel(PreTrainedModel):
 
     def __init__(self, config: DonorConfig, *args: Any, **kwargs: Any) -> None:
         config.check()
-        native = config.native_config()
+        native, base = config.native_config(), config.native_config("base_config")
+        expected = spliced_config(base, [(base, n) for n in range(*config.span)])
+        if contradictions := config_differences(native, expected):
+            raise CorruptDonorError(
+                f"donor config: organ_config contradicts layers {config.layers} of base_config: "
+                + "; ".join(contradictions[:5])
+            )
         native._attn_implementation = config._attn_implementation
         for key, neutral in NEUTRAL_EMBEDDING.items():
             if hasattr(native, key):
                 setattr(native, key, neutral)
         super().__init__(config, *args, **kwargs)
         # in the dtype that is being loaded, not in the one the base's config names
-        causal_lm = AutoModelForCausalLM.from_config(native, dtype=torch.get_default_dtype())
-        stack = find_stack(causal_lm)
-        base_stack = find_stack(meta_twin(config.native_config("base_config")))
+        causal_lm = build(AutoModelForCausalLM.from_config, native, dtype=torch.get_default_dtype())
+        stack, base_stack = find_stack(causal_lm), find_stack(meta_twin(base))
         inherit_attributes(list(stack.layers), list(base_stack.layers)[slice(*config.span)])
         strip_to_layers(stack)
         self.organ: PreTrainedModel = stack.base_model
@@ -150,7 +165,10 @@ class DonorModel(PreTrainedModel):
         config.domain = domain
         tensors = source.tensors(config.span)
         state = {f"{cls.base_model_prefix}.{name}": tensor for name, tensor in tensors.items()}
-        organ, _ = cls.load_tensors(config, state, dtype, source=str(source.name))
+        live = isinstance(source, LiveBase)
+        attention = source.config._attn_implementation if live else None
+        name = source.name or "the live model"
+        organ, _ = cls.load_tensors(config, state, dtype, source=name, foreign=True, attn_implementation=attention)
         if isinstance(source, LiveBase):
             nn.Module.to(organ, source.model.device)
         hidden = torch.randn(1, 4, source.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -186,7 +204,7 @@ class DonorModel(PreTrainedModel):
         if not isinstance(config, DonorConfig):
             config = DonorConfig.from_pretrained(config or source, **hub_kwargs)
         config.check()
-        views = open_checkpoint(source, **hub_kwargs)
+        views = open_checkpoint(source, variant=kwargs.pop("variant", None), **hub_kwargs)
         for name, view in views.items():
             if view.get_dtype() not in FLOAT_DTYPES:
                 raise CorruptDonorError(f"{source}: tensor {name} is {view.get_dtype()}, not floating-point")
@@ -208,6 +226,7 @@ class DonorModel(PreTrainedModel):
         *model_args: Any,
         source: str = "the checkpoint",
         partial: bool = False,
+        foreign: bool = False,
         **kwargs: Any,
     ) -> tuple[DonorModel, set[str]]:
         """Build an organ and fill it, refusing what is off.
@@ -218,6 +237,7 @@ class DonorModel(PreTrainedModel):
             dtype: Of the organ; `"auto"` keeps theirs.
             source: Where they are from, for errors.
             partial: Accept that tensors are missing, as in one shard of a checkpoint.
+            foreign: Accept tensors that the native class has no use for, as old checkpoints of a base have.
             **kwargs: As in `PreTrainedModel.from_pretrained`.
 
         Returns:
@@ -246,7 +266,7 @@ class DonorModel(PreTrainedModel):
             raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
         organ, info = loaded
         problems = [] if partial else [f"missing {name}" for name in sorted(info["missing_keys"])]
-        problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
+        problems += [] if foreign else [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
         problems += [
             f"{name} has shape {tuple(found)}, expected {tuple(expected)}"
             for name, found, expected in sorted(info["mismatched_keys"])
@@ -310,14 +330,19 @@ class DonorModel(PreTrainedModel):
         hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
         if hollow:
             raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        num_parameters = sum(tensor.numel() for tensor in tensors.values())
+        card = updated_card(folder, self.config, num_parameters, size, repo_id)  # raises before anything is written
         super().save_pretrained(folder, is_main_process, dict(tensors), **kwargs)
         if not is_main_process:
             return
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        num_parameters = sum(tensor.numel() for tensor in tensors.values())
-        write_card(folder, self.config, num_parameters, size, repo_id)
+        card.save(os.path.join(folder, "README.md"))
         base = self.config.base_model_name_or_path
-        if base is not None and os.path.isdir(base):
+        if (
+            base is not None
+            and os.path.isdir(base)
+            and not os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE))
+        ):
             with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
                 AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from not_hf.anatomy import Stack, output_projections
-from not_hf.errors import UnsupportedArchitectureError
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
 
 # modules beside the layers that do not touch hidden states: they say where tokens stand
 POSITIONAL = ("rotary", "rope")
@@ -79,6 +79,18 @@ def settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool) -> None:
         parameter.requires_grad_(is_trainable)
     for buffer in layer.buffers():
         buffer.data = buffer.data.to(device=fallback.device)
+
+
+def require_finite(layers: Iterable[nn.Module], name: str) -> None:
+    """Check what layers hold, after they have taken the recipient's dtype.
+
+    Raises:
+        CorruptDonorError: Naming the first tensor that holds NaN or infinity.
+    """
+    for n, layer in enumerate(layers):
+        for key, parameter in layer.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise CorruptDonorError(f"organ {name!r}: non-finite values in layer {n} {key} as {parameter.dtype}")
 
 
 def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn.Module], training: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from not_hf.card import write_card
 from not_hf.composition import composition_config
 from not_hf.donor import DonorModel
+from not_hf.errors import NotHFError
 from not_hf.splice import Organ, Surgery
 
 
@@ -61,27 +63,39 @@ def save_organs(
         is_main_process: Write on this process.
         **kwargs: For `PreTrainedModel.save_pretrained`.
     """
+    shells = {name: _shell(surgery, surgery.organs[name]) for name in names}
     states = {name: organ_tensors(model, surgery, name, state_dict) for name in names}
-    for name in names:
+    for name, shell in shells.items():
+        if foreign := sorted(states[name].keys() ^ shell.state_dict().keys()):
+            raise NotHFError(
+                f"organ {name!r} holds modules that are not its own ({foreign[0]}, …); "
+                "merge or unload what was put on top of it (LoRA?), then save"
+            )
+    for name, shell in shells.items():
         alone = len(names) == 1
-        _shell(surgery.organs[name]).save_donor(
-            folder if alone else os.path.join(folder, name),
-            is_main_process,
-            states[name],
-            repo_id=repo_id if alone else None,
-            **kwargs,
-        )
+        place = folder if alone else os.path.join(folder, name)
+        shell.save_donor(place, is_main_process, states[name], repo_id=repo_id if alone else None, **kwargs)
     if len(names) > 1 and is_main_process:
-        config = composition_config({name: surgery.organs[name].config for name in names})
+        config = composition_config({name: (shells[name].config, surgery.organs[name].active) for name in names})
         config.save_pretrained(folder)
         write_card(folder, config, repo_id=repo_id)
+        for stale in Path(folder).glob("model*.safetensors*"):  # of the one organ that was saved here before
+            stale.unlink()
 
 
-def _shell(organ: Organ) -> DonorModel:
-    """A `DonorModel` on the meta device, in the organ's dtype, to save the organ's tensors through."""
+def _shell(surgery: Surgery, organ: Organ) -> DonorModel:
+    """A `DonorModel` on the meta device, in the organ's dtype, to save the organ's tensors through.
+
+    Its config names the recipient as the base, since that is what the organ was used with.
+    """
+    config = copy.deepcopy(organ.config)
+    if name := surgery.base_config.name_or_path:
+        if surgery.base_revision or name != config.base_model_name_or_path:
+            config.base_revision = surgery.base_revision
+        config.base_model_name_or_path = name
     dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
     with torch.device("meta"):
-        shell = DonorModel(copy.deepcopy(organ.config))
+        shell = DonorModel(config)
     for parameter in shell.parameters():
         parameter.data = parameter.data.to(dtype)
     return shell

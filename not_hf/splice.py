@@ -6,7 +6,9 @@ organs need no extra code.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +41,7 @@ class Organ:
     layers: list[nn.Module]
     active: bool = True
     native_config: PreTrainedConfig = field(init=False)
+    serial: int = field(init=False, default_factory=itertools.count().__next__)
 
     def __post_init__(self) -> None:
         self.native_config = self.config.native_config()
@@ -64,12 +67,13 @@ class Surgery:
     `deepcopy` and pickle carry it along.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, base_revision: str | None = None) -> None:
         stack = find_stack(model)
         self.native_class = type(model)
         self._where = (stack.base, stack.path)
         self.base_layers: list[nn.Module] = list(stack.layers)
         self.base_config = copy.deepcopy(model.config)
+        self.base_revision = base_revision  # commit it was loaded at, where known
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.organs: dict[str, Organ] = {}
         self.disabled = 0
@@ -85,6 +89,9 @@ class Surgery:
         """Names of the organs in the stack, in load order."""
         return [] if self.disabled else [name for name, organ in self.organs.items() if organ.active]
 
+    def _chosen(self) -> list[Organ]:
+        return [self.organs[name] for name in self.active]
+
     def plan(self, organs: Iterable[Organ] | None = None) -> list[Placed]:
         """The stack, front to back: each layer with its origin.
 
@@ -94,7 +101,7 @@ class Surgery:
         Raises:
             IncompatibleDonorError: Two organs want the same recipient layers.
         """
-        chosen = [self.organs[name] for name in self.active] if organs is None else list(organs)
+        chosen = self._chosen() if organs is None else list(organs)
         replaced: set[int] = set()
         for organ in chosen:
             if taken := replaced & set(organ.span):
@@ -120,6 +127,21 @@ class Surgery:
         layers = [layer for layer, _ in placed]
         with numbered(layers):
             return native_differences(layers, list(self.stack(self.twin(placed)).layers))
+
+    @contextlib.contextmanager
+    def changing(self, model: PreTrainedModel) -> Iterator[None]:
+        """Change organs or their flags inside the block; then the stack follows. What fails leaves all as it was."""
+        organs, disabled = dict(self.organs), self.disabled
+        flags = {name: organ.active for name, organ in organs.items()}
+        try:
+            yield
+            self.apply(model)
+        except BaseException:
+            self.organs, self.disabled = organs, disabled
+            for name, organ in organs.items():
+                organ.active = flags[name]
+            self.apply(model)
+            raise
 
     def apply(self, model: PreTrainedModel) -> None:
         """Make the live model agree with `plan()`. Everything that can fail is computed before the first change."""
@@ -148,7 +170,7 @@ class Surgery:
 
         Only those that any stack so far has changed; worked out once per stack, since it builds a twin.
         """
-        signature = tuple((name, *self.organs[name].span, self.organs[name].position) for name in self.active)
+        signature = tuple((organ.serial, organ.position, organ.config.mode) for organ in self._chosen())
         if signature not in self._derived:
             base, here = (
                 outer_attributes(twin, self.stack(twin).full_path)

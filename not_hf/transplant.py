@@ -25,7 +25,7 @@ from not_hf.composition import DonorSource, OrganSource, read_config, resolve_re
 from not_hf.config import DonorConfig
 from not_hf.donor import PUSH_KWARGS, DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError
-from not_hf.layers import settle
+from not_hf.layers import require_finite, settle
 from not_hf.saving import save_organs
 from not_hf.sharing import push_folder
 from not_hf.splice import Organ, Surgery
@@ -99,8 +99,21 @@ class TransplantedForCausalLM(_Native):
             for source in request.sources:
                 organ_config = read_config(source, request.shared)
                 require_compatibility(organ_config, request.base_config(), source.position, source.mode)
-            base = AutoModelForCausalLM.from_pretrained(base, **request.base_kwargs)
+            wants_info = request.base_kwargs.pop("output_loading_info", False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **request.base_kwargs)
+            native, info = loaded
+            revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
+            model = _transplant(native, request.sources, is_trainable, request.shared, revision)
+            return (model, info) if wants_info else model  # type: ignore[return-value]
         return _transplant(base, request.sources, is_trainable, request.shared)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> TransplantedForCausalLM:
+        """What `AutoModelForCausalLM.from_config` calls: for a donor's config, base and organ with fresh weights."""
+        if not isinstance(config, DonorConfig):
+            return super()._from_config(config, **kwargs)
+        base = AutoModelForCausalLM.from_config(config.native_config("base_config"), **kwargs)
+        return _transplant(base, [OrganSource("default", DonorModel(copy.deepcopy(config)))], False, {})
 
     # ------------------------------------------------------------------ organs
 
@@ -136,35 +149,8 @@ class TransplantedForCausalLM(_Native):
             IncompatibleDonorError: It does not fit the recipient, or overlaps an active organ; nothing is changed.
             CorruptDonorError: Its files are off; nothing is changed.
         """
-        surgery = self._surgery
-        if donor_name in surgery.organs or not donor_name or set(donor_name) & set("./\\"):
-            raise NotHFError(f"donor_name {donor_name!r} is taken or not a plain name; choose another")
-        config = read_config(OrganSource(donor_name, donor, revision, subfolder), hub_kwargs)
-        position, mode = config.position if position is None else position, mode or config.mode
-        require_compatibility(config, surgery.base_config, position, mode)
-        config = copy.deepcopy(config)
-        config.position, config.mode = position, mode
-        neighbour = surgery.base_layers[min(position or 0, len(surgery.base_layers) - 1)]
-        if isinstance(donor, DonorModel):
-            layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
-        else:
-            dtype = next(p.dtype for p in neighbour.parameters() if p.is_floating_point())
-            attention = self.config._attn_implementation
-            place = {**hub_kwargs, "revision": revision, "subfolder": subfolder or ""}
-            loaded = DonorModel.from_pretrained(donor, dtype=dtype, attn_implementation=attention, **place)
-            layers = list(loaded.stack.layers)
-        if any(parameter.is_meta for parameter in neighbour.parameters()):
-            raise NotHFError("the recipient is offloaded to disk or CPU; load it without offloading first")
-        organ = Organ(config, layers)
-        placed = surgery.plan([*(surgery.organs[name] for name in surgery.active), organ])
-        if differences := surgery.differences(placed):
-            logger.warning(
-                "organ %r works here but cannot be merged into a native model: %s", donor_name, "; ".join(differences)
-            )
-        for layer in layers:
-            settle(layer, neighbour, is_trainable)
-        surgery.organs[donor_name] = organ
-        surgery.apply(self)
+        source = OrganSource(donor_name, donor, revision, subfolder, position, mode)
+        self._load(source, is_trainable, hub_kwargs)
 
     def set_donor(self, donor_names: str | Sequence[str]) -> None:
         """Make exactly these organs active; their order in the stack is the order they were loaded in.
@@ -173,36 +159,36 @@ class TransplantedForCausalLM(_Native):
             NotHFError: A name is not loaded.
             IncompatibleDonorError: They overlap; nothing is changed.
         """
-        names, organs = self._named(donor_names), self._surgery.organs
-        self._surgery.plan([organ for name, organ in organs.items() if name in names])
-        for name, organ in organs.items():
-            organ.active = name in names
-        self._surgery.apply(self)
+        names, surgery = self._named(donor_names), self._surgery
+        surgery.plan([organ for name, organ in surgery.organs.items() if name in names])
+        with surgery.changing(self):
+            for name, organ in surgery.organs.items():
+                organ.active = name in names
 
     @contextlib.contextmanager
     def disable_donors(self) -> Iterator[None]:
         """The base, bit for bit, inside the `with` block. May be nested; an exception inside does no harm."""
-        self._surgery.disabled += 1
+        surgery = self._surgery
+        with surgery.changing(self):
+            surgery.disabled += 1
         try:
-            self._surgery.apply(self)
             yield
         finally:
-            self._surgery.disabled -= 1
-            self._surgery.apply(self)
+            if vars(self).get("_surgery") is surgery:  # else it was unloaded or merged inside the block
+                with surgery.changing(self):
+                    surgery.disabled -= 1
 
     def delete_donor(self, donor_name: str) -> None:
         """Take an organ out for good; the others stay as if it had never been there."""
         self._named(donor_name)
-        self._surgery.organs[donor_name].active = False
-        self._surgery.apply(self)
-        del self._surgery.organs[donor_name]
+        with self._surgery.changing(self):
+            del self._surgery.organs[donor_name]
 
     def unload(self) -> PreTrainedModel:
         """Take every organ out and give the native model back, its class, config and flags restored."""
         surgery = self._surgery
-        for organ in surgery.organs.values():
-            organ.active = False
-        surgery.apply(self)
+        with surgery.changing(self):
+            surgery.organs = {}
         surgery.release(self)
         return self._release()
 
@@ -214,17 +200,17 @@ class TransplantedForCausalLM(_Native):
                 difference, and nothing is changed.
         """
         surgery = self._surgery
-        if not surgery.active:
+        chosen = [organ for organ in surgery.organs.values() if organ.active]  # also inside disable_donors()
+        if not chosen:
             return self.unload()
-        placed = surgery.plan()
-        if differences := surgery.differences(placed):
+        if differences := surgery.differences(surgery.plan(chosen)):
             raise IncompatibleDonorError(f"a native model cannot hold these layers: {'; '.join(differences)}")
-        base = {id(layer) for layer in surgery.base_layers}
         with self.disable_donors():
             surgery.release(self)
-        for layer, _ in placed:
-            if id(layer) not in base:
-                layer.requires_grad_(True)
+        with surgery.changing(self):
+            surgery.disabled = 0
+        for layer in (layer for organ in chosen for layer in organ.layers):
+            layer.requires_grad_(True)
         return self._release()
 
     def get_base_model(self) -> PreTrainedModel:
@@ -316,9 +302,46 @@ class TransplantedForCausalLM(_Native):
         """Names of loaded organs, all of them for `None`."""
         organs = self._surgery.organs
         chosen = list(organs) if names is None else [names] if isinstance(names, str) else list(names)
-        if unknown := [name for name in chosen if name not in organs]:
+        if unknown := [str(name) for name in chosen if name not in organs]:
             raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
-        return chosen
+        return [name for name in organs if name in chosen]
+
+    def _load(self, source: OrganSource, is_trainable: bool, hub_kwargs: Mapping[str, Any]) -> None:
+        """Load one organ; everything about it is checked before the model changes."""
+        surgery, name, donor = self._surgery, source.name, source.donor
+        if not isinstance(name, str) or not name or name in surgery.organs or set(name) & set("./\\"):
+            raise NotHFError(f"donor_name {name!r} is taken or not a plain name; choose another")
+        config = copy.deepcopy(read_config(source, hub_kwargs))
+        position = config.position if source.position is None else source.position
+        mode = source.mode or config.mode
+        require_compatibility(config, surgery.base_config, position, mode)
+        config.position, config.mode = int(position or 0), mode
+        neighbour = surgery.base_layers[min(config.position, len(surgery.base_layers) - 1)]
+        if any(parameter.is_meta for parameter in neighbour.parameters()):
+            raise NotHFError("the recipient is offloaded to disk or CPU; load it without offloading first")
+        if isinstance(donor, DonorModel):
+            layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
+        else:
+            loaded = DonorModel.from_pretrained(
+                donor,
+                dtype=next(p.dtype for p in neighbour.parameters() if p.is_floating_point()),
+                attn_implementation=self.config._attn_implementation,
+                revision=source.revision,
+                subfolder=source.subfolder or "",
+                **hub_kwargs,
+            )
+            layers = list(loaded.stack.layers)
+        for layer in layers:
+            settle(layer, neighbour, is_trainable)
+        require_finite(layers, name)
+        organ = Organ(config, layers, source.active)
+        beside = [other for other in surgery.organs.values() if other.active and source.active]
+        if differences := surgery.differences(surgery.plan([*beside, organ])):
+            logger.warning(
+                "organ %r works here but cannot be merged into a native model: %s", name, "; ".join(differences)
+            )
+        with surgery.changing(self):
+            surgery.organs[name] = organ
 
     def _release(self) -> PreTrainedModel:
         """Back to the native class."""
@@ -351,39 +374,28 @@ def _revive(native: type) -> TransplantedForCausalLM:
     return cls.__new__(cls)
 
 
-def _extend(model: PreTrainedModel) -> TransplantedForCausalLM:
-    """Give a native model, in place, the class that can carry organs; freeze it."""
-    surgery = Surgery(model)
-    native: Any = type(model)
-    model.__class__ = _transplanted_class(native)
-    model.requires_grad_(False)
-    extended = cast(TransplantedForCausalLM, model)
-    extended._surgery = surgery
-    return extended
-
-
 def _transplant(
-    base: PreTrainedModel, sources: Sequence[OrganSource], is_trainable: bool, hub_kwargs: Mapping[str, Any]
+    base: PreTrainedModel,
+    sources: Sequence[OrganSource],
+    is_trainable: bool,
+    hub_kwargs: Mapping[str, Any],
+    base_revision: str | None = None,
 ) -> TransplantedForCausalLM:
-    """Extend a model in place and load organs; undo everything on failure."""
+    """Extend a model in place, freeze it and load organs; undo everything on failure."""
     fresh = not isinstance(base, TransplantedForCausalLM)
-    model = _extend(base) if fresh else cast(TransplantedForCausalLM, base)
-    loaded: list[str] = []
+    if fresh:
+        surgery = Surgery(base, base_revision)
+        native: Any = type(base)
+        base.__class__ = _transplanted_class(native)
+        base.requires_grad_(False)
+        cast(TransplantedForCausalLM, base)._surgery = surgery
+    model = cast(TransplantedForCausalLM, base)
+    before = list(model.donor_config)
     try:
         for source in sources:
-            model.load_donor(
-                source.donor,
-                source.name,
-                position=source.position,
-                mode=source.mode,
-                is_trainable=is_trainable,
-                revision=source.revision,
-                subfolder=source.subfolder,
-                **hub_kwargs,
-            )
-            loaded.append(source.name)
+            model._load(source, is_trainable, hub_kwargs)
     except BaseException:
-        for name in reversed(loaded):
+        for name in [name for name in model.donor_config if name not in before]:
             model.delete_donor(name)
         if fresh:
             model.unload()
