@@ -53,13 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = read_options(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    code = commit()  # now, for the checkout may change while we run
     with tempfile.TemporaryDirectory(dir=options.output) as scratch, contextlib.ExitStack() as running:
         if options.base is None:
             with stage("Start a Hub on this machine"):
                 running.enter_context(local_hub(Path(scratch)))
         result = organ_life(options, Path(scratch))
     result["seconds"] = {**seconds, "total": time.perf_counter() - start}
-    result |= {"peak_memory_gb": peak_memory(), **provenance()}
+    result |= {"peak_memory_gb": peak_memory(), **provenance(), "commit": code}
     (options.output / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(*tables(result), sep="\n")
     console.print(f"Organ, merged model and demo.json (these numbers) are in [bold]{options.output}[/].")
@@ -457,16 +458,11 @@ def peak_memory() -> float:
 
 
 def provenance() -> dict:
-    """What the numbers depend on: versions, hardware, commit."""
+    """What the numbers depend on besides the commit: versions and hardware."""
     import torch
 
     import not_hf
 
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-    )
     packages = ("torch", "transformers", "huggingface_hub", "datasets", "safetensors")
     versions = {"not_hf": not_hf.__version__, **{name: version(name) for name in packages}}
     return {
@@ -476,8 +472,15 @@ def provenance() -> dict:
             "processor": processor(),
             "threads": torch.get_num_threads(),
         },
-        "commit": commit.stdout.strip() or None,
     }
+
+
+def commit() -> str | None:
+    """The commit of the checkout, marked when files differ from it; `None` where there is no git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def processor() -> str:

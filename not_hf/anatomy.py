@@ -173,7 +173,7 @@ def splice_config(base: PreTrainedConfig, slots: Sequence[Slot]) -> dict[str, An
         values["mlp_only_layers"] = [
             n
             for n, (config, i) in enumerate(slots)
-            if (i + 1) % config.decoder_sparse_step or i in config.mlp_only_layers
+            if (i + 1) % (config.decoder_sparse_step or 1) or i in config.mlp_only_layers
         ]
         values["decoder_sparse_step"] = 1
     for key in DENSE_PREFIXES:

@@ -136,6 +136,8 @@ def _organs(wish: OrganSource, config: DonorConfig) -> Iterator[OrganSource]:
         return
     if wish.position is not None or wish.mode is not None:
         raise NotHFError(f"{wish.donor} is a composition whose organs have their places; load them one by one to move")
+    if not isinstance(config.donors, list):
+        raise CorruptDonorError(f"{wish.donor}: donors of a composition must be a list, got {config.donors!r}")
     for entry in config.donors:
         if not isinstance(entry, dict) or "name" not in entry or not ("donor" in entry or "subfolder" in entry):
             raise CorruptDonorError(f"{wish.donor}: an organ of the composition lacks a name or a place: {entry}")

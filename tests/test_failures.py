@@ -136,6 +136,17 @@ BROKEN = {
         (CorruptDonorError, IncompatibleDonorError),
         "64",
     ),
+    "config contradicts itself": (
+        edit_config(organ_config__intermediate_size=96),
+        CorruptDonorError,
+        "organ_config contradicts layers .* intermediate_size is 96, not 48",
+    ),
+    "config with a list for an organ": (edit_config(organ_config=[1]), CorruptDonorError, "no organ_config"),
+    "config with an unknown dtype": (edit_config(dtype="x"), CorruptDonorError, "config.json"),
+    "config with a number for donors": (edit_config(donors=3), CorruptDonorError, "donors"),
+    "config with an empty composition entry": (edit_config(donors=[None]), CorruptDonorError, "lacks a name"),
+    "config is a list": (write("config.json", b"[]"), CorruptDonorError, "no JSON object"),
+    "config is a number": (write("config.json", b"3"), CorruptDonorError, "no JSON object"),
     "config is no JSON": (write("config.json", b"{"), OSError, "valid JSON"),
     "config of a native model": (
         lambda folder: tiny_model("llama").config.save_pretrained(folder),

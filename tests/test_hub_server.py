@@ -199,16 +199,12 @@ def test_branches_tags_and_hashes(api: HfApi, repo: str) -> None:
     api.create_branch(repo, branch="dev/new", revision=first)
     second = upload(api, repo, "x.txt", b"2", revision="dev/new")
 
-    contents = {
-        revision: read(repo, "x.txt", revision=revision) for revision in ("main", "dev/new", "v1/rc", second)
-    }
+    contents = {revision: read(repo, "x.txt", revision=revision) for revision in ("main", "dev/new", "v1/rc", second)}
     assert contents == {"main": b"1", "dev/new": b"2", "v1/rc": b"1", second: b"2"}
     refs = api.list_repo_refs(repo)
     assert {ref.name: ref.target_commit for ref in refs.branches} == {"main": first, "dev/new": second}
     assert {ref.name: ref.target_commit for ref in refs.tags} == {"v1/rc": first}
-    latest = {
-        file.path: file.last_commit.oid for file in api.list_repo_tree(repo, revision=second, expand=True)
-    }
+    latest = {file.path: file.last_commit.oid for file in api.list_repo_tree(repo, revision=second, expand=True)}
     assert latest["x.txt"] == second != latest[".gitattributes"]
     titles = [commit.title for commit in api.list_repo_commits(repo, revision="dev/new")]
     assert titles == ["Upload x.txt with huggingface_hub"] * 2 + ["initial commit"]
@@ -353,9 +349,7 @@ def test_search_by_tags_the_hub_derives(api: HfApi) -> None:
     assert found(search="SEARCH-pl", author="me") == ["me/search-plain"]
     assert found(search="search-", author="you") == []
     assert found(search="search-", sort="created_at", limit=1) == ["me/search-plain"]
-    assert found(trained_dataset="me/server-data", filter="not_hf", search="search-organ") == [
-        "me/search-organ"
-    ]
+    assert found(trained_dataset="me/server-data", filter="not_hf", search="search-organ") == ["me/search-organ"]
     info = api.model_info("me/search-organ")
     assert (info.library_name, info.card_data.license) == ("not_hf", "mit")
     assert {"not_hf", "organ", "license:mit", "dataset:me/server-data", "region:us"} < set(info.tags)
@@ -466,9 +460,7 @@ def test_truncated_download_is_resumed(
     hub: Hub, api: HfApi, repo: str, no_waiting: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload(api, repo, "model.bin", WEIGHTS)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024
-    )  # keep what came before the cut
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)  # keep what came before the cut
     hub.fault = once(Fault(truncate=True), "GET", "/lfs/")
     assert read(repo, "model.bin") == WEIGHTS
     first, second = served(hub, "GET", "/lfs/")
@@ -520,9 +512,7 @@ def test_cached_files_outlive_the_hub(tmp_path: Path, no_waiting: list[float]) -
         assert read(repo, "model.bin", **new) == WEIGHTS
 
 
-def test_unknown_address_is_an_error_and_a_logged_line(
-    hub: Hub, api: HfApi, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unknown_address_is_an_error_and_a_logged_line(hub: Hub, api: HfApi, caplog: pytest.LogCaptureFixture) -> None:
     answer = get_session().get(f"{hub.endpoint}/api/nothing")
     assert (answer.status_code, answer.headers["X-Error-Code"]) == (404, "UnknownEndpoint")
     assert "no endpoint for GET /api/nothing" in caplog.text

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from architectures import tiny_model
-from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, PreTrainedModel
+from architectures import ARCHITECTURES, tiny_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from not_hf import CorruptDonorError, DonorModel, NotHFError, TransplantedForCausalLM, check_compatibility
+from not_hf import (
+    CorruptDonorError,
+    DonorModel,
+    IncompatibleDonorError,
+    NotHFError,
+    TransplantedForCausalLM,
+    check_compatibility,
+    splice,
+)
 
 
 @torch.no_grad()
@@ -254,3 +265,193 @@ def test_shards_of_an_organ_load_one_by_one(token_ids, tmp_path):
     assert torch.equal(logits(other, token_ids), expected)
     with pytest.raises(CorruptDonorError, match="missing"):
         other.load_state_dict(load_file(shards[0]))
+
+
+# What a review tried in order to break it.
+
+
+def test_unloading_merging_and_loading_inside_disable_donors(token_ids):
+    model = transplanted(("a", A, {"position": 1}))
+    with model.disable_donors():
+        model.load_donor(B, "b", position=2, mode="replace")
+        assert model.active_donors == [] and len(model.model.layers) == 4
+        with pytest.raises(IncompatibleDonorError, match="already replaced"):
+            model.load_donor(B, "c", position=2, mode="replace")
+    assert model.active_donors == ["a", "b"]
+    expected = logits(model, token_ids)
+    with model.disable_donors():
+        native = model.merge_and_unload()
+    assert type(native) is LlamaForCausalLM and torch.equal(logits(native, token_ids), expected)
+    model = transplanted(("a", A, {"position": 1}))
+    with model.disable_donors():
+        native = model.unload()
+    assert type(native) is LlamaForCausalLM
+    assert torch.equal(logits(native, token_ids), logits(tiny_model("llama"), token_ids))
+
+
+def test_a_name_can_be_used_again_for_an_organ_of_another_kind(token_ids):
+    window = {"use_sliding_window": True, "sliding_window": 6}
+    full, sliding = (
+        DonorModel.from_base(tiny_model("qwen3", **window, layer_types=[kind] * 4), (0, 1))
+        for kind in ("full_attention", "sliding_attention")
+    )
+    model = tiny_model("qwen3", **window, layer_types=["full_attention"] * 4)
+    model = TransplantedForCausalLM.from_pretrained(model, full, donor_name="x", position=2)
+    model.delete_donor("x")
+    model.load_donor(sliding, "x", position=2)
+    assert model.model.has_sliding_layers is True
+    assert logits(model, token_ids).isfinite().all()
+
+
+def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_folder):
+    base = base_folder("llama")
+    a, b = (organ(seed, (1, 3)) for seed in (1, 2))
+    model = TransplantedForCausalLM.from_pretrained(base, a, donor_name="a", position=1)
+    model.load_donor(b, "b", position=1)
+    model.save_pretrained(tmp_path / "both", selected_donors=["b", "a"])
+    again = TransplantedForCausalLM.from_pretrained(tmp_path / "both")
+    assert again.active_donors == ["a", "b"]
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+    model = TransplantedForCausalLM.from_pretrained(base, a, donor_name="a", position=1, mode="replace")
+    model.set_donor([])
+    model.load_donor(b, "b", position=1, mode="replace")  # where a would be
+    model.save_pretrained(tmp_path / "one-active")
+    again = TransplantedForCausalLM.from_pretrained(tmp_path / "one-active")
+    assert again.active_donors == ["b"] and list(again.donor_config) == ["a", "b"]
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+def test_saving_over_one_organ_leaves_no_stale_weights(tmp_path):
+    model = transplanted(("a", A, {}))
+    model.save_pretrained(tmp_path)
+    model.load_donor(C, "c")
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a", "c", "config.json"]
+
+
+@pytest.mark.parametrize("layers", [np.array([1, 3]), (np.int64(1), np.int64(3)), range(1, 3), [1, 3]])
+def test_spans_and_positions_may_be_any_integers(layers):
+    donor = DonorModel.from_base(tiny_model("llama"), layers, position=np.int64(0))
+    assert donor.config.layers == [1, 3] and len(donor.stack.layers) == 2
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor, position=np.int32(4))
+    assert model.donor_config["default"].position == 4
+    json.loads(model.donor_config["default"].to_json_string())
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_values_that_the_recipients_dtype_cannot_hold_are_refused(value, token_ids):
+    donor = copy.deepcopy(A)
+    donor.stack.layers[0].mlp.up_proj.weight.data[0, 0] = value
+    model = tiny_model("llama").half()
+    before = logits(model, token_ids)
+    with pytest.raises(CorruptDonorError, match=r"non-finite values in layer 0 mlp.up_proj.weight as torch.float16"):
+        TransplantedForCausalLM.from_pretrained(model, donor)
+    assert type(model) is LlamaForCausalLM and torch.equal(logits(model, token_ids), before)
+
+
+def test_an_organ_is_saved_with_the_recipient_it_was_used_in(token_ids, tmp_path):
+    for seed, name in enumerate(("cut-from", "used-in")):
+        tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
+    donor = DonorModel.from_base(tmp_path / "cut-from", (1, 3))
+    model = TransplantedForCausalLM.from_pretrained(tmp_path / "used-in", donor)
+    model.save_pretrained(tmp_path / "organ")
+    again = TransplantedForCausalLM.from_pretrained(tmp_path / "organ")
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+    assert donor.config.base_model_name_or_path == str(tmp_path / "cut-from")
+
+
+@pytest.mark.parametrize("step", ["set_layer_index", "forget_capture_hooks", "splice_config"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_change_that_breaks_off_midway_is_undone(step, error, token_ids, monkeypatch):
+    model = transplanted(("a", A, {"position": 1}), ("b", B, {"position": 1, "mode": "replace"}))
+    model.set_donor("a")
+    before, config = logits(model, token_ids), model.config.to_dict()
+    real = getattr(splice, step)
+
+    def breaks_once(*args):
+        monkeypatch.setattr(splice, step, real)
+        raise error
+
+    for change in (lambda: model.set_donor("b"), lambda: model.load_donor(C, "c"), lambda: model.delete_donor("a")):
+        monkeypatch.setattr(splice, step, breaks_once)
+        with pytest.raises(error):
+            change()
+        assert model.active_donors == ["a"] and list(model.donor_config) == ["a", "b"]
+        assert model.config.to_dict() == config and torch.equal(logits(model, token_ids), before)
+        assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(5))
+
+
+def test_layers_that_know_their_place_work_where_they_were_cut(token_ids):
+    """gpt2 can scale attention by the layer's number; diffllama has a lambda that depends on it."""
+    diffllama = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("diffllama", **{**ARCHITECTURES["llama"], "vocab_size": 96, "pad_token_id": 0})
+    ).eval()
+    for base in (tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True), diffllama):
+        before = logits(base, token_ids)
+        donor = DonorModel.from_base(base, (1, 3), mode="replace")
+        with torch.no_grad():
+            hidden = base(token_ids, output_hidden_states=True, use_cache=False).hidden_states
+            assert torch.equal(donor(inputs_embeds=hidden[1]).last_hidden_state, hidden[3])
+        model = TransplantedForCausalLM.from_pretrained(base, donor)
+        assert torch.equal(logits(model, token_ids), before)
+
+
+def test_an_organ_alone_uses_the_attention_of_its_live_base(token_ids):
+    base = tiny_model("llama")
+    base.set_attn_implementation("eager")
+    donor = DonorModel.from_base(base, (1, 3))
+    assert donor.organ.config._attn_implementation == "eager"
+
+
+def test_old_checkpoints_with_buffers_can_be_cut(tmp_path):
+    """The Hub's gpt-neo checkpoints hold attention masks that today's class has no use for."""
+    tiny_model("gpt_neo").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for n in range(4):
+        tensors[f"transformer.h.{n}.attn.attention.masked_bias"] = torch.tensor(-1e9)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    old, live = DonorModel.from_base(tmp_path, (1, 3)), DonorModel.from_base(tiny_model("gpt_neo"), (1, 3))
+    assert all(torch.equal(a, b) for a, b in zip(old.parameters(), live.parameters(), strict=True))
+
+
+def test_lora_on_top_of_an_organ(token_ids, tmp_path):
+    model = transplanted(("a", A, {"position": 1}))
+    before = logits(model, token_ids)
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert not torch.equal(logits(lora, token_ids), before)
+    with pytest.raises(NotHFError, match="not its own"):
+        model.save_pretrained(tmp_path / "organ")
+    assert not (tmp_path / "organ").exists()
+    assert torch.equal(logits(lora.unload(), token_ids), before)
+    assert torch.equal(logits(model.unload(), token_ids), logits(tiny_model("llama"), token_ids))
+
+
+def test_organs_of_another_build_are_refused():
+    """falcon reads at run time from the config which modules a layer has."""
+    donor = DonorModel.from_base(tiny_model("falcon", parallel_attn=False), (1, 3))
+    assert "built of other modules" in check_compatibility(donor, tiny_model("falcon"))[0]
+
+
+def test_what_a_readme_breaks_leaves_the_weights(tmp_path):
+    A.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "README.md").write_text("---\n: [bad\n---\ntext")
+    with pytest.raises(NotHFError, match="has metadata that cannot be read"):
+        B.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
+def test_auto_class_extras(tmp_path, base_folder, token_ids):
+    DonorModel.from_base(base_folder("llama"), (1, 3)).save_pretrained(tmp_path, variant="fp16")
+    organ_alone, info = AutoModel.from_pretrained(tmp_path, variant="fp16", output_loading_info=True)
+    assert isinstance(organ_alone, DonorModel) and not info["missing_keys"]
+    fresh = AutoModelForCausalLM.from_config(organ_alone.config)
+    assert isinstance(fresh, TransplantedForCausalLM) and fresh.config.num_hidden_layers == 6
+    DonorModel.from_base(base_folder("llama"), (1, 3)).save_pretrained(tmp_path)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, TransplantedForCausalLM) and not info["missing_keys"]
+    with pytest.raises(TypeError, match="dtype: only for a recipient that is loaded here"):
+        TransplantedForCausalLM.from_pretrained(model, tmp_path, dtype=torch.float16)
+    with pytest.raises(NotHFError, match="is a donor, not a recipient"):
+        TransplantedForCausalLM.from_pretrained(tmp_path, tmp_path)

@@ -43,9 +43,7 @@ def check_card(readme: str) -> tuple[list[str], list[str]]:
     if not isinstance(data, dict):
         return ["yaml metadata must be a mapping"], []
     errors = [f'"{key}" must be a string' for key in _TEXT if not _is(data.get(key), str)]
-    errors += [
-        f'"{key}" must be a string or an array' for key in _TEXT_OR_LIST if not _is(data.get(key), str, list)
-    ]
+    errors += [f'"{key}" must be a string or an array' for key in _TEXT_OR_LIST if not _is(data.get(key), str, list)]
     errors += [f'"{key}" must be an array' for key in _LIST if not _is(data.get(key), list)]
     errors += [
         f'"{key}[{index}]" must be a string'

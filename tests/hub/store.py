@@ -149,9 +149,7 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
-def make_commit(
-    parent: Commit | None, title: str, message: str, author: str, files: dict[str, File]
-) -> Commit:
+def make_commit(parent: Commit | None, title: str, message: str, author: str, files: dict[str, File]) -> Commit:
     """A commit with a hash of its own, even when nothing but the time differs."""
     above = parent.sha if parent else None
     sha = hashlib.sha1(f"{above} {time.time_ns()} {title}".encode()).hexdigest()

@@ -19,9 +19,7 @@ class HubError(Exception):
     it recognises the error by this header alone.
     """
 
-    def __init__(
-        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.response = json_response(
             {"error": message},
@@ -106,9 +104,7 @@ class Response:
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """An answer in JSON."""
-    return Response(
-        status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode()
-    )
+    return Response(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
 
 
 def page(endpoint: str, request: Request, items: list[Any], size: int) -> Response:
@@ -138,9 +134,7 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
     return start, end - start + 1
 
 
-def file_response(
-    request: Request, path: Path, etag: str, headers: Mapping[str, str] | None = None
-) -> Response:
+def file_response(request: Request, path: Path, etag: str, headers: Mapping[str, str] | None = None) -> Response:
     """A stored file, whole (200) or the single range asked for (206)."""
     size = path.stat().st_size
     headers = {

@@ -104,10 +104,7 @@ class Xorbs:
             fetch.setdefault(term.xorb, []).append(self._fetch(term, f"{address}/{term.xorb}"))
         return {
             "offset_into_first_range": offset - needed[0][0] if needed else 0,
-            "terms": [
-                {"hash": term.xorb, "unpacked_length": term.length, "range": term.chunks}
-                for _, term in needed
-            ],
+            "terms": [{"hash": term.xorb, "unpacked_length": term.length, "range": term.chunks} for _, term in needed],
             "fetch_info": fetch,
         }
 
