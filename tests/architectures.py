@@ -6,7 +6,14 @@ import functools
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 VOCAB = 96
 NUM_LAYERS = 4
@@ -87,6 +94,33 @@ ARCHITECTURES: dict[str, dict] = {
     },
 }
 
+# More of them, by the same rule and with no data of their own; what fits of this goes into each config.
+OTHERS = (
+    *("arcee", "biogpt", "codegen", "cohere2", "diffllama", "dots1", "ernie4_5", "exaone4", "gemma", "glm4"),
+    *("gpt_bigcode", "helium", "hunyuan_v1_dense", "lfm2", "mpt", "nemotron", "olmo", "olmo3", "olmoe"),
+    *("persimmon", "phi", "qwen2_moe", "seed_oss", "xglm"),
+)
+_WIDTHS = ("n_embd", "d_model")
+_DEPTHS = ("n_layer", "n_layers", "num_layers")
+_HEADS = ("n_head", "n_heads", "attention_heads")
+_INNER = ("n_inner", "ffn_dim")
+_LENGTHS = ("n_positions", "max_seq_len")
+_FOURS = ("rotary_dim", "num_experts", "n_routed_experts")
+_TWOS = ("num_experts_per_tok", "n_group")
+_ONES = ("topk_group", "n_shared_experts", "first_k_dense_replace")
+_ANY = {
+    **_LLAMA,
+    **dict.fromkeys(_WIDTHS, 32),
+    **dict.fromkeys(_DEPTHS, NUM_LAYERS),
+    **dict.fromkeys(_HEADS, 4),
+    **dict.fromkeys(_INNER, 48),
+    **dict.fromkeys(_LENGTHS, 64),
+    **dict.fromkeys(_FOURS, 4),
+    **dict.fromkeys(_TWOS, 2),
+    **dict.fromkeys(_ONES, 1),
+    **{"sliding_window": 6, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+}
+
 # Refused with a reason: a recurrent state, and an encoder-decoder.
 REFUSED: dict[str, dict] = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
@@ -94,17 +128,14 @@ REFUSED: dict[str, dict] = {
 }
 
 
-def tiny_config(model_type: str, **overrides):
+def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
     """The tiny config of an architecture, with token ids inside the vocabulary."""
-    values = {
-        "vocab_size": VOCAB,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        **{**ARCHITECTURES, **REFUSED}[model_type],
-        **overrides,
-    }
-    return AutoConfig.for_model(model_type, **values)
+    own = {**ARCHITECTURES, **REFUSED}.get(model_type)
+    if own is None:
+        known = AutoConfig.for_model(model_type)
+        own = {key: value for key, value in _ANY.items() if hasattr(known, key)}
+    special = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return AutoConfig.for_model(model_type, **{**special, **own, **overrides})
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:

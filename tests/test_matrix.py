@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, enable_checkpointing, tiny_config, tiny_model
+from architectures import ARCHITECTURES, OTHERS, enable_checkpointing, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -219,3 +219,24 @@ def test_what_cannot_be_cut_is_refused_with_a_reason(model_type, reason, tmp_pat
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedArchitectureError, match=reason):
         DonorModel.from_base(tmp_path, SPAN)
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_architectures_keep_the_same_promises(model_type, token_ids, tmp_path):
+    base = tiny_model(model_type)
+    before = logits(base, token_ids)
+    model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, SPAN, mode="replace"))
+    assert torch.equal(logits(model, token_ids), before)
+    base = model.unload()
+    donor = trained(DonorModel.from_base(base, SPAN))
+    model = TransplantedForCausalLM.from_pretrained(base, donor, position=SPAN[0], mode="replace")
+    changed = logits(model, token_ids)
+    assert not torch.equal(changed, before)
+    assert torch.equal(generate(model, token_ids), generate(model, token_ids, use_cache=False))
+    model.save_pretrained(tmp_path / "organ")
+    again = TransplantedForCausalLM.from_pretrained(tiny_model(model_type), tmp_path / "organ")
+    assert torch.allclose(logits(again, token_ids), changed, atol=1e-6)
+    native = model.merge_and_unload()
+    native.save_pretrained(tmp_path / "merged")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(reloaded, token_ids), changed, atol=1e-6)
