@@ -351,13 +351,17 @@ def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:
     """Silence every layer, then check on hidden states that nothing is left."""
     for layer in organ.stack.layers:
         silence(layer)
-    with torch.no_grad():
-        if torch.equal(organ(inputs_embeds=hidden).last_hidden_state, hidden):
-            return
-    raise UnsupportedArchitectureError(
-        f"layers of model_type {organ.organ.config.model_type!r} do not become a no-op when their output projections "
-        "are zero; use init='copy'"
-    )
+    try:
+        with torch.no_grad():
+            silent = torch.equal(organ(inputs_embeds=hidden).last_hidden_state, hidden)
+    except Exception as error:  # native forwards raise anything on what they do not expect
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedArchitectureError(f"an organ of these layers cannot be run alone: {reason}") from error
+    if not silent:
+        raise UnsupportedArchitectureError(
+            f"layers of model_type {organ.organ.config.model_type!r} do not become a no-op when their output "
+            "projections are zero; use init='copy'"
+        )
 
 
 def _dtype_of(tensor: Any) -> torch.dtype | None:
