@@ -516,7 +516,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.batch, options.block = 2, 256
     options.domain = Path(options.text).stem if options.text else "the King James Bible"
-    options.steps = options.steps or (8 if options.quick else 40)
+    options.steps = options.steps or (8 if options.quick else 50)
     options.eval_chars = 4_000 if options.quick else 12_000
     options.prompts = list(PROMPTS[:1] if options.quick else PROMPTS)
     options.new_tokens = 12 if options.quick else 24

@@ -125,6 +125,7 @@ def resolve_request(
         if (value := getattr(donor_config, f"_{key}")) is not None:
             kwargs.setdefault(key, value)
     base = donor_config.base_model_name_or_path
+    kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that this one names
     kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": donor_config.base_revision})
     return Request(base, kwargs, list(_organs(wish, donor_config)))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import CONFIG_NAME
 
 from not_hf.anatomy import (
     NEUTRAL_EMBEDDING,
@@ -29,7 +32,7 @@ from not_hf.card import updated_card
 from not_hf.checkpoint import FLOAT_DTYPES, open_checkpoint
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, cut_config, open_base, resolve_commit
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
 from not_hf.layers import check_bare, silence, strip_to_layers
 from not_hf.sharing import push_folder
 
@@ -330,6 +333,7 @@ class DonorModel(PreTrainedModel):
         hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
         if hollow:
             raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
+        _require_donor_folder(folder)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         num_parameters = sum(tensor.numel() for tensor in tensors.values())
         card = updated_card(folder, self.config, num_parameters, size, repo_id)  # raises before anything is written
@@ -345,6 +349,21 @@ class DonorModel(PreTrainedModel):
         ):
             with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
                 AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def _require_donor_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuse to save over another model: both kinds of repo use the same file names."""
+    config = Path(folder, CONFIG_NAME)
+    if not config.is_file():
+        return
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        return  # no model's
+    if model_type != DonorConfig.model_type:
+        raise NotHFError(
+            f"{folder} holds a model of type {model_type!r}, which an organ would overwrite; choose another"
+        )
 
 
 def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS
@@ -24,6 +24,12 @@ class DonorTokenizer:
         config = DonorConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if not config.base_model_name_or_path:
             raise NotHFError(f"{pretrained_model_name_or_path} names no base to take a tokenizer from")
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("subfolder", "_commit_hash")}
-        kwargs["revision"] = config.base_revision
-        return AutoTokenizer.from_pretrained(config.base_model_name_or_path, *inputs, **kwargs)
+        # what was given for the donor's repo does not hold for another: its revision, and trust in its code
+        own = ("subfolder", "revision", "trust_remote_code", "_commit_hash", "config")
+        kwargs = {key: value for key, value in kwargs.items() if key not in own}
+        shared = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        base = config.base_model_name_or_path
+        base_config = AutoConfig.from_pretrained(base, revision=config.base_revision, **shared)
+        if isinstance(base_config, DonorConfig):
+            raise NotHFError(f"{pretrained_model_name_or_path} names {base} as its base, which is a donor itself")
+        return AutoTokenizer.from_pretrained(base, *inputs, revision=config.base_revision, **kwargs)

@@ -358,6 +358,13 @@ class TransplantedForCausalLM(_Native):
                 layer._apply(fn)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy made inside `disable_donors()` is outside of that block."""
+        super().__setstate__(state)
+        if self._surgery.disabled:
+            with self._surgery.changing(self):
+                self._surgery.disabled = 0
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The dynamic class cannot be found by name: pickle the native one and extend it again."""
         return _revive, (self._surgery.native_class,), self.__dict__

@@ -12,7 +12,14 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from not_hf import (
     CorruptDonorError,
@@ -455,3 +462,54 @@ def test_auto_class_extras(tmp_path, base_folder, token_ids):
         TransplantedForCausalLM.from_pretrained(model, tmp_path, dtype=torch.float16)
     with pytest.raises(NotHFError, match="is a donor, not a recipient"):
         TransplantedForCausalLM.from_pretrained(tmp_path, tmp_path)
+
+
+def test_an_organ_is_not_saved_over_another_model(tmp_path, token_ids):
+    tiny_model("llama").save_pretrained(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = TransplantedForCausalLM.from_pretrained(tmp_path, A)
+    with pytest.raises(NotHFError, match="holds a model of type 'llama'"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_a_copy_made_while_disabled_is_enabled(token_ids):
+    model = transplanted(("a", A, {"position": 1}))
+    expected = logits(model, token_ids)
+    with model.disable_donors():
+        twin = copy.deepcopy(model)
+    assert twin.active_donors == ["a"] and torch.equal(logits(twin, token_ids), expected)
+
+
+@pytest.fixture
+def remote_code_base(tmp_path):
+    """A donor whose base turned into a repo that brings code, and the file which that code would write."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    DonorModel.from_base(tmp_path / "base", (1, 2)).save_pretrained(tmp_path / "organ")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"model_type": "foreign", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    proof = tmp_path / "it-ran"
+    (tmp_path / "base" / "code.py").write_text(f"open({str(proof)!r}, 'w').close()\nclass C: pass\nclass M: pass\n")
+    return tmp_path / "organ", proof
+
+
+def test_trust_in_one_repos_code_does_not_travel_to_another(remote_code_base):
+    donor, proof = remote_code_base
+    for load in (
+        TransplantedForCausalLM.from_pretrained,
+        AutoModelForCausalLM.from_pretrained,
+        AutoTokenizer.from_pretrained,
+    ):
+        with pytest.raises((ValueError, OSError)):
+            load(donor, trust_remote_code=True)
+    assert not proof.exists()
+
+
+def test_a_donor_that_names_itself_as_its_base_is_an_error(tmp_path):
+    A.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path)}))
+    for load in (AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained):
+        with pytest.raises(NotHFError, match="is a donor"):
+            load(tmp_path)
