@@ -37,6 +37,20 @@ PER_LAYER_LISTS = (
 LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers")
 # Config counts of the first layers, which are dense where the others have experts.
 DENSE_PREFIXES = ("first_k_dense_replace", "num_dense_layers")
+# Config rules that say which layers are special; a splice rewrites or overrules them.
+PERIODS = (
+    "attention_types",
+    "decoder_sparse_step",
+    "max_window_layers",
+    "_sliding_window_pattern",
+    "no_rope_layer_interval",
+)
+# Config keys that layers do not compute with.
+LAYERLESS = {
+    *("vocab_size", "tie_word_embeddings", "use_cache", "initializer_range", "max_position_embeddings", "n_positions"),
+    *("output_hidden_states", "output_attentions", "return_dict", "pretraining_tp", "problem_type", "torch_dtype"),
+    *("embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping", "word_embed_proj_dim"),
+}
 # Attributes in which a layer, or a module in it, remembers its index.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
 # Modules and parameters (without `weight`/`bias`) through which a layer writes to the residual stream.
@@ -337,6 +351,8 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
         for key, value in vars(module).items()
         if isinstance(value, (bool, int, float, str, tuple, type(None)))
         and key not in _NOT_DERIVED
+        and "dropout" not in key
+        and not (key == "p" and isinstance(module, nn.Dropout))  # training alone
         and not key.startswith(("_is_hf", "_version", "_output_capturing", "call_super_init", "dump_patches"))
     }
 

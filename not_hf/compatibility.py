@@ -128,7 +128,10 @@ def _structure_problems(
 
 
 def _tensors(layer: nn.Module) -> set[str]:
-    return {key for key, _ in layer.named_parameters()}
+    """Names of the parameters, names and shapes of the buffers: masks and tables of positions must be long enough."""
+    return {key for key, _ in layer.named_parameters()} | {
+        f"{key} {tuple(buffer.shape)}" for key, buffer in layer.named_buffers()
+    }
 
 
 def _place_problems(k: int, position: Any, mode: str, config: PreTrainedConfig, name: str) -> list[str]:

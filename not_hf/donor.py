@@ -171,7 +171,7 @@ class DonorModel(PreTrainedModel):
         live = isinstance(source, LiveBase)
         attention = source.config._attn_implementation if live else None
         name = source.name or "the live model"
-        organ, _ = cls.load_tensors(config, state, dtype, source=name, foreign=True, attn_implementation=attention)
+        organ, _ = cls.load_tensors(config, state, dtype, source=name, foreign=not live, attn_implementation=attention)
         if isinstance(source, LiveBase):
             nn.Module.to(organ, source.model.device)
         hidden = torch.randn(1, 4, source.config.hidden_size, generator=torch.Generator().manual_seed(0))

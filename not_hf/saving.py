@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from not_hf.card import write_card
+from not_hf.card import updated_card
 from not_hf.composition import composition_config
 from not_hf.donor import DonorModel
 from not_hf.errors import NotHFError
 from not_hf.splice import Organ, Surgery
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def organ_tensors(
@@ -71,16 +74,20 @@ def save_organs(
                 f"organ {name!r} holds modules that are not its own ({foreign[0]}, …); "
                 "merge or unload what was put on top of it (LoRA?), then save"
             )
+    config = composition_config({name: (shells[name].config, surgery.organs[name].active) for name in names})
+    card = (
+        updated_card(folder, config, repo_id=repo_id) if len(names) > 1 else None
+    )  # raises before anything is written
     for name, shell in shells.items():
         alone = len(names) == 1
         place = folder if alone else os.path.join(folder, name)
         shell.save_donor(place, is_main_process, states[name], repo_id=repo_id if alone else None, **kwargs)
-    if len(names) > 1 and is_main_process:
-        config = composition_config({name: (shells[name].config, surgery.organs[name].active) for name in names})
+    if card is not None and is_main_process:
         config.save_pretrained(folder)
-        write_card(folder, config, repo_id=repo_id)
-        for stale in Path(folder).glob("model*.safetensors*"):  # of the one organ that was saved here before
-            stale.unlink()
+        card.save(Path(folder, "README.md"))
+        for file in Path(folder).iterdir():
+            if _WEIGHTS.fullmatch(file.name):  # of the one organ that was saved here before
+                file.unlink()
 
 
 def _shell(surgery: Surgery, organ: Organ) -> DonorModel:

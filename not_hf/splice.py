@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +40,6 @@ class Organ:
     layers: list[nn.Module]
     active: bool = True
     native_config: PreTrainedConfig = field(init=False)
-    serial: int = field(init=False, default_factory=itertools.count().__next__)
 
     def __post_init__(self) -> None:
         self.native_config = self.config.native_config()
@@ -77,7 +75,7 @@ class Surgery:
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.organs: dict[str, Organ] = {}
         self.disabled = 0
-        self._derived: dict[tuple, dict[tuple[str, str], Any]] = {(): {}}
+        self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
         self._base_derived: dict[tuple[str, str], Any] = {}
 
     def stack(self, model: PreTrainedModel) -> Stack:
@@ -144,7 +142,7 @@ class Surgery:
             raise
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Make the live model agree with `plan()`. Everything that can fail is computed before the first change."""
+        """Make the live model agree with `plan()`. What can refuse is computed first; `changing` undoes the rest."""
         placed = self.plan()
         values = splice_config(self.base_config, [slot for _, slot in placed])
         if not self.active:
@@ -170,7 +168,7 @@ class Surgery:
 
         Only those that any stack so far has changed; worked out once per stack, since it builds a twin.
         """
-        signature = tuple((organ.serial, organ.position, organ.config.mode) for organ in self._chosen())
+        signature = "" if not self.active else repr(splice_config(self.base_config, [slot for _, slot in placed]))
         if signature not in self._derived:
             base, here = (
                 outer_attributes(twin, self.stack(twin).full_path)

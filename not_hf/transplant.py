@@ -20,6 +20,14 @@ from huggingface_hub import CommitInfo
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from not_hf.anatomy import (
+    DENSE_PREFIXES,
+    LAYER_INDEX_LISTS,
+    LAYERLESS,
+    PER_LAYER_LISTS,
+    PERIODS,
+    config_differences,
+)
 from not_hf.compatibility import require_compatibility
 from not_hf.composition import DonorSource, OrganSource, read_config, resolve_request
 from not_hf.config import DonorConfig
@@ -204,7 +212,7 @@ class TransplantedForCausalLM(_Native):
         if not chosen:
             return self.unload()
         if differences := surgery.differences(surgery.plan(chosen)):
-            raise IncompatibleDonorError(f"a native model cannot hold these layers: {'; '.join(differences)}")
+            raise IncompatibleDonorError(f"a native model cannot hold these layers: {_some(differences)}")
         with self.disable_donors():
             surgery.release(self)
         with surgery.changing(self):
@@ -338,8 +346,10 @@ class TransplantedForCausalLM(_Native):
         beside = [other for other in surgery.organs.values() if other.active and source.active]
         if differences := surgery.differences(surgery.plan([*beside, organ])):
             logger.warning(
-                "organ %r works here but cannot be merged into a native model: %s", name, "; ".join(differences)
+                "organ %r works here but cannot be merged into a native model: %s", name, _some(differences)
             )
+        if others := [d for d in config_differences(organ.native_config, surgery.base_config) if _computes(d)]:
+            logger.warning("organ %r was cut under another config; here its %s", name, _some(others))
         with surgery.changing(self):
             surgery.organs[name] = organ
 
@@ -368,6 +378,19 @@ class TransplantedForCausalLM(_Native):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The dynamic class cannot be found by name: pickle the native one and extend it again."""
         return _revive, (self._surgery.native_class,), self.__dict__
+
+
+def _some(lines: Sequence[str]) -> str:
+    """The first few of a list, in one line."""
+    more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return "; ".join(lines[:5]) + more
+
+
+def _computes(difference: str) -> bool:
+    """Whether a difference of configs may change what layers compute: some read the recipient's config as they run."""
+    key = difference.partition(" ")[0]
+    spliced = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS}
+    return key not in spliced | LAYERLESS and "dropout" not in key and not key.endswith("_token_id")
 
 
 @functools.cache

@@ -513,3 +513,45 @@ def test_a_donor_that_names_itself_as_its_base_is_an_error(tmp_path):
     for load in (AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained):
         with pytest.raises(NotHFError, match="is a donor"):
             load(tmp_path)
+
+
+def test_a_recipient_whose_config_makes_the_organ_compute_otherwise_is_warned_of(caplog):
+    """olmo clips queries and keys by what the config says at run time."""
+    donor = DonorModel.from_base(tiny_model("olmo", clip_qkv=0.01), (1, 3))
+    TransplantedForCausalLM.from_pretrained(tiny_model("olmo"), donor)
+    assert "clip_qkv is 0.01, not None" in caplog.text
+
+
+def test_a_live_base_with_modules_of_its_own_is_not_cut_without_them():
+    base = tiny_model("llama")
+    base.model.layers[1].mlp.adapter = torch.nn.Linear(32, 32)
+    with pytest.raises(CorruptDonorError, match=r"unexpected organ.layers.0.mlp.adapter"):
+        DonorModel.from_base(base, (1, 3))
+
+
+def test_a_composition_touches_only_its_own_files(tmp_path):
+    model = transplanted(("a", A, {}), ("c", C, {}))
+    (tmp_path / "model_backup.safetensors").write_bytes(b"mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model_backup.safetensors").read_bytes() == b"mine"
+    (tmp_path / "README.md").write_text("---\n: [bad\n---\ntext")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    model.delete_donor("a")
+    model.load_donor(organ(9), "a")
+    with pytest.raises(NotHFError, match="cannot be read"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+
+
+def test_tables_of_positions_must_be_long_enough():
+    donor = DonorModel.from_base(tiny_model("gptj", n_positions=8), (1, 3))
+    assert "embed_positions" in check_compatibility(donor, tiny_model("gptj"))[0]
+
+
+def test_dropout_does_not_stand_in_the_way_of_a_merge():
+    base = tiny_model("gpt2")
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, (1, 3)))
+    assert model.merge_and_unload().config.num_hidden_layers == 6
