@@ -325,7 +325,9 @@ def fingerprint(config: PreTrainedConfig) -> str:
 
 
 # Config keys that say nothing about what a model computes.
-_NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"}
+_NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"} | {
+    "quantization_config"  # how files hold weights; an organ that joins does so in its own dtype
+}
 
 # Set by the user or the loader, not by the config.
 _NOT_DERIVED = {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -16,6 +18,33 @@ from not_hf.errors import CorruptDonorError
 
 # safetensors names of the dtypes a trained weight may have, and what torch calls them
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor in a safetensors file, read from a memory map when it is indexed, as slices of `safe_open` are.
+
+    Each has a map of its own. In one for all, every tensor that is kept would keep the memory of those that were only
+    read to be converted (the experts of a Mixtral, which a model has in one tensor).
+    """
+
+    path: str
+    name: str
+    dtype: str  # as safetensors calls it
+    shape: list[int]
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_slice(self.name)[index]
+
+
+Handle = TypeVar("Handle")  # what stands for a file: its local path, or a file on the Hub
 
 
 def open_checkpoint(
@@ -40,28 +69,11 @@ def open_checkpoint(
         OSError: There is no safetensors checkpoint, or it cannot be fetched.
         CorruptDonorError: A file is truncated, or the index names a file or tensor that is not there.
     """
-    whole, sharded = (_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    single = _fetch(source, whole, **hub_kwargs)
-    if single is not None:
-        return {name: view for name, view in _open(single).items() if wanted(name)}
-    index = _fetch(source, sharded, **hub_kwargs)
-    if index is None:
-        raise OSError(
-            f"{source} has no {whole} or {sharded}. If it holds pytorch_model.bin, "
-            "convert it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
-        )
-    files = {name: file for name, file in _weight_map(index).items() if wanted(name)}
-    views: dict[str, Any] = {}
-    for file in sorted(set(files.values())):
-        path = _fetch(source, file, **hub_kwargs)
-        if path is None:
-            raise CorruptDonorError(f"{source}: the weight index names {file}, which is not there")
-        opened = _open(path)
-        for name in (name for name, home in files.items() if home == file):
-            if name not in opened:
-                raise CorruptDonorError(f"{source}: the weight index puts {name} into {file}, which lacks it")
-            views[name] = opened[name]
-    return views
+
+    def find(file: str) -> str | None:
+        return fetch_file(source, file, **hub_kwargs)
+
+    return dict(choose(source, wanted, find, open_file, variant, **hub_kwargs))
 
 
 def renumber_layers(
@@ -93,6 +105,41 @@ def layer_pattern(prefix: str, path: str) -> re.Pattern[str]:
     return re.compile(rf"^(?:{re.escape(prefix)}\.)?{re.escape(path)}\.(\d+)\.(.+)$")
 
 
+def choose(
+    source: str | os.PathLike[str],
+    wanted: Callable[[str], bool],
+    find: Callable[[str], Handle | None],
+    read: Callable[[Handle], Mapping[str, Any]],
+    variant: str | None = None,
+    **hub_kwargs: Any,
+) -> Iterator[tuple[str, Any]]:
+    """The wanted tensors of a checkpoint in one file or in several with an index.
+
+    Args:
+        find: Gives what stands for a file, `None` when there is none of that name.
+        read: Gives the tensors in it by name.
+    """
+    whole, sharded = (_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if (single := find(whole)) is not None:
+        yield from ((name, tensor) for name, tensor in read(single).items() if wanted(name))
+        return
+    index = fetch_file(source, sharded, **hub_kwargs)
+    if index is None:
+        raise OSError(
+            f"{source} has no {whole} or {sharded}. If it holds pytorch_model.bin, "
+            "convert it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
+        )
+    files = {name: file for name, file in read_weight_map(index).items() if wanted(name)}
+    for file in sorted(set(files.values())):
+        if (handle := find(file)) is None:
+            raise CorruptDonorError(f"{source}: the weight index names {file}, which is not there")
+        tensors = read(handle)
+        for name in (name for name, home in files.items() if home == file):
+            if name not in tensors:
+                raise CorruptDonorError(f"{source}: the weight index puts {name} into {file}, which lacks it")
+            yield name, tensors[name]
+
+
 def _add_variant(name: str, variant: str | None) -> str:
     if variant is None:
         return name
@@ -100,19 +147,31 @@ def _add_variant(name: str, variant: str | None) -> str:
     return f"{stem}.safetensors.index.{variant}.json" if ending else f"{stem}.{variant}.safetensors"
 
 
-def _fetch(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:
+def fetch_file(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:
+    """Local path of a file in a folder or, once fetched, of one on the Hub; `None` when there is none of that name."""
     return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
 
-def _open(path: str) -> dict[str, Any]:
+def open_file(path: str) -> dict[str, Any]:
+    """A view of each tensor in one safetensors file, by name.
+
+    Raises:
+        CorruptDonorError: It is truncated or none.
+    """
     try:
-        handle = safe_open(path, framework="pt")
-        return {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (a handle is no dict)
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
+            return {name: View(path, name, each.get_dtype(), each.get_shape()) for name, each in slices.items()}
     except SafetensorError as error:
         raise CorruptDonorError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _weight_map(index: str) -> dict[str, str]:
+def read_weight_map(index: str) -> dict[str, str]:
+    """Which file holds which tensor, from the index of a sharded checkpoint.
+
+    Raises:
+        CorruptDonorError: It is no index, or names files elsewhere.
+    """
     try:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -10,17 +10,25 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.hub import resolve_revision
 
 from not_hf.anatomy import Stack, find_stack, fingerprint, meta_twin, spliced_config
-from not_hf.checkpoint import layer_pattern, open_checkpoint, renumber_layers
+from not_hf.checkpoint import layer_pattern, renumber_layers
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.partial import open_part
 
 # how a repo, and a folder in it, is reached; named as in transformers
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 Span = tuple[int, int]  # half-open, in layers
+
+# config keys that say nothing about the layers of an organ
+_STORAGE = (
+    *("id2label", "label2id", "_name_or_path", "architectures", "transformers_version"),
+    "quantization_config",  # of the base's files; organs are not quantized
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class LiveBase:
         return self.model.config.name_or_path or None
 
     revision = None  # transformers does not keep the commit a model was loaded at
+    quantization = None  # what is quantized in memory cannot be cut
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -73,9 +82,11 @@ class StoredBase:
     prefix: str  # of the base model in the causal LM
     path: str
     hub_kwargs: Mapping[str, Any]
+    # as transformers wants it to dequantize what it loads; `None` for weights that are not quantized
+    quantization: dict[str, Any] | None = None
 
     def tensors(self, span: Span) -> dict[str, Any]:
-        """As `LiveBase.tensors`, but lazy views into the files that hold them; other files are not fetched.
+        """As `LiveBase.tensors`, but lazy views into a file; from the Hub only these tensors' bytes are fetched.
 
         Raises:
             CorruptDonorError: A layer of the span has no tensors.
@@ -88,7 +99,7 @@ class StoredBase:
             match = pattern.match(name)
             return match is not None and int(match[1]) in wanted
 
-        views = open_checkpoint(self.name, in_span, **self.hub_kwargs)
+        views = open_part(self.name, in_span, f"layers-{span[0]}-{span[1]}", **self.hub_kwargs)
         tensors, seen = renumber_layers(views, self.prefix, self.path, span)
         if absent := set(wanted) - seen:
             raise CorruptDonorError(f"{self.name} has no tensors for layers {sorted(absent)} under {self.path}")
@@ -124,12 +135,25 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
         if isinstance(config, DonorConfig):
             raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
         stack = find_stack(meta_twin(config))
-        opened = StoredBase(name, getattr(commit, "resolved", None), config, stack.base, stack.path, hub_kwargs)
-    if getattr(opened.config, "quantization_config", None) is not None:
+        commit = getattr(commit, "resolved", None)
+        opened = StoredBase(name, commit, config, stack.base, stack.path, hub_kwargs, _dequantization(config))
+    if getattr(opened.config, "quantization_config", None) is not None and opened.quantization is None:
         raise UnsupportedArchitectureError(
             f"{opened.name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"
         )
     return opened
+
+
+def _dequantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The config's quantization, with the wish to have it undone on loading where transformers can (MXFP4, FP8, …)."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    try:
+        known = AutoQuantizationConfig.from_dict(stored if isinstance(stored, dict) else stored.to_dict())
+    except (ValueError, TypeError, ImportError):
+        return None
+    return {**known.to_dict(), "dequantize": True} if hasattr(known, "dequantize") else None
 
 
 def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
@@ -182,6 +206,6 @@ def cut_config(
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     """A native config as a dict that survives JSON, without what says nothing about the layers."""
     values = config.to_dict()
-    for key in ("id2label", "label2id", "_name_or_path", "architectures", "transformers_version"):
+    for key in _STORAGE:
         values.pop(key, None)
     return {"model_type": config.model_type, **values}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ from not_hf.checkpoint import FLOAT_DTYPES, open_checkpoint
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, cut_config, open_base, resolve_commit
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
-from not_hf.layers import check_bare, silence, strip_to_layers
+from not_hf.layers import check_bare, is_finite, silence, strip_to_layers
 from not_hf.sharing import push_folder
 
 # of push_to_hub, which save_pretrained(push_to_hub=True) takes as well
@@ -171,7 +172,15 @@ class DonorModel(PreTrainedModel):
         live = isinstance(source, LiveBase)
         attention = source.config._attn_implementation if live else None
         name = source.name or "the live model"
-        organ, _ = cls.load_tensors(config, state, dtype, source=name, foreign=not live, attn_implementation=attention)
+        organ, _ = cls.load_tensors(
+            config,
+            state,
+            dtype,
+            source=name,
+            foreign=not live,
+            quantization=source.quantization,
+            attn_implementation=attention,
+        )
         if isinstance(source, LiveBase):
             nn.Module.to(organ, source.model.device)
         hidden = torch.randn(1, 4, source.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -230,6 +239,7 @@ class DonorModel(PreTrainedModel):
         source: str = "the checkpoint",
         partial: bool = False,
         foreign: bool = False,
+        quantization: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[DonorModel, set[str]]:
         """Build an organ and fill it, refusing what is off.
@@ -241,6 +251,7 @@ class DonorModel(PreTrainedModel):
             source: Where they are from, for errors.
             partial: Accept that tensors are missing, as in one shard of a checkpoint.
             foreign: Accept tensors that the native class has no use for, as old checkpoints of a base have.
+            quantization: The base's `quantization_config`, for transformers to undo while it loads.
             **kwargs: As in `PreTrainedModel.from_pretrained`.
 
         Returns:
@@ -253,6 +264,9 @@ class DonorModel(PreTrainedModel):
             raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
         if dtype in (None, "auto"):
             dtype = next(filter(None, map(_dtype_of, tensors.values())), torch.float32)
+        if quantization is not None:
+            config = copy.deepcopy(config)
+            config.quantization_config = quantization  # transformers takes it away when it has dequantized
         try:
             with _without_load_report():
                 loaded: Any = super().from_pretrained(
@@ -268,6 +282,8 @@ class DonorModel(PreTrainedModel):
         except RuntimeError as error:  # tensors that cannot be brought into the module's layout
             raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
         organ, info = loaded
+        if quantization is not None:  # else saving would undo the conversion: dequantized weights as quantized ones
+            vars(organ).pop("_weight_conversions", None)
         problems = [] if partial else [f"missing {name}" for name in sorted(info["missing_keys"])]
         problems += [] if foreign else [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
         problems += [
@@ -278,7 +294,7 @@ class DonorModel(PreTrainedModel):
             problems = [
                 f"non-finite values in {name}"
                 for name, tensor in organ.state_dict().items()
-                if not tensor.is_meta and not torch.isfinite(tensor).all()
+                if not tensor.is_meta and not is_finite(tensor)
             ]
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -219,6 +219,8 @@ class TransplantedForCausalLM(_Native):
             surgery.disabled = 0
         for layer in (layer for organ in chosen for layer in organ.layers):
             layer.requires_grad_(True)
+        # how transformers converted the files it loaded; undoing it would save dequantized weights as quantized ones
+        vars(self).pop("_weight_conversions", None)
         return self._release()
 
     def get_base_model(self) -> PreTrainedModel:

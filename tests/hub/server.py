@@ -104,6 +104,7 @@ class Fault:
     truncate: bool = False  # announce the whole body, send half of it, hang up
     ignore_range: bool = False  # send the whole file with 200 where a range was asked for
     shift_range: int = 0  # bytes; send a range that begins this much later than the answer claims
+    honest: bool = False  # claim the shifted range
     delay: float = 0  # seconds before anything happens
     etag: str | None = None  # claim that the file is another one
 
@@ -307,7 +308,11 @@ def _answer(hub: Hub, request: Request, fault: Fault) -> Response:
     response = hub.answer(request)
     if response.status == 206 and isinstance(response.body, FileSlice):
         moved = replace(response.body, offset=response.body.offset + fault.shift_range)
-        response = replace(response, body=moved)
+        claimed = dict(response.headers)
+        if fault.honest:
+            size = claimed["Content-Range"].rpartition("/")[2]
+            claimed["Content-Range"] = f"bytes {moved.offset}-{moved.offset + moved.length - 1}/{size}"
+        response = replace(response, headers=claimed, body=moved)
     if fault.etag is not None:
         claimed = {name: f'"{fault.etag}"' for name in ("ETag", "X-Linked-ETag") if name in response.headers}
         response = replace(response, headers={**response.headers, **claimed})

@@ -1,0 +1,265 @@
+"""Byte ranges of files on the Hub: one range, read strictly, and many ranges, gathered into a local file."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm
+
+PARTS = 64  # into which what is wanted is cut, within the next two bounds
+MIN_PART, MAX_PART = 1 << 20, 8 << 20  # bytes: what one worker holds, and what is lost when a download breaks off
+WORKERS = 4
+TRIES = 5
+OVERLAP = 64  # bytes that a part repeats of the next one, to notice a server that sends other bytes than it says
+
+
+@dataclass
+class RemoteFile:
+    """One file of a repo on the Hub, at one commit."""
+
+    url: str
+    headers: Mapping[str, str] = field(repr=False)  # with the token
+    commit: str
+    size: int  # bytes
+    etag: str | None
+    _stored_etag: str | None = field(default=None, repr=False)  # of the host that serves the bytes
+
+    @classmethod
+    def find(cls, repo_id: str, path: str, revision: str | None = None, token: str | bool | None = None) -> RemoteFile:
+        """Ask the Hub for a file's commit, size and ETag.
+
+        Raises:
+            OSError: As in `hf_hub_download`: there is no such repo, revision or file, or no access to it.
+        """
+        revision = getattr(revision, "resolved", revision)
+        try:
+            url = hf_hub_url(repo_id, path, revision=revision)
+            found = get_hf_file_metadata(url, token=token, library_name="not_hf", retry_on_errors=True)
+        except HfHubHTTPError:
+            raise
+        except HTTPError as error:
+            raise OSError(f"cannot reach {path} of {repo_id} on the Hub: {_reason(error)}") from error
+        if found.size is None or found.commit_hash is None:
+            raise OSError(
+                f"the Hub does not tell size and commit of {path} in {repo_id}; download the repo and cut it"
+            )
+        # of this very commit, even if the branch moves on meanwhile
+        url = hf_hub_url(repo_id, path, revision=found.commit_hash)
+        # a compressed answer would have other ranges
+        headers = build_hf_headers(token=token, library_name="not_hf") | {"Accept-Encoding": "identity"}
+        return cls(url, headers, found.commit_hash, found.size, found.etag)
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes `start … end - 1`, exactly those, tried several times.
+
+        Raises:
+            OSError: The Hub does not serve them, or serves a file that has changed.
+        """
+        reason = ""
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(min(2 ** (attempt - 1), 8))
+            try:
+                with http_stream_backoff(
+                    "GET",
+                    self.url,
+                    headers={**self.headers, "Range": f"bytes={start}-{end - 1}"},
+                    timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                    follow_redirects=True,
+                    retry_on_exceptions=(),  # of the body too; those it cannot take, so all are caught here
+                ) as response:
+                    hf_raise_for_status(response)
+                    if objection := self._objection(response, start, end):
+                        reason = objection
+                        continue  # without reading a body that may be the whole file
+                    body = response.read()
+                if len(body) == end - start:
+                    return body
+                reason = f"{len(body)} bytes came instead of {end - start}"
+            except HfHubHTTPError as error:  # after tries of its own
+                reason = f"the server answered {error.response.status_code}"
+                break
+            except HTTPError as error:  # hung up midway, too slow, unreachable
+                reason = _reason(error)
+        raise OSError(f"bytes {start} to {end} of {self.url} cannot be read: {reason}; try again")
+
+    def _objection(self, response: Any, start: int, end: int) -> str | None:
+        """Why an answer is not the range that was asked for."""
+        expected = f"bytes {start}-{end - 1}/{self.size}"
+        found = response.headers.get("Content-Range")
+        if response.status_code != 206 or found != expected:
+            return f"the server answered {response.status_code}, {found or 'no range'} instead of {expected}"
+        linked = [etag for each in (*response.history, response) if (etag := each.headers.get("X-Linked-ETag"))]
+        if any(_plain(etag) != self.etag for etag in linked):
+            return "the file has changed (its ETag is another one)"
+        stored = _plain(response.headers.get("ETag"))
+        self._stored_etag = self._stored_etag or stored
+        if stored is not None and stored != self._stored_etag:
+            return "the file has changed between two ranges (its ETag is another one)"
+        return None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes `start … end - 1` of a file on the Hub that go to `offset` of a local one."""
+
+    file: RemoteFile
+    start: int
+    end: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is fetched in one request: `start … end - 1`, and `overlap` bytes more."""
+
+    file: RemoteFile
+    start: int
+    end: int
+    overlap: int
+
+
+def gather(pieces: Sequence[Piece], prefix: bytes, target: Path, description: str) -> None:
+    """Put pieces of files on the Hub together in a local file, which appears only when it is whole.
+
+    What was fetched before an interruption is not fetched again. Processes that want the same file wait for each
+    other.
+
+    Args:
+        pieces: Which bytes go where.
+        prefix: What the file begins with.
+        target: The file; the folder must be there.
+        description: For the progress bar.
+
+    Raises:
+        OSError: A range cannot be read; what was fetched is kept for the next try.
+    """
+    with WeakFileLock(target.with_name(f"{target.name}.lock")):
+        if target.exists():
+            return
+        draft, journal = (target.with_name(f"{target.name}.{ending}") for ending in ("incomplete", "parts"))
+        parts = list(_parts(pieces))
+        digest = hashlib.sha256(repr((prefix, parts)).encode()).hexdigest()
+        ends = _read_journal(journal, digest) if draft.exists() else {}
+        if not ends:
+            draft.write_bytes(prefix)
+            journal.write_text(json.dumps(digest) + "\n")
+        by_file: dict[str, list[Piece]] = {}
+        for piece in pieces:
+            by_file.setdefault(piece.file.url, []).append(piece)
+
+        def fetch(number: int) -> int:
+            part = parts[number]
+            body = part.file.read(part.start, part.end + part.overlap)
+            _write(draft, part, body, by_file[part.file.url])
+            own = part.end - part.start
+            ends[number] = (body[:OVERLAP].hex(), body[own:].hex())
+            with journal.open("a") as file:  # one short line in one write
+                file.write(json.dumps([number, *ends[number]]) + "\n")
+            return own
+
+        sizes = [part.end - part.start for part in parts]
+        missing = [number for number in range(len(parts)) if number not in ends]
+        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="not_hf")
+        with tqdm(
+            total=sum(sizes),
+            initial=sum(sizes[number] for number in ends),
+            unit="B",
+            unit_scale=True,
+            desc=description,
+            name="not_hf.gather",
+        ) as bar:
+            try:
+                for size in pool.map(fetch, missing):
+                    bar.update(size)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if odd := _torn(parts, ends):
+            draft.unlink()
+            raise OSError(f"neighbouring ranges of {odd.file.url} contradict each other at byte {odd.end}; try again")
+        os.replace(draft, target)
+        journal.unlink()
+
+
+def coalesce(ranges: Sequence[tuple[int, int]], spare: int) -> list[tuple[int, int]]:
+    """Join ranges to longer ones, over gaps of at most `spare` bytes in all, the narrowest first.
+
+    Args:
+        ranges: Half-open, without overlaps.
+        spare: Bytes.
+    """
+    ordered = sorted(ranges)
+    gaps = sorted((after[0] - before[1], n) for n, (before, after) in enumerate(itertools.pairwise(ordered)))
+    joined = set()
+    for gap, n in gaps:
+        if (spare := spare - gap) < 0:
+            break
+        joined.add(n)
+    runs: list[tuple[int, int]] = []
+    for n, (start, end) in enumerate(ordered):
+        runs[-1:] = [(runs[-1][0], end)] if n and n - 1 in joined else [*runs[-1:], (start, end)]
+    return runs
+
+
+def _parts(pieces: Sequence[Piece]) -> Iterator[Part]:
+    """Cut pieces into requests. A run of any length takes two at least, so that each has one to agree with."""
+    files = {piece.file.url: piece.file for piece in pieces}
+    size = max(MIN_PART, min(MAX_PART, sum(piece.end - piece.start for piece in pieces) // PARTS))
+    for url, file in files.items():
+        wanted = [(piece.start, piece.end) for piece in pieces if piece.file.url == url and piece.start < piece.end]
+        for start, end in coalesce(wanted, spare=sum(e - s for s, e in wanted) // 100):
+            overlap = min(OVERLAP, (end - start) // 256)
+            share = -(-(end - start) // max(2, -(-(end - start) // size)))
+            for first in range(start, end, share):
+                last = min(first + share, end)
+                yield Part(file, first, last, min(overlap, end - last))
+
+
+def _write(draft: Path, part: Part, body: bytes, pieces: Sequence[Piece]) -> None:
+    view = memoryview(body)
+    with draft.open("r+b") as file:
+        for piece in pieces:
+            start, end = max(piece.start, part.start), min(piece.end, part.end)
+            if start < end:
+                file.seek(piece.offset + start - piece.start)
+                file.write(view[start - part.start : end - part.start])
+
+
+def _read_journal(journal: Path, digest: str) -> dict[int, tuple[str, str]]:
+    """First and last bytes of the parts that are there already; none when they are parts of something else."""
+    try:
+        first, *lines = journal.read_text().splitlines()
+        if json.loads(first) != digest:
+            return {}
+        entries = [json.loads(line) for line in lines if line.endswith("]")]  # the last one may be torn
+    except (OSError, ValueError):
+        return {}
+    return {number: (head, tail) for number, head, tail in entries}
+
+
+def _torn(parts: Sequence[Part], ends: Mapping[int, tuple[str, str]]) -> Part | None:
+    """The first part whose repetition of the next one differs from it."""
+    for number, part in enumerate(parts):
+        tail = ends[number][1]
+        if part.overlap and not ends[number + 1][0].startswith(tail):
+            return part
+    return None
+
+
+def _plain(etag: str | None) -> str | None:
+    return etag.removeprefix("W/").strip('"') if etag else None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,486 @@
+"""Cutting an organ out of a model on the Hub: only its bytes travel, and what goes wrong never gives a wrong organ."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import tiny_config, tiny_model
+from hub import DEFAULT_TOKEN, Fault, Hub
+from huggingface_hub import HfApi, constants, snapshot_download
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from not_hf import CorruptDonorError, DonorModel, TransplantedForCausalLM, UnsupportedArchitectureError
+from not_hf.partial import list_tensors
+from not_hf.ranges import coalesce
+
+SPAN = (3, 6)
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 8, "num_attention_heads": 8}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A llama of 8 layers with 2 MB each."""
+    return tiny_model("llama", **WIDE)
+
+
+@pytest.fixture(scope="module", params=["single", "sharded"])
+def repo(request, hub, model, tmp_path_factory) -> str:
+    """Its Hub ID, in one file or in many."""
+    name = f"me/extract-{request.param}"
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder, max_shard_size="5GB" if request.param == "single" else "5MB")
+    HfApi().create_repo(name)
+    HfApi().upload_folder(repo_id=name, folder_path=folder)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch, hub) -> Path:
+    """Empty caches, no waiting between tries, and no fault left behind."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    quick = types.SimpleNamespace(sleep=lambda seconds: None, time=time.time)
+    monkeypatch.setattr("not_hf.ranges.time", quick)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
+    hub.requests.clear()
+    yield tmp_path / "assets"
+    hub.fault = None
+
+
+def cut(source, **options) -> DonorModel:
+    return DonorModel.from_base(source, SPAN, cache_dir=None, **options)
+
+
+def same(organ: DonorModel, model, span=SPAN) -> bool:
+    expected = DonorModel.from_base(model, span).state_dict()
+    found = organ.state_dict()
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def nbytes(organ: DonorModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in organ.parameters())
+
+
+def weights(hub: Hub) -> list:
+    """Requests that were served bytes of weights."""
+    return [record for record in hub.requests if record.method == "GET" and record.path.startswith("/lfs/")]
+
+
+def is_one_line(error: BaseException) -> bool:
+    return "\n" not in str(error).strip() and len(str(error)) < 600
+
+
+# -------------------------------------------------------------- what is read
+
+
+def test_only_the_bytes_of_the_span_are_served(repo, hub, model):
+    organ = cut(repo)
+    assert same(organ, model)
+    assert organ.config.base_revision == HfApi().model_info(repo).sha
+    headers = [record.bytes for record in weights(hub) if record.range.startswith(("bytes=0-7", "bytes=8-"))]
+    served = sum(record.bytes for record in weights(hub)) - sum(headers)
+    assert nbytes(organ) <= served <= 1.02 * nbytes(organ)
+    assert sum(headers) < 10_000 * (1 + len(headers) // 2)
+    assert all(record.status == 206 for record in weights(hub))
+    touched = {Path(record.path).name for record in hub.requests if record.path.endswith(".safetensors")}
+    shards = [file for file in HfApi().list_repo_files(repo) if file.endswith(".safetensors")]
+    assert len(shards) == 1 or len(touched.intersection(shards)) < len(shards)
+
+
+def test_a_second_cut_reads_nothing(repo, hub, model):
+    cut(repo)
+    hub.requests.clear()
+    assert same(cut(repo), model)
+    assert not weights(hub)
+    hub.requests.clear()
+    assert same(cut(repo, revision=HfApi().model_info(repo).sha), model)
+    assert not weights(hub)
+    assert same(DonorModel.from_base(repo, (2, 4)), model, (2, 4)) and weights(hub)  # another span is another matter
+
+
+def test_force_download_reads_again(repo, hub, model):
+    cut(repo)
+    hub.requests.clear()
+    assert same(cut(repo, force_download=True), model)
+    assert sum(record.bytes for record in weights(hub)) >= nbytes(cut(repo))
+
+
+def test_offline_after_the_first_cut(repo, hub, model, monkeypatch):
+    cut(repo)
+    hub.requests.clear()
+    assert same(cut(repo, local_files_only=True), model)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(cut(repo), model)
+    assert not hub.requests
+    with pytest.raises(OSError, match=r"neither layers-0-2 of .* are in the cache; go online once"):
+        DonorModel.from_base(repo, (0, 2))
+
+
+def test_files_that_are_cached_whole_are_used(repo, hub, model):
+    snapshot_download(repo)
+    hub.requests.clear()
+    assert same(cut(repo), model)
+    assert not weights(hub)
+
+
+def test_cache_dir_holds_everything(repo, model, tmp_path, cache):
+    organ = DonorModel.from_base(repo, SPAN, cache_dir=tmp_path / "mine")
+    assert same(organ, model)
+    assert not cache.exists()
+    assert list((tmp_path / "mine").rglob("layers-3-6.safetensors"))
+
+
+def test_a_revision_is_one_commit(hub, model):
+    """A branch that moves while an organ is cut gives the organ of before, and its commit."""
+    repo = HfApi().create_repo("me/moving").repo_id
+    push(model, repo)
+    before = HfApi().model_info(repo).sha
+    other = tiny_model("llama", seed=1, **WIDE)
+    moved = threading.Event()
+
+    def move(method, path, headers):
+        if path.startswith("/lfs/") and method == "GET" and not moved.is_set():
+            moved.set()
+            threading.Thread(target=push, args=(other, repo)).start()
+            while HfApi().model_info(repo).sha == before:
+                time.sleep(0.01)
+        return None
+
+    hub.fault = move
+    organ = cut(repo)
+    assert moved.is_set() and same(organ, model) and organ.config.base_revision == before
+    assert same(cut(repo), other)
+    assert same(cut(repo, revision=before), model)
+
+
+def push(model, repo: str, **options) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, **options)
+
+
+def test_subfolder_branch_tag_and_pull_request(hub, model):
+    repo = HfApi().create_repo("me/places").repo_id
+    HfApi().create_branch(repo, branch="dev")
+    push(model, repo, path_in_repo="inner", revision="dev")
+    HfApi().create_tag(repo, tag="v1", revision="dev")
+    push(model, repo, path_in_repo="inner", create_pr=True)
+    for revision in ("dev", "v1", "refs/pr/1"):
+        assert same(cut(repo, revision=revision, subfolder="inner"), model)
+    with pytest.raises((OSError, ValueError), match="me/places"):
+        cut(repo, subfolder="inner")  # not on main
+
+
+def test_private_and_gated(hub, model, tmp_path):
+    hub.add_user("you", "hf_you")
+    repo = HfApi().create_repo("me/locked", private=True).repo_id
+    push(model, repo)
+    assert same(cut(repo), model)
+    with pytest.raises(OSError, match="me/locked"):
+        DonorModel.from_base(repo, SPAN, token="hf_you", cache_dir=tmp_path / "1")
+    HfApi().update_repo_settings(repo, private=False)
+    hub.gate(repo)
+    with pytest.raises(OSError, match=r"gated|restricted"):
+        DonorModel.from_base(repo, SPAN, token="hf_you", cache_dir=tmp_path / "2")
+    hub.gate(repo, users=("you",))
+    assert same(DonorModel.from_base(repo, SPAN, token="hf_you", cache_dir=tmp_path / "3"), model)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "gpt2", "gpt_neox", "qwen2_moe"])
+def test_every_layout_of_the_hub(model_type, base_repo, base_folder):
+    """Experts that have a tensor each, and names of all kinds."""
+    stored = AutoModelForCausalLM.from_pretrained(base_folder(model_type))
+    assert same(DonorModel.from_base(base_repo(model_type), (1, 3)), stored, (1, 3))
+
+
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory) -> Path:
+    """A tiny gpt_oss as it lies on the Hub: experts in blocks of 32 four-bit numbers with a scale each."""
+    folder = tmp_path_factory.mktemp("mxfp4")
+    config = tiny_config("gpt_oss", hidden_size=64, intermediate_size=32, head_dim=16)
+    native = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, tensor in native.state_dict().items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, width, rows = tensor.shape  # a module has them transposed
+            shape = (experts, rows, width // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+            tensors[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
+        else:
+            tensors[name] = torch.empty(tensor.shape).normal_(0, 0.1, generator=generator).to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    spared = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": spared}
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_mxfp4_is_dequantized_as_transformers_does_it(mxfp4, hub, tmp_path, token_ids):
+    repo = HfApi().create_repo("me/mxfp4").repo_id
+    HfApi().upload_folder(repo_id=repo, folder_path=mxfp4)
+    native = AutoModelForCausalLM.from_pretrained(mxfp4)
+    hub.requests.clear()
+    organ = DonorModel.from_base(repo, (1, 3))
+    assert same(organ, native, (1, 3))
+    assert {parameter.dtype for parameter in organ.parameters()} == {torch.bfloat16}
+    served = sum(record.bytes for record in weights(hub))
+    assert served < nbytes(organ)  # it travels quantized
+    organ.save_pretrained(tmp_path / "organ")
+    assert "quantization" not in (tmp_path / "organ" / "config.json").read_text()
+    assert same(DonorModel.from_pretrained(tmp_path / "organ"), native, (1, 3))
+
+    model = TransplantedForCausalLM.from_pretrained(repo, tmp_path / "organ")
+    with torch.no_grad():
+        logits = model(token_ids).logits
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(token_ids).logits, logits)
+
+
+def test_what_cannot_be_dequantized_is_refused(model, tmp_path):
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    model.save_pretrained(tmp_path)
+    config.quantization_config = {"quant_method": "awq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedArchitectureError, match="is quantized; dequantize it first"):
+        cut(tmp_path)
+
+
+def test_a_repo_without_safetensors_says_how_to_convert(hub, model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    model.config.save_pretrained(tmp_path)
+    repo = HfApi().create_repo("me/pickled").repo_id
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
+    with pytest.raises(OSError, match=r"pytorch_model\.bin, convert it first: .*save_pretrained") as raised:
+        cut(repo)
+    assert is_one_line(raised.value) and not weights(hub)
+
+
+def test_list_tensors_reads_headers_alone(repo, hub, model):
+    tensors = list_tensors(repo)
+    assert sum(record.bytes for record in weights(hub)) < 20_000
+    expected = model.state_dict()
+    assert {name: tuple(info.shape) for name, info in tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in expected.items()
+    }
+    assert {info.dtype for info in tensors.values()} == {"F32"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 64, b"\xff" * 64, (9).to_bytes(8, "little") + b'{"a":[]}}' + b"\0" * 9, b"<html>" * 20],
+    ids=["empty", "zeros", "too long", "no tensors", "a page"],
+)
+def test_a_file_that_is_no_safetensors_is_refused(content, hub, model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    repo = HfApi().create_repo("me/garbage", exist_ok=True).repo_id
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
+    with pytest.raises(CorruptDonorError) as raised:
+        cut(repo)
+    assert is_one_line(raised.value)
+
+
+def test_a_header_that_contradicts_itself_is_refused_and_not_kept(hub, model, tmp_path, cache):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"shape":[512,256]', b'"shape":[512,255]', 20))
+    repo = HfApi().create_repo("me/contradiction").repo_id
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
+    with pytest.raises(CorruptDonorError, match="not a whole safetensors file"):
+        cut(repo)
+    assert not list(cache.rglob("*.safetensors"))
+
+
+# -------------------------------------------------------------- what goes wrong
+
+FAULTS = {
+    "too many requests": Fault(status=429, retry_after=0),
+    "server error": Fault(status=500),
+    "half a body": Fault(truncate=True),
+    "the whole file": Fault(ignore_range=True),
+    "another range": Fault(shift_range=64, honest=True),
+    "another file": Fault(etag="0" * 40),
+    "slow": Fault(delay=1.5),
+}
+
+
+def ranges(hub: Hub, fault: Fault, wrong, of_headers: bool = False) -> list[str]:
+    """Give the n-th range of layers, or of headers, a fault if `wrong(n)`; returns the list they are put on."""
+    seen: list[str] = []
+    lock = threading.Lock()
+
+    def choose(method, path, headers):
+        if method == "GET" and path.startswith("/lfs/") and "range" in headers:
+            if headers["range"].startswith(("bytes=0-", "bytes=8-")) is not of_headers:
+                return None
+            with lock:
+                seen.append(headers["range"])
+                return fault if wrong(len(seen) - 1) else None
+        return None
+
+    hub.fault = choose
+    return seen
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("of_headers", [True, False], ids=["header", "layers"])
+def test_what_passes_is_retried(name, of_headers, repo, hub, model, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    wrong = {0, 1} if of_headers else {1, 2, 5}
+    seen = ranges(hub, FAULTS[name], wrong.__contains__, of_headers)
+    if name == "another file" and of_headers:  # the first ETag is the one that all others are held to
+        with pytest.raises(OSError, match="has changed between two ranges"):
+            cut(repo)
+        hub.fault = None
+    assert same(cut(repo), model)
+    assert len(seen) > max(wrong)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_stays_is_one_clear_error_and_nothing_is_kept(name, repo, hub, model, cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr("not_hf.ranges.TRIES", 2)
+    fault = FAULTS[name] if name != "slow" else Fault(delay=0.3)
+    ranges(hub, fault, lambda n: n >= 2)
+    with pytest.raises(OSError) as raised:
+        cut(repo)
+    assert is_one_line(raised.value)
+    assert not list(cache.rglob("*.safetensors"))
+    hub.fault = None
+    assert same(cut(repo), model)
+
+
+@pytest.mark.parametrize("shift", [4, 64, 4096])
+def test_bytes_that_are_not_what_the_answer_claims_are_noticed(shift, repo, hub, model, cache):
+    """Nothing in HTTP tells it; neighbouring ranges overlap a little and must agree."""
+    ranges(hub, Fault(shift_range=shift), {3}.__contains__)
+    with pytest.raises(OSError, match="contradict each other"):
+        cut(repo)
+    assert not list(cache.rglob("*.safetensors"))
+    hub.fault = None
+    assert same(cut(repo), model)
+
+
+def test_a_download_that_broke_off_goes_on(repo, hub, model, monkeypatch):
+    monkeypatch.setattr("not_hf.ranges.TRIES", 1)
+    monkeypatch.setattr("not_hf.ranges.WORKERS", 1)
+    before = ranges(hub, Fault(truncate=True), {3}.__contains__)
+    with pytest.raises(OSError, match="cannot be read"):
+        cut(repo)
+    after = ranges(hub, Fault(), set().__contains__)
+    assert same(cut(repo), model)
+    assert len(before) >= 4 and not set(before[:3]) & set(after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repo", ["single"], indirect=True)
+def test_a_killed_process_goes_on(repo, hub, model, tmp_path):
+    """SIGKILL in the middle, then a new process."""
+    script = f"""if True:
+        from not_hf import DonorModel, ranges
+        ranges.MIN_PART = 1 << 18  # more and smaller parts
+        DonorModel.from_base({repo!r}, {SPAN})
+    """
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    for name in ("HF_HUB_CACHE", "HF_ASSETS_CACHE"):
+        environment.pop(name, None)
+    seen = ranges(hub, Fault(delay=0.4), lambda n: n >= 4)
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
+        while len(seen) < 12 and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode < 0
+    journal = next((tmp_path / "home").rglob("*.parts")).read_text().splitlines()
+    assert len(journal) > 1
+    hub.fault = None
+    hub.requests.clear()
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    assert done.returncode == 0
+    assert sum(record.bytes for record in weights(hub)) < 0.9 * nbytes(cut(repo))
+    part = next((tmp_path / "home").rglob("layers-3-6.safetensors"))
+    stored = {key: value for key, value in model.state_dict().items() if key in load_file(part)}
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in load_file(part).items()) and len(stored) == 27
+    assert not list((tmp_path / "home").rglob("*.incomplete"))
+
+
+def test_two_at_once_fetch_once(repo, hub, model):
+    organs: list[DonorModel] = []
+    threads = [threading.Thread(target=lambda: organs.append(cut(repo))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(organs) == 3 and all(same(organ, model) for organ in organs)
+    large = [record.range for record in weights(hub) if record.bytes > 100_000]
+    assert len(large) == len(set(large))
+
+
+# -------------------------------------------------------------- Xet
+
+
+@pytest.mark.slow
+def test_xet_repos_are_cut_by_ranges_too(model, tmp_path):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder, max_shard_size="5MB")
+    DonorModel.from_base(model, SPAN).save_pretrained(tmp_path / "expected")
+    script = """
+        import sys
+        from huggingface_hub import HfApi
+        from not_hf import DonorModel
+        if sys.argv[1] == "push":
+            HfApi().create_repo("me/xet-base")
+            HfApi().upload_folder(repo_id="me/xet-base", folder_path=sys.argv[2])
+        else:
+            DonorModel.from_base("me/xet-base", (3, 6)).save_pretrained(sys.argv[2])
+    """
+    with Hub(tmp_path / "hub", xet=True) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": DEFAULT_TOKEN, "HF_HUB_DISABLE_XET": "0"}
+        for step, place in (("push", folder), ("cut", tmp_path / "organ")):
+            hub.requests.clear()
+            command = [sys.executable, "-c", textwrap.dedent(script), step, str(place)]
+            done = subprocess.run(
+                command, env={**environment, "HF_HOME": str(tmp_path / step)}, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            if step == "push":
+                assert any(record.path.startswith("/cas/v1/xorbs") for record in hub.requests)
+        expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "organ"))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+        assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+        assert sum(record.bytes for record in hub.requests if record.method == "GET") < 1.02 * size + 40_000
+
+
+# -------------------------------------------------------------- the rule by which ranges are joined
+
+
+@pytest.mark.parametrize(
+    ("spare", "expected"),
+    [
+        (0, [(0, 10), (12, 20), (25, 30), (30, 40)]),
+        (2, [(0, 20), (25, 40)]),
+        (6, [(0, 20), (25, 40)]),
+        (7, [(0, 40)]),
+    ],
+)
+def test_coalesce_closes_the_narrowest_gaps_within_the_budget(spare, expected):
+    found = coalesce([(25, 30), (0, 10), (30, 40), (12, 20)], spare)
+    if spare == 0:
+        expected = [(0, 10), (12, 20), (25, 40)]  # no gap costs nothing
+    assert found == expected
