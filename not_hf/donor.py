@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
+from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -30,11 +31,12 @@ from not_hf.anatomy import (
     spliced_config,
 )
 from not_hf.card import updated_card
-from not_hf.checkpoint import FLOAT_DTYPES, open_checkpoint
+from not_hf.checkpoint import FLOAT_DTYPES, View, open_checkpoint
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, cut_config, open_base, resolve_commit
-from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, some
 from not_hf.layers import check_bare, is_finite, silence, strip_to_layers
+from not_hf.partial import list_tensors
 from not_hf.sharing import push_folder
 
 # of push_to_hub, which save_pretrained(push_to_hub=True) takes as well
@@ -217,11 +219,8 @@ class DonorModel(PreTrainedModel):
             config = DonorConfig.from_pretrained(config or source, **hub_kwargs)
         config.check()
         views = open_checkpoint(source, variant=kwargs.pop("variant", None), **hub_kwargs)
-        for name, view in views.items():
-            if view.get_dtype() not in FLOAT_DTYPES:
-                raise CorruptDonorError(f"{source}: tensor {name} is {view.get_dtype()}, not floating-point")
-            if 0 in view.get_shape():
-                raise CorruptDonorError(f"{source}: tensor {name} is empty, shape {view.get_shape()}")
+        if odd := _odd_tensors(views):
+            raise CorruptDonorError(f"{source}: {some(odd)}")
         wants_info = kwargs.pop("output_loading_info", False)
         dtype = kwargs.pop("torch_dtype", dtype)
         organ, missing = cls.load_tensors(config, views, dtype, *model_args, source=source, **kwargs)
@@ -260,6 +259,56 @@ class DonorModel(PreTrainedModel):
         Raises:
             CorruptDonorError: As in `from_pretrained`.
         """
+        organ, info = cls._fill(
+            config, tensors, dtype, *model_args, source=source, quantization=quantization, **kwargs
+        )
+        problems = _loading_problems(info, partial, foreign) or [
+            f"non-finite values in {name}"
+            for name, tensor in organ.state_dict().items()
+            if not tensor.is_meta and not is_finite(tensor)
+        ]
+        if problems:
+            raise CorruptDonorError(f"{source}: {some(problems)}")
+        return organ, set(info["missing_keys"])
+
+    @classmethod
+    def file_problems(cls, config: DonorConfig, source: str | os.PathLike[str], **hub_kwargs: Any) -> list[str]:
+        """What is wrong with a donor's weights as far as the headers of its files tell; the weights are not read.
+
+        Args:
+            config: Of the donor.
+            source: Its folder or Hub ID.
+            **hub_kwargs: As in `from_pretrained`.
+
+        Returns:
+            One line for each tensor that is missing, unexpected, mis-shaped, empty or not floating-point.
+
+        Raises:
+            CorruptDonorError: A header, or the config, cannot be read.
+            OSError: A file cannot be reached.
+        """
+        config.check()
+        headers = list_tensors(source, **hub_kwargs)
+        if odd := _odd_tensors(headers):
+            return odd
+        hollow = {
+            name: torch.empty(header.shape, dtype=_dtype_of(header), device="meta") for name, header in headers.items()
+        }
+        _, info = cls._fill(config, hollow, source=os.fspath(source), device_map="meta")
+        return _loading_problems(info)
+
+    @classmethod
+    def _fill(
+        cls,
+        config: DonorConfig,
+        tensors: Mapping[str, Any],
+        dtype: str | torch.dtype | None = "auto",
+        *model_args: Any,
+        source: str,
+        quantization: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[DonorModel, dict[str, Any]]:
+        """Build an organ and load into it what fits; returns it and transformers' `output_loading_info`."""
         if not tensors:
             raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
         if dtype in (None, "auto"):
@@ -284,22 +333,7 @@ class DonorModel(PreTrainedModel):
         organ, info = loaded
         if quantization is not None:  # else saving would undo the conversion: dequantized weights as quantized ones
             vars(organ).pop("_weight_conversions", None)
-        problems = [] if partial else [f"missing {name}" for name in sorted(info["missing_keys"])]
-        problems += [] if foreign else [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
-        problems += [
-            f"{name} has shape {tuple(found)}, expected {tuple(expected)}"
-            for name, found, expected in sorted(info["mismatched_keys"])
-        ]
-        if not problems:
-            problems = [
-                f"non-finite values in {name}"
-                for name, tensor in organ.state_dict().items()
-                if not tensor.is_meta and not is_finite(tensor)
-            ]
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise CorruptDonorError(f"{source}: {'; '.join(problems[:5])}{more}")
-        return organ, set(info["missing_keys"])
+        return organ, info
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -399,12 +433,29 @@ def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:
         )
 
 
-def _dtype_of(tensor: Any) -> torch.dtype | None:
-    """dtype of a tensor or lazy view, `None` when it is not floating-point."""
+def _odd_tensors(tensors: Mapping[str, View | TensorInfo]) -> list[str]:
+    """Tensors that no organ has, whatever its architecture."""
+    return [
+        f"tensor {name} is {tensor.dtype}, not floating-point"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in FLOAT_DTYPES
+    ] + [f"tensor {name} is empty, shape {tensor.shape}" for name, tensor in tensors.items() if 0 in tensor.shape]
+
+
+def _loading_problems(info: dict[str, Any], partial: bool = False, foreign: bool = False) -> list[str]:
+    problems = [] if partial else [f"missing {name}" for name in sorted(info["missing_keys"])]
+    problems += [] if foreign else [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
+    return problems + [
+        f"{name} has shape {tuple(found)}, expected {tuple(expected)}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+
+
+def _dtype_of(tensor: torch.Tensor | View | TensorInfo) -> torch.dtype | None:
+    """dtype of a tensor, or of one in a file; `None` when it is not floating-point."""
     if isinstance(tensor, torch.Tensor):
         return tensor.dtype if tensor.is_floating_point() else None
-    name = FLOAT_DTYPES.get(tensor.get_dtype())
-    return None if name is None else getattr(torch, name)
+    return getattr(torch, FLOAT_DTYPES.get(tensor.dtype, ""), None)
 
 
 @contextlib.contextmanager

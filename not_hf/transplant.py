@@ -32,7 +32,7 @@ from not_hf.compatibility import require_compatibility
 from not_hf.composition import DonorSource, OrganSource, read_config, resolve_request
 from not_hf.config import DonorConfig
 from not_hf.donor import PUSH_KWARGS, DonorModel
-from not_hf.errors import IncompatibleDonorError, NotHFError
+from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.layers import require_finite, settle
 from not_hf.saving import save_organs
 from not_hf.sharing import push_folder
@@ -212,7 +212,7 @@ class TransplantedForCausalLM(_Native):
         if not chosen:
             return self.unload()
         if differences := surgery.differences(surgery.plan(chosen)):
-            raise IncompatibleDonorError(f"a native model cannot hold these layers: {_some(differences)}")
+            raise IncompatibleDonorError(f"a native model cannot hold these layers: {some(differences)}")
         with self.disable_donors():
             surgery.release(self)
         with surgery.changing(self):
@@ -347,11 +347,9 @@ class TransplantedForCausalLM(_Native):
         organ = Organ(config, layers, source.active)
         beside = [other for other in surgery.organs.values() if other.active and source.active]
         if differences := surgery.differences(surgery.plan([*beside, organ])):
-            logger.warning(
-                "organ %r works here but cannot be merged into a native model: %s", name, _some(differences)
-            )
+            logger.warning("organ %r works here but cannot be merged into a native model: %s", name, some(differences))
         if others := [d for d in config_differences(organ.native_config, surgery.base_config) if _computes(d)]:
-            logger.warning("organ %r was cut under another config; here its %s", name, _some(others))
+            logger.warning("organ %r was cut under another config; here its %s", name, some(others))
         with surgery.changing(self):
             surgery.organs[name] = organ
 
@@ -380,12 +378,6 @@ class TransplantedForCausalLM(_Native):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The dynamic class cannot be found by name: pickle the native one and extend it again."""
         return _revive, (self._surgery.native_class,), self.__dict__
-
-
-def _some(lines: Sequence[str]) -> str:
-    """The first few of a list, in one line."""
-    more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
-    return "; ".join(lines[:5]) + more
 
 
 def _computes(difference: str) -> bool:
