@@ -29,9 +29,9 @@ from not_hf.anatomy import (
     spliced_config,
 )
 from not_hf.card import updated_card
-from not_hf.checkpoint import FLOAT_DTYPES, open_checkpoint
+from not_hf.checkpoint import FLOAT_DTYPES, expert_problems, open_checkpoint
 from not_hf.config import DonorConfig
-from not_hf.cutting import HUB_KWARGS, LiveBase, cut_config, open_base, resolve_commit
+from not_hf.cutting import HUB_KWARGS, LiveBase, StoredBase, cut_config, open_base, resolve_commit
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
 from not_hf.layers import check_bare, silence, strip_to_layers
 from not_hf.sharing import push_folder
@@ -166,18 +166,43 @@ class DonorModel(PreTrainedModel):
         source = open_base(base, **hub_kwargs)
         config = cut_config(source, layers, position, mode, init)
         config.domain = domain
-        tensors = source.tensors(config.span)
-        state = {f"{cls.base_model_prefix}.{name}": tensor for name, tensor in tensors.items()}
-        live = isinstance(source, LiveBase)
-        attention = source.config._attn_implementation if live else None
-        name = source.name or "the live model"
-        organ, _ = cls.load_tensors(config, state, dtype, source=name, foreign=not live, attn_implementation=attention)
-        if isinstance(source, LiveBase):
-            nn.Module.to(organ, source.model.device)
-        hidden = torch.randn(1, 4, source.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        name, live = source.name or "the live model", isinstance(source, LiveBase)
+        return cls.from_tensors(source, config, source.tensors(config.span), dtype, name=name, foreign=not live)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        base: LiveBase | StoredBase,
+        config: DonorConfig,
+        tensors: Mapping[str, Any],
+        dtype: str | torch.dtype = "auto",
+        *,
+        name: str,
+        foreign: bool = False,
+    ) -> DonorModel:
+        """Build an organ of a base out of its tensors, and try that it runs without the rest of the base.
+
+        Args:
+            base: What the organ is a part of; where it is live, the organ goes to its device.
+            config: What the organ is. `init="identity"` is applied here.
+            tensors: Tensors or lazy views by name below the base model, layers numbered from 0.
+            dtype: As in `load_tensors`.
+            name: Where the tensors are from, for errors.
+            foreign: As in `load_tensors`.
+
+        Raises:
+            CorruptDonorError: As in `load_tensors`.
+            UnsupportedArchitectureError: As in `from_base`.
+        """
+        state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
+        attention = base.config._attn_implementation if isinstance(base, LiveBase) else None
+        organ, _ = cls.load_tensors(config, state, dtype, source=name, foreign=foreign, attn_implementation=attention)
+        if isinstance(base, LiveBase):
+            nn.Module.to(organ, base.model.device)
+        hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
         check_bare(organ, organ.stack, hidden)
-        if init == "identity":
+        if config.init == "identity":
             _make_identity(organ, hidden)
         return organ
 
@@ -251,6 +276,8 @@ class DonorModel(PreTrainedModel):
         """
         if not tensors:
             raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
+        if not partial:
+            _refuse(source, expert_problems(tensors))
         if dtype in (None, "auto"):
             dtype = next(filter(None, map(_dtype_of, tensors.values())), torch.float32)
         try:
@@ -280,9 +307,7 @@ class DonorModel(PreTrainedModel):
                 for name, tensor in organ.state_dict().items()
                 if not tensor.is_meta and not torch.isfinite(tensor).all()
             ]
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise CorruptDonorError(f"{source}: {'; '.join(problems[:5])}{more}")
+        _refuse(source, problems)
         return organ, set(info["missing_keys"])
 
     def save_pretrained(  # type: ignore[override]
@@ -349,6 +374,13 @@ class DonorModel(PreTrainedModel):
         ):
             with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
                 AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def _refuse(source: str, problems: Sequence[str]) -> None:
+    """Raise if there are any."""
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CorruptDonorError(f"{source}: {'; '.join(problems[:5])}{more}")
 
 
 def _require_donor_folder(folder: str | os.PathLike[str]) -> None:
