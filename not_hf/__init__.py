@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from not_hf.config import DonorConfig
     from not_hf.donor import DonorModel
     from not_hf.evaluation import perplexity
+    from not_hf.importing import import_checkpoint
     from not_hf.transplant import TransplantedForCausalLM
 
 _LAZY = {
@@ -23,6 +24,7 @@ _LAZY = {
     "DonorModel": "not_hf.donor",
     "TransplantedForCausalLM": "not_hf.transplant",
     "check_compatibility": "not_hf.compatibility",
+    "import_checkpoint": "not_hf.importing",
     "perplexity": "not_hf.evaluation",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "__version__",
     "check_compatibility",
+    "import_checkpoint",
     "perplexity",
 ]
 

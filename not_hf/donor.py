@@ -31,9 +31,9 @@ from not_hf.anatomy import (
     spliced_config,
 )
 from not_hf.card import updated_card
-from not_hf.checkpoint import FLOAT_DTYPES, View, open_checkpoint
+from not_hf.checkpoint import FLOAT_DTYPES, View, expert_problems, open_checkpoint
 from not_hf.config import DonorConfig
-from not_hf.cutting import HUB_KWARGS, LiveBase, cut_config, open_base, resolve_commit
+from not_hf.cutting import HUB_KWARGS, LiveBase, StoredBase, cut_config, open_base, resolve_commit
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, some
 from not_hf.layers import check_bare, is_finite, silence, strip_to_layers
 from not_hf.partial import list_tensors
@@ -169,26 +169,56 @@ class DonorModel(PreTrainedModel):
         source = open_base(base, **hub_kwargs)
         config = cut_config(source, layers, position, mode, init)
         config.domain = domain
+        name, live = source.name or "the live model", isinstance(source, LiveBase)
         tensors = source.tensors(config.span)
-        state = {f"{cls.base_model_prefix}.{name}": tensor for name, tensor in tensors.items()}
-        live = isinstance(source, LiveBase)
-        attention = source.config._attn_implementation if live else None
-        name = source.name or "the live model"
+        return cls.from_tensors(
+            source, config, tensors, dtype, name=name, foreign=not live, quantization=source.quantization
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        base: LiveBase | StoredBase,
+        config: DonorConfig,
+        tensors: Mapping[str, Any],
+        dtype: str | torch.dtype = "auto",
+        *,
+        name: str,
+        foreign: bool = False,
+        quantization: dict[str, Any] | None = None,
+    ) -> DonorModel:
+        """Build an organ of a base out of its tensors, and try that it runs without the rest of the base.
+
+        Args:
+            base: What the organ is a part of; where it is live, the organ goes to its device.
+            config: What the organ is. `init="identity"` is applied here.
+            tensors: Tensors or lazy views by name below the base model, layers numbered from 0.
+            dtype: As in `load_tensors`.
+            name: Where the tensors are from, for errors.
+            foreign: As in `load_tensors`.
+            quantization: As in `load_tensors`.
+
+        Raises:
+            CorruptDonorError: As in `load_tensors`.
+            UnsupportedArchitectureError: As in `from_base`.
+        """
+        state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
+        attention = base.config._attn_implementation if isinstance(base, LiveBase) else None
         organ, _ = cls.load_tensors(
             config,
             state,
             dtype,
             source=name,
-            foreign=not live,
-            quantization=source.quantization,
+            foreign=foreign,
+            quantization=quantization,
             attn_implementation=attention,
         )
-        if isinstance(source, LiveBase):
-            nn.Module.to(organ, source.model.device)
-        hidden = torch.randn(1, 4, source.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        if isinstance(base, LiveBase):
+            nn.Module.to(organ, base.model.device)
+        hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
         check_bare(organ, organ.stack, hidden)
-        if init == "identity":
+        if config.init == "identity":
             _make_identity(organ, hidden)
         return organ
 
@@ -219,8 +249,7 @@ class DonorModel(PreTrainedModel):
             config = DonorConfig.from_pretrained(config or source, **hub_kwargs)
         config.check()
         views = open_checkpoint(source, variant=kwargs.pop("variant", None), **hub_kwargs)
-        if odd := _odd_tensors(views):
-            raise CorruptDonorError(f"{source}: {some(odd)}")
+        _refuse(source, _odd_tensors(views))
         wants_info = kwargs.pop("output_loading_info", False)
         dtype = kwargs.pop("torch_dtype", dtype)
         organ, missing = cls.load_tensors(config, views, dtype, *model_args, source=source, **kwargs)
@@ -259,6 +288,8 @@ class DonorModel(PreTrainedModel):
         Raises:
             CorruptDonorError: As in `from_pretrained`.
         """
+        if not partial:
+            _refuse(source, expert_problems(tensors))
         organ, info = cls._fill(
             config, tensors, dtype, *model_args, source=source, quantization=quantization, **kwargs
         )
@@ -267,8 +298,7 @@ class DonorModel(PreTrainedModel):
             for name, tensor in organ.state_dict().items()
             if not tensor.is_meta and not is_finite(tensor)
         ]
-        if problems:
-            raise CorruptDonorError(f"{source}: {some(problems)}")
+        _refuse(source, problems)
         return organ, set(info["missing_keys"])
 
     @classmethod
@@ -289,7 +319,7 @@ class DonorModel(PreTrainedModel):
         """
         config.check()
         headers = list_tensors(source, **hub_kwargs)
-        if odd := _odd_tensors(headers):
+        if odd := _odd_tensors(headers) or expert_problems(headers):
             return odd
         hollow = {
             name: torch.empty(header.shape, dtype=_dtype_of(header), device="meta") for name, header in headers.items()
@@ -399,6 +429,12 @@ class DonorModel(PreTrainedModel):
         ):
             with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
                 AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def _refuse(source: str, problems: Sequence[str]) -> None:
+    """Raise if there are any."""
+    if problems:
+        raise CorruptDonorError(f"{source}: {some(problems)}")
 
 
 def _require_donor_folder(folder: str | os.PathLike[str]) -> None:

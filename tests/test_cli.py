@@ -22,7 +22,7 @@ from not_hf import DonorModel, TransplantedForCausalLM
 from not_hf.cli import app
 from not_hf.errors import NotHFError
 
-COMMANDS = ("extract", "train", "eval", "generate", "inspect", "check", "push", "merge")
+COMMANDS = ("extract", "import", "train", "eval", "generate", "inspect", "check", "push", "merge")
 PROMPT = "w5 w6 w7"
 
 
@@ -92,6 +92,7 @@ def test_the_examples_in_help_run_one_after_the_other(hub: Hub, tmp_path, monkey
     tiny_tokenizer().save_pretrained(base)
     for name, length in (("kjv.txt", 1100), ("held-out.txt", 100)):
         Path(name).write_text("\n".join(f"w{3 + n % 90} w{4 + n % 80}" for n in range(length // 2)))
+    torch.save(DonorModel.from_base(base, (4, 7)).stack.layers.state_dict(), "donor_layers.pt")
     for command in COMMANDS:
         result = invoke(*example(command))
         assert result.exit_code == 0, (command, result.stderr)

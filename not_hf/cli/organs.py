@@ -17,7 +17,7 @@ from not_hf.cli.run import CHECKPOINTS, Result, command, facts, output_folder
 from not_hf.errors import NotHFError
 
 if TYPE_CHECKING:
-    from not_hf import DonorConfig
+    from not_hf import DonorConfig, DonorModel
 
 
 @command("not-hf extract openai-community/gpt2 --layers 4:7 --init identity -o organ")
@@ -37,24 +37,14 @@ def extract(
     force: Force = False,
 ) -> Result:
     """Cut an organ out of a causal LM. Only the bytes of its layers are read."""
-    span = _span(layers)
+    span = parse_span(layers)
     hub = _given(revision=revision, subfolder=subfolder, token=token)
     with output_folder(output, force):
         from not_hf import DonorModel
 
         donor = DonorModel.from_base(base, span, position, mode, init, dtype=dtype, **hub)
         donor.save_pretrained(output)
-    data = {
-        "folder": str(output),
-        "base": donor.config.base_model_name_or_path,
-        "base_revision": donor.config.base_revision,
-        "layers": donor.config.layers,
-        "position": donor.config.position,
-        "mode": donor.config.mode,
-        "init": donor.config.init,
-        "num_parameters": donor.num_parameters(),
-        "dtype": str(donor.dtype).removeprefix("torch."),
-    }
+    data = described(donor, output)
     return Result(data, facts("Cut", data))
 
 
@@ -179,7 +169,8 @@ def _given(**options: str | None) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _span(layers: str) -> tuple[int, int]:
+def parse_span(layers: str) -> tuple[int, int]:
+    """`I:J` as two integers."""
     first, colon, last = layers.partition(":")
     try:
         if colon:
@@ -187,6 +178,21 @@ def _span(layers: str) -> tuple[int, int]:
     except ValueError:
         pass
     raise typer.BadParameter(f"{layers!r} is not a span I:J of two integers, such as 4:7", param_hint="--layers")
+
+
+def described(donor: DonorModel, folder: Path) -> dict[str, Any]:
+    """What `extract` and `import` say about the organ that they wrote."""
+    return {
+        "folder": str(folder),
+        "base": donor.config.base_model_name_or_path,
+        "base_revision": donor.config.base_revision,
+        "layers": donor.config.layers,
+        "position": donor.config.position,
+        "mode": donor.config.mode,
+        "init": donor.config.init,
+        "num_parameters": donor.num_parameters(),
+        "dtype": str(donor.dtype).removeprefix("torch."),
+    }
 
 
 def _tensors(donor: str, revision: str | None, token: str | None) -> Iterator[dict[str, Any]]:
