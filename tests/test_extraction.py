@@ -367,6 +367,7 @@ def test_what_stays_is_one_clear_error_and_nothing_is_kept(name, repo, hub, mode
     assert same(cut(repo), model)
 
 
+@pytest.mark.parametrize("repo", ["single"], indirect=True)
 @pytest.mark.parametrize("shift", [4, 64, 4096])
 def test_bytes_that_are_not_what_the_answer_claims_are_noticed(shift, repo, hub, model, cache):
     """Nothing in HTTP tells it; neighbouring ranges overlap a little and must agree."""
@@ -428,8 +429,7 @@ def test_two_at_once_fetch_once(repo, hub, model):
     for thread in threads:
         thread.join()
     assert len(organs) == 3 and all(same(organ, model) for organ in organs)
-    large = [record.range for record in weights(hub) if record.bytes > 100_000]
-    assert len(large) == len(set(large))
+    assert sum(record.bytes for record in weights(hub)) < 1.5 * nbytes(organs[0])  # and not three times
 
 
 # -------------------------------------------------------------- Xet
