@@ -169,16 +169,19 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="Past this size the weights are sharded.")] = "5GB",
     force: Force = False,
 ) -> Result:
-    """Write the recipient with its organ as a native model with its tokenizer, which loads without not_hf."""
+    """Write the recipient with its organ as a native model with tokenizer and card, which loads without not_hf."""
     from transformers import AutoTokenizer
 
     from not_hf import TransplantedForCausalLM
+    from not_hf.merged import merged_card
 
     with output_folder(output, force):
         model = TransplantedForCausalLM.from_pretrained(*((base, donor) if base else (donor,)))
+        card = merged_card(model, output)
         native = model.merge_and_unload()
         native.save_pretrained(output, max_shard_size=max_shard_size)
         AutoTokenizer.from_pretrained(base or donor).save_pretrained(output)
+        card.save(output / "README.md")
     data = {
         "folder": str(output),
         "architecture": type(native).__name__,
