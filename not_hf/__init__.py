@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from not_hf.config import DonorConfig
     from not_hf.donor import DonorModel
     from not_hf.evaluation import perplexity
+    from not_hf.finding import list_donors
     from not_hf.transplant import TransplantedForCausalLM
 
 _LAZY = {
@@ -23,6 +24,7 @@ _LAZY = {
     "DonorModel": "not_hf.donor",
     "TransplantedForCausalLM": "not_hf.transplant",
     "check_compatibility": "not_hf.compatibility",
+    "list_donors": "not_hf.finding",
     "perplexity": "not_hf.evaluation",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "__version__",
     "check_compatibility",
+    "list_donors",
     "perplexity",
 ]
 
