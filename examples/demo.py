@@ -125,9 +125,14 @@ def organ_life(options: argparse.Namespace, scratch: Path) -> dict:
         tokens_here = [greedy(model, tokenizer, prompt, options.new_tokens) for prompt in options.prompts]
 
     with stage("Merge the organ into the base"):
+        from not_hf.merged import merged_card
+
         merged = options.output / "merged"
+        model = TransplantedForCausalLM.from_pretrained(organ_id)  # as anybody gets it
+        card = merged_card(model, merged)
         model.merge_and_unload().save_pretrained(merged)
         tokenizer.save_pretrained(merged)
+        card.save(merged / "README.md")
     with stage("New process without not_hf: load the merged model"):
         merged_spoken = run_program(MERGED_PROGRAM, str(merged), options)
 
@@ -220,6 +225,8 @@ def push_base(folder: Path, repo: str) -> None:
 
     HfApi().create_repo(repo, exist_ok=True)
     HfApi().upload_folder(repo_id=repo, folder_path=folder)
+    card = b"---\nlicense: apache-2.0\n---\n"  # general.license of the GGUF file; the organ inherits it
+    HfApi().upload_file(repo_id=repo, path_in_repo="README.md", path_or_fileobj=card)
 
 
 def middle_layers(base: str) -> tuple[int, int]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from not_hf.config import DonorConfig
     from not_hf.donor import DonorModel
     from not_hf.evaluation import perplexity
+    from not_hf.finding import list_donors
     from not_hf.importing import import_checkpoint
     from not_hf.transplant import TransplantedForCausalLM
 
@@ -25,6 +26,7 @@ _LAZY = {
     "TransplantedForCausalLM": "not_hf.transplant",
     "check_compatibility": "not_hf.compatibility",
     "import_checkpoint": "not_hf.importing",
+    "list_donors": "not_hf.finding",
     "perplexity": "not_hf.evaluation",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "check_compatibility",
     "import_checkpoint",
+    "list_donors",
     "perplexity",
 ]
 

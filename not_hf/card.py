@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
-from not_hf.errors import NotHFError
+from not_hf.license import License
+from not_hf.readme import (
+    ADAPTER_TAG,
+    DONOR_TAG,
+    LIBRARY,
+    METHOD_TAGS,
+    README,
+    cell,
+    hub_id,
+    linked,
+    load,
+    named_base,
+    short_name,
+    updated,
+    without_facts,
+)
 
 if TYPE_CHECKING:
     from not_hf.config import DonorConfig
 
-LIBRARY = "not_hf"
-TAGS = ("not-hf", "neural-organ-transplantation", "arxiv:2601.13580")
-
 _TEMPLATE = Path(__file__).parent / "templates" / "donor_card.md"
-_FACTS = re.compile(r"<!-- not_hf facts:.*?<!-- /not_hf facts -->", re.DOTALL)
 _DATA_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")
-
-logger = logging.getLogger(__name__)
 
 
 class Measurement(NamedTuple):
@@ -54,14 +57,9 @@ def donor_card(
         size: Of its weights, in bytes.
         repo_id: Where the card is going to lie; `None` writes its code for someone who stands in the folder.
     """
-    base = _hub_id(config.base_model_name_or_path)
-    if base is None and config.base_model_name_or_path:
-        _warn_once(
-            f"the model card names no base_model: {config.base_model_name_or_path!r} is not a Hub ID; "
-            "cut the organ from its base's Hub ID if people are to find it by its base"
-        )
-    base_name = base or os.path.basename(os.path.normpath(config.base_model_name_or_path or "an unnamed model"))
-    title = repo_id.rpartition("/")[2] if repo_id else f"{base_name.rpartition('/')[2]}-organ"
+    base = named_base(config.base_model_name_or_path)
+    base_name = base or short_name(config.base_model_name_or_path)
+    title = short_name(repo_id) if repo_id else f"{short_name(base_name)}-organ"
     measured = list(_measurements(config.metrics or {}))
     eval_results = [_eval_result(m, config) for m in measured if math.isfinite(m.value)]
     data = ModelCardData(
@@ -69,10 +67,11 @@ def donor_card(
         base_model=base,
         base_model_relation="adapter" if base else None,
         pipeline_tag="text-generation",
-        tags=[*TAGS, *([f"base_model:adapter:{base}"] if base else [])],
-        datasets=[name for name in config.datasets or [] if _hub_id(name) and not name.endswith(_DATA_FILES)] or None,
+        tags=[DONOR_TAG, *METHOD_TAGS, *([f"{ADAPTER_TAG}{base}"] if base else [])],
+        datasets=hub_datasets(config) or None,
         model_name=title if eval_results else None,
         eval_results=eval_results or None,
+        **License.of(config).metadata(),
     )
     return ModelCard.from_template(
         data,
@@ -80,15 +79,15 @@ def donor_card(
         title=title,
         base=base,
         base_name=base_name,
-        base_url=f"https://huggingface.co/{base}" if base else None,
+        base_link=linked(config.base_model_name_or_path),
         base_code=json.dumps(base or f"path/to/{base_name}"),
         donor_code=json.dumps(repo_id or "."),
         is_folder=repo_id is None,
         config=config,
-        domain=_cell(config.domain) if config.domain else None,
+        domain=cell(config.domain) if config.domain else None,
         picture=None if config.donors else _picture(config),
         facts=_facts(config, num_parameters, size),
-        organs=[{key: _cell(value) for key, value in _located(entry).items()} for entry in config.donors or []],
+        organs=[{key: cell(value) for key, value in _located(entry).items()} for entry in config.donors or []],
         measured=[_measured_row(m) for m in measured],
     )
 
@@ -100,10 +99,9 @@ def updated_card(
     size: int | None = None,
     repo_id: str | None = None,
 ) -> ModelCard:
-    """The card for a donor's folder. Nothing is written.
+    """The card for a donor's folder: a new one, or the `README.md` that is there, brought up to it.
 
-    A `README.md` that is already there keeps its text and its metadata: only the facts between the two
-    `not_hf facts` comments are rewritten, our metadata keys are set, and tags, datasets and results united.
+    Nothing is written. What is kept of a `README.md` says `readme.updated`.
 
     Args:
         folder: Of the donor.
@@ -112,78 +110,73 @@ def updated_card(
     Raises:
         NotHFError: The metadata of the README.md that is there cannot be read.
     """
-    path = Path(folder, "README.md")
-    card = donor_card(config, num_parameters, size, repo_id)
-    if not path.exists():
-        return card
-    try:
-        existing = ModelCard.load(path)
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise NotHFError(f"{path} has metadata that cannot be read ({reason}); mend or remove it") from error
-    _update(existing, card)
-    return existing
+    return updated(Path(folder, README), donor_card(config, num_parameters, size, repo_id))
 
 
 def write_card(folder: str | os.PathLike[str], config: DonorConfig, *args: Any, **kwargs: Any) -> None:
     """Write `updated_card` to `folder/README.md`."""
-    updated_card(folder, config, *args, **kwargs).save(Path(folder, "README.md"))
+    updated_card(folder, config, *args, **kwargs).save(Path(folder, README))
 
 
-def _update(card: ModelCard, new: ModelCard) -> None:
-    """Bring `card` up to `new`, keeping what people wrote into it."""
-    if found := _FACTS.search(new.text):
-        facts = found.group()
-        card.text = _FACTS.sub(lambda _: facts, card.text, count=1)
-    old, ours = cast(ModelCardData, card.data), cast(ModelCardData, new.data)
-    tags, datasets = _listed(old.tags), _listed(old.datasets)
-    if ours.base_model:
-        tags = [tag for tag in tags if not tag.startswith("base_model:")]  # of the base it had before
-    results = [
-        result
-        for result in old.eval_results or []
-        if not any(result.is_equal_except_value(other) for other in ours.eval_results or [])
-    ] + (ours.eval_results or [])
-    name = old.get("model_name") or ours.get("model_name")
-    for key, value in ours.__dict__.items():
-        if value is not None:
-            old[key] = value
-    old.tags = list(dict.fromkeys([*tags, *_listed(ours.tags)]))
-    old.datasets = list(dict.fromkeys([*datasets, *_listed(ours.datasets)])) or None
-    old.eval_results, old.model_name = results or None, name
+def pushed_card(
+    folder: str | os.PathLike[str],
+    published: str | os.PathLike[str],
+    config: DonorConfig,
+    num_parameters: int | None,
+    size: int | None,
+    repo_id: str,
+) -> ModelCard:
+    """The card to push beside a donor's files. Nothing is written.
+
+    The text is that of the folder's `README.md` if its author wrote into it, else that of the published one; the
+    metadata is that of both.
+
+    Args:
+        folder: Of the donor.
+        published: The `README.md` that the repo has; there need not be one.
+        config: As in `donor_card`, like the other arguments.
+
+    Raises:
+        NotHFError: The metadata of a README.md cannot be read.
+    """
+    new, own = donor_card(config, num_parameters, size, repo_id), Path(folder, README)
+    here, there = without_facts(donor_card(config).text), without_facts(new.text)
+    if not own.exists() or without_facts(load(own).text) == here:
+        return updated(published, new)
+    card = updated(own, new)
+    for line, line_there in zip(here.splitlines(), there.splitlines(), strict=True):
+        if line != line_there:  # names the folder
+            card.text = card.text.replace(line, line_there)
+    card.data = updated(published, card).data
+    return card
 
 
-def _hub_id(name: str | None) -> str | None:
-    """`name` when it can be a Hub ID and is nothing local."""
-    if not name or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+def hub_datasets(config: DonorConfig) -> list[str]:
+    """Those of the training datasets that are on the Hub."""
+    return [name for name in config.datasets or [] if hub_id(name) and not name.endswith(_DATA_FILES)]
 
 
-@functools.cache  # once per base: training saves often
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+def _measurements(metrics: dict[str, Any]) -> Iterator[Measurement]:
+    """The numbers in `metrics`, however nested; two that differ only in "before" and "after" are one measurement."""
+    numbers = dict(_numbers(metrics))
+
+    def twin(path: tuple[str, ...], here: str, there: str) -> float | None:
+        return numbers.get(tuple(there if key == here else key for key in path)) if here in path else None
+
+    for path, value in numbers.items():
+        if twin(path, "before", "after") is not None:
+            continue
+        before = twin(path, "after", "before")
+        name = path if before is None else [key for key in path if key != "after"]
+        yield Measurement(" ".join(name).replace("_", " ") or "value", value, before)
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
-def _measurements(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[Measurement]:
-    """The numbers in `metrics`, however nested; `{"before": x, "after": y}` is one measurement."""
-    name = " ".join(path).replace("_", " ")
-    if _is_number(metrics.get("before")) and _is_number(metrics.get("after")):
-        yield Measurement(name or "value", float(metrics["after"]), float(metrics["before"]))
-        metrics = {key: value for key, value in metrics.items() if key not in ("before", "after")}
+def _numbers(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
     for key, value in metrics.items():
         if isinstance(value, dict):
-            yield from _measurements(value, (*path, key))
+            yield from _numbers(value, (*path, str(key)))
         elif _is_number(value):
-            yield Measurement(f"{name} {key}".strip().replace("_", " "), float(value))
+            yield (*path, str(key)), float(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -209,7 +202,7 @@ def _measured_row(measurement: Measurement) -> dict[str, str]:
     name, value, before = measurement
     change = f"{(value / before - 1) * 100:+.1f} %" if before else "–"
     return {
-        "name": _cell(name),
+        "name": cell(name),
         "before": "–" if before is None else f"{before:.4g}",
         "after": f"{value:.4g}",
         "change": change,
@@ -237,7 +230,7 @@ def _facts(config: DonorConfig, num_parameters: int | None, size: int | None) ->
         ("Base revision", f"`{config.base_revision}`" if config.base_revision else None),
         ("Cut with", f"not_hf {config.not_hf_version}" if config.not_hf_version else None),
     ]
-    return [(name, _cell(value)) for name, value in rows if value]
+    return [(name, cell(value)) for name, value in rows if value]
 
 
 def _located(entry: dict[str, Any]) -> dict[str, Any]:
@@ -291,8 +284,3 @@ def _human_size(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
-
-
-def _cell(value: Any) -> str:
-    """One line without a column separator."""
-    return " ".join(str(value).split()).replace("|", "\\|")

@@ -37,6 +37,9 @@ class DonorConfig(PreTrainedConfig):
         datasets: Names of the training datasets, Hub IDs where there are.
         tokens_seen: Number of training tokens.
         metrics: Measured numbers, a nested dict of floats.
+        license: The Hub's identifier of the organ's licence, a list when several hold; the base's unless given.
+        license_name: What `license: other` stands for.
+        license_link: Where its text is.
         not_hf_version: Version of not_hf that cut the organ.
         fingerprint: SHA-256 of the base's config reduced to what shapes its layers.
         donors: For a composition, one entry per organ (see `docs/architecture.md`); `None` for a single organ.
@@ -56,6 +59,9 @@ class DonorConfig(PreTrainedConfig):
     datasets: list[str] | None = None
     tokens_seen: int | None = None
     metrics: dict[str, Any] | None = None
+    license: str | list[str] | None = None
+    license_name: str | None = None
+    license_link: str | None = None
     not_hf_version: str | None = None
     fingerprint: str | None = None
     donors: list[dict[str, Any]] | None = None

@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -17,6 +17,7 @@ from not_hf.anatomy import Stack, find_stack, fingerprint, meta_twin, spliced_co
 from not_hf.checkpoint import layer_pattern, renumber_layers
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.license import inherit_license
 from not_hf.partial import open_part
 
 # how a repo, and a folder in it, is reached; named as in transformers
@@ -45,6 +46,7 @@ class LiveBase:
 
     revision = None  # transformers does not keep the commit a model was loaded at
     quantization = None  # what is quantized in memory cannot be cut
+    hub_kwargs: ClassVar[Mapping[str, Any]] = {"local_files_only": True}  # it is in memory: no network for its card
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -168,9 +170,14 @@ def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
 
 
 def cut_config(
-    base: LiveBase | StoredBase, layers: Sequence[int], position: int | None, mode: str, init: str
+    base: LiveBase | StoredBase,
+    layers: Sequence[int],
+    position: int | None,
+    mode: str,
+    init: str,
+    license: str | None = None,
 ) -> DonorConfig:
-    """The config of an organ that is cut from `base`; arguments as in `DonorModel.from_base`.
+    """The config of an organ that is cut from `base`, its licence included; arguments as in `DonorModel.from_base`.
 
     Raises:
         NotHFError: One is out of range.
@@ -190,7 +197,7 @@ def cut_config(
     last = num_layers if mode == "insert" else num_layers - (j - i)
     if not hasattr(position, "__index__") or not 0 <= position <= last:
         raise NotHFError(f"position must be between 0 and {last} to {mode} {j - i} layers, got {position!r}")
-    return DonorConfig(
+    config = DonorConfig(
         base_model_name_or_path=base.name,
         base_revision=base.revision,
         layers=[int(i), int(j)],
@@ -200,7 +207,10 @@ def cut_config(
         base_config=_plain(base.config),
         organ_config=_plain(spliced_config(base.config, [(base.config, n) for n in range(i, j)])),
         fingerprint=fingerprint(base.config),
+        license=license,
     )
+    inherit_license(config, **base.hub_kwargs)
+    return config
 
 
 def _plain(config: PreTrainedConfig) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, StoredBase, cut_config, open_base, resolve_commit
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, some
 from not_hf.layers import check_bare, is_finite, silence, strip_to_layers
+from not_hf.license import inherit_license
 from not_hf.partial import list_tensors
 from not_hf.sharing import push_folder
 
@@ -144,6 +145,7 @@ class DonorModel(PreTrainedModel):
         init: str = "copy",
         *,
         domain: str | None = None,
+        license: str | None = None,
         dtype: str | torch.dtype = "auto",
         **hub_kwargs: Any,
     ) -> DonorModel:
@@ -158,6 +160,8 @@ class DonorModel(PreTrainedModel):
             init: `"copy"` keeps the layers as cut; `"identity"` zeroes their output projections, so that an inserted
                 organ starts as an exact no-op.
             domain: What the organ is going to be trained for, free text.
+            license: The Hub's identifier of the organ's licence; `None`: what the base's card says. For a live model
+                that card is read only if it is on this machine.
             dtype: Of the organ; `"auto"` keeps the checkpoint's.
             **hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
@@ -167,7 +171,7 @@ class DonorModel(PreTrainedModel):
             OSError: The base cannot be read.
         """
         source = open_base(base, **hub_kwargs)
-        config = cut_config(source, layers, position, mode, init)
+        config = cut_config(source, layers, position, mode, init, license)
         config.domain = domain
         name, live = source.name or "the live model", isinstance(source, LiveBase)
         tensors = source.tensors(config.span)
@@ -394,6 +398,7 @@ class DonorModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any) -> CommitInfo:  # type: ignore[override]
         """Push the organ and its card to the Hub as one commit. Arguments as in `PreTrainedModel.push_to_hub`."""
+        inherit_license(self.config, revision=self.config.base_revision, token=kwargs.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
             self.save_donor(folder, repo_id=repo_id, max_shard_size=max_shard_size)

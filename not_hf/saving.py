@@ -16,6 +16,7 @@ from not_hf.card import updated_card
 from not_hf.composition import composition_config
 from not_hf.donor import DonorModel
 from not_hf.errors import NotHFError
+from not_hf.license import License, joint_license
 from not_hf.splice import Organ, Surgery
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -75,6 +76,7 @@ def save_organs(
                 "merge or unload what was put on top of it (LoRA?), then save"
             )
     config = composition_config({name: (shells[name].config, surgery.organs[name].active) for name in names})
+    joint_license(License.of(shell.config) for shell in shells.values()).set(config)
     card = (
         updated_card(folder, config, repo_id=repo_id) if len(names) > 1 else None
     )  # raises before anything is written

@@ -39,6 +39,8 @@ class Organ:
     config: DonorConfig  # position and mode are those in force
     layers: list[nn.Module]
     active: bool = True
+    repo: str | None = None  # folder or Hub ID it was loaded from
+    revision: str | None = None  # the commit of that repo
     native_config: PreTrainedConfig = field(init=False)
 
     def __post_init__(self) -> None:

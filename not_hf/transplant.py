@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,9 +32,11 @@ from not_hf.anatomy import (
 from not_hf.compatibility import require_compatibility
 from not_hf.composition import DonorSource, OrganSource, read_config, resolve_request
 from not_hf.config import DonorConfig
+from not_hf.cutting import resolve_commit
 from not_hf.donor import PUSH_KWARGS, DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.layers import require_finite, settle
+from not_hf.license import inherit_license
 from not_hf.saving import save_organs
 from not_hf.sharing import push_folder
 from not_hf.splice import Organ, Surgery
@@ -284,6 +287,8 @@ class TransplantedForCausalLM(_Native):
     ) -> CommitInfo:
         """Push the organs and their cards as one commit. Arguments as in `PreTrainedModel.push_to_hub`."""
         names = self._named(selected_donors)
+        for config in (self.donor_config[name] for name in names):
+            inherit_license(config, revision=config.base_revision, token=kwargs.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
             save_organs(self, self._surgery, names, folder, repo_id=repo_id, max_shard_size=max_shard_size)
@@ -319,8 +324,11 @@ class TransplantedForCausalLM(_Native):
     def _load(self, source: OrganSource, is_trainable: bool, hub_kwargs: Mapping[str, Any]) -> None:
         """Load one organ; everything about it is checked before the model changes."""
         surgery, name, donor = self._surgery, source.name, source.donor
+        repo = None if isinstance(donor, DonorModel) else str(donor)
         if not isinstance(name, str) or not name or name in surgery.organs or set(name) & set("./\\"):
             raise NotHFError(f"donor_name {name!r} is taken or not a plain name; choose another")
+        if repo is not None:
+            source = replace(source, revision=resolve_commit(repo, {**hub_kwargs, "revision": source.revision}))
         config = copy.deepcopy(read_config(source, hub_kwargs))
         position = config.position if source.position is None else source.position
         mode = source.mode or config.mode
@@ -344,7 +352,7 @@ class TransplantedForCausalLM(_Native):
         for layer in layers:
             settle(layer, neighbour, is_trainable)
         require_finite(layers, name)
-        organ = Organ(config, layers, source.active)
+        organ = Organ(config, layers, source.active, repo, getattr(source.revision, "resolved", None))
         beside = [other for other in surgery.organs.values() if other.active and source.active]
         if differences := surgery.differences(surgery.plan([*beside, organ])):
             logger.warning("organ %r works here but cannot be merged into a native model: %s", name, some(differences))

@@ -4,6 +4,8 @@ import ast
 import logging
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,10 @@ from architectures import NUM_LAYERS, tiny_model, tiny_tokenizer
 from huggingface_hub import ModelCard
 from transformers import GPT2Config
 
-from not_hf import card as card_module
-from not_hf.card import donor_card, write_card
+from not_hf import readme
+from not_hf.card import donor_card
 from not_hf.config import DonorConfig
 from not_hf.donor import DonorModel
-from not_hf.errors import NotHFError
 
 METRICS = {
     "domain_perplexity": {"before": 24.0, "after": 18.0},
@@ -71,6 +72,58 @@ def test_model_index_holds_what_was_measured():
         ("control", "perplexity", 30.3),
         ("evaluation", "training_final_loss", 1.5),
     }
+
+
+NESTED = {
+    "perplexity": {
+        "kjv": {"before": 24.0, "after": 18.0},
+        "law": {"before": 40.0, "after": 30.0},
+        "before": {"all": 32.0},
+        "after": {"all": 24.0},
+    },
+    "control_perplexity": 30.3,
+    "accuracy": {"hellaswag": {"before": 0.31, "after": 0.3}},
+}
+
+
+def test_numbers_of_several_datasets_however_nested(hub):
+    card = donor_card(make_config(metrics=NESTED), repo_id="me/gpt2-kjv")
+    for row in (
+        "| perplexity kjv | 24 | 18 | -25.0 % |",
+        "| perplexity law | 40 | 30 | -25.0 % |",
+        "| perplexity all | 32 | 24 | -25.0 % |",
+        "| control perplexity | – | 30.3 | – |",
+        "| accuracy hellaswag | 0.31 | 0.3 | -3.2 % |",
+    ):
+        assert row in card.text
+    card.validate()
+    again = ModelCard(str(card)).data
+    assert again.eval_results == card.data.eval_results
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in again.eval_results] == [
+        ("kjv", "perplexity", 18.0),
+        ("law", "perplexity", 30.0),
+        ("all", "perplexity", 24.0),
+        ("control", "perplexity", 30.3),
+        ("evaluation", "accuracy_hellaswag", 0.3),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"base_model_name_or_path": None},
+        {"license": "other", "license_name": "house-rules", "license_link": "https://example.com/rules"},
+        {"license": ["mit", "cc0-1.0"]},
+        {"layers": None, "position": None, "donors": [{"name": "kjv", "subfolder": "kjv"}]},
+    ],
+)
+def test_the_hub_takes_the_card(hub, changes):
+    config = make_config(**changes)
+    card = donor_card(config, 10, 20, "me/gpt2-kjv")
+    card.validate()
+    stated = {key: getattr(config, key) for key in ("license", "license_name", "license_link")}
+    assert {key: card.data.get(key) for key in stated} == stated
 
 
 @pytest.mark.parametrize("metrics", [None, {}, {"note": "none yet", "ok": True}])
@@ -164,7 +217,7 @@ def test_without_a_repo_the_snippets_run_in_the_folder():
 
 
 def test_local_base_is_named_nowhere_in_the_metadata(tmp_path, caplog):
-    card_module._warn_once.cache_clear()
+    readme.warn_once.cache_clear()
     base = tmp_path / "smol base"
     base.mkdir()
     config = make_config(base_model_name_or_path=str(base), base_revision=None)
@@ -205,90 +258,15 @@ def test_composition_lists_its_organs():
     assert "```text" not in text
 
 
-def test_writing_twice_changes_nothing(tmp_path):
-    write_card(tmp_path, make_config(), 10, 20, "me/gpt2-kjv")
-    first = Path(tmp_path, "README.md").read_bytes()
-    write_card(tmp_path, make_config(), 10, 20, "me/gpt2-kjv")
-    assert Path(tmp_path, "README.md").read_bytes() == first
-
-
-HAND_WRITTEN = """---
-license: cc0-1.0
-language: en
-tags:
-- bible
-- base_model:adapter:me/old-base
-base_model: me/old-base
-datasets: me/other
-model-index:
-- name: my name
-  results:
-  - task:
-      type: text-generation
-    dataset:
-      name: LAMBADA
-      type: lambada
-    metrics:
-    - type: accuracy
-      value: 0.4
----
-
-# My organ
-
-Written by hand: <b>keep</b> me.
-"""
-
-
-def test_existing_card_keeps_its_text_and_metadata(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(HAND_WRITTEN, encoding="utf-8")
-    for value in (19.0, 18.0):  # the second save replaces the first one's number
-        write_card(tmp_path, make_config(metrics={"domain_perplexity": {"before": 24.0, "after": value}}))
-    card = ModelCard.load(readme)
-    assert card.text == ModelCard(HAND_WRITTEN).text
-    assert card.data.license == "cc0-1.0"
-    assert card.data.language == "en"
-    assert card.data.base_model == "openai-community/gpt2"
-    assert card.data.datasets == ["me/other", "me/kjv"]
-    assert card.data.tags[0] == "bible" and "not-hf" in card.data.tags
-    assert [tag for tag in card.data.tags if tag.startswith("base_model:")] == [
-        "base_model:adapter:openai-community/gpt2"
-    ]
-    assert card.data.model_name == "my name"
-    assert [(result.dataset_name, result.metric_value) for result in card.data.eval_results] == [
-        ("LAMBADA", 0.4),
-        ("King James English", 18.0),
-    ]
-
-
-def test_existing_text_without_metadata_is_kept(tmp_path):
-    (tmp_path / "README.md").write_text("# Mine\n\nText.\n", encoding="utf-8")
-    write_card(tmp_path, make_config())
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.text.strip() == "# Mine\n\nText."
-    assert card.data.library_name == "not_hf"
-
-
-def test_only_the_facts_of_our_own_card_are_rewritten(tmp_path):
-    readme = tmp_path / "README.md"
-    write_card(tmp_path, make_config(metrics=None, tokens_seen=10))
-    edited = readme.read_text(encoding="utf-8").replace("# gpt2-organ", "# A better title").replace("In the", "At the")
-    readme.write_text(edited, encoding="utf-8")
-    write_card(tmp_path, make_config(tokens_seen=20))
-    text = readme.read_text(encoding="utf-8")
-    assert "# A better title" in text and "At the beginning" in text
-    assert "| Training tokens | 20 |" in text and "| Training tokens | 10 |" not in text
-    assert "| domain perplexity | 24 | 18 | -25.0 % |" in text
-
-
-@pytest.mark.parametrize("metadata", ["[1, 2]", "a: [", "model-index: [{}]"])
-def test_unreadable_metadata_is_refused_and_left_alone(tmp_path, metadata):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"---\n{metadata}\n---\ntext\n", encoding="utf-8")
-    with pytest.raises(NotHFError, match="metadata that cannot be read") as caught:
-        write_card(tmp_path, make_config())
-    assert "\n" not in str(caught.value)
-    assert readme.read_text(encoding="utf-8") == f"---\n{metadata}\n---\ntext\n"
+def test_snippets_of_a_pushed_organ_run_anywhere(hub, base_repo, tmp_path):
+    donor = DonorModel.from_base(base_repo("llama"), layers=(1, 3))
+    donor.push_to_hub("me/card-snippets")
+    blocks = python_blocks(ModelCard.load("me/card-snippets").text)
+    assert len(blocks) == 2
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_snippets_of_a_saved_organ_run(tmp_path, monkeypatch, capsys):

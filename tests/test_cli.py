@@ -22,7 +22,7 @@ from not_hf import DonorModel, TransplantedForCausalLM
 from not_hf.cli import app
 from not_hf.errors import NotHFError
 
-COMMANDS = ("extract", "import", "train", "eval", "generate", "inspect", "check", "push", "merge")
+COMMANDS = ("extract", "import", "train", "eval", "generate", "inspect", "check", "push", "search", "merge")
 PROMPT = "w5 w6 w7"
 
 
@@ -137,6 +137,7 @@ def test_help_needs_no_slow_import():
         "check DONOR",
         "push DONOR",
         "merge DONOR",
+        "search --limit 0",
         "transmogrify",
     ],
 )

@@ -87,6 +87,10 @@ def test_through_the_demos_own_hub(base, tmp_path):
     after = result["perplexity"]["domain"]["after"]
     assert "## Measured" in card.text and "domain perplexity" in card.text
     assert [r.metric_value for r in card.data.eval_results if r.metric_name == "domain perplexity"] == [after]
+    assert card.data.license == "apache-2.0"
+    merged = ModelCard.load(tmp_path / "merged" / "README.md").data
+    assert merged.base_model == ["me/SmolLM2-135M-Instruct", result["organ"]]
+    assert (merged.library_name, merged.license) == ("transformers", "apache-2.0")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) is LlamaForCausalLM
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["demo.json", "merged", "organ"]

@@ -348,6 +348,9 @@ def test_search_by_tags_the_hub_derives(api: HfApi) -> None:
     assert found(filter=["organ", "base_model:finetune:me/search-base"]) == ["me/search-tune"]
     assert found(search="SEARCH-pl", author="me") == ["me/search-plain"]
     assert found(search="search-", author="you") == []
+    assert found(search="organ SEARCH-") == ["me/search-organ"]  # words in any order
+    with pytest.raises(BadRequestError, match="baseModels"):
+        found(expand=["baseModels"])  # shown of one model at a time
     assert found(search="search-", sort="created_at", limit=1) == ["me/search-plain"]
     assert found(trained_dataset="me/server-data", filter="not_hf", search="search-organ") == ["me/search-organ"]
     info = api.model_info("me/search-organ")

@@ -33,6 +33,9 @@ def extract(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
     subfolder: Annotated[str | None, typer.Option(help="Folder within the repo.", show_default=False)] = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype of the organ; auto keeps the base's.")] = "auto",
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the organ, as the Hub names it.", show_default="the base's")
+    ] = None,
     token: Token = None,
     force: Force = False,
 ) -> Result:
@@ -42,7 +45,7 @@ def extract(
     with output_folder(output, force):
         from not_hf import DonorModel
 
-        donor = DonorModel.from_base(base, span, position, mode, init, dtype=dtype, **hub)
+        donor = DonorModel.from_base(base, span, position, mode, init, dtype=dtype, license=license, **hub)
         donor.save_pretrained(output)
     data = described(donor, output)
     return Result(data, facts("Cut", data))
@@ -111,18 +114,27 @@ def push(
     if not folder.is_dir():
         raise NotHFError(f"no folder {folder}; name one that holds a donor")
     from not_hf import DonorConfig, DonorModel
-    from not_hf.card import write_card
+    from not_hf.card import pushed_card
+    from not_hf.license import inherit_license
     from not_hf.sharing import push_folder
 
     config = DonorConfig.from_pretrained(folder)
     inside = ["" if config.donors is None else entry.get("subfolder", "") for entry in config.donors or [{}]]
     donors = [DonorModel.from_pretrained(folder, subfolder=name) for name in inside if name or not config.donors]
 
+    tensors = [tensor for donor in donors for tensor in donor.state_dict().values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    stated = config.license
+    inherit_license(config, revision=config.base_revision, token=token)
+
     def copy(target: str, repo_id: str) -> None:
+        readme = Path(target, "README.md")  # the one that is published, if any
+        card = pushed_card(folder, readme, config, sum(tensor.numel() for tensor in tensors), size, repo_id)
         ignored = shutil.ignore_patterns(".*", CHECKPOINTS)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
-        if not (folder / "README.md").exists():
-            write_card(target, config, sum(donor.num_parameters() for donor in donors), repo_id=repo_id)
+        if config.license != stated:
+            config.save_pretrained(target)
+        card.save(readme)
 
     commit = push_folder(
         copy,
@@ -146,16 +158,19 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="Past this size the weights are sharded.")] = "5GB",
     force: Force = False,
 ) -> Result:
-    """Write the recipient with its organ as a native model with its tokenizer, which loads without not_hf."""
+    """Write the recipient with its organ as a native model with tokenizer and card, which loads without not_hf."""
     from transformers import AutoTokenizer
 
     from not_hf import TransplantedForCausalLM
+    from not_hf.merged import merged_card
 
     with output_folder(output, force):
         model = TransplantedForCausalLM.from_pretrained(*((base, donor) if base else (donor,)))
+        card = merged_card(model, output)
         native = model.merge_and_unload()
         native.save_pretrained(output, max_shard_size=max_shard_size)
         AutoTokenizer.from_pretrained(base or donor).save_pretrained(output)
+        card.save(output / "README.md")
     data = {
         "folder": str(output),
         "architecture": type(native).__name__,
@@ -190,6 +205,7 @@ def described(donor: DonorModel, folder: Path) -> dict[str, Any]:
         "position": donor.config.position,
         "mode": donor.config.mode,
         "init": donor.config.init,
+        "license": donor.config.license,
         "num_parameters": donor.num_parameters(),
         "dtype": str(donor.dtype).removeprefix("torch."),
     }
@@ -232,6 +248,7 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
             "datasets": ", ".join(config.datasets or []) or None,
             "tokens seen": config.tokens_seen,
             "metrics": config.metrics,
+            "license": config.license,
             "not_hf version": config.not_hf_version,
             "fingerprint": config.fingerprint,
         },

@@ -14,6 +14,7 @@ _BRIEF = (
     *("createdAt", "downloads", "gated", "library_name", "likes"),
     *("modelId", "pipeline_tag", "private", "tags"),
 )
+_NEVER_LISTED = {"baseModels", "childrenModelCount", "usedStorage"}  # shown of one repository at a time
 _FULL = (*_BRIEF, "author", "disabled", "lastModified", "sha", "siblings")
 
 
@@ -92,6 +93,8 @@ def info(site: Site, request: Request, kind: str, repo: str, revision: str = "ma
 def search(site: Site, request: Request, kind: str) -> Response:
     """The repositories that match every condition asked for, newest first unless sorted otherwise."""
     viewer = site.viewer(request)
+    if refused := _NEVER_LISTED & set(request.query.get("expand", [])):
+        raise HubError(400, "BadRequest", f"cannot expand {', '.join(sorted(refused))} of a list")
     visible = (repo for repo in site.store.all(kind) if can_see(repo, viewer))
     described = [describe(site, repo, site.commit(repo, "main")) for repo in visible]
     found = [item for item in described if _matches(item, request)]
@@ -127,8 +130,8 @@ def describe(site: Site, repo: Repo, commit: Commit) -> dict[str, Any]:
         "private": repo.private,
         "gated": repo.gated,
         "disabled": False,
-        "downloads": 0,
-        "likes": 0,
+        "downloads": repo.downloads,
+        "likes": repo.likes,
         "cardData": metadata,
         "siblings": [{"rfilename": path} for path in sorted(commit.files)],
         "usedStorage": sum(file.size for file in commit.files.values()),
@@ -167,7 +170,7 @@ def _matches(item: dict[str, Any], request: Request) -> bool:
     query = request.query
     return (
         set(query.get("filter", [])) <= set(item["tags"])
-        and all(words.lower() in item["id"].lower() for words in query.get("search", []))
+        and all(word in item["id"].lower() for word in request.first("search").lower().split())
         and query.get("author", [item["author"]]) == [item["author"]]
         and query.get("pipeline_tag", [item.get("pipeline_tag")]) == [item.get("pipeline_tag")]
         and query.get("gated", [str(bool(item["gated"])).lower()]) == [str(bool(item["gated"])).lower()]

@@ -170,10 +170,17 @@ class Hub:
 
     def gate(self, repo_id: str, users: tuple[str, ...] = (), kind: str = "model") -> None:
         """Let only the owner and the named users read the files of a repository."""
+        self._change(kind, repo_id, gated="auto", allowed=list(users))
+
+    def rate(self, repo_id: str, downloads: int, likes: int, kind: str = "model") -> None:
+        """Make a repository as popular as that."""
+        self._change(kind, repo_id, downloads=downloads, likes=likes)
+
+    def _change(self, kind: str, repo_id: str, **values: Any) -> None:
         store = self._running.store
         if (repo := store.find(kind, repo_id)) is None:
-            raise ValueError(f"no {kind} {repo_id} to gate; create it first")
-        store.change(repo, lambda current: replace(current, gated="auto", allowed=list(users)))
+            raise ValueError(f"no {kind} {repo_id}; create it first")
+        store.change(repo, lambda current: replace(current, **values))
 
     def answer(self, request: Request) -> Response:
         """What the Hub says to a request."""

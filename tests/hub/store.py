@@ -67,6 +67,8 @@ class Repo:
     private: bool = False
     gated: str | bool = False  # False, "auto" or "manual"
     allowed: list[str] = field(default_factory=list)  # users let through the gate
+    downloads: int = 0  # in the last 30 days; nothing counts them here
+    likes: int = 0
     refs: dict[str, str] = field(default_factory=dict)  # "refs/heads/main" -> commit sha
     commits: dict[str, Commit] = field(default_factory=dict)
     pulls: list[Pull] = field(default_factory=list)
