@@ -66,16 +66,16 @@ class DonorConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers, but the config of something else raises `NotHFError`."""
+        where = "/".join(filter(None, (os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder"))))
         try:
             values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except (TypeError, AttributeError) as error:  # JSON, but no object
-            raise CorruptDonorError(f"{pretrained_model_name_or_path}: config.json holds no JSON object") from error
+            raise CorruptDonorError(f"{where}: config.json holds no JSON object") from error
         if not isinstance(values, dict):
-            raise CorruptDonorError(f"{pretrained_model_name_or_path}: config.json holds no JSON object")
+            raise CorruptDonorError(f"{where}: config.json holds no JSON object")
         if (model_type := values.get("model_type")) != cls.model_type:
-            raise NotHFError(
-                f"{pretrained_model_name_or_path} is not a donor: its config has model_type {model_type!r}"
-            )
+            has = f"its config has model_type {model_type!r}" if values else "it has no config.json"
+            raise NotHFError(f"{where} is not a donor: {has}")
         return values, kwargs
 
     @classmethod
