@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     from not_hf.compatibility import check_compatibility
     from not_hf.config import DonorConfig
     from not_hf.donor import DonorModel
+    from not_hf.entries import OrganSource
     from not_hf.evaluation import perplexity
+    from not_hf.planning import compose
     from not_hf.transplant import TransplantedForCausalLM
 
 _LAZY = {
     "DonorConfig": "not_hf.config",
     "DonorModel": "not_hf.donor",
+    "OrganSource": "not_hf.entries",
     "TransplantedForCausalLM": "not_hf.transplant",
     "check_compatibility": "not_hf.compatibility",
+    "compose": "not_hf.planning",
     "perplexity": "not_hf.evaluation",
 }
 
@@ -32,10 +36,12 @@ __all__ = [
     "DonorModel",
     "IncompatibleDonorError",
     "NotHFError",
+    "OrganSource",
     "TransplantedForCausalLM",
     "UnsupportedArchitectureError",
     "__version__",
     "check_compatibility",
+    "compose",
     "perplexity",
 ]
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import (
+    is_offline_mode,
+    parse_local_safetensors_file_metadata,
+    parse_safetensors_file_metadata,
+)
+from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+from huggingface_hub.utils import SafetensorsFileMetadata
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -40,17 +48,10 @@ def open_checkpoint(
         OSError: There is no safetensors checkpoint, or it cannot be fetched.
         CorruptDonorError: A file is truncated, or the index names a file or tensor that is not there.
     """
-    whole, sharded = (_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    single = _fetch(source, whole, **hub_kwargs)
-    if single is not None:
-        return {name: view for name, view in _open(single).items() if wanted(name)}
-    index = _fetch(source, sharded, **hub_kwargs)
-    if index is None:
-        raise OSError(
-            f"{source} has no {whole} or {sharded}. If it holds pytorch_model.bin, "
-            "convert it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
-        )
-    files = {name: file for name, file in _weight_map(index).items() if wanted(name)}
+    found = _find(source, variant, **hub_kwargs)
+    if not isinstance(found, dict):
+        return {name: view for name, view in _open(found).items() if wanted(name)}
+    files = {name: file for name, file in found.items() if wanted(name)}
     views: dict[str, Any] = {}
     for file in sorted(set(files.values())):
         path = _fetch(source, file, **hub_kwargs)
@@ -62,6 +63,53 @@ def open_checkpoint(
                 raise CorruptDonorError(f"{source}: the weight index puts {name} into {file}, which lacks it")
             views[name] = opened[name]
     return views
+
+
+def checkpoint_files(source: str | os.PathLike[str], **hub_kwargs: Any) -> dict[str, str]:
+    """Paths of a checkpoint's files on this machine by name, its index included. From the Hub all are fetched.
+
+    Raises:
+        OSError: As in `open_checkpoint`.
+        CorruptDonorError: The index cannot be read.
+    """
+    found = _find(source, **hub_kwargs)
+    names = {SAFE_WEIGHTS_INDEX_NAME, *found.values()} if isinstance(found, dict) else {SAFE_WEIGHTS_NAME}
+    return {name: path for name in sorted(names) if (path := _fetch(source, name, **hub_kwargs))}
+
+
+def checkpoint_size(source: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[int, int]:
+    """Number of parameters in a checkpoint, and its size in bytes. Of files on the Hub only the headers are read.
+
+    Raises:
+        OSError: There is no safetensors checkpoint, or it cannot be reached.
+        CorruptDonorError: A header cannot be read.
+    """
+    try:
+        if os.path.isdir(source) or hub_kwargs.get("local_files_only") or is_offline_mode():
+            paths = checkpoint_files(source, **hub_kwargs).values()
+            headers = [parse_local_safetensors_file_metadata(path) for path in paths if path.endswith(".safetensors")]
+        else:
+            headers = _remote_headers(os.fspath(source), **hub_kwargs)
+    except SafetensorsParsingError as error:
+        raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+    tensors = [tensor for header in headers for tensor in header.tensors.values()]
+    size = sum(tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors)
+    return sum(tensor.parameter_count for tensor in tensors), size
+
+
+def _remote_headers(
+    source: str, revision: str | None = None, subfolder: str = "", token: bool | str | None = None, **hub_kwargs: Any
+) -> list[SafetensorsFileMetadata]:
+    """The headers of a checkpoint's files on the Hub."""
+
+    def header(file: str) -> SafetensorsFileMetadata:
+        return parse_safetensors_file_metadata(source, posixpath.join(subfolder, file), revision=revision, token=token)
+
+    try:
+        return [header(SAFE_WEIGHTS_NAME)]
+    except EntryNotFoundError:
+        found = _find(source, revision=revision, subfolder=subfolder, token=token, **hub_kwargs)
+        return [header(file) for file in sorted(set(found.values()))] if isinstance(found, dict) else []
 
 
 def renumber_layers(
@@ -91,6 +139,19 @@ def renumber_layers(
 def layer_pattern(prefix: str, path: str) -> re.Pattern[str]:
     """Matches names of layer tensors; group 1 is the layer's number, group 2 the name below it."""
     return re.compile(rf"^(?:{re.escape(prefix)}\.)?{re.escape(path)}\.(\d+)\.(.+)$")
+
+
+def _find(source: str | os.PathLike[str], variant: str | None = None, **hub_kwargs: Any) -> str | dict[str, str]:
+    """The path of a checkpoint's one file, or of a sharded one the file of each tensor, as its index says."""
+    whole, sharded = (_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if (single := _fetch(source, whole, **hub_kwargs)) is not None:
+        return single
+    if (index := _fetch(source, sharded, **hub_kwargs)) is not None:
+        return _weight_map(index)
+    raise OSError(
+        f"{source} has no {whole} or {sharded}. If it holds pytorch_model.bin, "
+        "convert it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
+    )
 
 
 def _add_variant(name: str, variant: str | None) -> str:

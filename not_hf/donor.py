@@ -333,7 +333,7 @@ class DonorModel(PreTrainedModel):
         hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
         if hollow:
             raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
-        _require_donor_folder(folder)
+        require_donor_folder(folder)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         num_parameters = sum(tensor.numel() for tensor in tensors.values())
         card = updated_card(folder, self.config, num_parameters, size, repo_id)  # raises before anything is written
@@ -341,17 +341,18 @@ class DonorModel(PreTrainedModel):
         if not is_main_process:
             return
         card.save(os.path.join(folder, "README.md"))
-        base = self.config.base_model_name_or_path
-        if (
-            base is not None
-            and os.path.isdir(base)
-            and not os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE))
-        ):
-            with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
-                AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        save_local_tokenizer(self.config.base_model_name_or_path, folder)
 
 
-def _require_donor_folder(folder: str | os.PathLike[str]) -> None:
+def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str]) -> None:
+    """Give a donor's folder the tokenizer of a base that others cannot reach; one that is there stays."""
+    if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
+        return
+    with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def require_donor_folder(folder: str | os.PathLike[str]) -> None:
     """Refuse to save over another model: both kinds of repo use the same file names."""
     config = Path(folder, CONFIG_NAME)
     if not config.is_file():
