@@ -22,7 +22,7 @@ from not_hf import DonorModel, TransplantedForCausalLM
 from not_hf.cli import app
 from not_hf.errors import NotHFError
 
-COMMANDS = ("extract", "train", "eval", "generate", "inspect", "check", "push", "merge")
+COMMANDS = ("extract", "train", "eval", "generate", "inspect", "check", "push", "transplant", "merge")
 PROMPT = "w5 w6 w7"
 
 

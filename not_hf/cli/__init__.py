@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from not_hf.cli import models, organs, training  # noqa: F401 (importing them registers their commands)
+from not_hf.cli import models, organs, training, transplant  # noqa: F401 (importing them registers their commands)
 from not_hf.cli.run import app
 from not_hf.version import __version__
 
 __all__ = ["app"]
 
-_ORDER = ("extract", "train", "eval", "generate", "inspect", "check", "push", "merge")  # of a first use
+_ORDER = ("extract", "train", "eval", "generate", "inspect", "check", "push", "transplant", "merge")  # of a first use
 app.registered_commands.sort(key=lambda info: _ORDER.index(str(info.name)))
 
 
