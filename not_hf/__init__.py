@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from not_hf.compatibility import check_compatibility
     from not_hf.config import DonorConfig
     from not_hf.donor import DonorModel
+    from not_hf.entries import OrganSource
     from not_hf.evaluation import perplexity
     from not_hf.finding import list_donors
     from not_hf.importing import import_checkpoint
+    from not_hf.planning import compose
     from not_hf.transplant import TransplantedForCausalLM
 
 _LAZY = {
     "DonorConfig": "not_hf.config",
     "DonorModel": "not_hf.donor",
+    "OrganSource": "not_hf.entries",
     "TransplantedForCausalLM": "not_hf.transplant",
     "check_compatibility": "not_hf.compatibility",
+    "compose": "not_hf.planning",
     "import_checkpoint": "not_hf.importing",
     "list_donors": "not_hf.finding",
     "perplexity": "not_hf.evaluation",
@@ -36,10 +40,12 @@ __all__ = [
     "DonorModel",
     "IncompatibleDonorError",
     "NotHFError",
+    "OrganSource",
     "TransplantedForCausalLM",
     "UnsupportedArchitectureError",
     "__version__",
     "check_compatibility",
+    "compose",
     "import_checkpoint",
     "list_donors",
     "perplexity",

@@ -235,13 +235,13 @@ def _facts(config: DonorConfig, num_parameters: int | None, size: int | None) ->
 
 def _located(entry: dict[str, Any]) -> dict[str, Any]:
     """One organ of a composition: its name, where its files are and where it goes."""
-    source = entry.get("donor") or entry.get("subfolder")
-    if entry.get("donor") and entry.get("revision"):
-        source = f"{source} at {entry['revision']}"
-    return {
-        **{key: entry.get(key, "–") for key in ("name", "position", "mode", "scale")},
-        "source": source or "–",
-    }
+    where = {key: value for key in ("donor", "revision", "subfolder") if (value := entry.get(key))}
+    source = where.get("donor") or where.get("subfolder") or "–"
+    if repo := hub_id(where.get("donor")):
+        path = "/".join([repo, "tree", where.get("revision", "main"), *filter(None, [where.get("subfolder")])])
+        source = f"[{repo} at {where.get('revision', 'main')}](https://huggingface.co/{path})"
+    name = f"{entry.get('name', '–')}{' (inactive)' if entry.get('active') is False else ''}"
+    return {"name": name, "source": source, **{key: entry.get(key, "–") for key in ("position", "mode", "scale")}}
 
 
 def _picture(config: DonorConfig) -> str | None:

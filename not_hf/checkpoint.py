@@ -79,6 +79,27 @@ def open_checkpoint(
     return dict(choose(source, wanted, find, open_file, variant, **hub_kwargs))
 
 
+def checkpoint_files(source: str | os.PathLike[str], **hub_kwargs: Any) -> dict[str, str]:
+    """Paths of a checkpoint's files on this machine by name, its index included. From the Hub all are fetched.
+
+    Raises:
+        OSError: As in `open_checkpoint`.
+        CorruptDonorError: The index cannot be read.
+    """
+    paths: dict[str, str] = {}
+
+    def find(file: str) -> str | None:
+        if path := fetch_file(source, file, **hub_kwargs):
+            paths[file] = path
+        return path
+
+    for _ in choose(source, lambda name: True, find, open_file, **hub_kwargs):
+        pass
+    if SAFE_WEIGHTS_NAME not in paths:
+        find(SAFE_WEIGHTS_INDEX_NAME)
+    return paths
+
+
 def renumber_layers(
     views: Mapping[str, Any], prefix: str, path: str, span: tuple[int, int]
 ) -> tuple[dict[str, Any], set[int]]:

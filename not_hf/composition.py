@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from not_hf.compatibility import check_compatibility
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, resolve_commit
 from not_hf.donor import DonorModel
-from not_hf.errors import CorruptDonorError, NotHFError
+from not_hf.entries import DonorSource, OrganSource, is_plain_name, read_entries
+from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError
+from not_hf.placing import Origin, Place, arrange
 
 # how a repo is reached; its revision and its subfolder are its own
 SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
@@ -20,21 +23,6 @@ SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subf
 CONFIG_KWARGS = ("revision", "subfolder", "gguf_file", "trust_remote_code", "code_revision")
 # what AutoModelForCausalLM and pipelines add for the repo named first, which is not the base
 AUTO_KWARGS = ("_from_auto", "_from_pipeline", "adapter_kwargs")
-
-DonorSource = str | os.PathLike[str] | DonorModel
-
-
-@dataclass(frozen=True)
-class OrganSource:
-    """Where one organ comes from and where it goes; `None` means: as its own config says."""
-
-    name: str
-    donor: DonorSource
-    revision: str | None = None
-    subfolder: str | None = None
-    position: int | None = None
-    mode: str | None = None
-    active: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,11 +39,13 @@ class Request:
         return {key: value for key, value in self.base_kwargs.items() if key in SHARED_KWARGS}
 
     def base_config(self) -> PreTrainedConfig:
-        """The native config of a recipient that is still to be loaded."""
+        """The native config of the recipient, without organs."""
+        if isinstance(self.base, PreTrainedModel):
+            return getattr(self.base, "base_config", self.base.config)
         given = {key: value for key, value in self.base_kwargs.items() if key in (*SHARED_KWARGS, *CONFIG_KWARGS)}
         config = self.base_kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
-            config = AutoConfig.from_pretrained(config or str(self.base), **given)
+            config = AutoConfig.from_pretrained(config or self.base, **given)
         if isinstance(config, DonorConfig):
             raise NotHFError(f"{self.base} is a donor, not a recipient; name the base first, then the donor")
         return config
@@ -88,8 +78,8 @@ def resolve_request(
 
     Raises:
         NotHFError: No donor is named, or a donor names no base.
-        CorruptDonorError: A composition is incomplete.
-        OSError: The donor's config cannot be read.
+        CorruptDonorError: A composition is not in order.
+        OSError: A donor's config cannot be read.
     """
     kwargs = {key: value for key, value in base_kwargs.items() if key not in AUTO_KWARGS}
     shared = {key: value for key, value in kwargs.items() if key in SHARED_KWARGS}
@@ -102,8 +92,8 @@ def resolve_request(
             kwargs["config"] = config
         if isinstance(base, str):
             kwargs["revision"] = resolve_commit(base, kwargs)
-        wish = replace(wish, donor=donor)
-        return Request(base, kwargs, list(_organs(wish, read_config(wish, shared))))
+        wish = pin(replace(wish, donor=donor), shared)
+        return Request(base, kwargs, expand(wish, read_config(wish, shared), shared))
 
     if isinstance(first, PreTrainedModel):
         raise NotHFError("name a donor to put into the live model: from_pretrained(model, donor)")
@@ -113,6 +103,7 @@ def resolve_request(
         revision=wish.revision or kwargs.pop("revision", None),
         subfolder=wish.subfolder or kwargs.pop("subfolder", None),
     )
+    wish = pin(wish, shared)
     given = isinstance(config, DonorConfig)
     donor_config = config if isinstance(config, DonorConfig) else read_config(wish, shared)
     if donor_config.base_model_name_or_path is None:
@@ -127,49 +118,82 @@ def resolve_request(
     base = donor_config.base_model_name_or_path
     kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that this one names
     kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": donor_config.base_revision})
-    return Request(base, kwargs, list(_organs(wish, donor_config)))
+    return Request(base, kwargs, expand(wish, donor_config, shared))
 
 
-def _organs(wish: OrganSource, config: DonorConfig) -> Iterator[OrganSource]:
-    """The organs a donor stands for: itself, or those a composition lists."""
-    if config.donors is None:
-        yield wish
-        return
-    if wish.position is not None or wish.mode is not None:
-        raise NotHFError(f"{wish.donor} is a composition whose organs have their places; load them one by one to move")
-    if not isinstance(config.donors, list):
-        raise CorruptDonorError(f"{wish.donor}: donors of a composition must be a list, got {config.donors!r}")
-    for entry in config.donors:
-        if not isinstance(entry, dict) or "name" not in entry or not ("donor" in entry or "subfolder" in entry):
-            raise CorruptDonorError(f"{wish.donor}: an organ of the composition lacks a name or a place: {entry}")
-        place = (entry.get("position"), entry.get("mode"), bool(entry.get("active", True)))
-        if "donor" in entry:
-            yield OrganSource(entry["name"], entry["donor"], entry.get("revision"), entry.get("subfolder"), *place)
-        else:
-            inner = "/".join(part for part in (wish.subfolder, entry["subfolder"]) if part)
-            yield OrganSource(entry["name"], wish.donor, wish.revision, inner, *place)
+def pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
+    """The same organ with its revision resolved to a commit, so that all that is read of it is of one state."""
+    if isinstance(source.donor, DonorModel):
+        return source
+    revision = resolve_commit(os.fspath(source.donor), {**hub_kwargs, "revision": source.revision})
+    return replace(source, revision=revision)
 
 
-def composition_config(organs: Mapping[str, tuple[DonorConfig, bool]]) -> DonorConfig:
-    """The root config of a folder with one subfolder per organ, named like it.
+def expand(source: OrganSource, config: DonorConfig, hub_kwargs: Mapping[str, Any]) -> list[OrganSource]:
+    """The organs that a donor stands for: itself, or those that a composition lists.
 
     Args:
-        organs: Config of each organ by name, and whether it is active.
+        source: Where the donor lies.
+        config: Its config.
+        hub_kwargs: How repos are reached.
+
+    Raises:
+        CorruptDonorError: The composition is not in order, or lists another composition or itself.
+        NotHFError: It cannot be had as it was asked for.
+        OSError: The config of an organ cannot be read.
     """
-    first, _ = next(iter(organs.values()))
-    return DonorConfig(
-        base_model_name_or_path=first.base_model_name_or_path,
-        base_revision=first.base_revision,
-        base_config=first.base_config,
-        donors=[
-            {
-                "name": name,
-                "subfolder": name,
-                "position": config.position,
-                "mode": config.mode,
-                "scale": 1.0,
-                "active": active,
-            }
-            for name, (config, active) in organs.items()
-        ],
-    )
+    if config.donors is None:
+        return [source]
+    organs = [pin(organ, hub_kwargs) for organ in read_entries(config, source)]
+    moved = source.position is not None or source.mode is not None
+    if moved or config.position is not None or config.mode != "insert":  # where AutoModelForCausalLM puts arguments
+        raise NotHFError(
+            f"{source.donor} is a composition whose organs have their places; load them one by one to move"
+        )
+    for organ in organs:
+        if read_config(organ, hub_kwargs).donors is not None:
+            raise CorruptDonorError(
+                f"{source.donor}: organ {organ.name!r} is a composition itself ({organ.donor}); "
+                "compositions cannot be nested: list its organs"
+            )
+    return organs
+
+
+def require_stack(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient: PreTrainedConfig) -> list[Origin]:
+    """The stack that the active ones of these organs make of a recipient, from configs alone.
+
+    Args:
+        organs: In load order, each with its config.
+        recipient: Native config of a model without organs.
+
+    Raises:
+        NotHFError: A name is not plain.
+        IncompatibleDonorError: With every mismatch of every organ, or the first overlap of two.
+        CorruptDonorError: A donor's config contradicts itself.
+    """
+    problems = []
+    for source, config in organs:
+        if not is_plain_name(source.name):
+            raise NotHFError(
+                f"donor_name {source.name!r} is not a plain name, without dots and slashes; choose another"
+            )
+        prefix = f"organ {source.name!r}: " if len(organs) > 1 else ""
+        try:
+            found = check_compatibility(config, recipient, source.position, source.mode)
+        except NotHFError as error:
+            raise type(error)(f"{prefix}{error}") from error
+        problems += [f"{prefix}{problem}" for problem in found]
+    if problems:
+        raise IncompatibleDonorError("; ".join(problems))
+    places = [
+        Place(source.name, *place_in_force(source, config), config.num_organ_layers)
+        for source, config in organs
+        if source.active
+    ]
+    return arrange(recipient.num_hidden_layers, places)
+
+
+def place_in_force(source: OrganSource, config: DonorConfig) -> tuple[int, str]:
+    """Position and mode of an organ: those asked for, else those of its own config."""
+    position = config.position if source.position is None else source.position
+    return int(position or 0), source.mode or config.mode

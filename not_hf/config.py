@@ -80,21 +80,23 @@ class DonorConfig(PreTrainedConfig):
         Where there is no config but pickled layers, the `OSError` says how to import them.
         """
         name, asked = pretrained_model_name_or_path, {key: kwargs[key] for key in _REACH if key in kwargs}
+        where = "/".join(filter(None, (os.fspath(name), kwargs.get("subfolder"))))
         try:
             values, kwargs = super().get_config_dict(name, **kwargs)
         except (TypeError, AttributeError) as error:  # JSON, but no object
-            raise CorruptDonorError(f"{name}: config.json holds no JSON object") from error
+            raise CorruptDonorError(f"{where}: config.json holds no JSON object") from error
         except OSError as error:
             unread = os.path.isfile(name) or isinstance(error.__cause__, LocalEntryNotFoundError)
             if unread and (hint := how_to_import(name, **{**asked, "local_files_only": True})):
                 raise OSError(hint) from error
             raise
         if not isinstance(values, dict):
-            raise CorruptDonorError(f"{name}: config.json holds no JSON object")
+            raise CorruptDonorError(f"{where}: config.json holds no JSON object")
         if not values and (hint := how_to_import(name, **asked)):  # transformers' way to say that there is no file
             raise OSError(hint)
         if (model_type := values.get("model_type")) != cls.model_type:
-            raise NotHFError(f"{name} is not a donor: its config has model_type {model_type!r}")
+            has = f"its config has model_type {model_type!r}" if values else "it has no config.json"
+            raise NotHFError(f"{where} is not a donor: {has}")
         return values, kwargs
 
     @classmethod

@@ -204,8 +204,8 @@ def cut_config(
         position=int(position),
         mode=mode,
         init=init,
-        base_config=_plain(base.config),
-        organ_config=_plain(spliced_config(base.config, [(base.config, n) for n in range(i, j)])),
+        base_config=plain_config(base.config),
+        organ_config=plain_config(spliced_config(base.config, [(base.config, n) for n in range(i, j)])),
         fingerprint=fingerprint(base.config),
         license=license,
     )
@@ -213,7 +213,7 @@ def cut_config(
     return config
 
 
-def _plain(config: PreTrainedConfig) -> dict[str, Any]:
+def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
     """A native config as a dict that survives JSON, without what says nothing about the layers."""
     values = config.to_dict()
     for key in _STORAGE:

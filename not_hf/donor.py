@@ -37,7 +37,6 @@ from not_hf.cutting import HUB_KWARGS, LiveBase, StoredBase, cut_config, open_ba
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, some
 from not_hf.layers import check_bare, is_finite, silence, strip_to_layers
 from not_hf.license import inherit_license
-from not_hf.partial import list_tensors
 from not_hf.sharing import push_folder
 
 # of push_to_hub, which save_pretrained(push_to_hub=True) takes as well
@@ -306,29 +305,26 @@ class DonorModel(PreTrainedModel):
         return organ, set(info["missing_keys"])
 
     @classmethod
-    def file_problems(cls, config: DonorConfig, source: str | os.PathLike[str], **hub_kwargs: Any) -> list[str]:
+    def header_problems(cls, config: DonorConfig, headers: Mapping[str, TensorInfo]) -> list[str]:
         """What is wrong with a donor's weights as far as the headers of its files tell; the weights are not read.
 
         Args:
             config: Of the donor.
-            source: Its folder or Hub ID.
-            **hub_kwargs: As in `from_pretrained`.
+            headers: What `list_tensors` gives for it.
 
         Returns:
             One line for each tensor that is missing, unexpected, mis-shaped, empty or not floating-point.
 
         Raises:
-            CorruptDonorError: A header, or the config, cannot be read.
-            OSError: A file cannot be reached.
+            CorruptDonorError: The config contradicts itself.
         """
-        config.check()
-        headers = list_tensors(source, **hub_kwargs)
         if odd := _odd_tensors(headers) or expert_problems(headers):
             return odd
+        config.check()
         hollow = {
-            name: torch.empty(header.shape, dtype=_dtype_of(header), device="meta") for name, header in headers.items()
+            name: torch.empty(each.shape, dtype=_dtype_of(each), device="meta") for name, each in headers.items()
         }
-        _, info = cls._fill(config, hollow, source=os.fspath(source), device_map="meta")
+        _, info = cls._fill(config, hollow, source="the checkpoint", device_map="meta")
         return _loading_problems(info)
 
     @classmethod
@@ -418,7 +414,7 @@ class DonorModel(PreTrainedModel):
         hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
         if hollow:
             raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
-        _require_donor_folder(folder)
+        require_donor_folder(folder)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         num_parameters = sum(tensor.numel() for tensor in tensors.values())
         card = updated_card(folder, self.config, num_parameters, size, repo_id)  # raises before anything is written
@@ -426,14 +422,7 @@ class DonorModel(PreTrainedModel):
         if not is_main_process:
             return
         card.save(os.path.join(folder, "README.md"))
-        base = self.config.base_model_name_or_path
-        if (
-            base is not None
-            and os.path.isdir(base)
-            and not os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE))
-        ):
-            with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
-                AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        save_local_tokenizer(self.config.base_model_name_or_path, folder)
 
 
 def _refuse(source: str, problems: Sequence[str]) -> None:
@@ -442,7 +431,15 @@ def _refuse(source: str, problems: Sequence[str]) -> None:
         raise CorruptDonorError(f"{source}: {some(problems)}")
 
 
-def _require_donor_folder(folder: str | os.PathLike[str]) -> None:
+def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str]) -> None:
+    """Give a donor's folder the tokenizer of a base that others cannot reach; one that is there stays."""
+    if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
+        return
+    with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+
+
+def require_donor_folder(folder: str | os.PathLike[str]) -> None:
     """Refuse to save over another model: both kinds of repo use the same file names."""
     config = Path(folder, CONFIG_NAME)
     if not config.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from not_hf.card import updated_card
-from not_hf.composition import composition_config
 from not_hf.donor import DonorModel
+from not_hf.entries import composition_config, write_entry
 from not_hf.errors import NotHFError
 from not_hf.license import License, joint_license
 from not_hf.splice import Organ, Surgery
@@ -75,7 +75,9 @@ def save_organs(
                 f"organ {name!r} holds modules that are not its own ({foreign[0]}, …); "
                 "merge or unload what was put on top of it (LoRA?), then save"
             )
-    config = composition_config({name: (shells[name].config, surgery.organs[name].active) for name in names})
+    first = shells[names[0]].config  # all name the same base
+    entries = [write_entry(name, shells[name].config, surgery.organs[name].active, subfolder=name) for name in names]
+    config = composition_config(first.base_model_name_or_path, first.base_revision, surgery.base_config, entries)
     joint_license(License.of(shell.config) for shell in shells.values()).set(config)
     card = (
         updated_card(folder, config, repo_id=repo_id) if len(names) > 1 else None
@@ -87,9 +89,14 @@ def save_organs(
     if card is not None and is_main_process:
         config.save_pretrained(folder)
         card.save(Path(folder, "README.md"))
-        for file in Path(folder).iterdir():
-            if _WEIGHTS.fullmatch(file.name):  # of the one organ that was saved here before
-                file.unlink()
+        remove_weights(Path(folder))  # of the one organ that was saved here before
+
+
+def remove_weights(folder: Path, keep: Container[str] = ()) -> None:
+    """Remove an organ's weights from a folder, except for those files."""
+    for file in folder.iterdir():
+        if _WEIGHTS.fullmatch(file.name) and file.name not in keep:
+            file.unlink()
 
 
 def _shell(surgery: Surgery, organ: Organ) -> DonorModel:

@@ -28,14 +28,15 @@ from not_hf.anatomy import (
     spliced_config,
 )
 from not_hf.config import DonorConfig
-from not_hf.errors import IncompatibleDonorError
 from not_hf.layers import adopt, forget_capture_hooks
+from not_hf.placing import Place, arrange
 
 
 @dataclass
 class Organ:
     """One loaded organ: its layers, where they go, and whether they stand in the stack now."""
 
+    name: str
     config: DonorConfig  # position and mode are those in force
     layers: list[nn.Module]
     active: bool = True
@@ -47,14 +48,9 @@ class Organ:
         self.native_config = self.config.native_config()
 
     @property
-    def position(self) -> int:
+    def place(self) -> Place:
         """Where it stands, in the recipient's own layers."""
-        return self.config.position or 0
-
-    @property
-    def span(self) -> range:
-        """The recipient layers it replaces; empty for an insertion."""
-        return range(self.position, self.position + (len(self.layers) if self.config.mode == "replace" else 0))
+        return Place(self.name, self.config.position or 0, self.config.mode, len(self.layers))
 
 
 Placed = tuple[nn.Module, Slot]
@@ -101,21 +97,13 @@ class Surgery:
         Raises:
             IncompatibleDonorError: Two organs want the same recipient layers.
         """
-        chosen = self._chosen() if organs is None else list(organs)
-        replaced: set[int] = set()
-        for organ in chosen:
-            if taken := replaced & set(organ.span):
-                raise IncompatibleDonorError(f"recipient layers {sorted(taken)} are already replaced by another organ")
-            replaced |= set(organ.span)
-        inside = {n for organ in chosen for n in organ.span[1:]}
+        chosen = {organ.name: organ for organ in (self._chosen() if organs is None else organs)}
         placed: list[Placed] = []
-        for n in range(len(self.base_layers) + 1):
-            for organ in (organ for organ in chosen if organ.position == n):
-                if n in inside:
-                    raise IncompatibleDonorError(f"position {n} lies inside a span that another organ replaces")
-                placed += [(layer, (organ.native_config, i)) for i, layer in enumerate(organ.layers)]
-            if n < len(self.base_layers) and n not in replaced:
+        for name, n in arrange(len(self.base_layers), [organ.place for organ in chosen.values()]):
+            if name is None:
                 placed.append((self.base_layers[n], (self.base_config, n)))
+            else:
+                placed.append((chosen[name].layers[n], (chosen[name].native_config, n)))
         return placed
 
     def twin(self, placed: list[Placed]) -> PreTrainedModel:

@@ -30,10 +30,11 @@ from not_hf.anatomy import (
     config_differences,
 )
 from not_hf.compatibility import require_compatibility
-from not_hf.composition import DonorSource, OrganSource, read_config, resolve_request
+from not_hf.composition import place_in_force, read_config, require_stack, resolve_request
 from not_hf.config import DonorConfig
 from not_hf.cutting import resolve_commit
 from not_hf.donor import PUSH_KWARGS, DonorModel
+from not_hf.entries import DonorSource, OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.layers import require_finite, settle
 from not_hf.license import inherit_license
@@ -106,17 +107,19 @@ class TransplantedForCausalLM(_Native):
             base_kwargs,
         )
         base = request.base
-        if not isinstance(base, PreTrainedModel):
-            for source in request.sources:
-                organ_config = read_config(source, request.shared)
-                require_compatibility(organ_config, request.base_config(), source.position, source.mode)
-            wants_info = request.base_kwargs.pop("output_loading_info", False)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **request.base_kwargs)
-            native, info = loaded
-            revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
-            model = _transplant(native, request.sources, is_trainable, request.shared, revision)
-            return (model, info) if wants_info else model  # type: ignore[return-value]
-        return _transplant(base, request.sources, is_trainable, request.shared)
+        if (
+            not isinstance(base, PreTrainedModel) or len(request.sources) > 1
+        ):  # one by itself is checked when it is put in
+            organs = [(source, read_config(source, request.shared)) for source in request.sources]
+            require_stack(organs, request.base_config())
+        if isinstance(base, PreTrainedModel):
+            return _transplant(base, request.sources, is_trainable, request.shared)
+        wants_info = request.base_kwargs.pop("output_loading_info", False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **request.base_kwargs)
+        native, info = loaded
+        revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
+        model = _transplant(native, request.sources, is_trainable, request.shared, revision)
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> TransplantedForCausalLM:
@@ -325,15 +328,13 @@ class TransplantedForCausalLM(_Native):
         """Load one organ; everything about it is checked before the model changes."""
         surgery, name, donor = self._surgery, source.name, source.donor
         repo = None if isinstance(donor, DonorModel) else str(donor)
-        if not isinstance(name, str) or not name or name in surgery.organs or set(name) & set("./\\"):
+        if not is_plain_name(name) or name in surgery.organs:
             raise NotHFError(f"donor_name {name!r} is taken or not a plain name; choose another")
         if repo is not None:
             source = replace(source, revision=resolve_commit(repo, {**hub_kwargs, "revision": source.revision}))
         config = copy.deepcopy(read_config(source, hub_kwargs))
-        position = config.position if source.position is None else source.position
-        mode = source.mode or config.mode
-        require_compatibility(config, surgery.base_config, position, mode)
-        config.position, config.mode = int(position or 0), mode
+        require_compatibility(config, surgery.base_config, source.position, source.mode)
+        config.position, config.mode = place_in_force(source, config)
         neighbour = surgery.base_layers[min(config.position, len(surgery.base_layers) - 1)]
         if any(parameter.is_meta for parameter in neighbour.parameters()):
             raise NotHFError("the recipient is offloaded to disk or CPU; load it without offloading first")
@@ -352,7 +353,7 @@ class TransplantedForCausalLM(_Native):
         for layer in layers:
             settle(layer, neighbour, is_trainable)
         require_finite(layers, name)
-        organ = Organ(config, layers, source.active, repo, getattr(source.revision, "resolved", None))
+        organ = Organ(name, config, layers, source.active, repo, getattr(source.revision, "resolved", None))
         beside = [other for other in surgery.organs.values() if other.active and source.active]
         if differences := surgery.differences(surgery.plan([*beside, organ])):
             logger.warning("organ %r works here but cannot be merged into a native model: %s", name, some(differences))

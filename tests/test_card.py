@@ -251,10 +251,20 @@ def test_composition_lists_its_organs():
     donors = [
         {"name": "kjv", "subfolder": "kjv", "position": 4, "mode": "insert", "scale": 1.0},
         {"name": "law", "donor": "me/law", "revision": "v1", "position": 9, "mode": "replace", "scale": 1.0},
+        {
+            "name": "off",
+            "donor": "me/a",
+            "subfolder": "b",
+            "position": 0,
+            "mode": "insert",
+            "scale": 1,
+            "active": False,
+        },
     ]
     text = donor_card(make_config(layers=None, position=None, donors=donors, metrics=None)).text
     assert "| kjv | kjv | 4 | insert | 1.0 |" in text
-    assert "| law | me/law at v1 | 9 | replace | 1.0 |" in text
+    assert "| law | [me/law at v1](https://huggingface.co/me/law/tree/v1) | 9 | replace | 1.0 |" in text
+    assert "| off (inactive) | [me/a at main](https://huggingface.co/me/a/tree/main/b) | 0 | insert | 1 |" in text
     assert "```text" not in text
 
 

@@ -22,7 +22,10 @@ from not_hf import DonorModel, TransplantedForCausalLM
 from not_hf.cli import app
 from not_hf.errors import NotHFError
 
-COMMANDS = ("extract", "import", "train", "eval", "generate", "inspect", "check", "push", "search", "merge")
+COMMANDS = (
+    *("extract", "import", "train", "eval", "generate", "inspect", "check"),
+    *("push", "search", "transplant", "merge"),
+)
 PROMPT = "w5 w6 w7"
 
 

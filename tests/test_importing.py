@@ -522,7 +522,8 @@ def test_over_the_hub(hub: Hub, checkpoints, base_repo, cut, tmp_path):
             for record in hub.requests
             if "/resolve/" in record.path
         }
-        assert asked == {"config.json", f"{subfolder}/donor_layers.pt"}  # of the base, its config alone
+        # of the base, its config and its card (the licence), no weights
+        assert asked == {"config.json", "README.md", f"{subfolder}/donor_layers.pt"}
 
         hub.requests.clear()
         again = import_checkpoint(checkpoints, base, layers, subfolder, local_files_only=True, **options)

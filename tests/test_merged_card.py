@@ -13,7 +13,7 @@ from hub import Hub
 from huggingface_hub import HfApi, ModelCard
 from test_cli import done, failed
 
-from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf import DonorModel, TransplantedForCausalLM, readme
 from not_hf.merged import merged_card
 
 TAGS = ["merge", "neural-organ-transplantation", "arxiv:2601.13580"]
@@ -88,6 +88,7 @@ def test_the_commit_is_the_one_that_was_loaded(recipient, organ, tmp_path):
 
 
 def test_what_is_not_on_the_hub_is_left_out_with_a_warning(recipient, organ, base_folder, tmp_path, caplog):
+    readme.warn_once.cache_clear()
     folder = tmp_path / "organ"
     DonorModel.from_pretrained(organ).save_pretrained(folder)
     local_organ = merged_card(TransplantedForCausalLM.from_pretrained(recipient, folder), tmp_path / "out")

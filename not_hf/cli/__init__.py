@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
-from not_hf.cli import finding, importing, models, organs, training  # noqa: F401 (importing them registers their commands)
+from not_hf.cli import finding, importing, models, organs, training, transplant  # noqa: F401 (they register commands)
 from not_hf.cli.run import app
 from not_hf.version import __version__
 
 __all__ = ["app"]
 
-# of a first use
-_ORDER = ("extract", "import", "train", "eval", "generate", "inspect", "check", "push", "search", "merge")
+_ORDER = (  # of a first use
+    *("extract", "import", "train", "eval", "generate", "inspect", "check"),
+    *("push", "search", "transplant", "merge"),
+)
 app.registered_commands.sort(key=lambda info: _ORDER.index(str(info.name)))
 
 

@@ -73,9 +73,10 @@ def inspect(
     tables = [_provenance(donor, config, data)]
     for title, rows in (("Organs", config.donors), ("Tensors", tensors)):
         if rows:
-            table = Table(*rows[0], title=title, title_justify="left")
+            columns = dict.fromkeys(key for row in rows for key in row)  # organs need not all say the same
+            table = Table(*columns, title=title, title_justify="left")
             for row in rows:
-                table.add_row(*map(str, row.values()))
+                table.add_row(*(str(row.get(key, "")) for key in columns))
             tables.append(table)
     return Result(data, Group(*tables))
 
@@ -113,23 +114,29 @@ def push(
     """Share an organ: check it strictly, then upload its folder, card included, as one commit."""
     if not folder.is_dir():
         raise NotHFError(f"no folder {folder}; name one that holds a donor")
-    from not_hf import DonorConfig, DonorModel
+    from not_hf import DonorConfig, DonorModel, OrganSource
     from not_hf.card import pushed_card
+    from not_hf.composition import expand
     from not_hf.license import inherit_license
     from not_hf.sharing import push_folder
 
     config = DonorConfig.from_pretrained(folder)
-    inside = ["" if config.donors is None else entry.get("subfolder", "") for entry in config.donors or [{}]]
-    donors = [DonorModel.from_pretrained(folder, subfolder=name) for name in inside if name or not config.donors]
-
+    sources = expand(OrganSource("", folder), config, _given(token=token))
+    for source in sources:
+        if source.is_local and source.donor != folder:
+            raise NotHFError(f"organ {source.name!r} lies in {source.donor}, a folder of this machine; copy it in")
+    inside = [source for source in sources if source.is_local]
+    donors = [DonorModel.from_pretrained(folder, subfolder=source.subfolder or "") for source in inside]
     tensors = [tensor for donor in donors for tensor in donor.state_dict().values()]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    is_whole = inside == sources  # else the sizes of organs that lie elsewhere are missing
+    num_parameters = sum(tensor.numel() for tensor in tensors) if is_whole else None
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if is_whole else None
     stated = config.license
     inherit_license(config, revision=config.base_revision, token=token)
 
     def copy(target: str, repo_id: str) -> None:
         readme = Path(target, "README.md")  # the one that is published, if any
-        card = pushed_card(folder, readme, config, sum(tensor.numel() for tensor in tensors), size, repo_id)
+        card = pushed_card(folder, readme, config, num_parameters, size, repo_id)
         ignored = shutil.ignore_patterns(".*", CHECKPOINTS)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
         if config.license != stated:

@@ -1,0 +1,59 @@
+"""The placing rule: where organs stand among a recipient's own layers. Numbers alone: no model is needed to plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from not_hf.errors import IncompatibleDonorError
+
+
+class Place(NamedTuple):
+    """Where one organ goes."""
+
+    name: str
+    position: int  # counts the recipient's own layers
+    mode: str
+    num_layers: int  # of the organ
+
+    @property
+    def replaced(self) -> range:
+        """The recipient layers that it replaces; empty for an insertion."""
+        return range(self.position, self.position + (self.num_layers if self.mode == "replace" else 0))
+
+
+# Where a layer of the new stack comes from: an organ's name, or None for the recipient, and its index there.
+Origin = tuple[str | None, int]
+
+
+def arrange(num_layers: int, places: Sequence[Place]) -> list[Origin]:
+    """The stack that organs make of a recipient, front to back.
+
+    Args:
+        num_layers: Of the recipient.
+        places: Of the organs, in load order; each must fit the recipient by itself.
+
+    Raises:
+        IncompatibleDonorError: Two organs want the same recipient layers.
+    """
+    owners: dict[int, str] = {}  # of the recipient layers that are replaced
+    for place in places:
+        if taken := sorted(owners.keys() & set(place.replaced)):
+            raise IncompatibleDonorError(
+                f"recipient layers {taken} are already replaced by organ {owners[taken[0]]!r}; "
+                f"move organ {place.name!r}, or switch one of them off"
+            )
+        owners |= dict.fromkeys(place.replaced, place.name)
+    inside = {n for place in places for n in place.replaced[1:]}
+    stack: list[Origin] = []
+    for n in range(num_layers + 1):
+        for place in (place for place in places if place.position == n):
+            if n in inside:
+                raise IncompatibleDonorError(
+                    f"position {n} of organ {place.name!r} lies inside a span that organ {owners[n]!r} replaces; "
+                    "move or switch off one of them"
+                )
+            stack += [(place.name, i) for i in range(place.num_layers)]
+        if n < num_layers and n not in owners:
+            stack.append((None, n))
+    return stack
