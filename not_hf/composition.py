@@ -171,6 +171,18 @@ def require_stack(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient: 
         IncompatibleDonorError: With every mismatch of every organ, or the first overlap of two.
         CorruptDonorError: A donor's config contradicts itself.
     """
+    if problems := stack_problems(organs, recipient):
+        raise IncompatibleDonorError("; ".join(problems))
+    return _stack(organs, recipient)
+
+
+def stack_problems(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient: PreTrainedConfig) -> list[str]:
+    """Every mismatch of every organ with a recipient, or the first overlap of two. Arguments as in `require_stack`.
+
+    Raises:
+        NotHFError: A name is not plain.
+        CorruptDonorError: A donor's config contradicts itself.
+    """
     problems = []
     for source, config in organs:
         if not is_plain_name(source.name):
@@ -183,8 +195,15 @@ def require_stack(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient: 
         except NotHFError as error:
             raise type(error)(f"{prefix}{error}") from error
         problems += [f"{prefix}{problem}" for problem in found]
-    if problems:
-        raise IncompatibleDonorError("; ".join(problems))
+    if not problems:
+        try:
+            _stack(organs, recipient)
+        except IncompatibleDonorError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _stack(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient: PreTrainedConfig) -> list[Origin]:
     places = [
         Place(source.name, *place_in_force(source, config), config.num_organ_layers)
         for source, config in organs

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from not_hf.cli.options import Base, Donor, Dtype, Force, Init, Mode, Output, Position, Token
@@ -54,15 +52,31 @@ def extract(
 @command("not-hf inspect gpt2-kjv")
 def inspect(
     donor: Donor,
+    recipient: Annotated[
+        str | None, typer.Option("--recipient", help="Also say whether it fits this one.", show_default=False)
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Folder within the repo.", show_default=False)] = None,
     token: Token = None,
 ) -> Result:
     """Show what a donor repo holds, without reading its weights."""
     from not_hf import DonorConfig
+    from not_hf.checking import check_donor
+    from not_hf.partial import list_tensors
 
-    config = DonorConfig.from_pretrained(donor, **_given(revision=revision, token=token))
-    tensors = [] if config.donors else list(_tensors(donor, revision, token))
-    data = {
+    hub = _given(revision=revision, subfolder=subfolder, token=token)
+    config = DonorConfig.from_pretrained(donor, **hub)
+    tensors: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "shape": list(tensor.shape),
+            "dtype": tensor.dtype,
+            "num_parameters": tensor.parameter_count,
+            "size": tensor.data_offsets[1] - tensor.data_offsets[0],
+        }
+        for name, tensor in ({} if config.donors else list_tensors(donor, **hub)).items()
+    ]
+    data: dict[str, Any] = {
         "id": donor,
         "config": config.to_dict(),
         "fingerprint": config.fingerprint,
@@ -70,7 +84,7 @@ def inspect(
         "size": sum(tensor["size"] for tensor in tensors),
         "tensors": tensors,
     }
-    tables = [_provenance(donor, config, data)]
+    tables: list[RenderableType] = [_provenance(donor, config, data)]
     for title, rows in (("Organs", config.donors), ("Tensors", tensors)):
         if rows:
             columns = dict.fromkeys(key for row in rows for key in row)  # organs need not all say the same
@@ -78,6 +92,10 @@ def inspect(
             for row in rows:
                 table.add_row(*(str(row.get(key, "")) for key in columns))
             tables.append(table)
+    if recipient:
+        problems = check_donor(donor, recipient, **hub)
+        data |= {"recipient": recipient, "compatible": not problems, "mismatches": problems}
+        tables.append(_verdict(donor, recipient, problems))
     return Result(data, Group(*tables))
 
 
@@ -87,16 +105,19 @@ def check(
     recipient: Annotated[str, typer.Argument(help="Recipient: folder or Hub ID.", show_default=False)],
     position: Position = None,
     mode: Annotated[Mode | None, typer.Option(help="As in extract.", show_default="as the donor says")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the donor.", show_default=False)] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Of the donor.", show_default=False)] = None,
     token: Token = None,
 ) -> Result:
-    """List everything that keeps an organ from fitting a recipient, from their configs alone. Exit 1 if anything."""
-    from not_hf import check_compatibility
+    """List all that keeps an organ from working in a recipient, from configs and headers. Exit 1 if there is any."""
+    from not_hf.checking import check_donor
 
-    problems = check_compatibility(donor, recipient, position, mode, token=token)
+    hub = _given(revision=revision, subfolder=subfolder, token=token)
+    problems = check_donor(donor, recipient, position, mode, **hub)
     count = f"{len(problems)} mismatch{'es' if len(problems) > 1 else ''}"
     return Result(
         {"donor": donor, "recipient": recipient, "compatible": not problems, "mismatches": problems},
-        "\n".join(problems) or f"{donor} fits {recipient}",
+        _verdict(donor, recipient, problems),
         f"{donor} does not fit {recipient}: {count}" if problems else None,
     )
 
@@ -218,24 +239,8 @@ def described(donor: DonorModel, folder: Path) -> dict[str, Any]:
     }
 
 
-def _tensors(donor: str, revision: str | None, token: str | None) -> Iterator[dict[str, Any]]:
-    """Name, shape and dtype of each tensor from the headers of the safetensors files, sizes in bytes."""
-    from huggingface_hub import get_local_safetensors_metadata, get_safetensors_metadata
-
-    if os.path.isdir(donor):
-        found = get_local_safetensors_metadata(donor)
-    else:
-        found = get_safetensors_metadata(donor, revision=revision, token=token)
-    for file in found.files_metadata.values():
-        for name, tensor in file.tensors.items():
-            size = tensor.data_offsets[1] - tensor.data_offsets[0]
-            yield {
-                "name": name,
-                "shape": list(tensor.shape),
-                "dtype": tensor.dtype,
-                "num_parameters": tensor.parameter_count,
-                "size": size,
-            }
+def _verdict(donor: str, recipient: str, problems: list[str]) -> str:
+    return "\n".join(problems) or f"{donor} fits {recipient}"
 
 
 def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
