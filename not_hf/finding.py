@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import ExpandModelProperty_T, ModelInfo
-from huggingface_hub.utils import httpx
 
 from not_hf.readme import ADAPTER_TAG, DONOR_TAG, METHOD_TAGS
 
@@ -66,7 +66,9 @@ def list_donors(
     found = api.list_models(filter=wanted, author=author, search=search, sort="downloads", limit=limit, expand=_FIELDS)
     try:
         return [_described(model) for model in found]
-    except httpx.TransportError as error:
+    except HfHubHTTPError:
+        raise
+    except HTTPError as error:
         raise ConnectionError(f"{api.endpoint} cannot be reached: {error}") from error
 
 
