@@ -138,7 +138,8 @@ def _update(card: ModelCard, new: ModelCard) -> None:
     old, ours = cast(ModelCardData, card.data), cast(ModelCardData, new.data)
     tags, datasets = _listed(old.tags), _listed(old.datasets)
     if ours.base_model:
-        tags = [tag for tag in tags if not tag.startswith("base_model:")]  # of the base it had before
+        # those of the base it had before go
+        tags = [tag for tag in tags if not tag.startswith("base_model:") or tag in _listed(ours.tags)]
     results = [
         result
         for result in old.eval_results or []

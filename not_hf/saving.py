@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from not_hf.composition import composition_config
 from not_hf.donor import DonorModel
 from not_hf.errors import NotHFError
 from not_hf.splice import Organ, Surgery
-
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+from not_hf.writing import replacing, require_donor_folder
 
 
 def organ_tensors(
@@ -75,19 +73,18 @@ def save_organs(
                 "merge or unload what was put on top of it (LoRA?), then save"
             )
     config = composition_config({name: (shells[name].config, surgery.organs[name].active) for name in names})
-    card = (
-        updated_card(folder, config, repo_id=repo_id) if len(names) > 1 else None
-    )  # raises before anything is written
-    for name, shell in shells.items():
-        alone = len(names) == 1
-        place = folder if alone else os.path.join(folder, name)
-        shell.save_donor(place, is_main_process, states[name], repo_id=repo_id if alone else None, **kwargs)
-    if card is not None and is_main_process:
-        config.save_pretrained(folder)
-        card.save(Path(folder, "README.md"))
-        for file in Path(folder).iterdir():
-            if _WEIGHTS.fullmatch(file.name):  # of the one organ that was saved here before
-                file.unlink()
+    if len(names) == 1:
+        shells[names[0]].save_donor(folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
+        return
+    require_donor_folder(folder)
+    card = updated_card(folder, config, repo_id=repo_id)  # raises before anything is written
+    with replacing(folder) as draft:
+        for name, shell in shells.items():
+            place = os.path.join(folder, name)
+            shell.save_donor(place, is_main_process, states[name], draft=os.path.join(draft, name), **kwargs)
+        if is_main_process:
+            config.save_pretrained(draft)
+            card.save(Path(draft, "README.md"))
 
 
 def _shell(surgery: Surgery, organ: Organ) -> DonorModel:

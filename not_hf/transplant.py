@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -31,11 +31,11 @@ from not_hf.anatomy import (
 from not_hf.compatibility import require_compatibility
 from not_hf.composition import DonorSource, OrganSource, read_config, resolve_request
 from not_hf.config import DonorConfig
-from not_hf.donor import PUSH_KWARGS, DonorModel
+from not_hf.donor import DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError
 from not_hf.layers import require_finite, settle
 from not_hf.saving import save_organs
-from not_hf.sharing import push_folder
+from not_hf.sharing import PushOptions, push_folder
 from not_hf.splice import Organ, Surgery
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ class TransplantedForCausalLM(_Native):
         if not names:
             raise NotHFError("no organ is loaded; use merge_and_unload() or unload() to save a native model")
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        push_kwargs = {key: kwargs.pop(key) for key in PUSH_KWARGS if key in kwargs}
+        push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
         options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
         if push_to_hub:
@@ -278,15 +278,20 @@ class TransplantedForCausalLM(_Native):
         *,
         selected_donors: Sequence[str] | None = None,
         max_shard_size: int | str = "5GB",
-        **kwargs: Any,
+        **options: Unpack[PushOptions],
     ) -> CommitInfo:
-        """Push the organs and their cards as one commit. Arguments as in `PreTrainedModel.push_to_hub`."""
+        """Push the organs and their cards as one commit. Arguments as in `PreTrainedModel.push_to_hub`.
+
+        Raises:
+            NotHFError: The repo holds another kind of model.
+            OSError: The Hub refuses, or cannot be reached; the repo is as it was.
+        """
         names = self._named(selected_donors)
 
         def save(folder: str, repo_id: str) -> None:
             save_organs(self, self._surgery, names, folder, repo_id=repo_id, max_shard_size=max_shard_size)
 
-        return push_folder(save, repo_id, **kwargs)
+        return push_folder(save, repo_id, self.model_tags, **options)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
