@@ -44,6 +44,7 @@ class Request:
     base: str | PreTrainedModel
     base_kwargs: dict[str, Any]
     sources: list[OrganSource]
+    named_by: str | None = None  # the donor that names the recipient, when the user does not
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def resolve_request(
     base = donor_config.base_model_name_or_path
     kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that this one names
     kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": donor_config.base_revision})
-    return Request(base, kwargs, list(_organs(wish, donor_config)))
+    return Request(base, kwargs, list(_organs(wish, donor_config)), named_by=str(wish.donor))
 
 
 def _organs(wish: OrganSource, config: DonorConfig) -> Iterator[OrganSource]:

@@ -28,6 +28,7 @@ from not_hf.anatomy import (
     PERIODS,
     config_differences,
 )
+from not_hf.bases import reading_base
 from not_hf.compatibility import require_compatibility
 from not_hf.composition import DonorSource, OrganSource, read_config, resolve_request
 from not_hf.config import DonorConfig
@@ -104,11 +105,19 @@ class TransplantedForCausalLM(_Native):
         )
         base = request.base
         if not isinstance(base, PreTrainedModel):
-            for source in request.sources:
-                organ_config = read_config(source, request.shared)
-                require_compatibility(organ_config, request.base_config(), source.position, source.mode)
+            organ_configs = [read_config(source, request.shared) for source in request.sources]
+            with reading_base(base, request.named_by):
+                base_config = request.base_config()
+            for source, organ_config in zip(request.sources, organ_configs, strict=True):
+                require_compatibility(organ_config, base_config, source.position, source.mode)
             wants_info = request.base_kwargs.pop("output_loading_info", False)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **request.base_kwargs)
+            with reading_base(base, request.named_by):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    base,
+                    output_loading_info=True,
+                    adapter_kwargs=request.shared,  # else it asks the Hub for an adapter_config.json, come what may
+                    **request.base_kwargs,
+                )
             native, info = loaded
             revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
             model = _transplant(native, request.sources, is_trainable, request.shared, revision)

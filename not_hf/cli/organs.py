@@ -33,6 +33,10 @@ def extract(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
     subfolder: Annotated[str | None, typer.Option(help="Folder within the repo.", show_default=False)] = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype of the organ; auto keeps the base's.")] = "auto",
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="Hub ID of the base, where it is read from a copy.", show_default="where it is read from"),
+    ] = None,
     token: Token = None,
     force: Force = False,
 ) -> Result:
@@ -43,6 +47,8 @@ def extract(
         from not_hf import DonorModel
 
         donor = DonorModel.from_base(base, span, position, mode, init, dtype=dtype, **hub)
+        if base_name is not None:
+            donor.config.base_model_name_or_path, donor.config.base_revision = base_name, None
         donor.save_pretrained(output)
     data = {
         "folder": str(output),
