@@ -371,6 +371,8 @@ class TransplantedForCausalLM(_Native):
         """Back to the native class."""
         native = self._surgery.native_class
         del self._surgery
+        if not self.model_tags:
+            vars(self).pop("model_tags", None)
         self.__class__ = native  # type: ignore[assignment]
         return self
 
@@ -432,6 +434,9 @@ def _transplant(
         native: Any = type(base)
         base.__class__ = _transplanted_class(native)
         base.requires_grad_(False)
+        base.model_tags = (
+            base.model_tags or []
+        )  # Trainer's card keeps the tags of ours if there is a list to add them to
         cast(TransplantedForCausalLM, base)._surgery = surgery
     model = cast(TransplantedForCausalLM, base)
     before = list(model.donor_config)

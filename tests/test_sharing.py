@@ -17,10 +17,11 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from organs import organ, same, with_organs
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM
 
+T = TransplantedForCausalLM.from_pretrained
 SHARDED = {"max_shard_size": "8KB"}
 SINGLE: dict = {}
 
@@ -121,6 +122,22 @@ def test_save_pretrained_pushes_too(base, api, tmp_path):
     assert api.model_info("me/named-like-its-folder").private is True
     with_organs(base, 1).save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="me/save-pretrained-2")
     assert holds("me/save-pretrained-2", donor)
+
+
+def test_trainer_pushes_the_organ_and_its_tags(base, api, repo_id, tmp_path):
+    donor = organ(base, 1)
+    model = T(base, donor, is_trainable=True)
+    assert T(tiny_model("llama"), donor).unload().model_tags is None
+    tokens = torch.randint(3, 90, (4, 8))
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, hub_model_id=repo_id, use_cpu=True, report_to=[])
+    run = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in tokens])
+    run.train()
+    run.push_to_hub(commit_message="trained")
+    assert titles(repo_id) == ["trained", "initial commit"]
+    assert holds(repo_id, model) and not holds(repo_id, T(base, donor))
+    assert {"not-hf", f"base_model:adapter:{base}", "generated_from_trainer"} <= set(card(repo_id).data.tags)
+    model.push_to_hub(repo_id)
+    assert card(repo_id).data.library_name == "not_hf" and holds(repo_id, model)
 
 
 def test_a_new_branch_starts_from_main_and_leaves_it_alone(base, api, repo_id):
