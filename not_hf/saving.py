@@ -16,6 +16,7 @@ from not_hf.composition import composition_config
 from not_hf.donor import DonorModel
 from not_hf.errors import NotHFError
 from not_hf.splice import Organ, Surgery
+from not_hf.vocabulary import VOCABULARY
 from not_hf.writing import replacing, require_donor_folder
 
 
@@ -90,13 +91,16 @@ def save_organs(
 def _shell(surgery: Surgery, organ: Organ) -> DonorModel:
     """A `DonorModel` on the meta device, in the organ's dtype, to save the organ's tensors through.
 
-    Its config names the recipient as the base, since that is what the organ was used with.
+    Its config names the recipient and its vocabulary as the base's, since that is what the organ was used with.
     """
     config = copy.deepcopy(organ.config)
     if name := surgery.base_config.name_or_path:
         if surgery.base_revision or name != config.base_model_name_or_path:
             config.base_revision = surgery.base_revision
         config.base_model_name_or_path = name
+        for values in (config.base_config, config.organ_config):
+            assert values is not None  # checked when the organ was loaded
+            values |= {key: getattr(surgery.base_config, key) for key in VOCABULARY if key in values}
     dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
     with torch.device("meta"):
         shell = DonorModel(config)

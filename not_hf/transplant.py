@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
+from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -38,6 +39,7 @@ from not_hf.layers import require_finite, settle
 from not_hf.saving import save_organs
 from not_hf.sharing import PushOptions, push_folder
 from not_hf.splice import Organ, Surgery
+from not_hf.vocabulary import Place, vocabulary_differences
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +232,14 @@ class TransplantedForCausalLM(_Native):
             layer.requires_grad_(True)
         return self._release()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; `base_config` follows."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self._surgery.base_config.vocab_size = self.config.vocab_size
+        return embeddings
+
     def get_base_model(self) -> PreTrainedModel:
         """The same modules behind a handle of the native class; as in PEFT, active organs stay in."""
         view = self._surgery.native_class.__new__(self._surgery.native_class)
@@ -364,6 +374,12 @@ class TransplantedForCausalLM(_Native):
             )
         if others := [d for d in config_differences(organ.native_config, surgery.base_config) if _computes(d)]:
             logger.warning("organ %r was cut under another config; here its %s", name, _some(others))
+        repo = None if isinstance(donor, DonorModel) else Place(donor, source.revision, source.subfolder)
+        home = Place(self.config.name_or_path, surgery.base_revision)
+        if others := vocabulary_differences(config, self.config, repo, home, hub_kwargs.get("cache_dir")):
+            logger.warning(
+                "organ %r was made with another vocabulary, and loads all the same: %s", name, _some(others)
+            )
         with surgery.changing(self):
             surgery.organs[name] = organ
 

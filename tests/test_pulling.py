@@ -378,6 +378,17 @@ def test_the_base_may_be_named_otherwise(folder_base, commits, tmp_path, caplog)
     assert isinstance(pipe.model, TransplantedForCausalLM)
 
 
+def test_a_recipient_may_be_named_otherwise(folder_base, commits, tmp_path):
+    """Trained in a copy in a folder, shared as an organ of the model on the Hub."""
+    model = T(folder_base, organ(folder_base, 1))
+    model.base_config.name_or_path = BASE
+    model.save_pretrained(tmp_path / "organ")
+    config = DonorConfig.from_pretrained(tmp_path / "organ")
+    assert (config.base_model_name_or_path, config.base_revision) == (BASE, None)
+    assert f"base_model: {BASE}" in (tmp_path / "organ" / "README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "organ" / "tokenizer_config.json").exists()
+
+
 @pytest.mark.parametrize("copy", ["folder", "repo"])
 def test_the_command_line_names_the_base_otherwise(copy, folder_base, base_repo, commits, tmp_path):
     out, copied = tmp_path / "organ", str(folder_base) if copy == "folder" else base_repo("llama")
