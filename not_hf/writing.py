@@ -15,6 +15,8 @@ from transformers.utils import CONFIG_NAME
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError
 
+# Begins the name of the folder that is written first; Trainer does not upload what begins with _
+DRAFT = "_draft-"
 # the files of one checkpoint; group 1 or 3 is its variant
 _WEIGHTS = re.compile(r"model(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.\w+)?\.json")
 
@@ -34,8 +36,8 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[str]:
     existed = os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     try:
-        # beside its destination, so that files need only be renamed; Trainer does not upload what begins with _
-        with tempfile.TemporaryDirectory(prefix="_draft-", dir=folder) as draft:
+        # beside its destination, so that files need only be renamed
+        with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder) as draft:
             yield draft
             _move(Path(draft), Path(folder))
     except BaseException:

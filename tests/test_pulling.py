@@ -145,6 +145,17 @@ def test_the_commit_of_the_base_is_kept_when_the_organ_is_saved_again(commits, t
     assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 33
 
 
+def test_a_tokenizer_of_the_organs_own_is_pulled_by_revision(folder_base):
+    """It comes along with an organ whose base is in a folder."""
+    repo_id, tokenizer = "me/pull-own-tokenizer", AutoTokenizer.from_pretrained(folder_base)
+    organ(folder_base, 1).push_to_hub(repo_id)
+    tokenizer.model_max_length = 55
+    tokenizer.push_to_hub(repo_id, revision="v2")
+    assert AutoTokenizer.from_pretrained(repo_id).model_max_length == 64
+    assert AutoTokenizer.from_pretrained(repo_id, revision="v2").model_max_length == 55
+    assert AutoTokenizer.from_pretrained(repo_id, revision="v2", local_files_only=True).model_max_length == 55
+
+
 # Who may
 
 
@@ -216,6 +227,13 @@ def test_a_closed_base_is_told_with_the_way_out(closed, entry, tmp_path):
             f"{repo_id} names {base} as its base, which cannot be read: "
         )
         assert f"TransplantedForCausalLM.from_pretrained(base, {repo_id!r})" in message
+
+
+def test_cutting_from_a_closed_base_is_told_as_transformers_tells_it(closed, tmp_path):
+    for base, kind in (("me/pull-gated-base", GatedRepoError), ("me/pull-private-base", RepositoryNotFoundError)):
+        with pytest.raises(OSError) as raised:
+            DonorModel.from_base(base, layers=(1, 3), token="hf_guest", cache_dir=tmp_path)
+        assert any(isinstance(error, kind) for error in causes(raised.value))
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

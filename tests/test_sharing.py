@@ -14,12 +14,15 @@ import torch
 from architectures import tiny_model
 from hub import Fault, Hub
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from organs import organ, same, with_organs
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf.cli import app
+from not_hf.writing import DRAFT
 
 T = TransplantedForCausalLM.from_pretrained
 SHARDED = {"max_shard_size": "8KB"}
@@ -261,6 +264,18 @@ def test_a_first_push_that_fails_can_be_repeated(hub, base, stage, api, repo_id,
     assert holds(repo_id, donor) and titles(repo_id) == ["Upload organ", "initial commit"]
 
 
+@pytest.mark.parametrize("revision", [None, "new-branch"])
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, base, revision, api, repo_id):
+    organ(base, 1).push_to_hub(repo_id)
+    second = organ(base, next(fresh))
+    hub.fault = lambda method, path, headers: Fault(truncate=True) if "/commit/" in path else None
+    with pytest.raises(HTTPError):
+        second.push_to_hub(repo_id, revision=revision)
+    hub.fault = None
+    second.push_to_hub(repo_id, revision=revision)
+    assert holds(repo_id, second, revision=revision) and len(titles(repo_id, revision)) == 3
+
+
 def test_a_card_that_cannot_be_read_is_not_overwritten(hub, base, api, repo_id, no_waiting):
     organ(base, 1).push_to_hub(repo_id)
     write(repo_id, "README.md", f"{card(repo_id)}\nWritten by hand.\n")
@@ -366,6 +381,22 @@ def test_weights_of_an_earlier_save_do_not_stay_behind(base, change, where, api,
     if where == "folder":
         assert all((place / path).read_bytes() == content for path, content in OTHERS.items())
         assert not [path for path in place.iterdir() if "draft" in path.name]
+
+
+def test_the_command_line_pushes_over_what_is_there(base, api, repo_id, tmp_path):
+    """What a killed process left in the folder stays here."""
+    organ(base, 1).push_to_hub(repo_id)
+    organ(base, 2).save_pretrained(tmp_path, **SHARDED)
+    (tmp_path / f"{DRAFT}x").mkdir()
+    (tmp_path / f"{DRAFT}x" / "model.safetensors").write_bytes(b"half")
+    done = CliRunner().invoke(app, ["push", str(tmp_path), repo_id])
+    assert done.exit_code == 0, done.stderr
+    assert holds(repo_id, organ(base, 2))
+    files = api.list_repo_files(repo_id)
+    assert "model.safetensors" not in files and not [path for path in files if "/" in path]
+    tiny_model("llama").push_to_hub(other := f"{repo_id}-native")
+    done = CliRunner().invoke(app, ["push", str(tmp_path), other])
+    assert done.exit_code == 1 and f"{other} holds a model of type 'llama'" in done.stderr
 
 
 def test_a_variant_replaces_its_own_weights_only(base, tmp_path):

@@ -129,13 +129,14 @@ def push(
     from not_hf import DonorConfig, DonorModel
     from not_hf.card import write_card
     from not_hf.sharing import push_folder
+    from not_hf.writing import DRAFT
 
     config = DonorConfig.from_pretrained(folder)
     inside = ["" if config.donors is None else entry.get("subfolder", "") for entry in config.donors or [{}]]
     donors = [DonorModel.from_pretrained(folder, subfolder=name) for name in inside if name or not config.donors]
 
     def copy(target: str, repo_id: str) -> None:
-        ignored = shutil.ignore_patterns(".*", CHECKPOINTS)
+        ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", CHECKPOINTS)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
         if not (folder / "README.md").exists():
             write_card(target, config, sum(donor.num_parameters() for donor in donors), repo_id=repo_id)
