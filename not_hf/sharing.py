@@ -69,7 +69,9 @@ def push_folder(
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     all_tags = [*(model_tags or []), *([tags] if isinstance(tags, str) else tags or [])]
-    for left in reversed(range(_ATTEMPTS)):
+    attempts = 0
+    while True:
+        attempts += 1
         head = _find_head(api, repo_id, revision)
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -87,9 +89,8 @@ def push_folder(
                         parent_commit=parent,
                     )
         except HfHubHTTPError as error:
-            if error.response.status_code != 412 or not left:  # 412: the parent is no longer the last commit
+            if error.response.status_code != 412 or attempts == _ATTEMPTS:  # 412: the parent is not the last commit
                 raise
-    raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(frozen=True)
