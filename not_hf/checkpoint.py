@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -177,6 +178,7 @@ def choose(
         return
     index = fetch_file(source, sharded, **hub_kwargs)
     if index is None:
+        _require_reach(source, whole, **hub_kwargs)
         raise OSError(
             f"{source} has no {whole} or {sharded}. If it holds pytorch_model.bin, "
             "convert it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
@@ -184,6 +186,7 @@ def choose(
     files = {name: file for name, file in read_weight_map(index).items() if wanted(name)}
     for file in sorted(set(files.values())):
         if (handle := find(file)) is None:
+            _require_reach(source, file, **hub_kwargs)
             raise CorruptDonorError(f"{source}: the weight index names {file}, which is not there")
         tensors = read(handle)
         for name in (name for name, home in files.items() if home == file):
@@ -202,6 +205,21 @@ def _add_variant(name: str, variant: str | None) -> str:
 def fetch_file(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:
     """Local path of a file in a folder or, once fetched, of one on the Hub; `None` when there is none of that name."""
     return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+
+def _require_reach(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> None:
+    """Raise `OSError` for a file that was not found merely because the Hub could not be asked for it."""
+    try:
+        found = cached_file(source, file, **hub_kwargs)
+    except OSError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise OSError(
+                f"{source}: {file} is not in the cache, and the Hub was not to be asked or did not answer; "
+                "load it once while online"
+            ) from error
+        return  # it was asked, and there is none
+    if found is not None:
+        raise OSError(f"{source}: {file} could not be fetched a moment ago; try again")
 
 
 def open_file(path: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from not_hf.bases import reading_base
 from not_hf.compatibility import check_compatibility
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, resolve_commit
@@ -32,6 +33,7 @@ class Request:
     base: str | PreTrainedModel
     base_kwargs: dict[str, Any]
     sources: list[OrganSource]
+    named_by: str | None = None  # the donor that names the recipient, when the user does not
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -45,7 +47,8 @@ class Request:
         given = {key: value for key, value in self.base_kwargs.items() if key in (*SHARED_KWARGS, *CONFIG_KWARGS)}
         config = self.base_kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
-            config = AutoConfig.from_pretrained(config or self.base, **given)
+            with reading_base(self.base, self.named_by):
+                config = AutoConfig.from_pretrained(config or self.base, **given)
         if isinstance(config, DonorConfig):
             raise NotHFError(f"{self.base} is a donor, not a recipient; name the base first, then the donor")
         return config
@@ -118,7 +121,7 @@ def resolve_request(
     base = donor_config.base_model_name_or_path
     kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that this one names
     kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": donor_config.base_revision})
-    return Request(base, kwargs, expand(wish, donor_config, shared))
+    return Request(base, kwargs, expand(wish, donor_config, shared), named_by=str(wish.donor))
 
 
 def pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from huggingface_hub import CommitInfo
@@ -18,7 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import CONFIG_NAME
 
 from not_hf.anatomy import (
     NEUTRAL_EMBEDDING,
@@ -34,13 +31,11 @@ from not_hf.card import updated_card
 from not_hf.checkpoint import FLOAT_DTYPES, View, expert_problems, open_checkpoint
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, StoredBase, cut_config, open_base, resolve_commit
-from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, some
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, some
 from not_hf.layers import check_bare, is_finite, silence, strip_to_layers
 from not_hf.license import inherit_license
-from not_hf.sharing import push_folder
-
-# of push_to_hub, which save_pretrained(push_to_hub=True) takes as well
-PUSH_KWARGS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+from not_hf.sharing import PushOptions, push_folder
+from not_hf.writing import replacing, require_donor_folder
 
 
 class DonorModel(PreTrainedModel):
@@ -387,19 +382,26 @@ class DonorModel(PreTrainedModel):
             CorruptDonorError: A tensor is empty or not materialized; nothing is written then.
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        push_kwargs = {key: kwargs.pop(key) for key in PUSH_KWARGS if key in kwargs}
+        push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
         self.save_donor(save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
         if push_to_hub:
             self.push_to_hub(repo_id, max_shard_size=max_shard_size, **push_kwargs)
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "5GB", **kwargs: Any) -> CommitInfo:  # type: ignore[override]
-        """Push the organ and its card to the Hub as one commit. Arguments as in `PreTrainedModel.push_to_hub`."""
-        inherit_license(self.config, revision=self.config.base_revision, token=kwargs.get("token"))
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, max_shard_size: int | str = "5GB", **options: Unpack[PushOptions]
+    ) -> CommitInfo:
+        """Push the organ and its card to the Hub as one commit. Arguments as in `PreTrainedModel.push_to_hub`.
+
+        Raises:
+            NotHFError: The repo holds another kind of model.
+            OSError: The Hub refuses, or cannot be reached; the repo is as it was.
+        """
+        inherit_license(self.config, revision=self.config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
             self.save_donor(folder, repo_id=repo_id, max_shard_size=max_shard_size)
 
-        return push_folder(save, repo_id, **kwargs)
+        return push_folder(save, repo_id, self.model_tags, **options)
 
     def save_donor(
         self,
@@ -407,9 +409,15 @@ class DonorModel(PreTrainedModel):
         is_main_process: bool = True,
         tensors: Mapping[str, torch.Tensor] | None = None,
         repo_id: str | None = None,
+        draft: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """`save_pretrained` without the push; `repo_id` is where the card says the organ lies."""
+        """`save_pretrained` without the push.
+
+        Args:
+            repo_id: Where the card says the organ lies.
+            draft: Write there, for the caller to move to `folder`.
+        """
         tensors = self.state_dict() if tensors is None else tensors
         hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
         if hollow:
@@ -418,11 +426,13 @@ class DonorModel(PreTrainedModel):
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         num_parameters = sum(tensor.numel() for tensor in tensors.values())
         card = updated_card(folder, self.config, num_parameters, size, repo_id)  # raises before anything is written
-        super().save_pretrained(folder, is_main_process, dict(tensors), **kwargs)
-        if not is_main_process:
-            return
-        card.save(os.path.join(folder, "README.md"))
-        save_local_tokenizer(self.config.base_model_name_or_path, folder)
+        with contextlib.nullcontext(draft) if draft else replacing(folder) as place:
+            super().save_pretrained(place, is_main_process, dict(tensors), **kwargs)
+            if not is_main_process:
+                return
+            card.save(os.path.join(place, "README.md"))
+            if not os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
+                save_local_tokenizer(self.config.base_model_name_or_path, place)
 
 
 def _refuse(source: str, problems: Sequence[str]) -> None:
@@ -437,21 +447,6 @@ def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str]) -> No
         return
     with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-
-
-def require_donor_folder(folder: str | os.PathLike[str]) -> None:
-    """Refuse to save over another model: both kinds of repo use the same file names."""
-    config = Path(folder, CONFIG_NAME)
-    if not config.is_file():
-        return
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        return  # no model's
-    if model_type != DonorConfig.model_type:
-        raise NotHFError(
-            f"{folder} holds a model of type {model_type!r}, which an organ would overwrite; choose another"
-        )
 
 
 def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import model_info
 from transformers import PreTrainedConfig
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, cached_file
 
 from not_hf.card import updated_card
@@ -21,12 +22,12 @@ from not_hf.checkpoint import checkpoint_files, open_checkpoint
 from not_hf.composition import SHARED_KWARGS, Request, expand, pin, place_in_force, read_config, require_stack
 from not_hf.config import DonorConfig
 from not_hf.cutting import resolve_commit
-from not_hf.donor import DonorModel, require_donor_folder, save_local_tokenizer
+from not_hf.donor import DonorModel, save_local_tokenizer
 from not_hf.entries import OrganSource, composition_config, require_distinct, write_entry
 from not_hf.errors import CorruptDonorError, NotHFError, some
 from not_hf.partial import list_tensors
 from not_hf.placing import Origin
-from not_hf.saving import remove_weights
+from not_hf.writing import replacing, require_donor_folder
 
 CARD = "README.md"
 
@@ -104,17 +105,15 @@ class Plan:
             sum(organ.num_parameters for organ in self.organs),
             sum(organ.size for organ in self.organs),
         )
-        with _filling(Path(folder)) as staging:
+        with replacing(folder) as draft:
             for name, paths in files.items():
-                (staging / name).mkdir()
+                Path(draft, name).mkdir()
                 for file, path in paths.items():
-                    shutil.copyfile(path, staging / name / file)
-            config.save_pretrained(staging)
-            card.save(staging / CARD)
-        save_local_tokenizer(self.base, folder)
-        remove_weights(Path(folder))  # of the one organ that was saved here before
-        for name, place in places.items():
-            remove_weights(place, keep=files[name])
+                    shutil.copyfile(path, Path(draft, name, file))
+            config.save_pretrained(draft)
+            card.save(Path(draft, CARD))
+            if not Path(folder, TOKENIZER_CONFIG_FILE).exists():
+                save_local_tokenizer(self.base, draft)
 
     def _files(self, source: OrganSource) -> dict[str, str]:
         """The files of a donor, whole and on this machine: paths by name."""

@@ -132,7 +132,8 @@ def _update(old: ModelCardData, ours: ModelCardData, facts: str) -> None:
     """Bring metadata up to ours, keeping what people wrote into it; `facts` are those that the card had so far."""
     tags = unite(old.tags)
     if ours.base_model:
-        tags = [tag for tag in tags if not tag.startswith("base_model:")]  # of the base it had before
+        # those of the base it had before go
+        tags = [tag for tag in tags if not tag.startswith("base_model:") or tag in unite(ours.tags)]
     if ours.library_name != LIBRARY:
         tags = [tag for tag in tags if tag != DONOR_TAG]
     results = [result for result in old.eval_results or [] if not _outdated(result, ours, facts)]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from not_hf.entries import composition_config, write_entry
 from not_hf.errors import NotHFError
 from not_hf.license import License, joint_license
 from not_hf.splice import Organ, Surgery
-
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+from not_hf.vocabulary import VOCABULARY
+from not_hf.writing import replacing, require_donor_folder
 
 
 def organ_tensors(
@@ -79,36 +78,33 @@ def save_organs(
     entries = [write_entry(name, shells[name].config, surgery.organs[name].active, subfolder=name) for name in names]
     config = composition_config(first.base_model_name_or_path, first.base_revision, surgery.base_config, entries)
     joint_license(License.of(shell.config) for shell in shells.values()).set(config)
-    card = (
-        updated_card(folder, config, repo_id=repo_id) if len(names) > 1 else None
-    )  # raises before anything is written
-    for name, shell in shells.items():
-        alone = len(names) == 1
-        place = folder if alone else os.path.join(folder, name)
-        shell.save_donor(place, is_main_process, states[name], repo_id=repo_id if alone else None, **kwargs)
-    if card is not None and is_main_process:
-        config.save_pretrained(folder)
-        card.save(Path(folder, "README.md"))
-        remove_weights(Path(folder))  # of the one organ that was saved here before
-
-
-def remove_weights(folder: Path, keep: Container[str] = ()) -> None:
-    """Remove an organ's weights from a folder, except for those files."""
-    for file in folder.iterdir():
-        if _WEIGHTS.fullmatch(file.name) and file.name not in keep:
-            file.unlink()
+    if len(names) == 1:
+        shells[names[0]].save_donor(folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
+        return
+    require_donor_folder(folder)
+    card = updated_card(folder, config, repo_id=repo_id)  # raises before anything is written
+    with replacing(folder) as draft:
+        for name, shell in shells.items():
+            place = os.path.join(folder, name)
+            shell.save_donor(place, is_main_process, states[name], draft=os.path.join(draft, name), **kwargs)
+        if is_main_process:
+            config.save_pretrained(draft)
+            card.save(Path(draft, "README.md"))
 
 
 def _shell(surgery: Surgery, organ: Organ) -> DonorModel:
     """A `DonorModel` on the meta device, in the organ's dtype, to save the organ's tensors through.
 
-    Its config names the recipient as the base, since that is what the organ was used with.
+    Its config names the recipient and its vocabulary as the base's, since that is what the organ was used with.
     """
     config = copy.deepcopy(organ.config)
     if name := surgery.base_config.name_or_path:
         if surgery.base_revision or name != config.base_model_name_or_path:
             config.base_revision = surgery.base_revision
         config.base_model_name_or_path = name
+        for values in (config.base_config, config.organ_config):
+            assert values is not None  # checked when the organ was loaded
+            values |= {key: getattr(surgery.base_config, key) for key in VOCABULARY if key in values}
     dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
     with torch.device("meta"):
         shell = DonorModel(config)

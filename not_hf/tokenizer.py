@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from not_hf.bases import reading_base
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS
 from not_hf.errors import NotHFError
@@ -29,7 +30,8 @@ class DonorTokenizer:
         kwargs = {key: value for key, value in kwargs.items() if key not in own}
         shared = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         base = config.base_model_name_or_path
-        base_config = AutoConfig.from_pretrained(base, revision=config.base_revision, **shared)
-        if isinstance(base_config, DonorConfig):
-            raise NotHFError(f"{pretrained_model_name_or_path} names {base} as its base, which is a donor itself")
-        return AutoTokenizer.from_pretrained(base, *inputs, revision=config.base_revision, **kwargs)
+        with reading_base(base, os.fspath(pretrained_model_name_or_path)):
+            base_config = AutoConfig.from_pretrained(base, revision=config.base_revision, **shared)
+            if isinstance(base_config, DonorConfig):
+                raise NotHFError(f"{pretrained_model_name_or_path} names {base} as its base, which is a donor itself")
+            return AutoTokenizer.from_pretrained(base, *inputs, revision=config.base_revision, **kwargs)

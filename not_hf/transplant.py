@@ -14,10 +14,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
+from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -29,18 +30,20 @@ from not_hf.anatomy import (
     PERIODS,
     config_differences,
 )
+from not_hf.bases import reading_base
 from not_hf.compatibility import require_compatibility
 from not_hf.composition import place_in_force, read_config, require_stack, resolve_request
 from not_hf.config import DonorConfig
 from not_hf.cutting import resolve_commit
-from not_hf.donor import PUSH_KWARGS, DonorModel
+from not_hf.donor import DonorModel
 from not_hf.entries import DonorSource, OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.layers import require_finite, settle
 from not_hf.license import inherit_license
 from not_hf.saving import save_organs
-from not_hf.sharing import push_folder
+from not_hf.sharing import PushOptions, push_folder
 from not_hf.splice import Organ, Surgery
+from not_hf.vocabulary import Home, vocabulary_differences
 
 logger = logging.getLogger(__name__)
 
@@ -107,15 +110,19 @@ class TransplantedForCausalLM(_Native):
             base_kwargs,
         )
         base = request.base
-        if (
-            not isinstance(base, PreTrainedModel) or len(request.sources) > 1
-        ):  # one by itself is checked when it is put in
+        if not isinstance(base, PreTrainedModel) or len(request.sources) > 1:  # one is checked when it goes in
             organs = [(source, read_config(source, request.shared)) for source in request.sources]
             require_stack(organs, request.base_config())
         if isinstance(base, PreTrainedModel):
             return _transplant(base, request.sources, is_trainable, request.shared)
         wants_info = request.base_kwargs.pop("output_loading_info", False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **request.base_kwargs)
+        with reading_base(base, request.named_by):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                base,
+                output_loading_info=True,
+                adapter_kwargs=request.shared,  # else it asks the Hub for an adapter_config.json, come what may
+                **request.base_kwargs,
+            )
         native, info = loaded
         revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
         model = _transplant(native, request.sources, is_trainable, request.shared, revision)
@@ -229,6 +236,14 @@ class TransplantedForCausalLM(_Native):
         vars(self).pop("_weight_conversions", None)
         return self._release()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; `base_config` follows."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self._surgery.base_config.vocab_size = self.config.vocab_size
+        return embeddings
+
     def get_base_model(self) -> PreTrainedModel:
         """The same modules behind a handle of the native class; as in PEFT, active organs stay in."""
         view = self._surgery.native_class.__new__(self._surgery.native_class)
@@ -274,7 +289,7 @@ class TransplantedForCausalLM(_Native):
         if not names:
             raise NotHFError("no organ is loaded; use merge_and_unload() or unload() to save a native model")
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        push_kwargs = {key: kwargs.pop(key) for key in PUSH_KWARGS if key in kwargs}
+        push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
         options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
         if push_to_hub:
@@ -286,17 +301,22 @@ class TransplantedForCausalLM(_Native):
         *,
         selected_donors: Sequence[str] | None = None,
         max_shard_size: int | str = "5GB",
-        **kwargs: Any,
+        **options: Unpack[PushOptions],
     ) -> CommitInfo:
-        """Push the organs and their cards as one commit. Arguments as in `PreTrainedModel.push_to_hub`."""
+        """Push the organs and their cards as one commit. Arguments as in `PreTrainedModel.push_to_hub`.
+
+        Raises:
+            NotHFError: The repo holds another kind of model.
+            OSError: The Hub refuses, or cannot be reached; the repo is as it was.
+        """
         names = self._named(selected_donors)
         for config in (self.donor_config[name] for name in names):
-            inherit_license(config, revision=config.base_revision, token=kwargs.get("token"))
+            inherit_license(config, revision=config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
             save_organs(self, self._surgery, names, folder, repo_id=repo_id, max_shard_size=max_shard_size)
 
-        return push_folder(save, repo_id, **kwargs)
+        return push_folder(save, repo_id, self.model_tags, **options)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -359,6 +379,10 @@ class TransplantedForCausalLM(_Native):
             logger.warning("organ %r works here but cannot be merged into a native model: %s", name, some(differences))
         if others := [d for d in config_differences(organ.native_config, surgery.base_config) if _computes(d)]:
             logger.warning("organ %r was cut under another config; here its %s", name, some(others))
+        there = None if isinstance(donor, DonorModel) else Home(donor, source.revision, source.subfolder)
+        here = Home(self.config.name_or_path, surgery.base_revision)
+        if others := vocabulary_differences(config, self.config, there, here, hub_kwargs.get("cache_dir")):
+            logger.warning("organ %r was made with another vocabulary, and loads all the same: %s", name, some(others))
         with surgery.changing(self):
             surgery.organs[name] = organ
 
@@ -366,6 +390,8 @@ class TransplantedForCausalLM(_Native):
         """Back to the native class."""
         native = self._surgery.native_class
         del self._surgery
+        if not self.model_tags:
+            vars(self).pop("model_tags", None)
         self.__class__ = native  # type: ignore[assignment]
         return self
 
@@ -421,6 +447,9 @@ def _transplant(
         native: Any = type(base)
         base.__class__ = _transplanted_class(native)
         base.requires_grad_(False)
+        base.model_tags = (
+            base.model_tags or []
+        )  # Trainer's card keeps the tags of ours if there is a list to add them to
         cast(TransplantedForCausalLM, base)._surgery = surgery
     model = cast(TransplantedForCausalLM, base)
     before = list(model.donor_config)

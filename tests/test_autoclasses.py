@@ -198,7 +198,9 @@ def test_pushing_again_keeps_what_was_written_by_hand(base):
     HfApi().upload_file(
         path_or_fileobj=(text + "\nWritten by hand.\n").encode(), path_in_repo="README.md", repo_id="me/card-organ"
     )
-    TransplantedForCausalLM.from_pretrained("me/card-organ").push_to_hub("me/card-organ")
+    model = TransplantedForCausalLM.from_pretrained("me/card-organ")
+    model.donor_config["default"].domain = "law"
+    model.push_to_hub("me/card-organ")
     text = Path(HfApi().hf_hub_download("me/card-organ", "README.md")).read_text(encoding="utf-8")
     assert "Written by hand." in text and "mine" in text
     assert len(HfApi().list_repo_commits("me/card-organ")) == 4  # one per push, besides the initial one

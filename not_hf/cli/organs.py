@@ -34,6 +34,10 @@ def extract(
     license: Annotated[
         str | None, typer.Option(help="Licence of the organ, as the Hub names it.", show_default="the base's")
     ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="Hub ID of the base, where it is read from a copy.", show_default="where it is read from"),
+    ] = None,
     token: Token = None,
     force: Force = False,
 ) -> Result:
@@ -44,6 +48,8 @@ def extract(
         from not_hf import DonorModel
 
         donor = DonorModel.from_base(base, span, position, mode, init, dtype=dtype, license=license, **hub)
+        if base_name is not None:
+            donor.config.base_model_name_or_path, donor.config.base_revision = base_name, None
         donor.save_pretrained(output)
     data = described(donor, output)
     return Result(data, facts("Cut", data))
@@ -140,6 +146,7 @@ def push(
     from not_hf.composition import expand
     from not_hf.license import inherit_license
     from not_hf.sharing import push_folder
+    from not_hf.writing import DRAFT
 
     config = DonorConfig.from_pretrained(folder)
     sources = expand(OrganSource("", folder), config, _given(token=token))
@@ -158,7 +165,7 @@ def push(
     def copy(target: str, repo_id: str) -> None:
         readme = Path(target, "README.md")  # the one that is published, if any
         card = pushed_card(folder, readme, config, num_parameters, size, repo_id)
-        ignored = shutil.ignore_patterns(".*", CHECKPOINTS)
+        ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", CHECKPOINTS)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
         if config.license != stated:
             config.save_pretrained(target)
