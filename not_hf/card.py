@@ -228,6 +228,7 @@ def _facts(config: DonorConfig, num_parameters: int | None, size: int | None) ->
         ("Training data", ", ".join(config.datasets or []) or None),
         ("Training tokens", None if config.tokens_seen is None else f"{config.tokens_seen:,}"),
         ("Base revision", f"`{config.base_revision}`" if config.base_revision else None),
+        ("Base folder", f"`{config.base_subfolder}` in its repo" if config.base_subfolder else None),
         ("Cut with", f"not_hf {config.not_hf_version}" if config.not_hf_version else None),
     ]
     return [(name, cell(value)) for name, value in rows if value]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from not_hf.errors import CorruptDonorError
 
 # safetensors names of the dtypes a trained weight may have, and what torch calls them
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-_EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -123,34 +120,6 @@ def renumber_layers(
             kept[f"{path}.{n - span[0]}.{match[2]}"] = view
             seen.add(n)
     return kept, seen
-
-
-def expert_problems(tensors: Mapping[str, Any]) -> list[str]:
-    """What is off about experts that a checkpoint keeps one by one; transformers stacks what it finds, in order.
-
-    Args:
-        tensors: Tensors or lazy views by name.
-
-    Returns:
-        One line for each tensor that is missing, has a number too high, or another shape than most of its kind.
-    """
-    lists: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {}  # shapes by list of experts, name in one, number
-    for name, tensor in tensors.items():
-        if match := _EXPERT.fullmatch(name):
-            lists.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = tuple(tensor.shape)
-    problems = []
-    for path, kinds in lists.items():
-        num_experts = len({n for shapes in kinds.values() for n in shapes})
-        for key, shapes in kinds.items():
-            usual = Counter(shapes.values()).most_common(1)[0][0]
-            problems += [f"missing {path}.{n}.{key}" for n in range(num_experts) if n not in shapes]
-            problems += [f"unexpected {path}.{n}.{key}" for n in sorted(shapes) if n >= num_experts]
-            problems += [
-                f"{path}.{n}.{key} has shape {shape}, expected {usual}"
-                for n, shape in sorted(shapes.items())
-                if shape != usual
-            ]
-    return problems
 
 
 def layer_pattern(prefix: str, path: str) -> re.Pattern[str]:

@@ -121,6 +121,8 @@ def resolve_request(
     base = donor_config.base_model_name_or_path
     kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that this one names
     kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": donor_config.base_revision})
+    if donor_config.base_subfolder:
+        kwargs["subfolder"] = donor_config.base_subfolder
     return Request(base, kwargs, expand(wish, donor_config, shared), named_by=str(wish.donor))
 
 

@@ -27,6 +27,7 @@ class DonorConfig(PreTrainedConfig):
     Args:
         base_model_name_or_path: Hub ID or local path of the model the organ was cut from.
         base_revision: Commit of that repo at cut time, `None` for a local folder or a live model.
+        base_subfolder: Folder of the base within its repo, `None` when it is at the root.
         layers: Half-open span `[i, j]` of the base's layers.
         position: Where the organ goes, counted in the recipient's own layers.
         mode: `"insert"` (before layer `position`) or `"replace"` (of layers `position … position + k`).
@@ -49,6 +50,7 @@ class DonorConfig(PreTrainedConfig):
 
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
+    base_subfolder: str | None = None
     layers: list[int] | None = None
     position: int | None = None
     mode: str = "insert"

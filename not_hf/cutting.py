@@ -200,6 +200,7 @@ def cut_config(
     config = DonorConfig(
         base_model_name_or_path=base.name,
         base_revision=base.revision,
+        base_subfolder=base.hub_kwargs.get("subfolder") or None,
         layers=[int(i), int(j)],
         position=int(position),
         mode=mode,

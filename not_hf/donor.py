@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
 from huggingface_hub import CommitInfo
 from huggingface_hub.utils import TensorInfo
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
@@ -28,13 +26,15 @@ from not_hf.anatomy import (
     spliced_config,
 )
 from not_hf.card import updated_card
-from not_hf.checkpoint import FLOAT_DTYPES, View, expert_problems, open_checkpoint
+from not_hf.checkpoint import open_checkpoint
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, StoredBase, cut_config, open_base, resolve_commit
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, some
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
 from not_hf.layers import check_bare, is_finite, silence, strip_to_layers
 from not_hf.license import inherit_license
+from not_hf.loading import dtype_of, expert_problems, fill, loading_problems, refuse, tensor_problems
 from not_hf.sharing import PushOptions, push_folder
+from not_hf.tokenizer import save_local_tokenizer
 from not_hf.writing import replacing, require_donor_folder
 
 
@@ -247,7 +247,7 @@ class DonorModel(PreTrainedModel):
             config = DonorConfig.from_pretrained(config or source, **hub_kwargs)
         config.check()
         views = open_checkpoint(source, variant=kwargs.pop("variant", None), **hub_kwargs)
-        _refuse(source, _odd_tensors(views))
+        refuse(source, tensor_problems(views))
         wants_info = kwargs.pop("output_loading_info", False)
         dtype = kwargs.pop("torch_dtype", dtype)
         organ, missing = cls.load_tensors(config, views, dtype, *model_args, source=source, **kwargs)
@@ -287,16 +287,16 @@ class DonorModel(PreTrainedModel):
             CorruptDonorError: As in `from_pretrained`.
         """
         if not partial:
-            _refuse(source, expert_problems(tensors))
-        organ, info = cls._fill(
-            config, tensors, dtype, *model_args, source=source, quantization=quantization, **kwargs
+            refuse(source, expert_problems(tensors))
+        organ, info = fill(
+            cls, config, tensors, dtype, *model_args, source=source, quantization=quantization, **kwargs
         )
-        problems = _loading_problems(info, partial, foreign) or [
+        problems = loading_problems(info, partial, foreign) or [
             f"non-finite values in {name}"
             for name, tensor in organ.state_dict().items()
             if not tensor.is_meta and not is_finite(tensor)
         ]
-        _refuse(source, problems)
+        refuse(source, problems)
         return organ, set(info["missing_keys"])
 
     @classmethod
@@ -313,52 +313,12 @@ class DonorModel(PreTrainedModel):
         Raises:
             CorruptDonorError: The config contradicts itself.
         """
-        if odd := _odd_tensors(headers) or expert_problems(headers):
+        if odd := tensor_problems(headers) or expert_problems(headers):
             return odd
         config.check()
-        hollow = {
-            name: torch.empty(each.shape, dtype=_dtype_of(each), device="meta") for name, each in headers.items()
-        }
-        _, info = cls._fill(config, hollow, source="the checkpoint", device_map="meta")
-        return _loading_problems(info)
-
-    @classmethod
-    def _fill(
-        cls,
-        config: DonorConfig,
-        tensors: Mapping[str, Any],
-        dtype: str | torch.dtype | None = "auto",
-        *model_args: Any,
-        source: str,
-        quantization: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> tuple[DonorModel, dict[str, Any]]:
-        """Build an organ and load into it what fits; returns it and transformers' `output_loading_info`."""
-        if not tensors:
-            raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
-        if dtype in (None, "auto"):
-            dtype = next(filter(None, map(_dtype_of, tensors.values())), torch.float32)
-        if quantization is not None:
-            config = copy.deepcopy(config)
-            config.quantization_config = quantization  # transformers takes it away when it has dequantized
-        try:
-            with _without_load_report():
-                loaded: Any = super().from_pretrained(
-                    None,
-                    *model_args,
-                    config=config,
-                    state_dict=dict(tensors),
-                    dtype=dtype,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **kwargs,
-                )
-        except RuntimeError as error:  # tensors that cannot be brought into the module's layout
-            raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
-        organ, info = loaded
-        if quantization is not None:  # else saving would undo the conversion: dequantized weights as quantized ones
-            vars(organ).pop("_weight_conversions", None)
-        return organ, info
+        hollow = {name: torch.empty(each.shape, dtype=dtype_of(each), device="meta") for name, each in headers.items()}
+        _, info = fill(cls, config, hollow, source="the checkpoint", device_map="meta")
+        return loading_problems(info)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -435,20 +395,6 @@ class DonorModel(PreTrainedModel):
                 save_local_tokenizer(self.config.base_model_name_or_path, place)
 
 
-def _refuse(source: str, problems: Sequence[str]) -> None:
-    """Raise if there are any."""
-    if problems:
-        raise CorruptDonorError(f"{source}: {some(problems)}")
-
-
-def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str]) -> None:
-    """Give a donor's folder the tokenizer of a base that others cannot reach; one that is there stays."""
-    if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
-        return
-    with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-
-
 def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:
     """Silence every layer, then check on hidden states that nothing is left."""
     for layer in organ.stack.layers:
@@ -464,43 +410,3 @@ def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:
             f"layers of model_type {organ.organ.config.model_type!r} do not become a no-op when their output "
             "projections are zero; use init='copy'"
         )
-
-
-def _odd_tensors(tensors: Mapping[str, View | TensorInfo]) -> list[str]:
-    """Tensors that no organ has, whatever its architecture."""
-    return [
-        f"tensor {name} is {tensor.dtype}, not floating-point"
-        for name, tensor in tensors.items()
-        if tensor.dtype not in FLOAT_DTYPES
-    ] + [f"tensor {name} is empty, shape {tensor.shape}" for name, tensor in tensors.items() if 0 in tensor.shape]
-
-
-def _loading_problems(info: dict[str, Any], partial: bool = False, foreign: bool = False) -> list[str]:
-    problems = [] if partial else [f"missing {name}" for name in sorted(info["missing_keys"])]
-    problems += [] if foreign else [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
-    return problems + [
-        f"{name} has shape {tuple(found)}, expected {tuple(expected)}"
-        for name, found, expected in sorted(info["mismatched_keys"])
-    ]
-
-
-def _dtype_of(tensor: torch.Tensor | View | TensorInfo) -> torch.dtype | None:
-    """dtype of a tensor, or of one in a file; `None` when it is not floating-point."""
-    if isinstance(tensor, torch.Tensor):
-        return tensor.dtype if tensor.is_floating_point() else None
-    return getattr(torch, FLOAT_DTYPES.get(tensor.dtype, ""), None)
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """transformers logs a table of missing and unexpected tensors as a warning; we raise it as one line instead."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

@@ -114,19 +114,25 @@ def write_entry(name: str, config: DonorConfig, active: bool, **where: str | Non
 
 
 def composition_config(
-    base: str | None, base_revision: str | None, base_config: PreTrainedConfig, entries: Sequence[dict[str, Any]]
+    base: str | None,
+    base_revision: str | None,
+    base_subfolder: str | None,
+    base_config: PreTrainedConfig,
+    entries: Sequence[dict[str, Any]],
 ) -> DonorConfig:
     """The root config of a composition.
 
     Args:
         base: Hub ID or folder of the recipient.
         base_revision: Its commit.
+        base_subfolder: Folder of it within its repo.
         base_config: Its native config, without organs.
         entries: Of the organs, in load order.
     """
     return DonorConfig(
         base_model_name_or_path=base,
         base_revision=base_revision,
+        base_subfolder=base_subfolder,
         base_config=plain_config(base_config),
         donors=list(entries),
     )

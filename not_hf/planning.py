@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +20,12 @@ from not_hf.checkpoint import checkpoint_files, open_checkpoint
 from not_hf.composition import SHARED_KWARGS, Request, expand, pin, place_in_force, read_config, require_stack
 from not_hf.config import DonorConfig
 from not_hf.cutting import resolve_commit
-from not_hf.donor import DonorModel, save_local_tokenizer
+from not_hf.donor import DonorModel
 from not_hf.entries import OrganSource, composition_config, require_distinct, write_entry
 from not_hf.errors import CorruptDonorError, NotHFError, some
 from not_hf.partial import list_tensors
 from not_hf.placing import Origin
+from not_hf.tokenizer import save_local_tokenizer
 from not_hf.writing import replacing, require_donor_folder
 
 CARD = "README.md"
@@ -54,6 +53,7 @@ class Plan:
     Args:
         base: The recipient.
         base_revision: Its commit, `None` for a folder.
+        base_subfolder: Folder of it within its repo.
         base_config: Its native config.
         organs: In load order.
         stack: The layers of the model that it makes, front to back, with the active organs in it.
@@ -62,6 +62,7 @@ class Plan:
 
     base: str
     base_revision: str | None
+    base_subfolder: str | None
     base_config: PreTrainedConfig
     organs: Sequence[PlannedOrgan]
     stack: Sequence[Origin]
@@ -76,7 +77,7 @@ class Plan:
             if embed or source.is_local:
                 where = {"subfolder": organ.name}
             entries.append(write_entry(organ.name, organ.config, source.active, **where))
-        return composition_config(self.base, self.base_revision, self.base_config, entries)
+        return composition_config(self.base, self.base_revision, self.base_subfolder, self.base_config, entries)
 
     def save_pretrained(self, folder: str | os.PathLike[str], embed: bool = False) -> None:
         """Write the composition: its config, its card, and the organs that it does not only refer to.
@@ -156,8 +157,9 @@ def compose(
     if not wishes:
         raise NotHFError("name at least one donor to compose")
     read = [(wish, read_config(wish, hub_kwargs)) for wish in wishes]
+    base_subfolder = None
     if base is None:
-        base, base_revision = _common_base(read, base_revision)
+        base, base_revision, base_subfolder = _common_base(read, base_revision)
     else:
         _require_repo(base, base_revision)
     sources = [source for wish, config in read for source in _organs(wish, config, hub_kwargs)]
@@ -165,7 +167,8 @@ def compose(
 
     base = os.fspath(base)
     revision = resolve_commit(base, {**hub_kwargs, "revision": base_revision})
-    base_config = Request(base, {**hub_kwargs, "revision": revision}, []).base_config()
+    base_kwargs = {**hub_kwargs, "revision": revision, "subfolder": base_subfolder or ""}
+    base_config = Request(base, base_kwargs, []).base_config()
     configs = [read_config(source, hub_kwargs) for source in sources]
     stack = require_stack(list(zip(sources, configs, strict=True)), base_config)
     organs = []
@@ -178,7 +181,7 @@ def compose(
         sizes = [tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values()]
         num_parameters = sum(tensor.parameter_count for tensor in tensors.values())
         organs.append(PlannedOrgan(source, config, num_parameters, sum(sizes)))
-    return Plan(base, _commit(base, revision, hub_kwargs), base_config, organs, stack, hub_kwargs)
+    return Plan(base, _commit(base, revision, hub_kwargs), base_subfolder, base_config, organs, stack, hub_kwargs)
 
 
 def _wish(donor: str | os.PathLike[str] | OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
@@ -208,19 +211,21 @@ def _organs(wish: OrganSource, config: DonorConfig, hub_kwargs: Mapping[str, Any
         yield replace(source, name=name, revision=_commit(str(source.donor), source.revision, hub_kwargs))
 
 
-def _common_base(donors: Sequence[tuple[OrganSource, DonorConfig]], revision: str | None) -> tuple[str, str | None]:
-    """The base that all donors name, at the commit that all of them name unless another is given."""
-    names = {config.base_model_name_or_path: source.donor for source, config in donors}
-    (name, *others) = names
+def _common_base(
+    donors: Sequence[tuple[OrganSource, DonorConfig]], revision: str | None
+) -> tuple[str, str | None, str | None]:
+    """The base that all donors name, the commit that all of them name unless another is given, and its subfolder."""
+    names = {(config.base_model_name_or_path, config.base_subfolder): source.donor for source, config in donors}
+    ((name, subfolder), *others) = names
     if name is None or others:
-        said = ", ".join(f"{donor} {name or 'none'}" for name, donor in names.items())
+        said = ", ".join(f"{donor} {'/'.join(filter(None, base)) or 'none'}" for base, donor in names.items())
         raise NotHFError(f"the donors do not name one base ({said}); give it: compose(donors, base)")
     revisions = sorted({config.base_revision for _, config in donors if config.base_revision})
     if revision is None and len(revisions) > 1:
         raise NotHFError(
             f"the donors name different commits of {name} ({', '.join(revisions)}); give base_revision to choose one"
         )
-    return name, revision or (revisions[0] if revisions else None)
+    return name, revision or (revisions[0] if revisions else None), subfolder
 
 
 def _commit(name: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
@@ -235,21 +240,3 @@ def _commit(name: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> s
     return (
         getattr(revision, "resolved", None) or model_info(name, revision=revision, token=hub_kwargs.get("token")).sha
     )
-
-
-@contextlib.contextmanager
-def _filling(folder: Path) -> Iterator[Path]:
-    """A folder to write into, whose files go to `folder` when all is written; else `folder` stays as it was."""
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:  # on the same disk
-            yield Path(name)
-            for file in [path for path in Path(name).rglob("*") if path.is_file()]:
-                target = folder / file.relative_to(name)
-                target.parent.mkdir(exist_ok=True)
-                file.replace(target)
-    except BaseException:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -76,7 +76,8 @@ def save_organs(
             )
     first = shells[names[0]].config  # all name the same base
     entries = [write_entry(name, shells[name].config, surgery.organs[name].active, subfolder=name) for name in names]
-    config = composition_config(first.base_model_name_or_path, first.base_revision, surgery.base_config, entries)
+    base = (first.base_model_name_or_path, first.base_revision, first.base_subfolder)
+    config = composition_config(*base, surgery.base_config, entries)
     joint_license(License.of(shell.config) for shell in shells.values()).set(config)
     if len(names) == 1:
         shells[names[0]].save_donor(folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
@@ -100,7 +101,7 @@ def _shell(surgery: Surgery, organ: Organ) -> DonorModel:
     config = copy.deepcopy(organ.config)
     if name := surgery.base_config.name_or_path:
         if surgery.base_revision or name != config.base_model_name_or_path:
-            config.base_revision = surgery.base_revision
+            config.base_revision, config.base_subfolder = surgery.base_revision, surgery.base_subfolder
         config.base_model_name_or_path = name
         for values in (config.base_config, config.organ_config):
             assert values is not None  # checked when the organ was loaded

@@ -63,13 +63,16 @@ class Surgery:
     `deepcopy` and pickle carry it along.
     """
 
-    def __init__(self, model: PreTrainedModel, base_revision: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, base_revision: str | None = None, base_subfolder: str | None = None
+    ) -> None:
         stack = find_stack(model)
         self.native_class = type(model)
         self._where = (stack.base, stack.path)
         self.base_layers: list[nn.Module] = list(stack.layers)
         self.base_config = copy.deepcopy(model.config)
         self.base_revision = base_revision  # commit it was loaded at, where known
+        self.base_subfolder = base_subfolder  # likewise
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.organs: dict[str, Organ] = {}
         self.disabled = 0

@@ -1,11 +1,13 @@
-"""What `AutoTokenizer` resolves to for a donor repo that brings no tokenizer of its own: the base's."""
+"""The tokenizer of a donor: its base's, which a donor's folder brings along where others cannot reach the base."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from not_hf.bases import reading_base
 from not_hf.config import DonorConfig
@@ -29,9 +31,19 @@ class DonorTokenizer:
         own = ("subfolder", "revision", "trust_remote_code", "_commit_hash", "config")
         kwargs = {key: value for key, value in kwargs.items() if key not in own}
         shared = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-        base = config.base_model_name_or_path
+        base, where = config.base_model_name_or_path, {"revision": config.base_revision}
+        if config.base_subfolder:
+            where["subfolder"] = config.base_subfolder
         with reading_base(base, os.fspath(pretrained_model_name_or_path)):
-            base_config = AutoConfig.from_pretrained(base, revision=config.base_revision, **shared)
+            base_config = AutoConfig.from_pretrained(base, **where, **shared)
             if isinstance(base_config, DonorConfig):
                 raise NotHFError(f"{pretrained_model_name_or_path} names {base} as its base, which is a donor itself")
-            return AutoTokenizer.from_pretrained(base, *inputs, revision=config.base_revision, **kwargs)
+            return AutoTokenizer.from_pretrained(base, *inputs, **where, **kwargs)
+
+
+def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str]) -> None:
+    """Give a donor's folder the tokenizer of a base that others cannot reach; one that is there stays."""
+    if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
+        return
+    with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)

@@ -125,7 +125,8 @@ class TransplantedForCausalLM(_Native):
             )
         native, info = loaded
         revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
-        model = _transplant(native, request.sources, is_trainable, request.shared, revision)
+        subfolder = request.base_kwargs.get("subfolder") or None
+        model = _transplant(native, request.sources, is_trainable, request.shared, revision, subfolder)
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
@@ -380,7 +381,7 @@ class TransplantedForCausalLM(_Native):
         if others := [d for d in config_differences(organ.native_config, surgery.base_config) if _computes(d)]:
             logger.warning("organ %r was cut under another config; here its %s", name, some(others))
         there = None if isinstance(donor, DonorModel) else Home(donor, source.revision, source.subfolder)
-        here = Home(self.config.name_or_path, surgery.base_revision)
+        here = Home(self.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
         if others := vocabulary_differences(config, self.config, there, here, hub_kwargs.get("cache_dir")):
             logger.warning("organ %r was made with another vocabulary, and loads all the same: %s", name, some(others))
         with surgery.changing(self):
@@ -390,6 +391,8 @@ class TransplantedForCausalLM(_Native):
         """Back to the native class."""
         native = self._surgery.native_class
         del self._surgery
+        if not self.model_tags:
+            vars(self).pop("model_tags", None)
         if not self.model_tags:
             vars(self).pop("model_tags", None)
         self.__class__ = native  # type: ignore[assignment]
@@ -439,17 +442,17 @@ def _transplant(
     is_trainable: bool,
     hub_kwargs: Mapping[str, Any],
     base_revision: str | None = None,
+    base_subfolder: str | None = None,
 ) -> TransplantedForCausalLM:
     """Extend a model in place, freeze it and load organs; undo everything on failure."""
     fresh = not isinstance(base, TransplantedForCausalLM)
     if fresh:
-        surgery = Surgery(base, base_revision)
+        surgery = Surgery(base, base_revision, base_subfolder)
         native: Any = type(base)
         base.__class__ = _transplanted_class(native)
         base.requires_grad_(False)
-        base.model_tags = (
-            base.model_tags or []
-        )  # Trainer's card keeps the tags of ours if there is a list to add them to
+        # Trainer's card keeps the tags of ours if there is a list to add them to
+        base.model_tags = base.model_tags or []
         cast(TransplantedForCausalLM, base)._surgery = surgery
     model = cast(TransplantedForCausalLM, base)
     before = list(model.donor_config)

@@ -58,7 +58,7 @@ def vocabulary_differences(
         ours, theirs = (getattr(config, key, None) for config in (native, recipient))
         if not (ours is None or theirs is None or _ids(ours) & _ids(theirs)):
             differences.append(f"{key} is {theirs} here, {ours} there")
-    bases = (Home(donor.base_model_name_or_path, donor.base_revision), donor_repo)
+    bases = (Home(donor.base_model_name_or_path, donor.base_revision, donor.base_subfolder), donor_repo)
     there = next(filter(None, (_tokenizer_file(place, cache_dir) for place in bases)), None)
     here = _tokenizer_file(recipient_repo, cache_dir)
     return differences + (_tokenizer_differences(there, here) if there and here else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -14,13 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import tiny_config, tiny_model
+from architectures import tiny_config, tiny_model, tiny_tokenizer
 from hub import DEFAULT_TOKEN, Fault, Hub
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from not_hf import CorruptDonorError, DonorModel, TransplantedForCausalLM, UnsupportedArchitectureError
+from not_hf import (
+    CorruptDonorError,
+    DonorConfig,
+    DonorModel,
+    TransplantedForCausalLM,
+    UnsupportedArchitectureError,
+    compose,
+)
 from not_hf.partial import list_tensors, open_part
 from not_hf.ranges import coalesce
 
@@ -59,7 +67,7 @@ def cache(tmp_path, monkeypatch, hub) -> Path:
 
 
 def cut(source, **options) -> DonorModel:
-    return DonorModel.from_base(source, SPAN, cache_dir=None, **options)
+    return DonorModel.from_base(source, SPAN, **options)
 
 
 def same(organ: DonorModel, model, span=SPAN) -> bool:
@@ -182,6 +190,42 @@ def test_subfolder_branch_tag_and_pull_request(hub, model):
         assert same(cut(repo, revision=revision, subfolder="inner"), model)
     with pytest.raises((OSError, ValueError), match="me/places"):
         cut(repo, subfolder="inner")  # not on main
+
+
+def test_a_base_in_a_subfolder_is_found_again(hub, model, token_ids, tmp_path):
+    """By the organ alone, and its tokenizer too; another model at the root is not taken for it."""
+    repo = HfApi().create_repo("me/nested").repo_id
+    push(tiny_model("llama", seed=1, **WIDE), repo)
+    push(model, repo, path_in_repo="inner")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path / "tokenizer", path_in_repo="inner")
+    cut(repo, subfolder="inner").push_to_hub("me/nested-organ")
+    expected = TransplantedForCausalLM.from_pretrained(copy.deepcopy(model), DonorModel.from_base(model, SPAN))
+    loaded = TransplantedForCausalLM.from_pretrained("me/nested-organ")
+    loaded.save_pretrained(tmp_path / "again")
+    loaded.load_donor("me/nested-organ", "second", position=0)
+    loaded.save_pretrained(tmp_path / "two")
+    compose(["me/nested-organ"]).save_pretrained(tmp_path / "composed")
+    for folder in ("again", "two", "composed"):
+        config = DonorConfig.from_pretrained(tmp_path / folder)
+        assert (config.base_model_name_or_path, config.base_subfolder) == (repo, "inner")
+    with torch.no_grad():
+        for name in ("again", "composed"):
+            again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+            assert torch.equal(again(token_ids).logits, expected(token_ids).logits)
+    assert AutoTokenizer.from_pretrained("me/nested-organ")("w5").input_ids == [5]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_are_saved_one_by_one_wherever_they_were_cut(model_type, base_folder, tmp_path):
+    """As they lie on the Hub."""
+    for base, name in ((base_folder(model_type), "stored"), (tiny_model(model_type), "live")):
+        DonorModel.from_base(base, (1, 3)).save_pretrained(tmp_path / name)
+        DonorModel.from_pretrained(tmp_path / name).save_pretrained(tmp_path / f"{name} again")
+    names = ("stored", "live", "stored again", "live again")
+    layouts = [load_file(tmp_path / name / "model.safetensors").keys() for name in names]
+    assert all(layout == layouts[0] for layout in layouts)
+    assert any(".experts.3." in name for name in layouts[0])
 
 
 def test_private_and_gated(hub, model, tmp_path):
