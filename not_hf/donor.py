@@ -169,6 +169,8 @@ class DonorModel(PreTrainedModel):
         config.domain = domain
         name, live = source.name or "the live model", isinstance(source, LiveBase)
         tensors = source.tensors(config.span)
+        if source.quantization is not None and dtype == "auto":
+            dtype = source.config.dtype or dtype  # those of the tensors are of blocks and their scales
         return cls.from_tensors(
             source, config, tensors, dtype, name=name, foreign=not live, quantization=source.quantization
         )

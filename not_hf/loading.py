@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ def fill(
         organ_class: `DonorModel`.
         config: What the organ is.
         tensors: Tensors or lazy views of them, by the names they have in a checkpoint.
-        dtype: Of the organ; `"auto"` is that of the first floating-point tensor.
+        dtype: Of the organ; `"auto"` is the one that most of the floating-point values have.
         source: Where they are from, for errors.
         quantization: The base's `quantization_config`, for transformers to undo.
         **kwargs: As in `PreTrainedModel.from_pretrained`.
@@ -53,7 +54,7 @@ def fill(
     if not tensors:
         raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
     if dtype in (None, "auto"):
-        dtype = next(filter(None, map(dtype_of, tensors.values())), torch.float32)
+        dtype = _common_dtype(tensors)
     if quantization is not None:
         config = copy.deepcopy(config)
         config.quantization_config = quantization  # transformers takes it away when it has dequantized
@@ -137,6 +138,14 @@ def dtype_of(tensor: torch.Tensor | View | TensorInfo) -> torch.dtype | None:
     if isinstance(tensor, torch.Tensor):
         return tensor.dtype if tensor.is_floating_point() else None
     return getattr(torch, FLOAT_DTYPES.get(tensor.dtype, ""), None)
+
+
+def _common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        if dtype := dtype_of(tensor):
+            sizes[dtype] += math.prod(tensor.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 @contextlib.contextmanager

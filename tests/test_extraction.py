@@ -19,7 +19,7 @@ from architectures import tiny_config, tiny_model, tiny_tokenizer
 from hub import DEFAULT_TOKEN, Fault, Hub
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
 from not_hf import (
     CorruptDonorError,
@@ -295,6 +295,40 @@ def test_mxfp4_is_dequantized_as_transformers_does_it(mxfp4, hub, tmp_path, toke
     merged.save_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(token_ids).logits, logits)
+
+
+def test_fp8_is_dequantized_as_transformers_does_it(hub, tmp_path):
+    """Weights of 8 bits with a scale per block of 128 × 128, as DeepSeek and Qwen share theirs."""
+    config = tiny_config("llama", hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4)
+    native = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tensors = {}
+    for name, tensor in native.state_dict().items():
+        if ".layers." in name and name.endswith("proj.weight"):
+            rows, columns = tensor.shape
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = 0.05 + torch.rand(rows // 128, columns // 128)
+        else:
+            tensors[name] = tensor.clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    repo = HfApi().create_repo("me/fp8").repo_id
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
+    dequantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
+    for source in (tmp_path, repo):
+        organ = DonorModel.from_base(source, (1, 3))
+        assert organ.dtype == torch.bfloat16 and same(organ, dequantized, (1, 3))
+
+
+def test_mixed_dtypes_take_that_of_most_values(model, tmp_path):
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    tensors |= {name: tensor.float() for name, tensor in tensors.items() if "norm" in name}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    assert cut(tmp_path).dtype == torch.bfloat16
 
 
 def test_what_cannot_be_dequantized_is_refused(model, tmp_path):
