@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import VOCAB, tiny_tokenizer
 from huggingface_hub import HfApi
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -26,6 +27,10 @@ def stand_ins(hub, tmp_path, monkeypatch) -> None:
         tiny_tokenizer().save_pretrained(name)
         HfApi().upload_folder(repo_id=HfApi().create_repo(f"me/{name}").repo_id, folder_path=name)
     DonorModel.from_base("me/gpt2", (7, 9)).push_to_hub("me/gpt2-law")
+    layers = list(GPT2LMHeadModel.from_pretrained("gpt2").transformer.h)[4:7]
+    torch.save([layer.state_dict() for layer in layers], "donor_layers.pt")
+    HfApi().create_repo("me/layers")
+    HfApi().upload_file(repo_id="me/layers", path_in_repo="donor_layers.pt", path_or_fileobj="donor_layers.pt")
 
 
 def test_every_python_block_runs(stand_ins, capsys):
@@ -45,6 +50,8 @@ def test_every_python_block_runs(stand_ins, capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     assert "me/gpt2-kjv" in capsys.readouterr().out
+    assert scope["both"].active_donors == ["gpt2-kjv", "law"]
+    assert Path("gpt2-imported/model.safetensors").is_file()
     assert Path("gpt2-kjv-merged/config.json").is_file()
     assert Path("runs/kjv/checkpoint-4/model.safetensors").stat().st_size < 200_000
 
