@@ -1,7 +1,8 @@
 """What it costs to cut an organ out of a model on the Hub, against loading the whole model and slicing it.
 
     python benchmarks/extract.py            # a random bf16 Llama of 24 layers, 6.4 GB in shards (make bench-extract)
-    python benchmarks/extract.py --quick    # the same of 8 small layers
+    python benchmarks/extract.py --experts  # a Qwen3-MoE of 8 layers with 64 experts each, which are fused when loaded
+    python benchmarks/extract.py --quick    # a Llama of 8 small layers
 
 The model lies on a small Hub on this machine (`tests/hub`), which counts the bytes that it serves. Each way runs in a
 process of its own with an empty cache, which first does the same with a tiny model, so that neither imports nor their
@@ -24,8 +25,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "full": {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 24},
+    "experts": {
+        **{"model_type": "qwen3_moe", "num_experts": 64, "moe_intermediate_size": 512},
+        **{"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 8},
+    },
     "quick": {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
     "tiny": {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4},
 }
@@ -41,7 +46,9 @@ WAYS = {
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure every way, print the table, write the numbers."""
     parser = argparse.ArgumentParser(description="Cut an organ out of a model on the Hub: bytes, memory, seconds.")
-    parser.add_argument("--quick", action="store_true", help="a small model, for the test suite")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a small model, for the test suite")
+    which.add_argument("--experts", action="store_true", help="a mixture of experts")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # one measurement, in a process of its own
     parser.add_argument("--base", nargs=2, help=argparse.SUPPRESS)
@@ -50,7 +57,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.way:
         print(json.dumps(measure(options.way, *options.base, tuple(options.layers))))
         return {}
-    found = compare("quick" if options.quick else "full")
+    found = compare("quick" if options.quick else "experts" if options.experts else "full")
     print(table(found))
     if options.output:
         options.output.write_text(json.dumps(found, indent=2) + "\n")
@@ -73,7 +80,10 @@ def compare(shape: str) -> dict[str, Any]:
         import demo  # the commit, versions and hardware, as in its own results
         from huggingface_hub import HfApi
 
-        folders = {name: write_model(Path(scratch, name), SHAPES[name]) for name in (shape, "tiny")}
+        tiny = {**SHAPES[shape], **SHAPES["tiny"]}  # of the same kind
+        folders = {
+            name: write_model(Path(scratch, name), each) for name, each in ((shape, SHAPES[shape]), ("tiny", tiny))
+        }
         for name, folder in folders.items():
             repo = HfApi().create_repo(f"me/{name}").repo_id
             HfApi().upload_folder(repo_id=repo, folder_path=folder)
@@ -93,29 +103,13 @@ def compare(shape: str) -> dict[str, Any]:
         }
 
 
-def write_model(folder: Path, shape: dict[str, int], shard_bytes: int = 1 << 30) -> Path:
-    """A random bf16 Llama in shards as `save_pretrained` writes them, with one of them in memory at a time."""
+def write_model(folder: Path, shape: dict[str, Any]) -> Path:
+    """A random model in bf16, in shards of 1 GB as `save_pretrained` writes them."""
     import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(**shape, **HEADS, tie_word_embeddings=False, dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        tensors = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
-    generator = torch.Generator().manual_seed(0)
-    for file, names in plan.filename_to_tensors.items():
-        shard = {
-            name: torch.empty(tensors[name].shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            for name in names
-        }
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = AutoConfig.for_model(**{"model_type": "llama", "tie_word_embeddings": False, **HEADS, **shape})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="1GB")
     return folder
 
 
