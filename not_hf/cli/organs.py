@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,6 @@ from rich.table import Table
 
 from not_hf.cli.options import Base, Donor, Dtype, Force, Init, Mode, Output, Position, Token
 from not_hf.cli.run import CHECKPOINTS, Result, command, facts, output_folder
-from not_hf.errors import NotHFError
 
 if TYPE_CHECKING:
     from not_hf import DonorConfig, DonorModel
@@ -139,41 +137,12 @@ def push(
     commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload organ",
 ) -> Result:
     """Share an organ: check it strictly, then upload its folder, card included, as one commit."""
-    if not folder.is_dir():
-        raise NotHFError(f"no folder {folder}; name one that holds a donor")
-    from not_hf import DonorConfig, DonorModel, OrganSource
-    from not_hf.card import pushed_card
-    from not_hf.composition import expand
-    from not_hf.license import inherit_license
-    from not_hf.sharing import push_folder
-    from not_hf.writing import DRAFT
+    from not_hf.publishing import push_donor
 
-    config = DonorConfig.from_pretrained(folder)
-    sources = expand(OrganSource("", folder), config, _given(token=token))
-    for source in sources:
-        if source.is_local and source.donor != folder:
-            raise NotHFError(f"organ {source.name!r} lies in {source.donor}, a folder of this machine; copy it in")
-    inside = [source for source in sources if source.is_local]
-    donors = [DonorModel.from_pretrained(folder, subfolder=source.subfolder or "") for source in inside]
-    tensors = [tensor for donor in donors for tensor in donor.state_dict().values()]
-    is_whole = inside == sources  # else the sizes of organs that lie elsewhere are missing
-    num_parameters = sum(tensor.numel() for tensor in tensors) if is_whole else None
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) if is_whole else None
-    stated = config.license
-    inherit_license(config, revision=config.base_revision, token=token)
-
-    def copy(target: str, repo_id: str) -> None:
-        readme = Path(target, "README.md")  # the one that is published, if any
-        card = pushed_card(folder, readme, config, num_parameters, size, repo_id)
-        ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", CHECKPOINTS)
-        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
-        if config.license != stated:
-            config.save_pretrained(target)
-        card.save(readme)
-
-    commit = push_folder(
-        copy,
+    commit = push_donor(
+        folder,
         repo_id,
+        ignore=[CHECKPOINTS],
         private=private or None,
         revision=revision,
         create_pr=create_pr,
