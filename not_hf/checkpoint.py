@@ -3,46 +3,67 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from not_hf.errors import CorruptDonorError
+from not_hf.headers import read_header
 
 # safetensors names of the dtypes a trained weight may have, and what torch calls them
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# those of quantized ones too
+DTYPES = FLOAT_DTYPES | {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+DTYPES |= {
+    f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+}
+DTYPES["BOOL"] = "bool"
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor in a safetensors file, read from a memory map when it is indexed, as slices of `safe_open` are.
+    """A tensor in a safetensors file, read through a memory map when it is indexed, as slices of `safe_open` are.
 
     Each has a map of its own. In one for all, every tensor that is kept would keep the memory of those that were only
     read to be converted (the experts of a Mixtral, which a model has in one tensor).
     """
 
-    path: str
-    name: str
+    file: BinaryIO  # open, so that all tensors come from one file, whatever takes its name later
     dtype: str  # as safetensors calls it
     shape: list[int]
+    start: int  # in bytes from the file's beginning
+    end: int
 
     def get_dtype(self) -> str:
+        """As of `safe_open(...).get_slice`."""
         return self.dtype
 
     def get_shape(self) -> list[int]:
+        """As of `safe_open(...).get_slice`."""
         return self.shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_slice(self.name)[index]
+        dtype = getattr(torch, DTYPES[self.dtype])
+        if self.start == self.end:
+            return torch.empty(self.shape, dtype=dtype)[index]
+        page = self.start - self.start % mmap.ALLOCATIONGRANULARITY  # where a map may begin
+        try:
+            # a private copy, page by page, of what is written to
+            memory = mmap.mmap(self.file.fileno(), self.end - page, access=mmap.ACCESS_COPY, offset=page)
+        except ValueError as error:
+            raise CorruptDonorError(f"{self.file.name} became shorter while it was read") from error
+        raw = torch.frombuffer(memory, dtype=torch.uint8, offset=self.start - page)
+        if self.start % dtype.itemsize:  # such files exist; views of them do not
+            raw = raw.clone()
+        return raw.view(dtype).reshape(self.shape)[index]
 
 
 Handle = TypeVar("Handle")  # what stands for a file: its local path, or a file on the Hub
@@ -63,8 +84,7 @@ def open_checkpoint(
         hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, … as in transformers.
 
     Returns:
-        A `safe_open(...).get_slice` view per wanted tensor, by its name in the file. A view is read from the memory
-        map when it is indexed.
+        A view per wanted tensor, by its name in the file.
 
     Raises:
         OSError: There is no safetensors checkpoint, or it cannot be fetched.
@@ -111,13 +131,19 @@ def renumber_layers(
 
     Returns:
         Tensors by name below the base model (`layers.0.…`), and which layers of the span have any.
+
+    Raises:
+        CorruptDonorError: One of them is there twice.
     """
     pattern = layer_pattern(prefix, path)
     kept: dict[str, Any] = {}
     seen: set[int] = set()
     for name, view in views.items():
         if (match := pattern.match(name)) and span[0] <= (n := int(match[1])) < span[1]:
-            kept[f"{path}.{n - span[0]}.{match[2]}"] = view
+            new = f"{path}.{n - span[0]}.{match[2]}"
+            if new in kept:
+                raise CorruptDonorError(f"the checkpoint holds {name} twice, with and without {prefix!r} before it")
+            kept[new] = view
             seen.add(n)
     return kept, seen
 
@@ -197,12 +223,8 @@ def open_file(path: str) -> dict[str, Any]:
     Raises:
         CorruptDonorError: It is truncated or none.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (a file is no dict)
-            return {name: View(path, name, each.get_dtype(), each.get_shape()) for name, each in slices.items()}
-    except SafetensorError as error:
-        raise CorruptDonorError(f"{path} is not a whole safetensors file: {error}") from error
+    file = open(path, "rb")  # noqa: SIM115 (closed with the last view)
+    return {name: View(file, info.dtype, info.shape, *info.data_offsets) for name, info in read_header(path).items()}
 
 
 def read_weight_map(index: str) -> dict[str, str]:
@@ -217,7 +239,11 @@ def read_weight_map(index: str) -> dict[str, str]:
         raise CorruptDonorError(f"{index} is not a safetensors index: {error}") from error
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(f, str) for f in weight_map.values())):
         raise CorruptDonorError(f"{index} is not a safetensors index: weight_map must map names to files")
-    outside = sorted(file for file in set(weight_map.values()) if file != os.path.basename(file) or "\\" in file)
+    outside = sorted(
+        file
+        for file in set(weight_map.values())
+        if file != os.path.basename(file) or "\\" in file or not file.endswith(".safetensors")
+    )
     if outside:
-        raise CorruptDonorError(f"{index} names files that are not beside it: {', '.join(outside)}")
+        raise CorruptDonorError(f"{index} names files that are not beside it, or no safetensors: {', '.join(outside)}")
     return weight_map

@@ -153,7 +153,7 @@ def _dequantization(config: PreTrainedConfig) -> dict[str, Any] | None:
         return None
     try:
         known = AutoQuantizationConfig.from_dict(stored if isinstance(stored, dict) else stored.to_dict())
-    except (ValueError, TypeError, ImportError):
+    except Exception:  # a quantization config may raise anything on values of a wrong type
         return None
     return {**known.to_dict(), "dequantize": True} if hasattr(known, "dequantize") else None
 

@@ -315,12 +315,14 @@ class DonorModel(PreTrainedModel):
         Raises:
             CorruptDonorError: The config contradicts itself.
         """
-        if odd := tensor_problems(headers) or expert_problems(headers):
-            return odd
         config.check()
+        problems = tensor_problems(headers) + expert_problems(headers)
         hollow = {name: torch.empty(each.shape, dtype=dtype_of(each), device="meta") for name, each in headers.items()}
-        _, info = fill(cls, config, hollow, source="the checkpoint", device_map="meta")
-        return loading_problems(info)
+        try:
+            _, info = fill(cls, config, hollow, source="the checkpoint", device_map="meta")
+        except CorruptDonorError as error:
+            return problems or [str(error)]
+        return [*problems, *(problem for problem in loading_problems(info) if problem not in problems)]
 
     def save_pretrained(  # type: ignore[override]
         self,

@@ -226,6 +226,8 @@ def _owned(tensor: torch.Tensor, name: str) -> torch.Tensor:
         raise CorruptDonorError(f"{name} is {tensor.dtype}, not floating-point")
     if tensor.layout != torch.strided or tensor.is_meta:
         raise CorruptDonorError(f"{name} is not a dense tensor with values")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CorruptDonorError(f"{name} repeats few values to shape {tuple(tensor.shape)}")
     if tensor.numel() == 0:
         raise CorruptDonorError(f"{name} is empty, shape {tuple(tensor.shape)}")
     return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import cached_assets_path, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from not_hf.checkpoint import choose, fetch_file, open_checkpoint, open_file, read_weight_map
 from not_hf.errors import CorruptDonorError
+from not_hf.headers import BITS, read_header, read_remote_header
 from not_hf.ranges import Piece, RemoteFile, gather
-
-_MAX_HEADER = 100_000_000  # bytes, as in safetensors
 
 
 def open_part(
@@ -41,30 +40,32 @@ def open_part(
     """
     if os.path.isdir(source):
         return open_checkpoint(source, wanted, **hub_kwargs)
-    repo, subfolder = os.fspath(source), hub_kwargs.get("subfolder") or ""
+    repo = os.fspath(source)
     commit = getattr(hub_kwargs.get("revision"), "resolved", None)
     fresh = hub_kwargs.get("force_download", False)
-    if commit and not fresh and (part := _part_file(repo, commit, subfolder, name, hub_kwargs)).exists():
-        return open_file(str(part))
-    if commit and not fresh and _is_cached(repo, wanted, commit, hub_kwargs):
-        return open_checkpoint(source, wanted, **{**hub_kwargs, "local_files_only": True})
-    if hub_kwargs.get("local_files_only", False) or is_offline_mode():
+    offline = hub_kwargs.get("local_files_only", False) or is_offline_mode()
+    if commit and not fresh:
+        part = _part_file(repo, commit, name, hub_kwargs)
+        if part.exists():
+            try:
+                return open_file(str(part))
+            except CorruptDonorError:  # the disk, or somebody else
+                if offline:
+                    raise
+                fresh = True
+        elif _is_cached(repo, wanted, commit, hub_kwargs):
+            return open_checkpoint(source, wanted, **{**hub_kwargs, "local_files_only": True})
+    if offline:
         raise OSError(f"neither {name} of {repo} nor its files are in the cache; go online once")
 
-    located = dict(choose(source, wanted, _remote(repo, hub_kwargs), read_header, **hub_kwargs))
+    located = dict(choose(source, wanted, _remote(repo, hub_kwargs), _located, **hub_kwargs))
     if not located:
         return {}
-    commit = next(file.commit for file, _ in located.values())
-    part = _part_file(repo, commit, subfolder, name, hub_kwargs)
-    if fresh:
-        part.unlink(missing_ok=True)
+    part = _part_file(repo, next(file.commit for file, _ in located.values()), name, hub_kwargs)
+    part.parent.mkdir(parents=True, exist_ok=True)
     prefix, pieces = _assemble(located)
-    gather(pieces, prefix, part, f"{repo} {name}")
-    try:
-        return open_file(str(part))
-    except CorruptDonorError:  # a header that contradicts itself
-        part.unlink()
-        raise
+    gather(pieces, prefix, part, f"{repo} {name}", fresh)
+    return open_file(str(part))
 
 
 def list_tensors(
@@ -84,22 +85,9 @@ def list_tensors(
         return True
 
     if os.path.isdir(source) or hub_kwargs.get("local_files_only", False) or is_offline_mode():
-        return dict(choose(source, every, find, _read_local_header, variant, **hub_kwargs))
+        return dict(choose(source, every, find, read_header, variant, **hub_kwargs))
     remote = _remote(os.fspath(source), hub_kwargs)
-    return {name: info for name, (_, info) in choose(source, every, remote, read_header, variant, **hub_kwargs)}
-
-
-def read_header(file: RemoteFile) -> dict[str, tuple[RemoteFile, TensorInfo]]:
-    """The tensors of a safetensors file on the Hub, each with the file; offsets count from the file's beginning.
-
-    Raises:
-        OSError: The header cannot be read.
-        CorruptDonorError: It is no safetensors header.
-    """
-    length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
-    if not 2 <= length <= min(_MAX_HEADER, file.size - 8):
-        raise CorruptDonorError(f"{file.url} is not a whole safetensors file")
-    return {name: (file, info) for name, info in _parse_header(file.read(8, 8 + length), file.size, file.url).items()}
+    return {name: info for name, (_, info) in choose(source, every, remote, _located, variant, **hub_kwargs)}
 
 
 def _remote(repo: str, hub_kwargs: Mapping[str, Any]) -> Callable[[str], RemoteFile | None]:
@@ -119,12 +107,18 @@ def _remote(repo: str, hub_kwargs: Mapping[str, Any]) -> Callable[[str], RemoteF
     return find
 
 
-def _part_file(repo: str, commit: str, subfolder: str, name: str, hub_kwargs: Mapping[str, Any]) -> Path:
-    """Where a part of a checkpoint is kept. `cached_assets_path` makes the folder."""
-    cache = hub_kwargs.get("cache_dir")
-    assets = Path(cache, "not_hf-assets") if cache else None
-    folder = cached_assets_path("not_hf", repo, "/".join(filter(None, (commit, subfolder))), assets_dir=assets)
-    return folder / f"{name}.safetensors"
+def _located(file: RemoteFile) -> dict[str, tuple[RemoteFile, TensorInfo]]:
+    """The tensors of a file on the Hub, each with the file."""
+    return {name: (file, info) for name, info in read_remote_header(file).items()}
+
+
+def _part_file(repo: str, commit: str, name: str, hub_kwargs: Mapping[str, Any]) -> Path:
+    """Where a part of a checkpoint is kept, in the folder for what libraries make of files on the Hub."""
+    cache, subfolder = hub_kwargs.get("cache_dir"), hub_kwargs.get("subfolder") or ""
+    assets = Path(cache, "not_hf-assets") if cache else Path(constants.HF_ASSETS_CACHE, "not_hf")
+    if subfolder:  # any text, of any length
+        name += f"-{hashlib.sha256(subfolder.encode()).hexdigest()[:16]}"
+    return assets.expanduser() / repo.replace("/", "--") / commit / f"{name}.safetensors"
 
 
 def _is_cached(repo: str, wanted: Callable[[str], bool], commit: str | None, hub_kwargs: Mapping[str, Any]) -> bool:
@@ -143,10 +137,13 @@ def _is_cached(repo: str, wanted: Callable[[str], bool], commit: str | None, hub
 
 def _assemble(tensors: Mapping[str, tuple[RemoteFile, TensorInfo]]) -> tuple[bytes, list[Piece]]:
     """Header of a safetensors file of these tensors, and which bytes follow it."""
+
+    def place(item: tuple[str, tuple[RemoteFile, TensorInfo]]) -> tuple[int, str, tuple[int, int]]:
+        _, (file, info) = item
+        return -BITS[info.dtype], file.url, info.data_offsets
+
     # those of wide dtypes first, so that each begins at a multiple of its width; else in the order they are read
-    ordered = sorted(
-        tensors.items(), key=lambda item: (-_width(item[1][1]), item[1][0].url, item[1][1].data_offsets[0])
-    )
+    ordered = sorted(tensors.items(), key=place)
     header: dict[str, dict[str, Any]] = {}
     offsets: dict[str, int] = {}
     end = 0
@@ -158,29 +155,3 @@ def _assemble(tensors: Mapping[str, tuple[RemoteFile, TensorInfo]]) -> tuple[byt
     prefix = len(text).to_bytes(8, "little") + text
     pieces = [Piece(file, *info.data_offsets, offset=len(prefix) + offsets[name]) for name, (file, info) in ordered]
     return prefix, pieces
-
-
-def _width(info: TensorInfo) -> float:
-    return (info.data_offsets[1] - info.data_offsets[0]) / max(1, math.prod(info.shape))
-
-
-def _parse_header(text: bytes, size: int, where: str) -> dict[str, TensorInfo]:
-    """What a safetensors header says; `data_offsets` are made to count from the file's beginning."""
-    first, tensors = 8 + len(text), {}
-    try:
-        for name, entry in json.loads(text).items():
-            if name == "__metadata__":
-                continue
-            start, end = (first + int(offset) for offset in entry["data_offsets"])
-            if not first <= start <= end <= size:
-                raise ValueError(f"{name} lies outside of the file")
-            tensors[name] = TensorInfo(dtype=entry["dtype"], shape=list(entry["shape"]), data_offsets=(start, end))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CorruptDonorError(f"{where} is not a whole safetensors file: {error}") from error
-    return tensors
-
-
-def _read_local_header(path: str) -> dict[str, TensorInfo]:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return _parse_header(file.read(min(length, _MAX_HEADER)), os.path.getsize(path), path)

@@ -14,7 +14,7 @@ import torch
 from not_hf.errors import CorruptDonorError
 
 # A checkpoint is nested a few levels deep; what goes on for longer holds itself.
-MAX_DEPTH, MAX_CONTAINERS = 32, 1_000_000
+MAX_DEPTH, MAX_ENTRIES = 32, 1_000_000
 
 _WANTED = re.compile(r"GLOBAL (\S+)")
 
@@ -85,17 +85,17 @@ def _flatten(content: Any, name: str) -> dict[str, torch.Tensor]:
     """All tensors in nested dicts, lists and tuples, by their keys and indices joined with dots."""
     tensors: dict[str, torch.Tensor] = {}
     todo = [("", 0, content)]  # the last one is next: what holds itself is soon too deep
-    num_containers = 0
+    num_entries = 0
     while todo:
         path, depth, value = todo.pop()
+        num_entries += 1
+        if depth > MAX_DEPTH or num_entries > MAX_ENTRIES:
+            raise CorruptDonorError(f"{name} is nested too deep to hold layers")
         if isinstance(value, torch.Tensor):
             if path in tensors:
                 raise CorruptDonorError(f"{name} holds two tensors named {path!r}")
             tensors[path] = value
         elif isinstance(value, (Mapping, list, tuple)):
-            num_containers += 1
-            if depth == MAX_DEPTH or num_containers > MAX_CONTAINERS:
-                raise CorruptDonorError(f"{name} is nested too deep to hold layers")
             items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
             todo += [(f"{path}.{key}" if depth else str(key), depth + 1, item) for key, item in reversed(items)]
     return tensors

@@ -7,11 +7,12 @@ import itertools
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -24,7 +25,7 @@ TRIES = 5
 OVERLAP = 64  # bytes that a part repeats of the next one, to notice a server that sends other bytes than it says
 
 
-@dataclass
+@dataclass(eq=False)
 class RemoteFile:
     """One file of a repo on the Hub, at one commit."""
 
@@ -83,10 +84,14 @@ class RemoteFile:
                     if objection := self._objection(response, start, end):
                         reason = objection
                         continue  # without reading a body that may be the whole file
-                    body = response.read()
+                    body = bytearray()
+                    for chunk in response.iter_raw():
+                        body += chunk
+                        if len(body) > end - start:
+                            break
                 if len(body) == end - start:
-                    return body
-                reason = f"{len(body)} bytes came instead of {end - start}"
+                    return bytes(body)
+                reason = f"{len(body)} bytes or more came instead of {end - start}"
             except HfHubHTTPError as error:  # after tries of its own
                 reason = f"the server answered {error.response.status_code}"
                 break
@@ -100,6 +105,8 @@ class RemoteFile:
         found = response.headers.get("Content-Range")
         if response.status_code != 206 or found != expected:
             return f"the server answered {response.status_code}, {found or 'no range'} instead of {expected}"
+        if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            return f"the server sent it as {encoding}"
         linked = [etag for each in (*response.history, response) if (etag := each.headers.get("X-Linked-ETag"))]
         if any(_plain(etag) != self.etag for etag in linked):
             return "the file has changed (its ETag is another one)"
@@ -130,7 +137,7 @@ class Part:
     overlap: int
 
 
-def gather(pieces: Sequence[Piece], prefix: bytes, target: Path, description: str) -> None:
+def gather(pieces: Sequence[Piece], prefix: bytes, target: Path, description: str, fresh: bool = False) -> None:
     """Put pieces of files on the Hub together in a local file, which appears only when it is whole.
 
     What was fetched before an interruption is not fetched again. Processes that want the same file wait for each
@@ -141,40 +148,40 @@ def gather(pieces: Sequence[Piece], prefix: bytes, target: Path, description: st
         prefix: What the file begins with.
         target: The file; the folder must be there.
         description: For the progress bar.
+        fresh: Fetch all of it, whatever is there; the file that is there stays until then.
 
     Raises:
         OSError: A range cannot be read; what was fetched is kept for the next try.
     """
     with WeakFileLock(target.with_name(f"{target.name}.lock")):
-        if target.exists():
+        if target.exists() and not fresh:
             return
         draft, journal = (target.with_name(f"{target.name}.{ending}") for ending in ("incomplete", "parts"))
         parts = list(_parts(pieces))
+        places = {part: list(_places(part, pieces)) for part in parts}
         digest = hashlib.sha256(repr((prefix, parts)).encode()).hexdigest()
-        ends = _read_journal(journal, digest) if draft.exists() else {}
-        if not ends:
+        done = {} if fresh else _read_journal(journal, digest, draft, [places[part] for part in parts])
+        if not done:
+            journal.unlink(missing_ok=True)
             draft.write_bytes(prefix)
             journal.write_text(json.dumps(digest) + "\n")
-        by_file: dict[str, list[Piece]] = {}
-        for piece in pieces:
-            by_file.setdefault(piece.file.url, []).append(piece)
 
         def fetch(number: int) -> int:
             part = parts[number]
             body = part.file.read(part.start, part.end + part.overlap)
-            _write(draft, part, body, by_file[part.file.url])
+            _write(draft, places[part], body)
             own = part.end - part.start
-            ends[number] = (body[:OVERLAP].hex(), body[own:].hex())
+            done[number] = _Done(_checksum(draft, places[part]), body[:OVERLAP].hex(), body[own:].hex())
             with journal.open("a") as file:  # one short line in one write
-                file.write(json.dumps([number, *ends[number]]) + "\n")
+                file.write(json.dumps([number, *done[number]]) + "\n")
             return own
 
         sizes = [part.end - part.start for part in parts]
-        missing = [number for number in range(len(parts)) if number not in ends]
+        missing = [number for number in range(len(parts)) if number not in done]
         pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="not_hf")
         with tqdm(
             total=sum(sizes),
-            initial=sum(sizes[number] for number in ends),
+            initial=sum(sizes[number] for number in done),
             unit="B",
             unit_scale=True,
             desc=description,
@@ -185,9 +192,11 @@ def gather(pieces: Sequence[Piece], prefix: bytes, target: Path, description: st
                     bar.update(size)
             finally:
                 pool.shutdown(cancel_futures=True)
-        if odd := _torn(parts, ends):
+        if odd := _torn(parts, done):
             draft.unlink()
             raise OSError(f"neighbouring ranges of {odd.file.url} contradict each other at byte {odd.end}; try again")
+        with draft.open("r+b") as file:
+            os.fsync(file.fileno())
         os.replace(draft, target)
         journal.unlink()
 
@@ -226,33 +235,62 @@ def _parts(pieces: Sequence[Piece]) -> Iterator[Part]:
                 yield Part(file, first, last, min(overlap, end - last))
 
 
-def _write(draft: Path, part: Part, body: bytes, pieces: Sequence[Piece]) -> None:
+def _places(part: Part, pieces: Sequence[Piece]) -> Iterator[tuple[int, int, int]]:
+    """What of a part goes where: its offset in the part, its length, its offset in the local file."""
+    for piece in pieces:
+        start, end = max(piece.start, part.start), min(piece.end, part.end)
+        if piece.file.url == part.file.url and start < end:
+            yield start - part.start, end - start, piece.offset + start - piece.start
+
+
+def _write(draft: Path, places: Sequence[tuple[int, int, int]], body: bytes) -> None:
     view = memoryview(body)
     with draft.open("r+b") as file:
-        for piece in pieces:
-            start, end = max(piece.start, part.start), min(piece.end, part.end)
-            if start < end:
-                file.seek(piece.offset + start - piece.start)
-                file.write(view[start - part.start : end - part.start])
+        for start, length, offset in places:
+            file.seek(offset)
+            file.write(view[start : start + length])
 
 
-def _read_journal(journal: Path, digest: str) -> dict[int, tuple[str, str]]:
-    """First and last bytes of the parts that are there already; none when they are parts of something else."""
+def _checksum(draft: Path, places: Sequence[tuple[int, int, int]]) -> int:
+    """CRC-32 of what of a part lies in the draft."""
+    found = 0
+    with draft.open("rb") as file:
+        for _, length, offset in places:
+            file.seek(offset)
+            found = zlib.crc32(file.read(length), found)
+    return found
+
+
+class _Done(NamedTuple):
+    """A part that was fetched."""
+
+    checksum: int
+    head: str  # its first bytes, in hexadecimal
+    tail: str  # those that it repeats of the next one
+
+
+def _read_journal(
+    journal: Path, digest: str, draft: Path, places: Sequence[Sequence[tuple[int, int, int]]]
+) -> dict[int, _Done]:
+    """The parts that are there already; none when they are parts of something else.
+
+    A part counts only if the draft holds what was written: a crash may have kept the journal and lost the data.
+    """
     try:
         first, *lines = journal.read_text().splitlines()
         if json.loads(first) != digest:
             return {}
         entries = [json.loads(line) for line in lines if line.endswith("]")]  # the last one may be torn
-    except (OSError, ValueError):
+        done = {number: _Done(*rest) for number, *rest in entries}
+        return {number: each for number, each in done.items() if each.checksum == _checksum(draft, places[number])}
+    except (OSError, ValueError, TypeError, IndexError):
         return {}
-    return {number: (head, tail) for number, head, tail in entries}
 
 
-def _torn(parts: Sequence[Part], ends: Mapping[int, tuple[str, str]]) -> Part | None:
+def _torn(parts: Sequence[Part], done: Mapping[int, _Done]) -> Part | None:
     """The first part whose repetition of the next one differs from it."""
     for number, part in enumerate(parts):
-        tail = ends[number][1]
-        if part.overlap and not ends[number + 1][0].startswith(tail):
+        if part.overlap and not done[number + 1].head.startswith(done[number].tail):
             return part
     return None
 

@@ -57,7 +57,7 @@ def repo(request, hub, model, tmp_path_factory) -> str:
 def cache(tmp_path, monkeypatch, hub) -> Path:
     """Empty caches, no waiting between tries, and no fault left behind."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     quick = types.SimpleNamespace(sleep=lambda seconds: None, time=time.time)
     monkeypatch.setattr("not_hf.ranges.time", quick)
     monkeypatch.setattr("huggingface_hub.utils._http.time", quick)

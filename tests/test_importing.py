@@ -414,7 +414,7 @@ def test_a_small_file_that_unfolds_into_a_large_one_is_refused(base_folder, tmp_
     for _ in range(9):
         content = [content, content]
     file = save(content, tmp_path)
-    monkeypatch.setattr(pickles, "MAX_CONTAINERS", 2**9)
+    monkeypatch.setattr(pickles, "MAX_ENTRIES", 2**9)
     with pytest.raises(CorruptDonorError, match="nested too deep"):
         import_checkpoint(file, base_folder("llama"), SPAN)
 
