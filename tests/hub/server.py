@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from . import download, history, repos, upload, xet
 from .site import Site
 from .store import Store
-from .wire import FileSlice, HubError, Request, Response
+from .wire import FileSlice, HubError, Request, Response, parse_range
 from .xorbs import Xorbs
 
 DEFAULT_USER = "me"
@@ -105,6 +105,7 @@ class Fault:
     ignore_range: bool = False  # send the whole file with 200 where a range was asked for
     shift_range: int = 0  # bytes; send a range that begins this much later than the answer claims
     honest: bool = False  # claim the shifted range
+    claim: bool = False  # with `ignore_range`: answer 206 and claim the range that was asked for
     delay: float = 0  # seconds before anything happens
     etag: str | None = None  # claim that the file is another one
 
@@ -130,6 +131,7 @@ class Hub:
         self._server: _Server | None = None
         self._site: Site | None = None
         self.requests: list[Record] = []
+        self.in_flight: set[int] = set()  # threads that are answering a request, delays included
         self.fault: FaultHook | None = None
 
     @property
@@ -265,6 +267,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def _serve(self) -> None:
+        self.server.hub.in_flight.add(threading.get_ident())
+        try:
+            self._respond()
+        finally:
+            self.server.hub.in_flight.discard(threading.get_ident())
+
+    def _respond(self) -> None:
         hub, address = self.server.hub, urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, address.path, parse_qs(address.query), headers, self._read_body())
@@ -309,10 +318,15 @@ def _answer(hub: Hub, request: Request, fault: Fault) -> Response:
     if fault.status:
         headers = {"Retry-After": str(fault.retry_after)} if fault.retry_after is not None else {}
         return HubError(fault.status, "Fault", "this fault was asked for", headers).response
+    asked = request.headers.get("range", "")
     if fault.ignore_range:
         kept = {name: value for name, value in request.headers.items() if name != "range"}
         request = replace(request, headers=kept)
     response = hub.answer(request)
+    if fault.claim and (wanted := parse_range(asked, len(response.body))):
+        offset, length = wanted
+        claimed = {"Content-Range": f"bytes {offset}-{offset + length - 1}/{len(response.body)}"}
+        response = replace(response, status=206, headers={**response.headers, **claimed})
     if response.status == 206 and isinstance(response.body, FileSlice):
         moved = replace(response.body, offset=response.body.offset + fault.shift_range)
         claimed = dict(response.headers)
