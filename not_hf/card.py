@@ -7,10 +7,12 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from not_hf.config import DonorConfig
+from not_hf.errors import NotHFError
 from not_hf.license import License
 from not_hf.readme import (
     ADAPTER_TAG,
@@ -27,9 +29,6 @@ from not_hf.readme import (
     updated,
     without_facts,
 )
-
-if TYPE_CHECKING:
-    from not_hf.config import DonorConfig
 
 _TEMPLATE = Path(__file__).parent / "templates" / "donor_card.md"
 _DATA_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")
@@ -110,12 +109,25 @@ def updated_card(
     Raises:
         NotHFError: The metadata of the README.md that is there cannot be read.
     """
-    return updated(Path(folder, README), donor_card(config, num_parameters, size, repo_id))
+    return _updated(Path(folder, README), donor_card(config, num_parameters, size, repo_id), repo_id)
 
 
-def write_card(folder: str | os.PathLike[str], config: DonorConfig, *args: Any, **kwargs: Any) -> None:
-    """Write `updated_card` to `folder/README.md`."""
-    updated_card(folder, config, *args, **kwargs).save(Path(folder, README))
+def _updated(path: Path, new: ModelCard, repo_id: str | None) -> ModelCard:
+    """`readme.updated`; but a text in which nobody wrote gives way to the new one, whole."""
+    card = updated(path, new)
+    if path.exists() and _is_untouched(path, repo_id):
+        card.text = new.text
+    return card
+
+
+def _is_untouched(path: Path, repo_id: str | None) -> bool:
+    """Whether a card's text is what the config beside it gives, so that it speaks of that organ and no other."""
+    try:
+        config = DonorConfig.from_pretrained(path.parent)
+    except (NotHFError, OSError):  # there is none, or it is of something else
+        return False
+    text = without_facts(load(path).text)
+    return any(text == without_facts(donor_card(config, repo_id=name).text) for name in (repo_id, None))
 
 
 def pushed_card(
@@ -142,7 +154,7 @@ def pushed_card(
     new, own = donor_card(config, num_parameters, size, repo_id), Path(folder, README)
     here, there = without_facts(donor_card(config).text), without_facts(new.text)
     if not own.exists() or without_facts(load(own).text) == here:
-        return updated(published, new)
+        return _updated(Path(published), new, repo_id)
     card = updated(own, new)
     for line, line_there in zip(here.splitlines(), there.splitlines(), strict=True):
         if line != line_there:  # names the folder

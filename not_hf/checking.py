@@ -3,15 +3,59 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from huggingface_hub.utils import TensorInfo
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.composition import SHARED_KWARGS, Request, expand, pin, read_config, stack_problems
+from not_hf.config import DonorConfig
 from not_hf.donor import DonorModel
-from not_hf.entries import OrganSource
-from not_hf.errors import CorruptDonorError
+from not_hf.entries import DEFAULT_NAME, OrganSource
+from not_hf.errors import CorruptDonorError, NotHFError
 from not_hf.partial import list_tensors
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """One organ of a donor, as far as its config and the headers of its files tell."""
+
+    source: OrganSource
+    config: DonorConfig
+    tensors: Mapping[str, TensorInfo]
+    unreadable: str | None = None  # why there are no tensors
+
+
+def survey(
+    donor: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None, **hub_kwargs: Any
+) -> tuple[DonorConfig, list[Surveyed]]:
+    """A donor's config and its organs, of which a composition has several. No weights are read.
+
+    Args:
+        donor: Folder or Hub ID.
+        revision: Branch, tag or commit; pinned, so that all that is read is of one state.
+        subfolder: Folder of the donor within its repo.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, …
+
+    Raises:
+        NotHFError: A config is not what it is taken for, or not in order.
+        OSError: A config or a header cannot be read.
+    """
+    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
+        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
+    wish = pin(OrganSource(DEFAULT_NAME, os.fspath(donor), revision, subfolder), hub_kwargs)
+    root = read_config(wish, hub_kwargs)
+    organs = []
+    for source in expand(wish, root, hub_kwargs):
+        where = {**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
+        config = read_config(source, hub_kwargs)
+        try:
+            organs.append(Surveyed(source, config, list_tensors(str(source.donor), **where)))
+        except CorruptDonorError as error:
+            organs.append(Surveyed(source, config, {}, str(error)))
+    return root, organs
 
 
 def check_donor(
@@ -40,25 +84,35 @@ def check_donor(
         One line per problem; an empty list when the donor can be loaded.
 
     Raises:
-        NotHFError: A config contradicts itself, or is not what it is taken for.
+        NotHFError: A config contradicts itself, or is not what it is taken for; a composition is to be moved.
         OSError: A config or a header cannot be read.
     """
-    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
-    wish = pin(OrganSource("donor", os.fspath(donor), revision, subfolder, position, mode), hub_kwargs)
-    organs = [
-        (source, read_config(source, hub_kwargs)) for source in expand(wish, read_config(wish, hub_kwargs), hub_kwargs)
-    ]
+    root, organs = survey(donor, revision, subfolder, **hub_kwargs)
+    if root.donors is not None and (position is not None or mode is not None):
+        raise NotHFError(
+            f"{donor} is a composition whose organs have their places; check them one by one to move them"
+        )
+    return recipient_problems(organs, recipient, position, mode, **hub_kwargs)
+
+
+def recipient_problems(
+    organs: Sequence[Surveyed],
+    recipient: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel,
+    position: int | None = None,
+    mode: str | None = None,
+    **hub_kwargs: Any,
+) -> list[str]:
+    """What `check_donor` lists, of organs that were surveyed. Arguments as there."""
     if not isinstance(recipient, PreTrainedConfig):
         base = recipient if isinstance(recipient, PreTrainedModel) else os.fspath(recipient)
         recipient = Request(base, hub_kwargs, []).base_config()
-    problems = stack_problems(organs, recipient)
-    for source, config in organs:
-        prefix = f"organ {source.name!r}: " if len(organs) > 1 else ""
-        where = {**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
-        try:
-            found = DonorModel.header_problems(config, list_tensors(str(source.donor), **where))
-        except CorruptDonorError as error:
-            found = [str(error)]
+    placed = [
+        (replace(organ.source, position=position, mode=mode) if len(organs) == 1 else organ.source, organ.config)
+        for organ in organs
+    ]
+    problems = stack_problems(placed, recipient)
+    for organ in organs:
+        prefix = f"organ {organ.source.name!r}: " if len(organs) > 1 else ""
+        found = [organ.unreadable] if organ.unreadable else DonorModel.header_problems(organ.config, organ.tensors)
         problems += [f"{prefix}{problem}" for problem in found]
     return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -14,9 +14,10 @@ from not_hf.compatibility import check_compatibility
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, resolve_commit
 from not_hf.donor import DonorModel
-from not_hf.entries import DonorSource, OrganSource, is_plain_name, read_entries
+from not_hf.entries import DEFAULT_NAME, DonorSource, OrganSource, is_plain_name, read_entries
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError
 from not_hf.placing import Origin, Place, arrange
+from not_hf.reach import one_line
 
 # how a repo is reached; its revision and its subfolder are its own
 SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
@@ -31,7 +32,7 @@ class Request:
     """What `TransplantedForCausalLM.from_pretrained` was asked for: a recipient, and organs to put into it."""
 
     base: str | PreTrainedModel
-    base_kwargs: dict[str, Any]
+    base_kwargs: dict[str, Any] = field(repr=False)  # with the token
     sources: list[OrganSource]
     named_by: str | None = None  # the donor that names the recipient, when the user does not
 
@@ -151,12 +152,22 @@ def expand(source: OrganSource, config: DonorConfig, hub_kwargs: Mapping[str, An
         return [source]
     organs = [pin(organ, hub_kwargs) for organ in read_entries(config, source)]
     moved = source.position is not None or source.mode is not None
+    if source.name not in ("", DEFAULT_NAME):
+        raise NotHFError(
+            f"{source.donor} is a composition whose organs have their names; leave out the name {source.name!r}"
+        )
     if moved or config.position is not None or config.mode != "insert":  # where AutoModelForCausalLM puts arguments
         raise NotHFError(
             f"{source.donor} is a composition whose organs have their places; load them one by one to move"
         )
     for organ in organs:
-        if read_config(organ, hub_kwargs).donors is not None:
+        try:
+            listed = read_config(organ, hub_kwargs).donors
+        except OSError as error:
+            raise OSError(
+                f"{source.donor} lists organ {organ.name!r} in {organ.donor}, which cannot be read: {one_line(error)}"
+            ) from error
+        if listed is not None:
             raise CorruptDonorError(
                 f"{source.donor}: organ {organ.name!r} is a composition itself ({organ.donor}); "
                 "compositions cannot be nested: list its organs"

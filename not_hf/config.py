@@ -153,10 +153,12 @@ class DonorConfig(PreTrainedConfig):
 
         Raises:
             CorruptDonorError: One line naming the first contradiction.
+            NotHFError: It lists organs and is none itself.
         """
         if self.donors is not None:
-            raise CorruptDonorError(
-                "this repo is a composition of several organs; load it with TransplantedForCausalLM.from_pretrained"
+            raise NotHFError(
+                "this repo is a composition of several organs; load it with TransplantedForCausalLM.from_pretrained, "
+                "or name the repo or the subfolder of one organ"
             )
         span = self.layers
         if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):

@@ -13,7 +13,6 @@ from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from not_hf.anatomy import (
     NEUTRAL_EMBEDDING,
@@ -33,6 +32,7 @@ from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
 from not_hf.layers import check_bare, is_finite, silence, strip_to_layers
 from not_hf.license import inherit_license
 from not_hf.loading import dtype_of, expert_problems, fill, loading_problems, refuse, tensor_problems
+from not_hf.readme import README
 from not_hf.sharing import PushOptions, push_folder
 from not_hf.tokenizer import save_local_tokenizer
 from not_hf.writing import replacing, require_donor_folder
@@ -380,7 +380,7 @@ class DonorModel(PreTrainedModel):
 
         Args:
             repo_id: Where the card says the organ lies.
-            draft: Write there, for the caller to move to `folder`.
+            draft: Write there, for the caller to move to `folder`, a tokenizer too.
         """
         tensors = self.state_dict() if tensors is None else tensors
         hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
@@ -394,9 +394,9 @@ class DonorModel(PreTrainedModel):
             super().save_pretrained(place, is_main_process, dict(tensors), **kwargs)
             if not is_main_process:
                 return
-            card.save(os.path.join(place, "README.md"))
-            if not os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
-                save_local_tokenizer(self.config.base_model_name_or_path, place)
+            card.save(os.path.join(place, README))
+            if draft is None:
+                save_local_tokenizer(self.config.base_model_name_or_path, folder, place)
 
 
 def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:

@@ -16,6 +16,8 @@ from not_hf.cutting import plain_config
 from not_hf.donor import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError
 
+DEFAULT_NAME = "default"  # of an organ that nobody named, as in PEFT
+
 DonorSource = str | os.PathLike[str] | DonorModel
 
 # What an entry may say, and the types of JSON it says it in; null counts as left out.

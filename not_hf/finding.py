@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import ExpandModelProperty_T, ModelInfo
 
+from not_hf.reach import reaching_hub
 from not_hf.readme import ADAPTER_TAG, DONOR_TAG, METHOD_TAGS
 
 # what one listing request brings of each repo
@@ -64,12 +64,8 @@ def list_donors(
     wanted = [DONOR_TAG, METHOD_TAGS[0], *([f"{ADAPTER_TAG}{base_model}"] if base_model else [])]
     api = HfApi(token=token)
     found = api.list_models(filter=wanted, author=author, search=search, sort="downloads", limit=limit, expand=_FIELDS)
-    try:
+    with reaching_hub("donors cannot be listed"):
         return [_described(model) for model in found]
-    except HfHubHTTPError:
-        raise
-    except HTTPError as error:
-        raise ConnectionError(f"{api.endpoint} cannot be reached: {error}") from error
 
 
 def _described(model: ModelInfo) -> DonorInfo:

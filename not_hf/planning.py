@@ -6,13 +6,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import model_info
 from transformers import PreTrainedConfig
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, cached_file
 
 from not_hf.card import updated_card
@@ -23,12 +22,13 @@ from not_hf.cutting import resolve_commit
 from not_hf.donor import DonorModel
 from not_hf.entries import OrganSource, composition_config, require_distinct, write_entry
 from not_hf.errors import CorruptDonorError, NotHFError, some
+from not_hf.license import License, joint_license
 from not_hf.partial import list_tensors
 from not_hf.placing import Origin
+from not_hf.reach import reaching_hub
+from not_hf.readme import README
 from not_hf.tokenizer import save_local_tokenizer
 from not_hf.writing import replacing, require_donor_folder
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Plan:
     base_config: PreTrainedConfig
     organs: Sequence[PlannedOrgan]
     stack: Sequence[Origin]
-    hub_kwargs: Mapping[str, Any]
+    hub_kwargs: Mapping[str, Any] = field(repr=False)  # with the token
 
     def config(self, embed: bool = False) -> DonorConfig:
         """The root config of the composition; `embed` as in `save_pretrained`."""
@@ -77,7 +77,9 @@ class Plan:
             if embed or source.is_local:
                 where = {"subfolder": organ.name}
             entries.append(write_entry(organ.name, organ.config, source.active, **where))
-        return composition_config(self.base, self.base_revision, self.base_subfolder, self.base_config, entries)
+        config = composition_config(self.base, self.base_revision, self.base_subfolder, self.base_config, entries)
+        joint_license(License.of(organ.config) for organ in self.organs).set(config)
+        return config
 
     def save_pretrained(self, folder: str | os.PathLike[str], embed: bool = False) -> None:
         """Write the composition: its config, its card, and the organs that it does not only refer to.
@@ -95,8 +97,6 @@ class Plan:
         copied = [organ for organ in self.organs if embed or organ.source.is_local]
         places = {organ.name: Path(folder, organ.name) for organ in copied}
         for place in (Path(folder), *places.values()):
-            if place.exists() and not place.is_dir():
-                raise NotHFError(f"{place} is a file, where a folder is to be written; choose another folder")
             require_donor_folder(place)
         files = {organ.name: self._files(organ.source) for organ in copied}
         config = self.config(embed)
@@ -112,9 +112,8 @@ class Plan:
                 for file, path in paths.items():
                     shutil.copyfile(path, Path(draft, name, file))
             config.save_pretrained(draft)
-            card.save(Path(draft, CARD))
-            if not Path(folder, TOKENIZER_CONFIG_FILE).exists():
-                save_local_tokenizer(self.base, draft)
+            card.save(Path(draft, README))
+            save_local_tokenizer(self.base, folder, draft)
 
     def _files(self, source: OrganSource) -> dict[str, str]:
         """The files of a donor, whole and on this machine: paths by name."""
@@ -122,7 +121,7 @@ class Plan:
         where: dict[str, Any] = {**self.hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
         open_checkpoint(donor, **where)  # raises if they are not whole
         files = checkpoint_files(donor, **where)
-        for name in (CONFIG_NAME, CARD):
+        for name in (CONFIG_NAME, README):
             path = cached_file(donor, name, _raise_exceptions_for_missing_entries=False, **where)
             files |= {name: path} if path else {}
         return files
@@ -237,6 +236,8 @@ def _commit(name: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> s
     if os.path.isdir(name):
         return None
     # what is in the cache can be read where the Hub refuses to answer: ask it again, to hear why
-    return (
-        getattr(revision, "resolved", None) or model_info(name, revision=revision, token=hub_kwargs.get("token")).sha
-    )
+    with reaching_hub(f"{name} cannot be read"):
+        return (
+            getattr(revision, "resolved", None)
+            or model_info(name, revision=revision, token=hub_kwargs.get("token")).sha
+        )

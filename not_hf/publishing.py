@@ -31,7 +31,7 @@ def push_donor(
         folder: Of an organ, or of a composition: the organs that lie in it are pushed, those it refers to must be
             on the Hub.
         repo_id: As in `push_to_hub`.
-        ignore: Patterns of names that stay here; names that begin with a dot do too.
+        ignore: Patterns of names that stay here, besides those that begin with a dot and `Trainer`'s checkpoints.
         **options: As in `push_to_hub`.
 
     Raises:
@@ -57,7 +57,7 @@ def push_donor(
     def save(target: str, repo_id: str) -> None:
         readme = Path(target, README)  # the one that is published, if any
         card = pushed_card(folder, readme, config, num_parameters, size, repo_id)
-        ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", *ignore)
+        ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", "checkpoint-*", *ignore)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
         if config.license != stated:
             config.save_pretrained(target)

@@ -18,6 +18,8 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm
 
+from not_hf.reach import one_line, reaching_hub
+
 PARTS = 64  # into which what is wanted is cut, within the next two bounds
 MIN_PART, MAX_PART = 1 << 20, 8 << 20  # bytes: what one worker holds, and what is lost when a download breaks off
 WORKERS = 4
@@ -44,13 +46,9 @@ class RemoteFile:
             OSError: As in `hf_hub_download`: there is no such repo, revision or file, or no access to it.
         """
         revision = getattr(revision, "resolved", revision)
-        try:
-            url = hf_hub_url(repo_id, path, revision=revision)
+        url = hf_hub_url(repo_id, path, revision=revision)
+        with reaching_hub(f"{repo_id}/{path} cannot be read"):
             found = get_hf_file_metadata(url, token=token, library_name="not_hf", retry_on_errors=True)
-        except HfHubHTTPError:
-            raise
-        except HTTPError as error:
-            raise OSError(f"cannot reach {path} of {repo_id} on the Hub: {_reason(error)}") from error
         if found.size is None or found.commit_hash is None:
             raise OSError(
                 f"the Hub does not tell size and commit of {path} in {repo_id}; download the repo and cut it"
@@ -96,7 +94,7 @@ class RemoteFile:
                 reason = f"the server answered {error.response.status_code}"
                 break
             except HTTPError as error:  # hung up midway, too slow, unreachable
-                reason = _reason(error)
+                reason = one_line(error)
         raise OSError(f"bytes {start} to {end} of {self.url} cannot be read: {reason}; try again")
 
     def _objection(self, response: Any, start: int, end: int) -> str | None:
@@ -297,7 +295,3 @@ def _torn(parts: Sequence[Part], done: Mapping[int, _Done]) -> Part | None:
 
 def _plain(etag: str | None) -> str | None:
     return etag.removeprefix("W/").strip('"') if etag else None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -143,7 +143,7 @@ def _update(old: ModelCardData, ours: ModelCardData, facts: str) -> None:
         "datasets": unite(old.datasets, ours.datasets) or None,
         "eval_results": results or None,
         # of the model-index, which goes with its last result
-        "model_name": (old.model_name or ours.model_name) if results or not old.eval_results else None,
+        "model_name": (old.model_name or ours.model_name) if results else None,
     }
     if old.get("license"):
         if ours.license and ours.license != old.license:

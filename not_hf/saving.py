@@ -16,7 +16,9 @@ from not_hf.donor import DonorModel
 from not_hf.entries import composition_config, write_entry
 from not_hf.errors import NotHFError
 from not_hf.license import License, joint_license
+from not_hf.readme import README
 from not_hf.splice import Organ, Surgery
+from not_hf.tokenizer import save_local_tokenizer
 from not_hf.vocabulary import VOCABULARY
 from not_hf.writing import replacing, require_donor_folder
 
@@ -74,23 +76,27 @@ def save_organs(
                 f"organ {name!r} holds modules that are not its own ({foreign[0]}, …); "
                 "merge or unload what was put on top of it (LoRA?), then save"
             )
-    first = shells[names[0]].config  # all name the same base
-    entries = [write_entry(name, shells[name].config, surgery.organs[name].active, subfolder=name) for name in names]
-    base = (first.base_model_name_or_path, first.base_revision, first.base_subfolder)
-    config = composition_config(*base, surgery.base_config, entries)
-    joint_license(License.of(shell.config) for shell in shells.values()).set(config)
     if len(names) == 1:
         shells[names[0]].save_donor(folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
         return
     require_donor_folder(folder)
-    card = updated_card(folder, config, repo_id=repo_id)  # raises before anything is written
+    first = shells[names[0]].config  # all name the same base
+    base = (first.base_model_name_or_path, first.base_revision, first.base_subfolder)
+    entries = [write_entry(name, shells[name].config, surgery.organs[name].active, subfolder=name) for name in names]
+    config = composition_config(*base, surgery.base_config, entries)
+    joint_license(License.of(shell.config) for shell in shells.values()).set(config)
+    tensors = [tensor for state in states.values() for tensor in state.values()]
+    num_parameters = sum(tensor.numel() for tensor in tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    card = updated_card(folder, config, num_parameters, size, repo_id)  # raises before anything is written
     with replacing(folder) as draft:
         for name, shell in shells.items():
             place = os.path.join(folder, name)
             shell.save_donor(place, is_main_process, states[name], draft=os.path.join(draft, name), **kwargs)
         if is_main_process:
             config.save_pretrained(draft)
-            card.save(Path(draft, "README.md"))
+            card.save(Path(draft, README))
+            save_local_tokenizer(config.base_model_name_or_path, folder, draft)
 
 
 def _shell(surgery: Surgery, organ: Organ) -> DonorModel:

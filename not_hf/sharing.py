@@ -15,9 +15,11 @@ from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers.utils import CONFIG_NAME
 
+from not_hf.reach import reaching_hub
+from not_hf.readme import README
 from not_hf.writing import files_in, require_donor_folder, stale_weights
 
-_SEEDS = ("README.md", CONFIG_NAME)  # what saving looks at before it writes: the card to update, the kind of model
+_SEEDS = (README, CONFIG_NAME)  # what saving looks at before it writes: the card to update, the kind of model
 _ATTEMPTS = 5
 
 
@@ -65,32 +67,32 @@ def push_folder(
         NotHFError: The repo holds another kind of model.
         OSError: The Hub refuses, or cannot be reached.
     """
-    api = HfApi(token=token)
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
-    all_tags = [*(model_tags or []), *([tags] if isinstance(tags, str) else tags or [])]
-    attempts = 0
-    while True:
-        attempts += 1
-        head = _find_head(api, repo_id, revision)
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                written = _save(save, api, repo_id, head, folder, all_tags)
-                additions = [CommitOperationAdd(path, os.path.join(folder, path)) for path in written]
-                deletions = [CommitOperationDelete(path) for path in stale_weights(head.files, written)]
-                with _ready(api, repo_id, head, private, additions) as parent:
-                    return api.create_commit(
-                        repo_id,
-                        [*additions, *deletions],
-                        commit_message=commit_message or "Upload organ",
-                        commit_description=commit_description,
-                        revision=revision,
-                        create_pr=create_pr,
-                        parent_commit=parent,
-                    )
-        except HfHubHTTPError as error:
-            if error.response.status_code != 412 or attempts == _ATTEMPTS:  # 412: the parent is not the last commit
-                raise
+    with reaching_hub(f"{repo_id} cannot be pushed"):
+        api = HfApi(token=token)
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        all_tags = [*(model_tags or []), *([tags] if isinstance(tags, str) else tags or [])]
+        for attempt in range(1, _ATTEMPTS + 1):
+            head = _find_head(api, repo_id, revision)
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    written = _save(save, api, repo_id, head, folder, all_tags)
+                    additions = [CommitOperationAdd(path, os.path.join(folder, path)) for path in written]
+                    deletions = [CommitOperationDelete(path) for path in stale_weights(head.files, written)]
+                    with _ready(api, repo_id, head, private, additions) as parent:
+                        return api.create_commit(
+                            repo_id,
+                            [*additions, *deletions],
+                            commit_message=commit_message or "Upload organ",
+                            commit_description=commit_description,
+                            revision=revision,
+                            create_pr=create_pr,
+                            parent_commit=parent,
+                        )
+            except HfHubHTTPError as error:
+                if error.response.status_code != 412 or attempt == _ATTEMPTS:  # 412: the parent is not the last commit
+                    raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _save(
     require_donor_folder(folder, repo_id)
     save(folder, repo_id)
     if tags:
-        card = ModelCard.load(path := os.path.join(folder, "README.md"))
+        card = ModelCard.load(path := os.path.join(folder, README))
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
         card.save(path)
     return [path for path in files_in(folder) if path not in seeds or Path(folder, path).read_bytes() != seeds[path]]

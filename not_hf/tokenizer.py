@@ -41,9 +41,15 @@ class DonorTokenizer:
             return AutoTokenizer.from_pretrained(base, *inputs, **where, **kwargs)
 
 
-def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str]) -> None:
-    """Give a donor's folder the tokenizer of a base that others cannot reach; one that is there stays."""
+def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
+    """Bring along the tokenizer of a base that others cannot reach.
+
+    Args:
+        base: Hub ID or folder.
+        folder: Of the donor; a tokenizer that is there stays.
+        draft: Where the donor is written before it goes to `folder`.
+    """
     if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
         return
     with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base).save_pretrained(draft)

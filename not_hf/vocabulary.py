@@ -71,10 +71,10 @@ def _tokenizer_differences(there: Path, here: Path) -> list[str]:
     if not ours or not theirs or ours == theirs:
         return []
     lost = sum(theirs.get(token) != n for token, n in ours.items())
-    return [
-        f"the tokenizer here lacks or renumbers {lost} of {len(ours)} tokens "
-        f"and has {len(theirs.keys() - ours.keys())} more"
-    ]
+    more = len(theirs.keys() - ours.keys())
+    if not lost:
+        return [f"the tokenizer here has {more} more tokens"]
+    return [f"the tokenizer here lacks or renumbers {lost} of {len(ours)} tokens and has {more} more"]
 
 
 def _is_padding(small: int, large: int) -> bool:

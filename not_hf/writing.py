@@ -33,6 +33,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[str]:
     Yields:
         The draft's folder, empty.
     """
+    _require_room(Path(folder), "any")
     existed = os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     try:
@@ -95,14 +96,45 @@ def require_donor_folder(folder: str | os.PathLike[str], name: str | None = None
 
 
 def _move(draft: Path, folder: Path) -> None:
-    written = files_in(draft)
+    """Put the draft's files in place. What fails, an interruption too, puts back what was there.
+
+    Configs go first and come last: a process that is killed in between leaves a folder that no longer loads, and the
+    old files in a folder beside, but never an organ with the weights of another.
+    """
+    written = sorted(files_in(draft), key=_is_config)
+    for path in written:
+        _require_room(folder, path)
     places = {(folder / path).parent for path in written}
     present = [file for place in places if place.is_dir() for file in place.iterdir() if file.is_file()]
-    for path in written:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(draft / path, folder / path)
-    for path in stale_weights((file.relative_to(folder).as_posix() for file in present), written):
-        (folder / path).unlink()
+    stale = stale_weights((file.relative_to(folder).as_posix() for file in present), written)
+    replaced = [path for path in (*reversed(written), *stale) if (folder / path).exists()]
+    with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder) as aside:
+        moves = [(folder / path, Path(aside, path)) for path in replaced]
+        moves += [(draft / path, folder / path) for path in written]
+        done: list[tuple[Path, Path]] = []
+        try:
+            for source, target in moves:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                done.append((source, target))
+                os.replace(source, target)
+        except BaseException:
+            for source, target in reversed(done):
+                if not source.exists():
+                    os.replace(target, source)
+            raise
+
+
+def _is_config(path: str) -> bool:
+    return _split(path)[1] == CONFIG_NAME
+
+
+def _require_room(folder: Path, path: str) -> None:
+    """Refuse to put a file where a folder is, or a folder where a file is."""
+    if (folder / path).is_dir():
+        raise NotHFError(f"{folder / path} is a folder, where a file is to be written; choose another folder")
+    for parent in PurePosixPath(path).parents:
+        if (folder / parent).exists() and not (folder / parent).is_dir():
+            raise NotHFError(f"{folder / parent} is a file, where a folder is to be written; choose another folder")
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -11,16 +11,21 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download, metadata_load
 from test_card import make_config
 from typer.testing import CliRunner
 
-from not_hf import DonorModel
-from not_hf.card import donor_card, write_card
+from not_hf import DonorConfig, DonorModel
+from not_hf.card import donor_card, updated_card
 from not_hf.cli import app
 from not_hf.errors import NotHFError
 
 
+def write(folder: Path, config: DonorConfig, *args) -> None:
+    """What saving does to a README."""
+    updated_card(folder, config, *args).save(folder / "README.md")
+
+
 def test_writing_twice_changes_nothing(tmp_path):
-    write_card(tmp_path, make_config(), 10, 20, "me/gpt2-kjv")
+    write(tmp_path, make_config(), 10, 20, "me/gpt2-kjv")
     first = Path(tmp_path, "README.md").read_bytes()
-    write_card(tmp_path, make_config(), 10, 20, "me/gpt2-kjv")
+    write(tmp_path, make_config(), 10, 20, "me/gpt2-kjv")
     assert Path(tmp_path, "README.md").read_bytes() == first
 
 
@@ -55,7 +60,7 @@ def test_existing_card_keeps_its_text_and_metadata(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(HAND_WRITTEN, encoding="utf-8")
     for value in (19.0, 18.0):  # the second save replaces the first one's number
-        write_card(tmp_path, make_config(metrics={"domain_perplexity": {"before": 24.0, "after": value}}))
+        write(tmp_path, make_config(metrics={"domain_perplexity": {"before": 24.0, "after": value}}))
     card = ModelCard.load(readme)
     assert card.text == ModelCard(HAND_WRITTEN).text
     assert card.data.license == "cc0-1.0"
@@ -75,7 +80,7 @@ def test_existing_card_keeps_its_text_and_metadata(tmp_path):
 
 def test_existing_text_without_metadata_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n\nText.\n", encoding="utf-8")
-    write_card(tmp_path, make_config())
+    write(tmp_path, make_config())
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.strip() == "# Mine\n\nText."
     assert card.data.library_name == "not_hf"
@@ -83,10 +88,10 @@ def test_existing_text_without_metadata_is_kept(tmp_path):
 
 def test_only_the_facts_of_our_own_card_are_rewritten(tmp_path):
     readme = tmp_path / "README.md"
-    write_card(tmp_path, make_config(metrics=None, tokens_seen=10))
+    write(tmp_path, make_config(metrics=None, tokens_seen=10))
     edited = readme.read_text(encoding="utf-8").replace("# gpt2-organ", "# A better title").replace("In the", "At the")
     readme.write_text(edited, encoding="utf-8")
-    write_card(tmp_path, make_config(tokens_seen=20))
+    write(tmp_path, make_config(tokens_seen=20))
     text = readme.read_text(encoding="utf-8")
     assert "# A better title" in text and "At the beginning" in text
     assert "| Training tokens | 20 |" in text and "| Training tokens | 10 |" not in text
@@ -104,7 +109,7 @@ def test_unreadable_metadata_is_refused_and_left_alone(tmp_path, metadata):
     readme = tmp_path / "README.md"
     readme.write_text(f"---\n{metadata}\n---\ntext\n", encoding="utf-8")
     with pytest.raises(NotHFError, match="metadata that cannot be read") as caught:
-        write_card(tmp_path, make_config())
+        write(tmp_path, make_config())
     assert "\n" not in str(caught.value)
     assert readme.read_text(encoding="utf-8") == f"---\n{metadata}\n---\ntext\n"
 
@@ -129,7 +134,7 @@ alpha:
 def test_unknown_keys_and_the_order_of_all_stay(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(ODD_KEYS, encoding="utf-8")
-    write_card(tmp_path, make_config(license="mit"))
+    write(tmp_path, make_config(license="mit"))
     data = metadata_load(readme)
     assert list(data)[:6] == ["zeta", "tags", "license", "co2_eq_emissions", "library_name", "alpha"]
     assert data["zeta"] == 1 and data["alpha"] == ["two", 1]
@@ -141,10 +146,10 @@ def test_unknown_keys_and_the_order_of_all_stay(tmp_path):
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_windows_line_ends_stay(tmp_path, mark):
     readme = tmp_path / "README.md"
-    write_card(tmp_path, make_config(tokens_seen=10))
+    write(tmp_path, make_config(tokens_seen=10))
     text = readme.read_text(encoding="utf-8").replace("# gpt2-organ", "# Mine")
     readme.write_bytes((mark + text).replace("\n", "\r\n").encode())
-    write_card(tmp_path, make_config(tokens_seen=20))
+    write(tmp_path, make_config(tokens_seen=20))
     written = readme.read_bytes().decode()
     assert "| Training tokens | 20 |" in written and "# Mine" in written
     assert written.count("\n") == written.count("\r\n")
@@ -153,11 +158,11 @@ def test_windows_line_ends_stay(tmp_path, mark):
 
 def test_a_card_without_our_comments_changes_in_its_metadata_only(tmp_path):
     readme = tmp_path / "README.md"
-    write_card(tmp_path, make_config(metrics=None, tokens_seen=10))
+    write(tmp_path, make_config(metrics=None, tokens_seen=10))
     card = ModelCard.load(readme)
     card.text = card.text.replace("<!-- /not_hf facts -->", "").replace("| Mode | `insert` |", "| Mode | mine |")
     card.save(readme)
-    write_card(tmp_path, make_config(tokens_seen=20))
+    write(tmp_path, make_config(tokens_seen=20))
     again = ModelCard.load(readme)
     assert again.text == card.text
     assert len(again.data.eval_results) == 3
@@ -166,17 +171,17 @@ def test_a_card_without_our_comments_changes_in_its_metadata_only(tmp_path):
 def test_numbers_that_no_longer_hold_go_from_the_metadata_too(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(HAND_WRITTEN, encoding="utf-8")
-    write_card(tmp_path, make_config())
+    write(tmp_path, make_config())
     card = ModelCard.load(readme)
     card.text = donor_card(make_config()).text  # now with the facts that say which numbers are ours
     card.save(readme)
-    write_card(tmp_path, make_config(domain="law", metrics={"domain_perplexity": {"before": 9.0, "after": 8.0}}))
+    write(tmp_path, make_config(domain="law", metrics={"domain_perplexity": {"before": 9.0, "after": 8.0}}))
     results = [(r.dataset_name, r.metric_value) for r in ModelCard.load(readme).data.eval_results]
     assert results == [("LAMBADA", 0.4), ("law", 8.0)]
 
     (own := tmp_path / "own").mkdir()
-    write_card(own, make_config())
-    write_card(own, make_config(metrics=None))
+    write(own, make_config())
+    write(own, make_config(metrics=None))
     data = ModelCard.load(own / "README.md").data.to_dict()
     assert "model-index" not in data and "model_name" not in data
 
@@ -185,7 +190,7 @@ def test_a_base_without_a_hub_id_leaves_a_hand_written_one(tmp_path):
     readme, base = tmp_path / "README.md", tmp_path / "base"
     base.mkdir()
     readme.write_text("---\nbase_model: me/published\ntags: base_model:adapter:me/published\n---\n", encoding="utf-8")
-    write_card(tmp_path, make_config(base_model_name_or_path=str(base)))
+    write(tmp_path, make_config(base_model_name_or_path=str(base)))
     data = ModelCard.load(readme).data
     assert data.base_model == "me/published"
     assert data.tags[:2] == ["base_model:adapter:me/published", "not-hf"]
@@ -194,7 +199,7 @@ def test_a_base_without_a_hub_id_leaves_a_hand_written_one(tmp_path):
 def test_lists_with_odd_items_are_mended(hub, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("---\ntags: [2024, null, bible]\ndatasets: me/other\n---\n", encoding="utf-8")
-    write_card(tmp_path, make_config())
+    write(tmp_path, make_config())
     card = ModelCard.load(readme)
     assert card.data.tags[:3] == ["2024", "bible", "not-hf"]
     card.validate()

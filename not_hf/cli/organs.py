@@ -64,21 +64,20 @@ def inspect(
     token: Token = None,
 ) -> Result:
     """Show what a donor repo holds, without reading its weights."""
-    from not_hf import DonorConfig
-    from not_hf.checking import check_donor
-    from not_hf.partial import list_tensors
+    from not_hf.checking import recipient_problems, survey
 
-    hub = _given(revision=revision, subfolder=subfolder, token=token)
-    config = DonorConfig.from_pretrained(donor, **hub)
+    config, organs = survey(donor, **_given(revision=revision, subfolder=subfolder, token=token))
     tensors: list[dict[str, Any]] = [
         {
+            **({"organ": organ.source.name} if config.donors else {}),
             "name": name,
             "shape": list(tensor.shape),
             "dtype": tensor.dtype,
             "num_parameters": tensor.parameter_count,
             "size": tensor.data_offsets[1] - tensor.data_offsets[0],
         }
-        for name, tensor in ({} if config.donors else list_tensors(donor, **hub)).items()
+        for organ in organs
+        for name, tensor in organ.tensors.items()
     ]
     data: dict[str, Any] = {
         "id": donor,
@@ -87,6 +86,7 @@ def inspect(
         "num_parameters": sum(tensor["num_parameters"] for tensor in tensors),
         "size": sum(tensor["size"] for tensor in tensors),
         "tensors": tensors,
+        "unreadable": [organ.unreadable for organ in organs if organ.unreadable],
     }
     tables: list[RenderableType] = [_provenance(donor, config, data)]
     for title, rows in (("Organs", config.donors), ("Tensors", tensors)):
@@ -96,8 +96,9 @@ def inspect(
             for row in rows:
                 table.add_row(*(str(row.get(key, "")) for key in columns))
             tables.append(table)
+    tables += data["unreadable"]
     if recipient:
-        problems = check_donor(donor, recipient, **hub)
+        problems = recipient_problems(organs, recipient, **_given(token=token))
         data |= {"recipient": recipient, "compatible": not problems, "mismatches": problems}
         tables.append(_verdict(donor, recipient, problems))
     return Result(data, Group(*tables))
