@@ -283,3 +283,26 @@ def test_pushing_a_folder_with_a_hand_written_card(donor, tmp_path):
     assert "By hand." in card.text and "# card-both" in card.text and '"me/card-both"' in card.text
     assert {"bible", "king", "not-hf"} < set(card.data.tags)
     assert card.data.get("zeta") == 1 and card.data.license == "mit"
+
+
+def test_a_text_nobody_wrote_into_speaks_of_the_organ_it_lies_beside(base_repo, tmp_path):
+    """In a folder and on the Hub; what somebody wrote stays, though it speaks of the old one."""
+    first = DonorModel.from_base(base_repo("llama"), (1, 3))
+    second = DonorModel.from_base(base_repo("mistral"), (0, 1), domain="law")
+    for donor in (first, second):
+        donor.save_pretrained(tmp_path)
+        donor.push_to_hub("me/reused")
+    for text in ((tmp_path / "README.md").read_text(), ModelCard.load("me/reused").content):
+        assert "1 decoder layer of [me/tiny-mistral]" in text and "for law" in text and "tiny-llama" not in text
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "\nBy hand.\n")
+    first.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        "By hand." in text and "1 decoder layer of [me/tiny-mistral]" in text and "base_model: me/tiny-llama" in text
+    )
+
+
+def test_an_empty_model_index_leaves_no_stray_key(tmp_path):
+    (tmp_path / "README.md").write_text("---\nmodel-index:\n- name: run\n  results: []\n---\nText.\n")
+    write(tmp_path, make_config(metrics=None))
+    assert "model_name" not in metadata_load(tmp_path / "README.md")

@@ -16,6 +16,7 @@ from architectures import tiny_model
 from hub import Hub
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from not_hf import (
     CorruptDonorError,
@@ -28,6 +29,7 @@ from not_hf import (
     compose,
 )
 from not_hf.anatomy import config_differences
+from not_hf.cli import app
 from not_hf.placing import Place, arrange
 
 PROMPT = "w5 w6 w7 w8"
@@ -692,3 +694,57 @@ def test_the_placing_rule_names_both_organs():
     for places in ([a, b], [b, a]):
         with pytest.raises(IncompatibleDonorError, match="organ 'b' lies inside a span that organ 'a' replaces"):
             arrange(4, places)
+
+
+# What a review found
+
+
+def test_the_licence_and_the_sizes_are_known_however_it_was_made(base, tmp_path):
+    for seed, name in ((1, "one"), (2, "two")):
+        donor = organ(base, seed)
+        donor.config.license = "mit"
+        donor.save_pretrained(tmp_path / name)
+    model = TransplantedForCausalLM.from_pretrained(base, tmp_path / "one", donor_name="one", position=0)
+    model.load_donor(tmp_path / "two", "two", position=2)
+    model.save_pretrained(tmp_path / "saved")
+    compose([tmp_path / "one", tmp_path / "two"]).save_pretrained(tmp_path / "composed")
+    rows = []
+    for name in ("saved", "composed"):
+        assert DonorConfig.from_pretrained(tmp_path / name).license == "mit"
+        text = (tmp_path / name / "README.md").read_text()
+        assert "license: mit" in text
+        rows.append([line for line in text.splitlines() if line.startswith(("| Parameters", "| Size"))])
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
+def test_an_organ_that_is_gone_is_told_with_who_lists_it(base, hub, tmp_path):
+    for seed, repo in ((1, "me/c-stays"), (2, "me/c-goes")):
+        organ(base, seed, position=seed).push_to_hub(repo)
+    compose(["me/c-stays", "me/c-goes"]).save_pretrained(tmp_path / "both")
+    HfApi().delete_repo("me/c-goes")
+    with pytest.raises(OSError, match=r"both lists organ 'c-goes' in me/c-goes, which cannot be read") as raised:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "both", cache_dir=tmp_path / "cache")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_name_for_all_of_a_composition_is_refused(base, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), donor_name="one")
+    model.load_donor(organ(base, 2), "two", position=0)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NotHFError, match="whose organs have their names; leave out the name 'mine'"):
+        TransplantedForCausalLM.from_pretrained(base, tmp_path, donor_name="mine")
+
+
+def test_a_plan_does_not_show_the_token(kjv, base):
+    plan = compose([kjv], base=base, token="hf_test")
+    assert "hf_test" not in repr(plan)
+
+
+def test_inspect_adds_up_the_organs(base, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), donor_name="one")
+    model.load_donor(organ(base, 2, (0, 1)), "two", position=0)
+    model.save_pretrained(tmp_path)
+    found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"]).stdout)
+    organs = [DonorModel.from_pretrained(tmp_path / name) for name in ("one", "two")]
+    assert found["num_parameters"] == sum(each.num_parameters() for each in organs)
+    assert {tensor["organ"] for tensor in found["tensors"]} == {"one", "two"}

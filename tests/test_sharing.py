@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
-from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors
 from not_hf.cli import app
 from not_hf.writing import DRAFT
 
@@ -430,6 +433,67 @@ def test_a_save_that_fails_midway_changes_nothing(base, existed, tmp_path, monke
         with_organs(base, 1, 2).save_pretrained(folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert folder.exists() == existed
+
+
+@pytest.mark.parametrize("options", [SINGLE, SHARDED], ids=["single", "sharded"])
+@pytest.mark.parametrize("nth", range(12))
+def test_a_save_that_breaks_off_while_files_take_their_places_changes_nothing(
+    base, nth, options, tmp_path, monkeypatch
+):
+    """Ctrl-C at any of the moves: never the config of one organ beside the weights of another."""
+    first, second = organ(base, 1), organ(base, 2)
+    first.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
+    replace, moves = os.replace, itertools.count()
+
+    def interrupted(source, target) -> None:
+        if next(moves) == nth:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("not_hf.writing.os.replace", interrupted)
+    try:
+        second.save_pretrained(tmp_path, **options)
+    except KeyboardInterrupt:
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
+    else:
+        assert nth >= 6 and holds(tmp_path, second)  # three files aside, three in place: it was through before
+    assert not list(tmp_path.glob(f"{DRAFT}*"))
+
+
+def test_a_file_in_the_way_is_refused_and_changes_nothing(base, tmp_path):
+    first, several = organ(base, 1), with_organs(base, 1, 2)
+    first.save_pretrained(tmp_path)
+    (tmp_path / "organ2").write_text("mine")
+    with pytest.raises(NotHFError, match="organ2 is a file, where a folder is to be written"):
+        several.save_pretrained(tmp_path)
+    assert holds(tmp_path, first) and (tmp_path / "organ2").read_text() == "mine"
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(NotHFError, match=r"model\.safetensors is a folder, where a file is to be written"):
+        first.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_dir()
+
+
+def test_checkpoints_of_a_trainer_are_not_pushed(base, repo_id, tmp_path):
+    organ(base, 1).save_pretrained(tmp_path)
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"large")
+    result = CliRunner().invoke(app, ["push", str(tmp_path), repo_id])
+    assert result.exit_code == 0, result.stderr
+    assert not [file for file in HfApi().list_repo_files(repo_id) if "checkpoint" in file]
+
+
+def test_a_hub_that_cannot_be_reached_is_an_os_error(base, monkeypatch):
+    donor = organ(base, 1)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint=nobody))
+        with pytest.raises(OSError, match="me/unreachable cannot be pushed, the Hub cannot be reached"):
+            donor.push_to_hub("me/unreachable")
+        with pytest.raises(OSError, match="donors cannot be listed, the Hub cannot be reached"):
+            list_donors()
 
 
 # Somebody else commits in the meantime
