@@ -9,21 +9,10 @@ import pytest
 import torch
 from hub import Hub
 from huggingface_hub import HfApi
+from test_cli import done, invoke
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
 
 from not_hf import DonorModel, OrganSource, TransplantedForCausalLM, compose
-from not_hf.cli import app
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
-
-
-def done(*arguments: object) -> dict:
-    result = invoke(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def cells(table: str) -> list[list[str]]:
