@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -36,7 +35,8 @@ class View:
     read to be converted (the experts of a Mixtral, which a model has in one tensor).
     """
 
-    file: BinaryIO  # open, so that all tensors come from one file, whatever takes its name later
+    path: str
+    identity: tuple[int, ...]  # of the file when its header was read
     dtype: str  # as safetensors calls it
     shape: list[int]
     start: int  # in bytes from the file's beginning
@@ -54,13 +54,10 @@ class View:
         dtype = getattr(torch, DTYPES[self.dtype])
         if self.start == self.end:
             return torch.empty(self.shape, dtype=dtype)[index]
-        page = self.start - self.start % mmap.ALLOCATIONGRANULARITY  # where a map may begin
-        try:
-            # a private copy, page by page, of what is written to
-            memory = mmap.mmap(self.file.fileno(), self.end - page, access=mmap.ACCESS_COPY, offset=page)
-        except ValueError as error:
-            raise CorruptDonorError(f"{self.file.name} became shorter while it was read") from error
-        raw = torch.frombuffer(memory, dtype=torch.uint8, offset=self.start - page)
+        if _identity(self.path) != self.identity:
+            raise CorruptDonorError(f"{self.path} was written to while it was read; try again")
+        # a private copy, page by page, of what is written to; it keeps no file open
+        raw = torch.from_file(self.path, shared=False, size=self.end, dtype=torch.uint8)[self.start :]
         if self.start % dtype.itemsize:  # such files exist; views of them do not
             raw = raw.clone()
         return raw.view(dtype).reshape(self.shape)[index]
@@ -223,8 +220,15 @@ def open_file(path: str) -> dict[str, Any]:
     Raises:
         CorruptDonorError: It is truncated or none.
     """
-    file = open(path, "rb")  # noqa: SIM115 (closed with the last view)
-    return {name: View(file, info.dtype, info.shape, *info.data_offsets) for name, info in read_header(path).items()}
+    identity = _identity(path)
+    header = read_header(path)
+    return {name: View(path, identity, info.dtype, info.shape, *info.data_offsets) for name, info in header.items()}
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_weight_map(index: str) -> dict[str, str]:

@@ -626,7 +626,20 @@ def test_a_file_that_is_replaced_while_it_is_read_does_not_mix(model, tmp_path):
     other.save_pretrained(tmp_path / "b")
     views = open_checkpoint(tmp_path / "a")
     os.replace(tmp_path / "b" / "model.safetensors", tmp_path / "a" / "model.safetensors")
-    assert all(torch.equal(view[...], model.state_dict()[name]) for name, view in views.items())
+    for view in views.values():
+        with pytest.raises(CorruptDonorError, match="was written to while it was read"):
+            view[...]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux lists them")
+def test_more_tensors_than_a_process_may_open_files(tmp_path):
+    """Experts come by the thousand."""
+    tensors = {f"t{n}": torch.full((2,), float(n)) for n in range(3000)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = len(os.listdir("/proc/self/fd"))
+    read = {name: view[...] for name, view in open_checkpoint(tmp_path).items()}
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_tensors_that_begin_anywhere_are_read(tmp_path):
