@@ -105,6 +105,7 @@ def _move(draft: Path, folder: Path) -> None:
     for path in written:
         _require_room(folder, path)
     places = {(folder / path).parent for path in written}
+    new_folders = sorted((place for place in places if not place.exists()), reverse=True)  # the inner ones first
     present = [file for place in places if place.is_dir() for file in place.iterdir() if file.is_file()]
     stale = stale_weights((file.relative_to(folder).as_posix() for file in present), written)
     replaced = [path for path in (*reversed(written), *stale) if (folder / path).exists()]
@@ -121,6 +122,8 @@ def _move(draft: Path, folder: Path) -> None:
             for source, target in reversed(done):
                 if not source.exists():
                     os.replace(target, source)
+            for place in filter(Path.exists, new_folders):
+                place.rmdir()
             raise
 
 

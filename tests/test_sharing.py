@@ -461,6 +461,23 @@ def test_a_save_that_breaks_off_while_files_take_their_places_changes_nothing(
     assert not list(tmp_path.glob(f"{DRAFT}*"))
 
 
+@pytest.mark.parametrize("nth", range(9))
+def test_a_composition_that_breaks_off_leaves_no_folder(base, nth, tmp_path, monkeypatch):
+    replace, moves = os.replace, itertools.count()
+
+    def full(source, target) -> None:
+        if next(moves) == nth:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    organ(base, 1).save_pretrained(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("not_hf.writing.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        with_organs(base, 1, 2).save_pretrained(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before and holds(tmp_path, organ(base, 1))
+
+
 def test_a_file_in_the_way_is_refused_and_changes_nothing(base, tmp_path):
     first, several = organ(base, 1), with_organs(base, 1, 2)
     first.save_pretrained(tmp_path)
