@@ -24,7 +24,7 @@ DTYPES = FLOAT_DTYPES | {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "
 DTYPES |= {
     f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
 }
-DTYPES["BOOL"] = "bool"
+DTYPES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64", "BOOL": "bool"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class View:
         return self.shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        if self.dtype not in DTYPES:
+            raise CorruptDonorError(f"{self.path} holds a tensor of dtype {self.dtype}, which cannot be read here")
         dtype = getattr(torch, DTYPES[self.dtype])
         if self.start == self.end:
             return torch.empty(self.shape, dtype=dtype)[index]

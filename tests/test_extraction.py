@@ -32,7 +32,8 @@ from not_hf import (
     UnsupportedArchitectureError,
     compose,
 )
-from not_hf.checkpoint import open_checkpoint
+from not_hf.checkpoint import DTYPES, open_checkpoint
+from not_hf.headers import BITS
 from not_hf.partial import list_tensors, open_part
 from not_hf.ranges import RemoteFile, coalesce
 
@@ -642,6 +643,20 @@ def test_more_tensors_than_a_process_may_open_files(tmp_path):
     read = {name: view[...] for name, view in open_checkpoint(tmp_path).items()}
     assert len(os.listdir("/proc/self/fd")) == before
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_every_dtype_of_safetensors_is_told_and_read(tmp_path):
+    """A file may hold tensors of any, outside of the span too."""
+    dtypes = [getattr(torch, name) for name in DTYPES.values()]
+    tensors = {str(dtype): torch.arange(8).to(dtype) for dtype in dtypes}
+    save_file(tensors, tmp_path / "model.safetensors")
+    views = open_checkpoint(tmp_path)
+    assert {view.dtype for view in views.values()} == DTYPES.keys()
+    bits = {name: 8 * (view.end - view.start) // 8 for name, view in views.items()}
+    assert bits == {name: BITS[view.dtype] for name, view in views.items()}
+    for name, view in views.items():
+        assert view[...].dtype == tensors[name].dtype
+        assert view[...].view(torch.uint8).equal(tensors[name].view(torch.uint8))
 
 
 def test_tensors_that_begin_anywhere_are_read(tmp_path):
