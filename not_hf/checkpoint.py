@@ -43,7 +43,7 @@ class View:
     end: int
 
     def get_dtype(self) -> str:
-        """As of `safe_open(...).get_slice`."""
+        """As of `safe_open(...).get_slice`: transformers asks lazy tensors so, when it dequantizes them."""
         return self.dtype
 
     def get_shape(self) -> list[int]:

@@ -96,15 +96,19 @@ def _remote(repo: str, hub_kwargs: Mapping[str, Any]) -> Callable[[str], RemoteF
 
     def find(file: str) -> RemoteFile | None:
         nonlocal revision
-        path = "/".join(part for part in (hub_kwargs.get("subfolder"), file) if part)
         try:
-            found = RemoteFile.find(repo, path, revision, hub_kwargs.get("token"))
+            found = RemoteFile.find(repo, _inner(file, hub_kwargs), revision, hub_kwargs.get("token"))
         except EntryNotFoundError:
             return None
         revision = found.commit
         return found
 
     return find
+
+
+def _inner(file: str, hub_kwargs: Mapping[str, Any]) -> str:
+    """A file's path in its repo."""
+    return "/".join(part for part in (hub_kwargs.get("subfolder"), file) if part)
 
 
 def _located(file: RemoteFile) -> dict[str, tuple[RemoteFile, TensorInfo]]:
@@ -125,8 +129,7 @@ def _is_cached(repo: str, wanted: Callable[[str], bool], commit: str | None, hub
     """Whether the Hub cache holds the files of all wanted tensors, which it then does whole."""
 
     def path(file: str) -> str | None:
-        inner = "/".join(part for part in (hub_kwargs.get("subfolder"), file) if part)
-        found = try_to_load_from_cache(repo, inner, hub_kwargs.get("cache_dir"), revision=commit)
+        found = try_to_load_from_cache(repo, _inner(file, hub_kwargs), hub_kwargs.get("cache_dir"), revision=commit)
         return found if isinstance(found, str) else None
 
     if path(SAFE_WEIGHTS_NAME):

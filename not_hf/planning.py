@@ -21,8 +21,9 @@ from not_hf.config import DonorConfig
 from not_hf.cutting import resolve_commit
 from not_hf.donor import DonorModel
 from not_hf.entries import OrganSource, composition_config, require_distinct, write_entry
-from not_hf.errors import CorruptDonorError, NotHFError, some
+from not_hf.errors import NotHFError
 from not_hf.license import License, joint_license
+from not_hf.loading import refuse
 from not_hf.partial import list_tensors
 from not_hf.placing import Origin
 from not_hf.reach import reaching_hub
@@ -175,8 +176,7 @@ def compose(
         config.position, config.mode = place_in_force(source, config)
         where = {"revision": source.revision, "subfolder": source.subfolder or ""}
         tensors = list_tensors(str(source.donor), **hub_kwargs, **where)
-        if problems := DonorModel.header_problems(config, tensors):
-            raise CorruptDonorError(f"{source.donor}: {some(problems)}")
+        refuse(str(source.donor), DonorModel.header_problems(config, tensors))
         sizes = [tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values()]
         num_parameters = sum(tensor.parameter_count for tensor in tensors.values())
         organs.append(PlannedOrgan(source, config, num_parameters, sum(sizes)))

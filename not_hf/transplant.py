@@ -36,7 +36,7 @@ from not_hf.composition import place_in_force, read_config, require_stack, resol
 from not_hf.config import DonorConfig
 from not_hf.cutting import resolve_commit
 from not_hf.donor import DonorModel
-from not_hf.entries import DonorSource, OrganSource, is_plain_name
+from not_hf.entries import DEFAULT_NAME, DonorSource, OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.layers import require_finite, settle
 from not_hf.license import inherit_license
@@ -68,7 +68,7 @@ class TransplantedForCausalLM(_Native):
         pretrained_model_name_or_path: str | os.PathLike[str] | PreTrainedModel,
         donor: DonorSource | None = None,
         *,
-        donor_name: str = "default",
+        donor_name: str = DEFAULT_NAME,
         position: int | None = None,
         mode: str | None = None,
         donor_revision: str | None = None,
@@ -135,7 +135,7 @@ class TransplantedForCausalLM(_Native):
         if not isinstance(config, DonorConfig):
             return super()._from_config(config, **kwargs)
         base = AutoModelForCausalLM.from_config(config.native_config("base_config"), **kwargs)
-        return _transplant(base, [OrganSource("default", DonorModel(copy.deepcopy(config)))], False, {})
+        return _transplant(base, [OrganSource(DEFAULT_NAME, DonorModel(copy.deepcopy(config)))], False, {})
 
     # ------------------------------------------------------------------ organs
 
@@ -356,7 +356,26 @@ class TransplantedForCausalLM(_Native):
         config = copy.deepcopy(read_config(source, hub_kwargs))
         require_compatibility(config, surgery.base_config, source.position, source.mode)
         config.position, config.mode = place_in_force(source, config)
-        neighbour = surgery.base_layers[min(config.position, len(surgery.base_layers) - 1)]
+        layers = self._organ_layers(source, config.position, is_trainable, hub_kwargs)
+        organ = Organ(name, config, layers, source.active, repo, getattr(source.revision, "resolved", None))
+        beside = [other for other in surgery.organs.values() if other.active and source.active]
+        if differences := surgery.differences(surgery.plan([*beside, organ])):
+            logger.warning("organ %r works here but cannot be merged into a native model: %s", name, some(differences))
+        if others := [d for d in config_differences(organ.native_config, surgery.base_config) if _computes(d)]:
+            logger.warning("organ %r was cut under another config; here its %s", name, some(others))
+        there = None if isinstance(donor, DonorModel) else Home(donor, source.revision, source.subfolder)
+        here = Home(self.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
+        if others := vocabulary_differences(config, self.config, there, here, hub_kwargs.get("cache_dir")):
+            logger.warning("organ %r was made with another vocabulary, and loads all the same: %s", name, some(others))
+        with surgery.changing(self):
+            surgery.organs[name] = organ
+
+    def _organ_layers(
+        self, source: OrganSource, position: int, is_trainable: bool, hub_kwargs: Mapping[str, Any]
+    ) -> list[nn.Module]:
+        """Layers of an organ that are this model's own, in the dtype and on the device of those at `position`."""
+        base_layers, donor = self._surgery.base_layers, source.donor
+        neighbour = base_layers[min(position, len(base_layers) - 1)]
         if any(parameter.is_meta for parameter in neighbour.parameters()):
             raise NotHFError("the recipient is offloaded to disk or CPU; load it without offloading first")
         if isinstance(donor, DonorModel):
@@ -373,26 +392,13 @@ class TransplantedForCausalLM(_Native):
             layers = list(loaded.stack.layers)
         for layer in layers:
             settle(layer, neighbour, is_trainable)
-        require_finite(layers, name)
-        organ = Organ(name, config, layers, source.active, repo, getattr(source.revision, "resolved", None))
-        beside = [other for other in surgery.organs.values() if other.active and source.active]
-        if differences := surgery.differences(surgery.plan([*beside, organ])):
-            logger.warning("organ %r works here but cannot be merged into a native model: %s", name, some(differences))
-        if others := [d for d in config_differences(organ.native_config, surgery.base_config) if _computes(d)]:
-            logger.warning("organ %r was cut under another config; here its %s", name, some(others))
-        there = None if isinstance(donor, DonorModel) else Home(donor, source.revision, source.subfolder)
-        here = Home(self.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
-        if others := vocabulary_differences(config, self.config, there, here, hub_kwargs.get("cache_dir")):
-            logger.warning("organ %r was made with another vocabulary, and loads all the same: %s", name, some(others))
-        with surgery.changing(self):
-            surgery.organs[name] = organ
+        require_finite(layers, source.name)
+        return layers
 
     def _release(self) -> PreTrainedModel:
         """Back to the native class."""
         native = self._surgery.native_class
         del self._surgery
-        if not self.model_tags:
-            vars(self).pop("model_tags", None)
         if not self.model_tags:
             vars(self).pop("model_tags", None)
         self.__class__ = native  # type: ignore[assignment]
