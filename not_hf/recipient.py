@@ -1,0 +1,190 @@
+"""`Recipient`: the life of organs in a native model: loading, choosing, switching off, taking out, merging."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from not_hf.admission import admit
+from not_hf.config import DonorConfig
+from not_hf.entries import DonorSource, OrganSource
+from not_hf.errors import IncompatibleDonorError, NotHFError, some
+from not_hf.splice import Surgery
+
+if TYPE_CHECKING:
+    _Native = PreTrainedModel  # each instance is of a native class as well
+else:
+    _Native = object
+
+
+class Recipient(_Native):
+    """What a native model can do besides when it carries organs. Mixed into its class by `transplant`."""
+
+    _surgery: Surgery
+
+    @property
+    def active_donors(self) -> list[str]:
+        """Names of the organs that take part in `forward`, in load order."""
+        return self._surgery.active
+
+    @property
+    def base_config(self) -> PreTrainedConfig:
+        """Config of the recipient without its organs."""
+        return self._surgery.base_config
+
+    @property
+    def donor_config(self) -> dict[str, DonorConfig]:
+        """Config of each loaded organ by name; `position` and `mode` are those in force here."""
+        return {name: organ.config for name, organ in self._surgery.organs.items()}
+
+    def load_donor(
+        self,
+        donor: DonorSource,
+        donor_name: str,
+        position: int | None = None,
+        mode: str | None = None,
+        is_trainable: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **hub_kwargs: Any,
+    ) -> None:
+        """Put one more organ in and make it active beside those that are. Arguments as in `from_pretrained`.
+
+        Raises:
+            IncompatibleDonorError: It does not fit the recipient, or overlaps an active organ; nothing is changed.
+            CorruptDonorError: Its files are off; nothing is changed.
+        """
+        source = OrganSource(donor_name, donor, revision, subfolder, position, mode)
+        self._load(source, is_trainable, hub_kwargs)
+
+    def set_donor(self, donor_names: str | Sequence[str]) -> None:
+        """Make exactly these organs active; their order in the stack is the order they were loaded in.
+
+        Raises:
+            NotHFError: A name is not loaded.
+            IncompatibleDonorError: They overlap; nothing is changed.
+        """
+        names, surgery = self._named(donor_names), self._surgery
+        surgery.plan([organ for name, organ in surgery.organs.items() if name in names])
+        with surgery.changing(self):
+            for name, organ in surgery.organs.items():
+                organ.active = name in names
+
+    @contextlib.contextmanager
+    def disable_donors(self) -> Iterator[None]:
+        """The base, bit for bit, inside the `with` block. May be nested; an exception inside does no harm."""
+        surgery = self._surgery
+        with surgery.changing(self):
+            surgery.disabled += 1
+        try:
+            yield
+        finally:
+            if vars(self).get("_surgery") is surgery:  # else it was unloaded or merged inside the block
+                with surgery.changing(self):
+                    surgery.disabled -= 1
+
+    def delete_donor(self, donor_name: str) -> None:
+        """Take an organ out for good; the others stay as if it had never been there."""
+        self._named(donor_name)
+        with self._surgery.changing(self):
+            del self._surgery.organs[donor_name]
+
+    def unload(self) -> PreTrainedModel:
+        """Take every organ out and give the native model back, its class, config and flags restored."""
+        surgery = self._surgery
+        with surgery.changing(self):
+            surgery.organs = {}
+        surgery.release(self)
+        return self._release()
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """Make the active organs a plain part of the native model, which then saves and loads without not_hf.
+
+        Raises:
+            IncompatibleDonorError: A native model of the spliced config would compute something else; it names every
+                difference, and nothing is changed.
+        """
+        surgery = self._surgery
+        chosen = [organ for organ in surgery.organs.values() if organ.active]  # also inside disable_donors()
+        if not chosen:
+            return self.unload()
+        if differences := surgery.differences(surgery.plan(chosen)):
+            raise IncompatibleDonorError(f"a native model cannot hold these layers: {some(differences)}")
+        with self.disable_donors():
+            surgery.release(self)
+        with surgery.changing(self):
+            surgery.disabled = 0
+        for layer in (layer for organ in chosen for layer in organ.layers):
+            layer.requires_grad_(True)
+        # how transformers converted the files it loaded; undoing it would save dequantized weights as quantized ones
+        vars(self).pop("_weight_conversions", None)
+        return self._release()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; `base_config` follows."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self._surgery.base_config.vocab_size = self.config.vocab_size
+        return embeddings
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The same modules behind a handle of the native class; as in PEFT, active organs stay in."""
+        view = self._surgery.native_class.__new__(self._surgery.native_class)
+        view.__dict__ = {key: value for key, value in self.__dict__.items() if key != "_surgery"}
+        return view
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of trainable parameters and of all parameters."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how much is trainable, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def _named(self, names: str | Sequence[str] | None) -> list[str]:
+        """Names of loaded organs, all of them for `None`."""
+        organs = self._surgery.organs
+        chosen = list(organs) if names is None else [names] if isinstance(names, str) else list(names)
+        if unknown := [str(name) for name in chosen if name not in organs]:
+            raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
+        return [name for name in organs if name in chosen]
+
+    def _load(self, source: OrganSource, is_trainable: bool, hub_kwargs: Mapping[str, Any]) -> None:
+        """Load one organ; everything about it is checked before the model changes."""
+        organ = admit(self, self._surgery, source, is_trainable, hub_kwargs)
+        with self._surgery.changing(self):
+            self._surgery.organs[organ.name] = organ
+
+    def _release(self) -> PreTrainedModel:
+        """Back to the native class."""
+        native = self._surgery.native_class
+        del self._surgery
+        if not self.model_tags:
+            vars(self).pop("model_tags", None)
+        self.__class__ = native  # type: ignore[assignment]
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Recipient:
+        """`to()`, `half()`, … reach the layers that are not in the stack as well."""
+        super()._apply(fn, recurse)
+        if recurse:
+            for layer in self._surgery.parked(self):
+                layer._apply(fn)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy made inside `disable_donors()` is outside of that block."""
+        super().__setstate__(state)
+        if self._surgery.disabled:
+            with self._surgery.changing(self):
+                self._surgery.disabled = 0
