@@ -12,6 +12,7 @@ from not_hf.registration import register_config
 from not_hf.version import __version__
 
 if TYPE_CHECKING:
+    from not_hf.averaging import average_donors
     from not_hf.compatibility import check_compatibility
     from not_hf.config import DonorConfig
     from not_hf.donor import DonorModel
@@ -27,6 +28,7 @@ _LAZY = {
     "DonorModel": "not_hf.donor",
     "OrganSource": "not_hf.entries",
     "TransplantedForCausalLM": "not_hf.transplant",
+    "average_donors": "not_hf.averaging",
     "check_compatibility": "not_hf.compatibility",
     "compose": "not_hf.planning",
     "import_checkpoint": "not_hf.importing",
@@ -44,6 +46,7 @@ __all__ = [
     "TransplantedForCausalLM",
     "UnsupportedArchitectureError",
     "__version__",
+    "average_donors",
     "check_compatibility",
     "compose",
     "import_checkpoint",

@@ -11,21 +11,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from not_hf.anatomy import (
-    DENSE_PREFIXES,
-    LAYER_INDEX_LISTS,
-    LAYERLESS,
-    PER_LAYER_LISTS,
-    PERIODS,
-    config_differences,
-)
+from not_hf.anatomy import computing_differences
 from not_hf.compatibility import require_compatibility
-from not_hf.composition import place_in_force, read_config
+from not_hf.composition import place_in_force, read_config, scale_in_force
 from not_hf.cutting import resolve_commit
 from not_hf.donor import DonorModel
 from not_hf.entries import OrganSource, is_plain_name
-from not_hf.errors import NotHFError, some
+from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.layers import require_finite, settle
+from not_hf.scaling import require_scalable, scale_problem
 from not_hf.splice import Organ, Surgery
 from not_hf.vocabulary import Home, vocabulary_differences
 
@@ -48,14 +42,14 @@ def admit(
         source: The organ, and where it is to go.
         is_trainable: Make its parameters trainable.
         hub_kwargs: How its repo is reached.
-        instead_of: Name of the loaded organ that it takes the place of.
+        instead_of: Name of the loaded organ whose tensors are to take its weights.
 
     Returns:
         The organ, its layers this model's own: in the dtype and on the device of those at its position.
 
     Raises:
         NotHFError: Its name is taken, or none.
-        IncompatibleDonorError: It does not fit the recipient, or overlaps an active organ.
+        IncompatibleDonorError: It does not fit the recipient or that organ's tensors, or overlaps an active organ.
         CorruptDonorError: Its files are off.
         OSError: They cannot be read.
     """
@@ -68,12 +62,20 @@ def admit(
     config = copy.deepcopy(read_config(source, hub_kwargs))
     require_compatibility(config, surgery.base_config, source.position, source.mode)
     config.position, config.mode = place_in_force(source, config)
+    scale, config.scale = scale_in_force(source, config), 1.0
+    if problem := scale_problem(scale, config.mode):
+        raise IncompatibleDonorError(f"organ {name!r}: {problem}")
     layers = _own_layers(model, surgery, source, config.position, is_trainable, hub_kwargs)
     organ = Organ(name, config, layers, source.active, repo, getattr(source.revision, "resolved", None))
+    if instead_of and (differences := surgery.swap_differences(surgery.organs[instead_of], organ)):
+        raise IncompatibleDonorError(f"organ {name!r} cannot be swapped for another kind: {some(differences)}")
     beside = [o for o in surgery.organs.values() if o.active and source.active and o.name != instead_of]
     if differences := surgery.differences(surgery.plan([*beside, organ])):
         logger.warning("organ %r works here but cannot be merged into a native model: %s", name, some(differences))
-    if others := [d for d in config_differences(organ.native_config, surgery.base_config) if _computes(d)]:
+    if scale != 1:
+        require_scalable(surgery.stack(model), organ.layers[0])
+        organ.rescale(scale)
+    if others := computing_differences(organ.native_config, surgery.base_config):
         logger.warning("organ %r was cut under another config; here its %s", name, some(others))
     there = None if isinstance(donor, DonorModel) else Home(donor, source.revision, source.subfolder)
     here = Home(model.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
@@ -111,10 +113,3 @@ def _own_layers(
         settle(layer, neighbour, is_trainable)
     require_finite(layers, source.name)
     return layers
-
-
-def _computes(difference: str) -> bool:
-    """Whether a difference of configs may change what layers compute: some read the recipient's config as they run."""
-    key = difference.partition(" ")[0]
-    spliced = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS}
-    return key not in spliced | LAYERLESS and "dropout" not in key and not key.endswith("_token_id")

@@ -212,6 +212,16 @@ def config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list
     return [f"{k} is {mine.get(k)!r}, not {other.get(k)!r}" for k in keys if mine.get(k) != other.get(k)]
 
 
+def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
+    """The differences of two configs that may change what layers compute: some read the recipient's as they run."""
+    spliced = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS}
+
+    def counts(key: str) -> bool:
+        return key not in spliced | LAYERLESS and "dropout" not in key and not key.endswith("_token_id")
+
+    return [each for each in config_differences(ours, theirs) if counts(each.partition(" ")[0])]
+
+
 def set_layer_index(layer: nn.Module, index: int) -> None:
     """Tell a layer and every module in it that it stands at `index` of the stack."""
     for module, name in _index_holders(layer):
@@ -258,8 +268,10 @@ def outer_attributes(model: PreTrainedModel, stack_path: str) -> dict[tuple[str,
     }
 
 
-def native_differences(layers: Sequence[nn.Module], twin_layers: Sequence[nn.Module]) -> list[str]:
-    """In what live layers differ from those a native model of the same config would have.
+def native_differences(
+    layers: Sequence[nn.Module], twin_layers: Sequence[nn.Module], there: str = "natively"
+) -> list[str]:
+    """In what live layers differ from those a native model of the same config would have (or others, `there`).
 
     An empty list means: saved with this config and loaded without not_hf, these layers compute the same.
     """
@@ -267,14 +279,14 @@ def native_differences(layers: Sequence[nn.Module], twin_layers: Sequence[nn.Mod
     for n, (layer, twin) in enumerate(zip(layers, twin_layers, strict=True)):
         ours, theirs = dict(layer.named_modules()), dict(twin.named_modules())
         if shape_of(layer) != shape_of(twin):
-            differences += _tensor_differences(f"layer {n}", shape_of(layer), shape_of(twin))
+            differences += _tensor_differences(f"layer {n}", shape_of(layer), shape_of(twin), there)
         for name in ours.keys() & theirs.keys():
             mine, native = _scalars(ours[name]), _scalars(theirs[name])
             where = f"layer {n} {name}".rstrip()
             if type(ours[name]) is not type(theirs[name]):
-                differences.append(f"{where} is {type(ours[name]).__name__}, natively {type(theirs[name]).__name__}")
+                differences.append(f"{where} is {type(ours[name]).__name__}, {there} {type(theirs[name]).__name__}")
             differences += [
-                f"{where}.{key} is {mine[key]!r}, natively {native[key]!r}"
+                f"{where}.{key} is {mine[key]!r}, {there} {native[key]!r}"
                 for key in sorted(mine.keys() & native.keys())
                 if mine[key] != native[key]
             ]
@@ -359,9 +371,9 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _tensor_differences(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def _tensor_differences(where: str, ours: dict[str, Any], theirs: dict[str, Any], there: str) -> list[str]:
     return [
-        f"{where} {name} has shape {ours.get(name)}, natively {theirs.get(name)}"
+        f"{where} {name} has shape {ours.get(name)}, {there} {theirs.get(name)}"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]

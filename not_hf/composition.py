@@ -18,6 +18,7 @@ from not_hf.entries import DEFAULT_NAME, DonorSource, OrganSource, is_plain_name
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError
 from not_hf.placing import Origin, Place, arrange
 from not_hf.reach import one_line
+from not_hf.scaling import scale_problem
 
 # how a repo is reached; its revision and its subfolder are its own
 SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
@@ -114,8 +115,8 @@ def resolve_request(
         raise NotHFError(f"{wish.donor} does not name its base; give it: from_pretrained(base, {wish.donor!r})")
     if given and donor_config.donors is None:
         # AutoModelForCausalLM has moved those of its arguments that the donor's config also has into that config
-        place = (donor_config.position, donor_config.mode)
-        wish = replace(wish, position=place[0] if wish.position is None else wish.position, mode=wish.mode or place[1])
+        position, mode = place_in_force(wish, donor_config)
+        wish = replace(wish, position=position, mode=mode, scale=scale_in_force(wish, donor_config))
     for key in ("attn_implementation", "experts_implementation"):
         if (value := getattr(donor_config, f"_{key}")) is not None:
             kwargs.setdefault(key, value)
@@ -206,10 +207,12 @@ def stack_problems(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient:
                 f"donor_name {source.name!r} is not a plain name, without dots and slashes; choose another"
             )
         prefix = f"organ {source.name!r}: " if len(organs) > 1 else ""
+        scale, mode = scale_in_force(source, config), source.mode or config.mode
         try:
             found = check_compatibility(config, recipient, source.position, source.mode)
         except NotHFError as error:
             raise type(error)(f"{prefix}{error}") from error
+        found += [problem for problem in [scale_problem(scale, mode)] if problem]
         problems += [f"{prefix}{problem}" for problem in found]
     if not problems:
         try:
@@ -232,3 +235,8 @@ def place_in_force(source: OrganSource, config: DonorConfig) -> tuple[int, str]:
     """Position and mode of an organ: those asked for, else those of its own config."""
     position = config.position if source.position is None else source.position
     return int(position or 0), source.mode or config.mode
+
+
+def scale_in_force(source: OrganSource, config: DonorConfig) -> float:
+    """Scale of an organ: the one asked for, else its own config's."""
+    return config.scale if source.scale is None else source.scale

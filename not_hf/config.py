@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from typing import Any
 
@@ -31,6 +32,8 @@ class DonorConfig(PreTrainedConfig):
         layers: Half-open span `[i, j]` of the base's layers.
         position: Where the organ goes, counted in the recipient's own layers.
         mode: `"insert"` (before layer `position`) or `"replace"` (of layers `position … position + k`).
+        scale: What each layer of an inserted organ writes to the residual stream is multiplied by this in a recipient.
+            The weights are stored without it.
         init: `"copy"` (layers as cut) or `"identity"` (an inserted organ starts as an exact no-op).
         base_config: The base's native config as a dict, its `model_type` included.
         organ_config: The same config reduced to the span: `num_hidden_layers == j - i`.
@@ -54,6 +57,7 @@ class DonorConfig(PreTrainedConfig):
     layers: list[int] | None = None
     position: int | None = None
     mode: str = "insert"
+    scale: float = 1.0
     init: str = "copy"
     base_config: dict[str, Any] | None = None
     organ_config: dict[str, Any] | None = None
@@ -167,6 +171,8 @@ class DonorConfig(PreTrainedConfig):
             raise CorruptDonorError(
                 f"donor config needs mode in {MODES} and init in {INITS}, got {self.mode!r} and {self.init!r}"
             )
+        if type(self.scale) not in (int, float) or not math.isfinite(self.scale):
+            raise CorruptDonorError(f"donor config scale must be a finite number, got {self.scale!r}")
         num_base, num_organ = (
             self.native_config(which).num_hidden_layers for which in ("base_config", "organ_config")
         )

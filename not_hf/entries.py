@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class OrganSource:
         subfolder: Folder of the donor in its repo.
         position: Counts the recipient's own layers.
         mode: `"insert"` or `"replace"`.
+        scale: Of what an inserted organ's layers write to the residual stream.
         active: Whether it stands in the stack after loading.
     """
 
@@ -53,6 +55,7 @@ class OrganSource:
     subfolder: str | None = None
     position: int | None = None
     mode: str | None = None
+    scale: float | None = None
     active: bool = True
 
     @property
@@ -75,7 +78,6 @@ def read_entries(config: DonorConfig, composition: OrganSource) -> list[OrganSou
 
     Raises:
         CorruptDonorError: An entry says something else than entries do, or contradicts itself or another.
-        NotHFError: An entry asks for what this release cannot do.
     """
     where = composition.donor
     if not isinstance(config.donors, list) or not config.donors:
@@ -87,11 +89,6 @@ def read_entries(config: DonorConfig, composition: OrganSource) -> list[OrganSou
             raise CorruptDonorError(f"{where}: an organ of the composition lacks a name or a place: {entry!r:.200}")
         if problem := _problem(entry):
             raise CorruptDonorError(f"{where}: organ {entry['name']!r:.200} of the composition {problem}")
-        if (scale := entry.get("scale")) not in (None, 1):
-            raise NotHFError(
-                f"{where}: organ {entry['name']!r} has scale {scale}, which this release of not_hf cannot apply; "
-                "upgrade not_hf, or set the scale to 1"
-            )
     require_distinct([entry["name"] for entry in config.donors], f"{where}: ", CorruptDonorError)
     return [_source(entry, composition) for entry in config.donors]
 
@@ -107,11 +104,11 @@ def write_entry(name: str, config: DonorConfig, active: bool, **where: str | Non
 
     Args:
         name: Of the organ in the model.
-        config: Of the organ; its `position` and `mode` are those in force.
+        config: Of the organ; its `position`, `mode` and `scale` are those in force.
         active: Whether it stands in the stack after loading.
         **where: `subfolder` of the composition, or `donor` with its `revision` and `subfolder`.
     """
-    place = {"position": config.position, "mode": config.mode, "scale": 1.0, "active": active}
+    place = {"position": config.position, "mode": config.mode, "scale": config.scale, "active": active}
     return {"name": name, **{key: value for key, value in where.items() if value}, **place}
 
 
@@ -152,6 +149,8 @@ def _problem(entry: dict[str, Any]) -> str | None:
         return "is not called by a plain name: it must be without dots and slashes"
     if entry.get("mode") not in (None, *MODES):
         return f"has mode {entry['mode']!r:.200}, which must be one of {MODES}"
+    if (scale := entry.get("scale")) is not None and not math.isfinite(scale):
+        return f"has scale {scale}, which must be a finite number"
     path = PurePosixPath(entry.get("subfolder") or "")
     if path.is_absolute() or ".." in path.parts or "\\" in str(path) or not (path.parts or entry.get("donor")):
         return f"has subfolder {entry['subfolder']!r:.200}, which leads out of its repo or to the composition itself"
@@ -163,7 +162,7 @@ def _problem(entry: dict[str, Any]) -> str | None:
 def _source(entry: dict[str, Any], composition: OrganSource) -> OrganSource:
     """Where the organ of a checked entry lies."""
     active = entry.get("active") is not False
-    place = (entry.get("position"), entry.get("mode"), active)
+    place = (entry.get("position"), entry.get("mode"), entry.get("scale"), active)
     if donor := entry.get("donor"):
         return OrganSource(entry["name"], donor, entry.get("revision"), entry.get("subfolder"), *place)
     inner = "/".join(part for part in (composition.subfolder, entry["subfolder"]) if part)

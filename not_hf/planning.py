@@ -16,7 +16,16 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from not_hf.card import updated_card
 from not_hf.checkpoint import checkpoint_files, open_checkpoint
-from not_hf.composition import SHARED_KWARGS, Request, expand, pin, place_in_force, read_config, require_stack
+from not_hf.composition import (
+    SHARED_KWARGS,
+    Request,
+    expand,
+    pin,
+    place_in_force,
+    read_config,
+    require_stack,
+    scale_in_force,
+)
 from not_hf.config import DonorConfig
 from not_hf.cutting import resolve_commit
 from not_hf.donor import DonorModel
@@ -37,7 +46,7 @@ class PlannedOrgan:
     """One organ of a plan."""
 
     source: OrganSource  # its revision is a commit, `None` for a folder
-    config: DonorConfig  # position and mode are those in force
+    config: DonorConfig  # position, mode and scale are those in force
     num_parameters: int
     size: int  # of its weights, in bytes
 
@@ -174,6 +183,7 @@ def compose(
     organs = []
     for source, config in zip(sources, configs, strict=True):
         config.position, config.mode = place_in_force(source, config)
+        config.scale = scale_in_force(source, config)
         where = {"revision": source.revision, "subfolder": source.subfolder or ""}
         tensors = list_tensors(str(source.donor), **hub_kwargs, **where)
         refuse(str(source.donor), DonorModel.header_problems(config, tensors))

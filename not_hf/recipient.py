@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.admission import admit
+from not_hf.averaging import combined, combined_config
 from not_hf.config import DonorConfig
-from not_hf.entries import DonorSource, OrganSource
+from not_hf.entries import DonorSource, OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
-from not_hf.splice import Surgery
+from not_hf.saving import require_own_modules
+from not_hf.scaling import require_scalable, scale_problem
+from not_hf.splice import Organ, Surgery
+from not_hf.status import DonorStatus, donor_status
 
 if TYPE_CHECKING:
     _Native = PreTrainedModel  # each instance is of a native class as well
@@ -87,6 +92,111 @@ class Recipient(_Native):
             if vars(self).get("_surgery") is surgery:  # else it was unloaded or merged inside the block
                 with surgery.changing(self):
                     surgery.disabled -= 1
+
+    def set_donor_scale(self, donor_name: str, scale: float) -> None:
+        """Multiply what each layer of an inserted organ writes to the residual stream.
+
+        The number goes into its output projections in place, so it costs nothing at run time and any scale merges.
+        Saving keeps the weights as they are without it, and the scale in the config. An organ that is trained at
+        another scale than 1 gets weights divided by it.
+
+        Args:
+            donor_name: Of a loaded organ, active or not.
+            scale: 1 is the organ as it was trained, 0 a no-op.
+
+        Raises:
+            NotHFError: The name is not loaded, the scale is no finite number, or the organ was trained at scale 0.
+            IncompatibleDonorError: The organ replaces layers.
+            UnsupportedArchitectureError: The layers do not follow a scale: a norm behind their projections undoes it.
+        """
+        (name,) = self._named([donor_name])
+        organ = self._surgery.organs[name]
+        if problem := scale_problem(scale, organ.config.mode):
+            error = IncompatibleDonorError if organ.config.mode != "insert" else NotHFError
+            raise error(f"organ {name!r}: {problem}")
+        require_own_modules(self._surgery, organ)
+        if scale != 1:
+            require_scalable(self._surgery.stack(self), organ.layers[0])
+        organ.rescale(float(scale))
+
+    def hotswap_donor(
+        self,
+        donor_name: str,
+        donor: DonorSource,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **hub_kwargs: Any,
+    ) -> None:
+        """Put another organ's weights into a loaded organ's tensors: nothing is rebuilt, nothing recompiled.
+
+        Name, position, mode, scale and `requires_grad` flags stay; the config is the new organ's otherwise.
+
+        Args:
+            donor_name: Of the loaded organ.
+            donor: Donor folder, Hub ID or `DonorModel`, of the same span and shapes.
+            revision: Branch, tag or commit of the donor repo.
+            subfolder: Folder of the donor within its repo.
+            **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            IncompatibleDonorError: It is of another span, or its layers are built otherwise; nothing is changed.
+            CorruptDonorError: Its files are off; nothing is changed.
+        """
+        (name,) = self._named([donor_name])
+        old, surgery = self._surgery.organs[name], self._surgery
+        require_own_modules(surgery, old)
+        place = (old.config.position, old.config.mode, 1.0, old.active)
+        source = OrganSource(name, donor, revision, subfolder, *place)
+        new = admit(self, surgery, source, False, hub_kwargs, instead_of=name)
+        old.take_over(new)
+
+    def add_weighted_donor(
+        self,
+        donors: Sequence[str],
+        weights: Sequence[float] | None,
+        donor_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Average loaded organs of one span into a new one, which is not active until `set_donor` names it.
+
+        Args:
+            donors: Names of two or more loaded organs. The new one goes where the first one goes, with scale 1.
+            weights: One number each; they count relative to their sum. `None`: equal.
+            donor_name: Of the new organ.
+            combination_type: `"linear"`, or `"slerp"` for two of them.
+
+        Raises:
+            IncompatibleDonorError: They are not of one span, or their layers differ.
+            NotHFError: A name is not loaded or taken, or another argument is out of range.
+        """
+        surgery, unknown = self._surgery, [name for name in donors if name not in self._surgery.organs]
+        self._named(unknown)
+        if not is_plain_name(donor_name) or donor_name in surgery.organs:
+            raise NotHFError(f"donor_name {donor_name!r} is taken or not a plain name; choose another")
+        chosen = [surgery.organs[name] for name in donors]
+        states = [
+            {
+                f"{n}.{key}": organ.at_scale_one(f"{n}.{key}", tensor)
+                for n, layer in enumerate(organ.layers)
+                for key, tensor in layer.state_dict().items()
+            }
+            for organ in chosen
+        ]
+        tensors = combined(states, weights, combination_type)
+        config = combined_config([organ.config for organ in chosen])
+        layers = nn.ModuleList(copy.deepcopy(layer) for layer in chosen[0].layers)
+        layers.load_state_dict(tensors)
+        with surgery.changing(self):
+            surgery.organs[donor_name] = Organ(donor_name, config, list(layers), active=False)
+
+    def get_donor_status(self) -> dict[str, DonorStatus]:
+        """Every loaded organ by name, in load order: where it stands, its scale, what of it is trainable, …"""
+        surgery = self._surgery
+        places = {id(layer): n for n, layer in enumerate(surgery.stack(self).layers)}
+        return {
+            name: donor_status(organ, [places[id(layer)] for layer in organ.layers if id(layer) in places])
+            for name, organ in surgery.organs.items()
+        }
 
     def delete_donor(self, donor_name: str) -> None:
         """Take an organ out for good; the others stay as if it had never been there."""
@@ -176,10 +286,11 @@ class Recipient(_Native):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Recipient:
         """`to()`, `half()`, … reach the layers that are not in the stack as well."""
-        super()._apply(fn, recurse)
-        if recurse:
-            for layer in self._surgery.parked(self):
-                layer._apply(fn)
+        with self._surgery.at_scale_one():
+            super()._apply(fn, recurse)
+            if recurse:
+                for layer in self._surgery.parked(self):
+                    layer._apply(fn)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from not_hf.writing import replacing, require_donor_folder
 def organ_tensors(
     model: PreTrainedModel, surgery: Surgery, name: str, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """An organ's tensors by `DonorModel`'s names.
+    """An organ's tensors by `DonorModel`'s names, as they are at scale 1.
 
     Args:
         model: The transplanted model.
@@ -41,7 +41,10 @@ def organ_tensors(
     for n, layer in enumerate(organ.layers):
         place = f"{stack.full_path}.{places.get(id(layer))}."
         given = {k.removeprefix(place): v for k, v in (state_dict or {}).items() if k.startswith(place)}
-        tensors |= {f"{prefix}.{n}.{key}": value for key, value in (given or layer.state_dict()).items()}
+        tensors |= {
+            f"{prefix}.{n}.{key}": organ.at_scale_one(f"{n}.{key}", value)
+            for key, value in (given or layer.state_dict()).items()
+        }
     return tensors
 
 
@@ -71,11 +74,7 @@ def save_organs(
     shells = {name: _shell(surgery, surgery.organs[name]) for name in names}
     states = {name: organ_tensors(model, surgery, name, state_dict) for name in names}
     for name, shell in shells.items():
-        if foreign := sorted(states[name].keys() ^ shell.state_dict().keys()):
-            raise NotHFError(
-                f"organ {name!r} holds modules that are not its own ({foreign[0]}, …); "
-                "merge or unload what was put on top of it (LoRA?), then save"
-            )
+        _require_own(name, states[name], shell)
     if len(names) == 1:
         shells[names[0]].save_donor(folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
         return
@@ -97,6 +96,26 @@ def save_organs(
             config.save_pretrained(draft)
             card.save(Path(draft, README))
             save_local_tokenizer(config.base_model_name_or_path, folder, draft)
+
+
+def require_own_modules(surgery: Surgery, organ: Organ) -> None:
+    """Check that an organ's layers are as they were put in.
+
+    Raises:
+        NotHFError: Something was put on top of them.
+    """
+    shell = _shell(surgery, organ)
+    prefix = shell.stack.full_path
+    names = {f"{prefix}.{n}.{key}" for n, layer in enumerate(organ.layers) for key in layer.state_dict()}
+    _require_own(organ.name, names, shell)
+
+
+def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
+    if foreign := sorted(set(keys) ^ shell.state_dict().keys()):
+        raise NotHFError(
+            f"organ {name!r} holds modules that are not its own ({foreign[0]}, …); "
+            "merge or unload what was put on top of it (LoRA?) first"
+        )
 
 
 def _shell(surgery: Surgery, organ: Organ) -> DonorModel:

@@ -178,10 +178,11 @@ class TransplantedForCausalLM(Recipient):
             raise NotHFError("an organ's checkpoint fits a model with exactly one organ; use load_donor")
         (organ,) = self._surgery.organs.values()
         loaded, missing = DonorModel.load_tensors(organ.config, dict(state_dict), partial=not strict)
-        for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
-            place = f"{loaded.stack.full_path}.{n}."
-            tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
-            layer.load_state_dict(tensors, strict=False)
+        with self._surgery.at_scale_one():
+            for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
+                place = f"{loaded.stack.full_path}.{n}."
+                tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
+                layer.load_state_dict(tensors, strict=False)
         return _IncompatibleKeys([], [])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

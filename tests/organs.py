@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import torch
+from architectures import tiny_model
 
 from not_hf import DonorModel, TransplantedForCausalLM
 
 
-def organ(base: str, seed: int, **options) -> DonorModel:
+def organ(base, seed: int, layers=(1, 3), **options) -> DonorModel:
     """An organ whose every tensor is that seed's own."""
-    donor = DonorModel.from_base(base, layers=(1, 3), **options)
+    donor = DonorModel.from_base(base, layers=layers, **options)
     with torch.no_grad():
         for n, parameter in enumerate(donor.parameters()):
             parameter.add_(
                 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + n))
             )
     return donor
+
+
+def transplanted(*donors: tuple[str, DonorModel, dict]) -> TransplantedForCausalLM:
+    """A tiny llama with organs: the name of each, the organ, and where it goes."""
+    model = tiny_model("llama")
+    for name, donor, place in donors:
+        model = TransplantedForCausalLM.from_pretrained(model, donor, donor_name=name, **place)
+    return model
 
 
 def with_organs(base: str, *seeds: int) -> TransplantedForCausalLM:

@@ -123,6 +123,7 @@ def test_without_a_recipient_it_is_the_base_and_embed_copies(base, kjv, tmp_path
         ("BASE KJV,position=-1 --dry-run", "position '-1' is not a number from 0"),
         ("BASE KJV,position=² --dry-run", "position '²' is not a number from 0"),
         ("BASE KJV,mode=graft --dry-run", "mode 'graft' is neither insert nor replace"),
+        ("BASE KJV,scale=half --dry-run", "scale 'half' is not a number"),
         ("BASE KJV,active=1 --dry-run", "active '1' is neither yes nor no"),
         ("BASE KJV,name=a,name=b --dry-run", "name is given twice"),
         ("BASE ,position=1 --dry-run", "it names no folder or Hub ID"),
@@ -145,6 +146,8 @@ def test_what_is_malformed_is_2(names, reason, base, kjv):
         ("me/t-absent KJV", "me/t-absent"),
         ("BASE KJV,revision=nobranch", "nobranch"),
         ("BASE KJV,name=a/b", "not a plain name"),
+        ("BASE KJV,scale=inf", "finite number, got inf"),
+        ("BASE KJV,position=1,mode=replace,scale=0.5", "scale 0.5 is for inserted organs"),
         ("KJV --token hf_wrong", "401"),
     ],
 )
@@ -198,7 +201,7 @@ def test_it_can_be_pushed_inspected_and_merged(base, kjv, law, token_ids, tmp_pa
         ({"donor": "LAW", "revision": None}, "a folder of this machine; copy it in"),
         ({"donor": "me/t-absent"}, "me/t-absent"),
         ({"subfolder": "nothing"}, "nothing"),
-        ({"scale": 2}, "has scale 2"),
+        ({"scale": "2"}, "has scale '2'"),
     ],
 )
 def test_a_composition_that_nobody_could_load_is_not_pushed(entry, reason, base, kjv, law, tmp_path):

@@ -457,7 +457,12 @@ BROKEN: dict[str, tuple[Sequence, type, str]] = {
     ),
     "revision of nothing": ((second(donor=None, subfolder="law"),), CorruptDonorError, "a revision but no donor"),
     "another composition": ((first, second(donor="me/c-nest")), CorruptDonorError, "'law' is a composition itself"),
-    "a scale": ((first, second(scale=0.5)), NotHFError, "'law' has scale 0.5, which this release of not_hf cannot"),
+    "a scale that is none": ((second(scale=float("inf")),), CorruptDonorError, "scale inf, which must be a finite"),
+    "a scale of a replacement": (
+        (first, second(scale=0.5)),
+        IncompatibleDonorError,
+        "'law': scale 0.5 is for",
+    ),
     "negative position": (
         (first, second(position=-1)),
         IncompatibleDonorError,

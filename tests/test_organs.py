@@ -544,8 +544,8 @@ def test_a_composition_touches_only_its_own_files(tmp_path):
 
 
 def test_tables_of_positions_must_be_long_enough():
-    donor = DonorModel.from_base(tiny_model("gptj", n_positions=8), (1, 3))
-    assert "embed_positions" in check_compatibility(donor, tiny_model("gptj"))[0]
+    donor = DonorModel.from_base(tiny_model("gpt_neo", max_position_embeddings=8), (1, 3))
+    assert "attn.attention.bias" in check_compatibility(donor, tiny_model("gpt_neo"))[0]
 
 
 def test_dropout_does_not_stand_in_the_way_of_a_merge():

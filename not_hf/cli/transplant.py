@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from not_hf.entries import OrganSource
     from not_hf.planning import Plan
 
-_KEYS = ("name", "position", "mode", "revision", "subfolder", "active")
+_KEYS = ("name", "position", "mode", "scale", "revision", "subfolder", "active")
 
 
 @command("not-hf transplant openai-community/gpt2 me/gpt2-kjv organ,position=1,mode=replace -o gpt2-both")
@@ -40,7 +40,8 @@ def transplant(
     Without a recipient, it is the base that the donors were cut from.
 
     What differs from a donor's own config stands after it, with commas and without spaces: name=NAME, position=N,
-    mode=insert or mode=replace, revision=BRANCH, subfolder=PATH, active=no. A recipient takes revision=BRANCH.
+    mode=insert or mode=replace, scale=NUMBER, revision=BRANCH, subfolder=PATH, active=no. A recipient takes
+    revision=BRANCH.
     """
     sources = [_source(text) for text in names]
     if output is None and not dry_run:
@@ -82,6 +83,11 @@ def _source(text: str) -> OrganSource:
         if not given["position"].isdecimal():
             _refuse(text, f"position {given['position']!r} is not a number from 0")
         given["position"] = int(given["position"])
+    if "scale" in given:
+        try:
+            given["scale"] = float(given["scale"])
+        except ValueError:
+            _refuse(text, f"scale {given['scale']!r} is not a number")
     if given.get("mode", "insert") not in ("insert", "replace"):
         _refuse(text, f"mode {given['mode']!r} is neither insert nor replace")
     if given.get("active", "yes") not in ("yes", "no"):
@@ -149,7 +155,7 @@ def _view(data: dict[str, Any], dry_run: bool, output: Path | None) -> Group:
             entry["name"] + ("" if entry["active"] else " (inactive)"),
             source if "donor" in entry else f"{source} (copied in)",
             (entry["source_revision"] or "–")[:12],
-            f"{entry['mode']} at {entry['position']}",
+            f"{entry['mode']} at {entry['position']}" + ("" if entry["scale"] == 1 else f", scale {entry['scale']:g}"),
             "[{}, {})".format(*entry["layers"]),
             f"{entry['num_parameters']:,}",
             f"{entry['size'] / 1e6:,.1f} MB",
