@@ -19,8 +19,9 @@ from not_hf.donor import DonorModel
 from not_hf.entries import OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.layers import require_finite, settle
+from not_hf.organ import Organ
 from not_hf.scaling import require_scalable, scale_problem
-from not_hf.splice import Organ, Surgery
+from not_hf.splice import Surgery
 from not_hf.vocabulary import Home, vocabulary_differences
 
 logger = logging.getLogger(__name__)

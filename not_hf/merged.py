@@ -14,7 +14,7 @@ from not_hf.readme import METHOD_TAGS, README, cell, linked, named_base, short_n
 from not_hf.version import __version__
 
 if TYPE_CHECKING:
-    from not_hf.splice import Organ
+    from not_hf.organ import Organ
     from not_hf.transplant import TransplantedForCausalLM
 
 _TEMPLATE = Path(__file__).parent / "templates" / "merged_card.md"

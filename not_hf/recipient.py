@@ -16,9 +16,10 @@ from not_hf.averaging import combined, combined_config
 from not_hf.config import DonorConfig
 from not_hf.entries import DonorSource, OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
+from not_hf.organ import Organ
 from not_hf.saving import require_own_modules
 from not_hf.scaling import require_scalable, scale_problem
-from not_hf.splice import Organ, Surgery
+from not_hf.splice import Surgery
 from not_hf.status import DonorStatus, donor_status
 
 if TYPE_CHECKING:

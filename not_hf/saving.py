@@ -16,8 +16,9 @@ from not_hf.donor import DonorModel
 from not_hf.entries import composition_config, write_entry
 from not_hf.errors import NotHFError
 from not_hf.license import License, joint_license
+from not_hf.organ import Organ
 from not_hf.readme import README
-from not_hf.splice import Organ, Surgery
+from not_hf.splice import Surgery
 from not_hf.tokenizer import save_local_tokenizer
 from not_hf.vocabulary import VOCABULARY
 from not_hf.writing import replacing, require_donor_folder

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from not_hf.anatomy import (
     Slot,
@@ -29,91 +26,9 @@ from not_hf.anatomy import (
     splice_config,
     spliced_config,
 )
-from not_hf.config import DonorConfig
 from not_hf.layers import adopt, forget_capture_hooks
-from not_hf.placing import Place, arrange
-from not_hf.scaling import scaled_parameters, unscaled
-
-
-@dataclass
-class Organ:
-    """One loaded organ: its layers, where they go, and whether they stand in the stack now."""
-
-    name: str
-    config: DonorConfig  # position, mode and scale are those in force
-    layers: list[nn.Module]
-    active: bool = True
-    repo: str | None = None  # folder or Hub ID it was loaded from
-    revision: str | None = None  # the commit of that repo
-    originals: dict[str, torch.Tensor] = field(default_factory=dict)  # what the scale multiplies, without it
-
-    @functools.cached_property
-    def native_config(self) -> PreTrainedConfig:
-        """Config of its own layers."""
-        return self.config.native_config()
-
-    @property
-    def place(self) -> Place:
-        """Where it stands, in the recipient's own layers."""
-        return Place(self.name, self.config.position or 0, self.config.mode, len(self.layers))
-
-    @torch.no_grad()
-    def rescale(self, scale: float) -> None:
-        """Multiply what each layer writes by `scale` instead of the present one, in place; 1 gives back the weights.
-
-        Raises:
-            NotHFError: The organ was trained at scale 0; nothing is changed.
-        """
-        at_one = {name: self.at_scale_one(name, p.detach()) for name, p in scaled_parameters(self.layers)}
-        self.originals = {} if scale == 1 else {name: tensor.clone() for name, tensor in at_one.items()}
-        for name, parameter in scaled_parameters(self.layers):
-            parameter.copy_(at_one[name] if scale == 1 else self.originals[name] * scale)
-        self.config.scale = scale
-
-    @torch.no_grad()
-    def take_over(self, other: Organ) -> None:
-        """Take another organ's weights into the tensors of this one, in place, and its config but for the place.
-
-        Args:
-            other: At scale 1, and without `Surgery.swap_differences`.
-        """
-        kept = (self.config.position, self.config.mode, self.config.scale)
-        pairs = [
-            (tensor, theirs)
-            for layer, twin in zip(self.layers, other.layers, strict=True)
-            for tensor, theirs in zip(layer.state_dict().values(), twin.state_dict().values(), strict=True)
-        ]
-        before = [tensor.clone() for tensor, _ in pairs]
-        originals = self.originals
-        try:
-            for tensor, theirs in pairs:
-                tensor.copy_(theirs)
-            self.originals = {}
-            self.rescale(kept[2])
-        except BaseException:
-            for (tensor, _), value in zip(pairs, before, strict=True):
-                tensor.copy_(value)
-            self.originals, self.config.scale = originals, kept[2]
-            raise
-        self.config = copy.copy(other.config)
-        self.config.position, self.config.mode, self.config.scale = kept
-        self.__dict__.pop("native_config", None)
-        self.repo, self.revision = other.repo, other.revision
-
-    def at_scale_one(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """One of the organ's tensors without the scale.
-
-        Args:
-            name: `<layer>.<name below it>`.
-            tensor: Its present value.
-
-        Raises:
-            NotHFError: As in `scaling.unscaled`.
-        """
-        if name not in self.originals:
-            return tensor
-        return unscaled(tensor, self.originals[name].to(tensor.device), self.config.scale)
-
+from not_hf.organ import Organ
+from not_hf.placing import arrange
 
 Placed = tuple[nn.Module, Slot]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from not_hf.splice import Organ
+from not_hf.organ import Organ
 
 
 @dataclass(frozen=True)

@@ -235,25 +235,25 @@ def test_a_swap_for_another_kind_is_refused_whole(other, message, token_ids):
     assert torch.equal(logits(model, token_ids), before)
 
 
-def test_a_swap_that_breaks_off_leaves_the_weights(token_ids, monkeypatch):
+@pytest.mark.parametrize("change", ["swap", "scale"])
+def test_a_change_that_breaks_off_leaves_the_weights(change, token_ids, monkeypatch):
     model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(1))
     model.set_donor_scale("default", 0.5)
-    before = logits(model, token_ids)
+    before, held = logits(model, token_ids), model._surgery.organs["default"]
+    other = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(2))._surgery.organs["default"]
     real, calls = torch.Tensor.copy_, []
 
     def breaks_once(self, *args, **kwargs):
         calls.append(self)
-        if len(calls) == 20:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    taken = model._surgery.organs["default"].take_over
-    other = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(2))._surgery.organs["default"]
     monkeypatch.setattr(torch.Tensor, "copy_", breaks_once)
     with pytest.raises(KeyboardInterrupt):
-        taken(other)
+        held.take_over(other) if change == "swap" else held.rescale(0.25)
     monkeypatch.undo()
-    assert torch.equal(logits(model, token_ids), before)
+    assert torch.equal(logits(model, token_ids), before) and held.config.scale == 0.5
     model.set_donor_scale("default", 1)
     assert equal(weights(model), weights(TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(1))))
 
