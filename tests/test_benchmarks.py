@@ -12,17 +12,38 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_extract(tmp_path):
-    """A cut from the Hub serves and holds little more than the organ; the second one reads nothing."""
-    command = [sys.executable, BENCHMARKS / "extract.py", "--quick", "--output", tmp_path / "found.json"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"),
+]
+
+
+def quick(name: str, folder: Path) -> tuple[str, dict]:
+    """What a benchmark's small form prints, and its numbers."""
+    command = [sys.executable, BENCHMARKS / name, "--quick", "--output", folder / "found.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "served / organ" in done.stdout
-    ways = json.loads((tmp_path / "found.json").read_text())["ways"]
+    return done.stdout, json.loads((folder / "found.json").read_text())
+
+
+def test_extract(tmp_path):
+    """A cut from the Hub serves and holds little more than the organ; the second one reads nothing."""
+    printed, found = quick("extract.py", tmp_path)
+    assert "served / organ" in printed
+    ways = found["ways"]
     assert ways["range"]["organ_bytes"] > 60e6
     assert 1 <= ways["range"]["bytes_per_organ_byte"] <= 1.02
     assert ways["again"]["bytes_served"] < 5_000  # the commit that the branch is at
     assert all(ways[way]["memory_per_organ_byte"] <= 1.2 for way in ("range", "again", "folder"))
     assert ways["whole"]["bytes_per_organ_byte"] > 2
+
+
+def test_runtime(tmp_path):
+    """Bounds that a busy machine keeps, and an engine ten times slower would not."""
+    printed, found = quick("runtime.py", tmp_path)
+    assert "| `set_donor` |" in printed
+    assert found["decode"]["ratio"] > 0.5
+    (loading,) = found["load"].values()
+    assert loading["memory_ratio"] < 1.2 and loading["time_ratio"] < 5
+    seconds = found["switch"]["seconds"]
+    assert max(seconds["set_donor"], seconds["disable_donors"]) < 0.03
