@@ -4,10 +4,10 @@
     python benchmarks/runtime.py --quick    # small random models, for the test suite
 
 Decoding: a model with an organ of three layers against the native model that `merge_and_unload` makes of it, turn and
-turn about. Loading: `from_pretrained(base, donor)` against `from_pretrained(base)`, each in a process of its own that has
-loaded a tiny model and organ before; files are in the page cache. Weights that a load only maps are read before the peak
-memory (VmHWM, Linux only) is taken, so it counts them. Switching: a model of 32 layers with organs, against the same
-model with LoRA adapters of PEFT.
+turn about. Loading: `from_pretrained(base, donor)` against `from_pretrained(base)`, each in a process of its own that
+has loaded a tiny model and organ before; files are in the page cache. Weights that a load only maps are read before
+the peak memory (VmHWM, Linux only) is taken, so it counts them. Switching: a model of 32 layers with organs, against
+the same model with LoRA adapters of PEFT.
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from architectures import tiny_model
 
 from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf.anatomy import output_projections
 
 
 def organ(base, seed: int, layers=(1, 3), **options) -> DonorModel:
@@ -17,6 +20,16 @@ def organ(base, seed: int, layers=(1, 3), **options) -> DonorModel:
                 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + n))
             )
     return donor
+
+
+def scaled_by_hand(donor: DonorModel, scale: float) -> DonorModel:
+    """A copy whose layers write `scale` times as much."""
+    twin = copy.deepcopy(donor)
+    with torch.no_grad():
+        for layer in twin.stack.layers:
+            for _, parameter in output_projections(layer):
+                parameter.mul_(scale)
+    return twin
 
 
 def transplanted(*donors: tuple[str, DonorModel, dict]) -> TransplantedForCausalLM:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from organs import organ as drawn
-from organs import transplanted
+from organs import scaled_by_hand, transplanted
 
 from not_hf import (
     CorruptDonorError,
@@ -21,7 +21,6 @@ from not_hf import (
     average_donors,
     compose,
 )
-from not_hf.anatomy import output_projections
 from not_hf.averaging import slerp
 
 
@@ -32,15 +31,6 @@ def logits(model, ids):
 
 def organ(seed: int, layers=(1, 3), model_type: str = "llama", mode: str = "insert", **config) -> DonorModel:
     return drawn(tiny_model(model_type, **config), seed, layers=layers, mode=mode)
-
-
-def scaled_by_hand(donor: DonorModel, scale: float) -> DonorModel:
-    twin = copy.deepcopy(donor)
-    with torch.no_grad():
-        for layer in twin.stack.layers:
-            for _, parameter in output_projections(layer):
-                parameter.mul_(scale)
-    return twin
 
 
 def weights(model, name="default") -> dict[str, torch.Tensor]:
