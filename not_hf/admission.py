@@ -18,7 +18,7 @@ from not_hf.cutting import resolve_commit
 from not_hf.donor import DonorModel
 from not_hf.entries import OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
-from not_hf.layers import require_finite, settle
+from not_hf.layers import home_of, require_finite, settle
 from not_hf.organ import Organ
 from not_hf.scaling import require_scalable, scale_problem
 from not_hf.splice import Surgery
@@ -96,8 +96,8 @@ def _own_layers(
     """Layers of an organ that are the model's own, in the dtype and on the device of those at `position`."""
     base_layers, donor = surgery.base_layers, source.donor
     neighbour = base_layers[min(position, len(base_layers) - 1)]
-    if any(parameter.is_meta for parameter in neighbour.parameters()):
-        raise NotHFError("the recipient is offloaded to disk or CPU; load it without offloading first")
+    if home_of(neighbour).type == "meta":
+        raise NotHFError("the recipient has no weights (meta device); load them first")
     if isinstance(donor, DonorModel):
         layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
     else:

@@ -10,8 +10,9 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -221,15 +222,17 @@ def config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list
     """What two configs say otherwise, beside names and dtypes."""
     mine, other = ours.to_dict(), theirs.to_dict()
     keys = sorted((mine.keys() | other.keys()) - _NAMES)
-    return [f"{k} is {mine.get(k)!r}, not {other.get(k)!r}" for k in keys if mine.get(k) != other.get(k)]
+    odd = [key for key in keys if not _same(mine.get(key), other.get(key))]
+    return [f"{key} is {mine.get(key)!r}, not {other.get(key)!r}" for key in odd]
 
 
 def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
     """The differences of two configs that may change what layers compute: some read the recipient's as they run."""
-    spliced = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS}
+    spared = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS, *LAYERLESS}
+    spared |= {ours.attribute_map.get(key, key) for key in spared}
 
     def counts(key: str) -> bool:
-        return key not in spliced | LAYERLESS and "dropout" not in key and not key.endswith("_token_id")
+        return key not in spared and "dropout" not in key and not key.endswith("_token_id")
 
     return [each for each in config_differences(ours, theirs) if counts(each.partition(" ")[0])]
 
@@ -281,26 +284,32 @@ def outer_attributes(model: PreTrainedModel, stack_path: str) -> dict[tuple[str,
 
 
 def native_differences(
-    layers: Sequence[nn.Module], twin_layers: Sequence[nn.Module], there: str = "natively"
+    layers: Sequence[nn.Module],
+    twin_layers: Sequence[nn.Module],
+    there: str = "natively",
+    quantized: Container[int] = (),
 ) -> list[str]:
     """In what live layers differ from those a native model of the same config would have (or others, `there`).
 
-    An empty list means: saved with this config and loaded without not_hf, these layers compute the same.
+    An empty list means: saved with this config and loaded without not_hf, these layers compute the same. Of layers
+    whose `id` is in `quantized`, only what quantization leaves alone is compared.
     """
     differences: list[str] = []
     for n, (layer, twin) in enumerate(zip(layers, twin_layers, strict=True)):
         ours, theirs = dict(layer.named_modules()), dict(twin.named_modules())
-        if shape_of(layer) != shape_of(twin):
+        if id(layer) not in quantized and shape_of(layer) != shape_of(twin):
             differences += _tensor_differences(f"layer {n}", shape_of(layer), shape_of(twin), there)
         for name in ours.keys() & theirs.keys():
             mine, native = _scalars(ours[name]), _scalars(theirs[name])
             where = f"layer {n} {name}".rstrip()
             if type(ours[name]) is not type(theirs[name]):
+                if id(layer) in quantized:
+                    continue
                 differences.append(f"{where} is {type(ours[name]).__name__}, {there} {type(theirs[name]).__name__}")
             differences += [
                 f"{where}.{key} is {mine[key]!r}, {there} {native[key]!r}"
                 for key in sorted(mine.keys() & native.keys())
-                if mine[key] != native[key]
+                if not _same(mine[key], native[key])
             ]
     return differences
 
@@ -393,3 +402,10 @@ def _tensor_differences(where: str, ours: dict[str, Any], theirs: dict[str, Any]
 
 def _is_list(config: PreTrainedConfig, key: str) -> bool:
     return isinstance(getattr(config, key, None), (list, tuple))
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two values are one; floats as far as float32 tells them apart, since GGUF files hold them so."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=2**-24)
+    return bool(ours == theirs)

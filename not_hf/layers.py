@@ -68,17 +68,39 @@ def silence(layer: nn.Module) -> None:
         parameter.zero_()
 
 
+def home_of(module: nn.Module) -> torch.device:
+    """Where a module computes. What accelerate offloads has its weights elsewhere, and hooks that know."""
+    hooks = [vars(part).get("_hf_hook") for part in module.modules()]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    device = next((device for device in devices if device is not None), None)
+    return next(module.parameters()).device if device is None else torch.device(device)
+
+
 def settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool) -> None:
-    """Move a layer to where a layer of the recipient is: device, dtype of each parameter; and freeze it or not."""
+    """Move a layer to where a layer of the recipient computes: device, dtype of each parameter; and freeze it or not.
+
+    A neighbour that accelerate dispatched has a hook that brings its inputs to its device; the layer gets one like it.
+    Its own weights stay on that device, also where the neighbour's are offloaded, and stay as they are where the
+    neighbour's are quantized.
+    """
+    home = home_of(neighbour)
     theirs = {name: p for name, p in neighbour.named_parameters() if p.is_floating_point()}
     fallback = next(iter(theirs.values()))
     for name, parameter in layer.named_parameters():
         like = theirs.get(name, fallback)
-        parameter.data = parameter.data.to(device=like.device, dtype=like.dtype)
+        parameter.data = parameter.data.to(device=home, dtype=like.dtype)
         parameter.grad = None
         parameter.requires_grad_(is_trainable)
     for buffer in layer.buffers():
-        buffer.data = buffer.data.to(device=fallback.device)
+        buffer.data = buffer.data.to(device=home)
+    if any("_hf_hook" in vars(part) for part in neighbour.modules()):
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        hook = vars(neighbour).get("_hf_hook")
+        skip_keys = getattr(hook, "skip_keys", None)  # of arguments that stay where they are, such as the cache
+        io_same_device = getattr(hook, "io_same_device", False)
+        follow = AlignDevicesHook(execution_device=home, io_same_device=io_same_device, skip_keys=skip_keys)
+        add_hook_to_module(layer, follow)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -26,7 +26,7 @@ from not_hf.anatomy import (
     splice_config,
     spliced_config,
 )
-from not_hf.layers import adopt, forget_capture_hooks
+from not_hf.layers import adopt, forget_capture_hooks, home_of
 from not_hf.organ import Organ
 from not_hf.placing import arrange
 
@@ -51,6 +51,8 @@ class Surgery:
         self.base_revision = base_revision  # commit it was loaded at, where known
         self.base_subfolder = base_subfolder  # likewise
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.device_map: dict[str, Any] | None = copy.copy(getattr(model, "hf_device_map", None))
+        self.is_quantized = _is_quantized(model)
         self.organs: dict[str, Organ] = {}
         self.disabled = 0
         self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
@@ -93,8 +95,9 @@ class Surgery:
     def differences(self, placed: list[Placed]) -> list[str]:
         """In what those layers would differ after saving natively and loading without not_hf."""
         layers = [layer for layer, _ in placed]
+        quantized = {id(layer) for layer in self.base_layers} if self.is_quantized else set()
         with numbered(layers):
-            return native_differences(layers, list(self.stack(self.twin(placed)).layers))
+            return native_differences(layers, list(self.stack(self.twin(placed)).layers), quantized=quantized)
 
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
         """What keeps one organ's weights from going into the tensors of another."""
@@ -143,7 +146,26 @@ class Surgery:
             set_layer_index(layer, n)
             if id(layer) not in standing:
                 adopt(layer, config, reference, model.training)
+        if self.device_map is not None:
+            vars(model)["hf_device_map"] = self._devices(stack, placed)
         stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
+
+    def _devices(self, stack: Stack, placed: list[Placed]) -> dict[str, Any]:
+        """The device map for that stack: as accelerate knows the recipient's, with layers where they stand now."""
+        assert self.device_map is not None
+        prefix = f"{stack.full_path}."
+        if not any(key.startswith(prefix) for key in self.device_map):
+            return dict(self.device_map)  # it names nothing as small as a layer
+        devices = {key: device for key, device in self.device_map.items() if not key.startswith(prefix)}
+        for n, (layer, (config, i)) in enumerate(placed):
+            if config is not self.base_config:
+                home = home_of(layer)
+                devices[f"{prefix}{n}"] = home.type if home.index is None else home.index
+                continue
+            for key, device in self.device_map.items():
+                if f"{key}.".startswith(f"{prefix}{i}."):
+                    devices[f"{prefix}{n}{key.removeprefix(f'{prefix}{i}')}"] = device
+        return devices
 
     def _attributes(self, placed: list[Placed]) -> dict[tuple[str, str], Any]:
         """What model-level attributes derived from the per-layer config must be for that stack.
@@ -183,3 +205,10 @@ class Surgery:
         for layer in (*self.base_layers, *(layer for organ in self.organs.values() for layer in organ.layers)):
             if id(layer) not in standing:
                 yield layer
+
+
+def _is_quantized(model: PreTrainedModel) -> bool:
+    """Whether a model computes with quantized weights; some quantizers only read such files, and dequantize them."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return False
+    return any(type(p) is not nn.Parameter or p.dtype.itemsize == 1 for p in model.parameters())
