@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from not_hf.anatomy import computing_differences
 from not_hf.compatibility import require_compatibility
-from not_hf.composition import place_in_force, read_config, scale_in_force
+from not_hf.composition import SHARED_KWARGS, place_in_force, read_config, scale_in_force
 from not_hf.cutting import resolve_commit
 from not_hf.donor import DonorModel
 from not_hf.entries import OrganSource, is_plain_name
@@ -54,6 +54,8 @@ def admit(
         CorruptDonorError: Its files are off.
         OSError: They cannot be read.
     """
+    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
+        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
     name, donor = source.name, source.donor
     repo = None if isinstance(donor, DonorModel) else str(donor)
     if not is_plain_name(name) or (name in surgery.organs and name != instead_of):
@@ -66,8 +68,9 @@ def admit(
     scale, config.scale = scale_in_force(source, config), 1.0
     if problem := scale_problem(scale, config.mode):
         raise IncompatibleDonorError(f"organ {name!r}: {problem}")
-    layers = _own_layers(model, surgery, source, config.position, is_trainable, hub_kwargs)
+    layers = _own_layers(model, surgery, source, config.position, hub_kwargs)
     organ = Organ(name, config, layers, source.active, repo, getattr(source.revision, "resolved", None))
+    organ.set_trainable(is_trainable)
     if instead_of and (differences := surgery.swap_differences(surgery.organs[instead_of], organ)):
         raise IncompatibleDonorError(f"organ {name!r} cannot be swapped for another kind: {some(differences)}")
     beside = [o for o in surgery.organs.values() if o.active and source.active and o.name != instead_of]
@@ -90,7 +93,6 @@ def _own_layers(
     surgery: Surgery,
     source: OrganSource,
     position: int,
-    is_trainable: bool,
     hub_kwargs: Mapping[str, Any],
 ) -> list[nn.Module]:
     """Layers of an organ that are the model's own, in the dtype and on the device of those at `position`."""
@@ -111,6 +113,6 @@ def _own_layers(
         )
         layers = list(loaded.stack.layers)
     for layer in layers:
-        settle(layer, neighbour, is_trainable)
+        settle(layer, neighbour)
     require_finite(layers, source.name)
     return layers

@@ -76,8 +76,8 @@ def home_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device if device is None else torch.device(device)
 
 
-def settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool) -> None:
-    """Move a layer to where a layer of the recipient computes: device, dtype of each parameter; and freeze it or not.
+def settle(layer: nn.Module, neighbour: nn.Module) -> None:
+    """Move a layer to where a layer of the recipient computes: device, dtype of each parameter.
 
     A neighbour that accelerate dispatched has a hook that brings its inputs to its device; the layer gets one like it.
     Its own weights stay on that device, also where the neighbour's are offloaded, and stay as they are where the
@@ -90,7 +90,6 @@ def settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool) -> None:
         like = theirs.get(name, fallback)
         parameter.data = parameter.data.to(device=home, dtype=like.dtype)
         parameter.grad = None
-        parameter.requires_grad_(is_trainable)
     for buffer in layer.buffers():
         buffer.data = buffer.data.to(device=home)
     if any("_hf_hook" in vars(part) for part in neighbour.modules()):

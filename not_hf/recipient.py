@@ -239,8 +239,8 @@ class Recipient(_Native):
             surgery.release(self)
         with surgery.changing(self):
             surgery.disabled = 0
-        for layer in (layer for organ in chosen for layer in organ.layers):
-            layer.requires_grad_(True)
+        for organ in chosen:
+            organ.set_trainable(True)
         # how transformers converted the files it loaded; undoing it would save dequantized weights as quantized ones
         vars(self).pop("_weight_conversions", None)
         return self._release()
