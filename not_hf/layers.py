@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from not_hf.anatomy import Stack, output_projections
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
+from not_hf.quantized import computes
 
 # modules beside the layers that do not touch hidden states: they say where tokens stand
 POSITIONAL = ("rotary", "rope")
@@ -68,17 +69,24 @@ def silence(layer: nn.Module) -> None:
         parameter.zero_()
 
 
-def settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool) -> None:
-    """Move a layer to where a layer of the recipient is: device, dtype of each parameter; and freeze it or not."""
-    theirs = {name: p for name, p in neighbour.named_parameters() if p.is_floating_point()}
+def settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool, device: torch.device | None = None) -> None:
+    """Move a layer to where a layer of the recipient is: device, dtype of each parameter; and freeze it or not.
+
+    Args:
+        layer: The layer.
+        neighbour: The recipient's. Where its parameter is packed, ours takes the dtype that the layer computes in.
+        is_trainable: Whether the layer's parameters are.
+        device: Where the neighbour runs, when its weights rest elsewhere.
+    """
+    theirs = {name: p for name, p in neighbour.named_parameters() if computes(p)}
     fallback = next(iter(theirs.values()))
     for name, parameter in layer.named_parameters():
         like = theirs.get(name, fallback)
-        parameter.data = parameter.data.to(device=like.device, dtype=like.dtype)
+        parameter.data = parameter.data.to(device=device or like.device, dtype=like.dtype)
         parameter.grad = None
         parameter.requires_grad_(is_trainable)
     for buffer in layer.buffers():
-        buffer.data = buffer.data.to(device=fallback.device)
+        buffer.data = buffer.data.to(device=device or fallback.device)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

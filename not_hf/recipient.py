@@ -14,6 +14,7 @@ from not_hf.admission import admit
 from not_hf.config import DonorConfig
 from not_hf.entries import DonorSource, OrganSource
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
+from not_hf.quantized import dequantized, is_quantized, quantization_name
 from not_hf.splice import Surgery
 
 if TYPE_CHECKING:
@@ -102,10 +103,14 @@ class Recipient(_Native):
         surgery.release(self)
         return self._release()
 
-    def merge_and_unload(self) -> PreTrainedModel:
+    def merge_and_unload(self, dequantize: bool = False) -> PreTrainedModel:
         """Make the active organs a plain part of the native model, which then saves and loads without not_hf.
 
+        Args:
+            dequantize: Make the weights of a quantized recipient plain, which takes the memory they have then.
+
         Raises:
+            NotHFError: The recipient is quantized, and `dequantize` was not asked for or is not to be had.
             IncompatibleDonorError: A native model of the spliced config would compute something else; it names every
                 difference, and nothing is changed.
         """
@@ -113,8 +118,17 @@ class Recipient(_Native):
         chosen = [organ for organ in surgery.organs.values() if organ.active]  # also inside disable_donors()
         if not chosen:
             return self.unload()
-        if differences := surgery.differences(surgery.plan(chosen)):
-            raise IncompatibleDonorError(f"a native model cannot hold these layers: {some(differences)}")
+        packed = is_quantized(self)
+        if packed and not dequantize:
+            raise NotHFError(
+                f"the recipient is quantized ({quantization_name(self)}) and an organ is not: type "
+                "merge_and_unload(dequantize=True) to make all weights plain, or save_pretrained() the organ alone"
+            )
+        with dequantized(self) if packed else contextlib.nullcontext():
+            if differences := surgery.differences(surgery.plan(chosen), as_saved=True):
+                raise IncompatibleDonorError(f"a native model cannot hold these layers: {some(differences)}")
+        if packed:  # packed weights cannot be trained, plain ones can
+            surgery.requires_grad = dict.fromkeys(surgery.requires_grad, True)
         with self.disable_donors():
             surgery.release(self)
         with surgery.changing(self):

@@ -19,6 +19,7 @@ from not_hf.anatomy import (
     Slot,
     Stack,
     find_stack,
+    layer_differences,
     meta_twin,
     native_differences,
     numbered,
@@ -28,8 +29,10 @@ from not_hf.anatomy import (
     spliced_config,
 )
 from not_hf.config import DonorConfig
+from not_hf.dispatch import execution_device, spliced_device_map
 from not_hf.layers import adopt, forget_capture_hooks
 from not_hf.placing import Place, arrange
+from not_hf.quantized import is_quantized
 
 
 @dataclass
@@ -76,6 +79,8 @@ class Surgery:
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.organs: dict[str, Organ] = {}
         self.disabled = 0
+        self.device_map = copy.copy(getattr(model, "hf_device_map", None))
+        self._packed = self._quantized_layers() if is_quantized(model) else []
         self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
         self._base_derived: dict[tuple[str, str], Any] = {}
 
@@ -113,11 +118,25 @@ class Surgery:
         """The native model of that stack's config, on the meta device."""
         return meta_twin(spliced_config(self.base_config, [slot for _, slot in placed]), self.native_class)
 
-    def differences(self, placed: list[Placed]) -> list[str]:
-        """In what those layers would differ after saving natively and loading without not_hf."""
+    def differences(self, placed: list[Placed], as_saved: bool = False) -> list[str]:
+        """In what those layers would differ after saving natively and loading without not_hf.
+
+        Args:
+            placed: A stack, as planned.
+            as_saved: Count what a quantizer made of the recipient's own layers too.
+        """
         layers = [layer for layer, _ in placed]
+        own = [
+            () if as_saved or c is not self.base_config or not self._packed else self._packed[i]
+            for _, (c, i) in placed
+        ]
         with numbered(layers):
-            return native_differences(layers, list(self.stack(self.twin(placed)).layers))
+            return native_differences(layers, list(self.stack(self.twin(placed)).layers), own)
+
+    def _quantized_layers(self) -> list[list[str]]:
+        """In what each layer of a quantized base differs from a plain one."""
+        twins = self.stack(self.twin(self.plan([]))).layers
+        return [layer_differences(layer, twin) for layer, twin in zip(self.base_layers, twins, strict=True)]
 
     @contextlib.contextmanager
     def changing(self, model: PreTrainedModel) -> Iterator[None]:
@@ -155,6 +174,17 @@ class Surgery:
             if id(layer) not in standing:
                 adopt(layer, config, reference, model.training)
         stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
+        if self.device_map is not None:
+            model.hf_device_map = self._device_map(placed, stack.full_path)
+
+    def _device_map(self, placed: list[Placed], path: str) -> dict[str, Any]:
+        """accelerate's map under the numbers that layers have in that stack."""
+        assert self.device_map is not None
+        origins = [
+            i if config is self.base_config else execution_device(layer) or next(layer.parameters()).device
+            for layer, (config, i) in placed
+        ]
+        return spliced_device_map(self.device_map, path, origins) if self.active else dict(self.device_map)
 
     def _attributes(self, placed: list[Placed]) -> dict[tuple[str, str], Any]:
         """What model-level attributes derived from the per-layer config must be for that stack.
