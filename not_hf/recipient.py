@@ -124,7 +124,7 @@ class Recipient(_Native):
                 f"the recipient is quantized ({quantization_name(self)}) and an organ is not: type "
                 "merge_and_unload(dequantize=True) to make all weights plain, or save_pretrained() the organ alone"
             )
-        with dequantized(self) if packed else contextlib.nullcontext():
+        with dequantized(self):
             if differences := surgery.differences(surgery.plan(chosen), as_saved=True):
                 raise IncompatibleDonorError(f"a native model cannot hold these layers: {some(differences)}")
         if packed:  # packed weights cannot be trained, plain ones can
