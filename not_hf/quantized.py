@@ -84,7 +84,7 @@ def dequantized(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _unpack(model: nn.Module) -> bool:
-    """Have tensors that are packed by their class give themselves out plain, in plain modules; whether there were any."""
+    """Have tensors that are packed by their class give themselves out plain, in plain modules; whether any did."""
     found = False
     for path, module in list(model.named_modules()):
         packed = {key: p for key, p in module._parameters.items() if p is not None and _is_packed(p)}

@@ -72,10 +72,10 @@ def test_the_device_map_follows_and_the_hook_stands(way, base_folder, tmp_path):
     model = TransplantedForCausalLM.from_pretrained(spread, organ(base, 1), position=1)
     places = [model.hf_device_map[f"model.layers.{n}"] for n in range(6)]
     assert places == ["cpu", "cpu", "cpu", "disk", "disk", "cpu"]
-    hook, neighbour = model.model.layers[1]._hf_hook, model.model.layers[3]._hf_hook
+    hook = model.model.layers[1]._hf_hook
     assert isinstance(hook, AlignDevicesHook) and not hook.offload and not hook.io_same_device
     assert hook.execution_device == execution_device(model.model.layers[3]) == torch.device("cpu")
-    assert hook.skip_keys == neighbour.skip_keys == "past_key_values"
+    assert hook.skip_keys == model._skip_keys_device_placement
 
 
 @pytest.mark.parametrize("way", KEEPS_A_MAP)
@@ -136,11 +136,12 @@ def test_fp32_norms_in_a_half_precision_recipient(base_folder, token_ids):
 
 def test_weights_that_are_nowhere_are_refused(base_folder):
     base = str(base_folder("llama"))
+    donor = organ(base, 1)
+    config = load(base).config
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(load(base).config)
-        hollow = DonorModel(organ(base, 1).config)
+        empty, hollow = AutoModelForCausalLM.from_config(config), DonorModel(donor.config)
     with pytest.raises(NotHFError, match="layers have no weights"):
-        TransplantedForCausalLM.from_pretrained(empty, organ(base, 1))
+        TransplantedForCausalLM.from_pretrained(empty, donor)
     with pytest.raises(NotHFError, match="donor is offloaded or has no weights"):
         TransplantedForCausalLM.from_pretrained(load(base), hollow)
 
