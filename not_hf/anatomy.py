@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -292,7 +293,7 @@ def layer_differences(layer: nn.Module, twin: nn.Module) -> list[str]:
         differences += [
             f"{where}.{key} is {mine[key]!r}, natively {native[key]!r}"
             for key in sorted(mine.keys() & native.keys())
-            if mine[key] != native[key]
+            if not _same(mine[key], native[key])
         ]
     return differences
 
@@ -361,6 +362,13 @@ def _index_holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         for name in INDEX_ATTRIBUTES:
             if type(vars(module).get(name)) is int:  # None where a model does not number this module
                 yield module, name
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two values are one to a layer: GGUF keeps numbers in single precision, in which layers use them."""
+    if type(ours) is type(theirs) is float:
+        return ctypes.c_float(ours).value == ctypes.c_float(theirs).value
+    return bool(ours == theirs)
 
 
 def _scalars(module: nn.Module) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def _unpack(model: nn.Module) -> bool:
         if packed and isinstance(module, nn.Linear) and type(module) is not nn.Linear:  # quanto's
             with torch.device("meta"):
                 plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            plain._parameters.update({"weight": module.weight, "bias": module.bias})
+            plain._parameters.update(module._parameters)
             model.set_submodule(path, plain.train(module.training))
             module = plain
         for key, parameter in packed.items():

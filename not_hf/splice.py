@@ -175,7 +175,7 @@ class Surgery:
                 adopt(layer, config, reference, model.training)
         stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
         if self.device_map is not None:
-            model.hf_device_map = self._device_map(placed, stack.full_path)
+            vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
 
     def _device_map(self, placed: list[Placed], path: str) -> dict[str, Any]:
         """accelerate's map under the numbers that layers have in that stack."""
