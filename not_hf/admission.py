@@ -15,11 +15,13 @@ from not_hf.anatomy import computing_differences
 from not_hf.compatibility import require_compatibility
 from not_hf.composition import SHARED_KWARGS, place_in_force, read_config, scale_in_force
 from not_hf.cutting import resolve_commit
+from not_hf.dispatch import execution_device, follow
 from not_hf.donor import DonorModel
 from not_hf.entries import OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
-from not_hf.layers import home_of, require_finite, settle
+from not_hf.layers import require_finite, settle
 from not_hf.organ import Organ
+from not_hf.quantized import computes
 from not_hf.scaling import require_scalable, scale_problem
 from not_hf.splice import Surgery
 from not_hf.vocabulary import Home, vocabulary_differences
@@ -95,17 +97,23 @@ def _own_layers(
     position: int,
     hub_kwargs: Mapping[str, Any],
 ) -> list[nn.Module]:
-    """Layers of an organ that are the model's own, in the dtype and on the device of those at `position`."""
+    """Layers of an organ that are the model's own, in the dtype and on the device of those at `position`.
+
+    Where those are offloaded, the organ is not: its weights rest where they run.
+    """
     base_layers, donor = surgery.base_layers, source.donor
     neighbour = base_layers[min(position, len(base_layers) - 1)]
-    if home_of(neighbour).type == "meta":
-        raise NotHFError("the recipient has no weights (meta device); load them first")
+    device = execution_device(neighbour)
+    if device is None and any(parameter.is_meta for parameter in neighbour.parameters()):
+        raise NotHFError("the recipient's layers have no weights (meta device); load it before an organ goes in")
     if isinstance(donor, DonorModel):
+        if any(parameter.is_meta for parameter in donor.parameters()):
+            raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device")
         layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
     else:
         loaded = DonorModel.from_pretrained(
             donor,
-            dtype=next(p.dtype for p in neighbour.parameters() if p.is_floating_point()),
+            dtype=next(p.dtype for p in neighbour.parameters() if computes(p)),
             attn_implementation=model.config._attn_implementation,
             revision=source.revision,
             subfolder=source.subfolder or "",
@@ -113,6 +121,7 @@ def _own_layers(
         )
         layers = list(loaded.stack.layers)
     for layer in layers:
-        settle(layer, neighbour)
+        settle(layer, neighbour, device)
+        follow(layer, neighbour, getattr(model, "_skip_keys_device_placement", None))
     require_finite(layers, source.name)
     return layers
