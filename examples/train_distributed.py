@@ -1,8 +1,9 @@
 """Train an organ on several processes: the plain `transformers.Trainer`, whatever launches it.
 
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_distributed.py --text mine.txt
-    accelerate launch --config_file examples/accelerate/deepspeed_zero3.yaml examples/train_distributed.py --text mine.txt
     torchrun --nproc-per-node 2 examples/train_distributed.py --text mine.txt    # DDP
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_distributed.py --text mine.txt
+
+and likewise with `ddp.yaml` or `deepspeed_zero3.yaml`.
 
 Base and organ are loaded on every process; then the launcher's config says who holds what. Whatever it says, a
 checkpoint holds the organ as whole tensors, written by the first process, and `--resume` goes on from the last one.
@@ -36,7 +37,6 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     args = parser.parse_args()
 
-    # Before any model: in ZeRO-3 these arguments decide how models are loaded.
     training = TrainingArguments(
         output_dir=args.output,
         max_steps=args.steps,

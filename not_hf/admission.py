@@ -28,6 +28,7 @@ from not_hf.errors import NotHFError, some
 from not_hf.layers import require_finite, settle
 from not_hf.splice import Organ, Surgery
 from not_hf.vocabulary import Home, vocabulary_differences
+from not_hf.zero3 import is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ def _own_layers(
     neighbour = base_layers[min(position, len(base_layers) - 1)]
     if any(parameter.is_meta for parameter in neighbour.parameters()):
         raise NotHFError("the recipient is offloaded to disk or CPU; load it without offloading first")
+    if is_partitioned(neighbour):
+        raise NotHFError("DeepSpeed has taken the recipient apart (ZeRO-3); put organs in before training begins")
     if isinstance(donor, DonorModel):
         layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
     else:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.bases import reading_base
@@ -85,6 +86,11 @@ def resolve_request(
         CorruptDonorError: A composition is not in order.
         OSError: A donor's config cannot be read.
     """
+    if isinstance(first, nn.Module) and (not isinstance(first, PreTrainedModel) or _has_adapters(first)):
+        raise NotHFError(
+            f"the recipient ({type(first).__name__}) has adapters or is wrapped; merge or unload them "
+            "(merge_and_unload()), put the organ in, then put adapters on top"
+        )
     kwargs = {key: value for key, value in base_kwargs.items() if key not in AUTO_KWARGS}
     shared = {key: value for key, value in kwargs.items() if key in SHARED_KWARGS}
     base: str | PreTrainedModel
@@ -232,3 +238,8 @@ def place_in_force(source: OrganSource, config: DonorConfig) -> tuple[int, str]:
     """Position and mode of an organ: those asked for, else those of its own config."""
     position = config.position if source.position is None else source.position
     return int(position or 0), source.mode or config.mode
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    """Whether PEFT has put layers of its own into a model, whichever way it was called."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
