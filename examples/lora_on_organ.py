@@ -1,7 +1,7 @@
 """LoRA on top of a transplanted model: trained, saved beside the organ, loaded again, and folded into the organ.
 
 The adapter names layers by their place in the stack as it is with the organ: load the same organs first, then the
-adapter. Its `adapter_config.json` names the base alone, so `AutoPeftModelForCausalLM` would put it on the wrong layers.
+adapter. Its `adapter_config.json` names the base alone: `AutoPeftModelForCausalLM` would leave the organ out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Runs a script with FSDP or DeepSpeed on CPU processes; accelerate 1.15 has both for accelerators only.
 
-FSDP would silently be DDP. Only the choice of the backend and of the device is replaced; everything else is accelerate's and Trainer's own.
+FSDP would silently be DDP. Only the choice of the backend and of the device is replaced; everything else is
+accelerate's and Trainer's own.
 """
 
 from __future__ import annotations
