@@ -50,7 +50,9 @@ def test_lora_folds_into_the_organ(saved, tmp_path, token_ids):
     assert merged is model and torch.allclose(merged(token_ids).logits, expected, atol=1e-5)
     merged.save_pretrained(tmp_path / "folded")
     before, after = DonorModel.from_pretrained(organ_folder), DonorModel.from_pretrained(tmp_path / "folded")
-    changed = {n.rsplit(".", 2)[-2] for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])}
+    changed = {
+        n.rsplit(".", 2)[-2] for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])
+    }
     assert changed == {"q_proj", "down_proj"}
 
 
