@@ -16,8 +16,6 @@ from not_hf.zero3 import built_whole
 class Zero3:
     """What `HfDeepSpeedConfig` answers."""
 
-    config: dict = {"zero_optimization": {"stage": 3}}
-
     def is_zero3(self) -> bool:
         return True
 
