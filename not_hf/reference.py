@@ -28,7 +28,7 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, Recipient):
         raise NotHFError(f"{type(model).__name__} carries no organs; give a TransplantedForCausalLM")
-    native = model._surgery.native_class
+    native: Any = model._surgery.native_class
     view = _reference_class(native).__new__(_reference_class(native))
     shared = {key: value for key, value in vars(model).items() if key not in ("_surgery", "forward")}
     view.__dict__ = {**shared, "config": model.base_config, "_carrier": model}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers.integrations import deepspeed
@@ -15,7 +16,7 @@ def built_whole() -> Iterator[None]:
 
     DeepSpeed partitions them when training begins; until then organs can be checked and put in.
     """
-    reference = deepspeed._hf_deepspeed_config_weak_ref
+    reference: Any = deepspeed._hf_deepspeed_config_weak_ref
     config = None if reference is None else reference()
     deepspeed.unset_hf_deepspeed_config()
     try:

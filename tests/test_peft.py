@@ -1,4 +1,4 @@
-"""PEFT's LoRA on top of a transplanted model: saved, reloaded, folded into the organ; wrapped recipients are refused."""
+"""PEFT's LoRA on top of a transplanted model: saved, reloaded, folded in; wrapped recipients are refused."""
 
 from __future__ import annotations
 
@@ -49,10 +49,8 @@ def test_lora_folds_into_the_organ(saved, tmp_path, token_ids):
     merged = lora.merge_and_unload()
     assert merged is model and torch.allclose(merged(token_ids).logits, expected, atol=1e-5)
     merged.save_pretrained(tmp_path / "folded")
-    before, after = DonorModel.from_pretrained(organ_folder), DonorModel.from_pretrained(tmp_path / "folded")
-    changed = {
-        n.rsplit(".", 2)[-2] for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])
-    }
+    before, after = (DonorModel.from_pretrained(folder).state_dict() for folder in (organ_folder, tmp_path / "folded"))
+    changed = {name.split(".")[-2] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {"q_proj", "down_proj"}
 
 
