@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, QuantoConfig
 
 from not_hf import TransplantedForCausalLM
 
@@ -26,8 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--merged", help="folder for the merged model, dequantized")
     options = parser.parse_args(arguments)
 
-    # any quantization_config of transformers: BitsAndBytesConfig where a GPU is, QuantoConfig, …
-    eight_bits = TorchAoConfig(Int8WeightOnlyConfig())
+    # any quantization_config of transformers: BitsAndBytesConfig where a GPU is, TorchAoConfig, …
+    eight_bits = QuantoConfig(weights="int8")
     tokens = AutoTokenizer.from_pretrained(options.base)(options.prompt, return_tensors="pt").input_ids
     base = AutoModelForCausalLM.from_pretrained(options.base, quantization_config=eight_bits)
     expected = base(tokens).logits

@@ -25,6 +25,7 @@ from not_hf.quantized import computes
 from not_hf.scaling import require_scalable, scale_problem
 from not_hf.splice import Surgery
 from not_hf.vocabulary import Home, vocabulary_differences
+from not_hf.zero3 import is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def _own_layers(
     device = execution_device(neighbour)
     if device is None and any(parameter.is_meta for parameter in neighbour.parameters()):
         raise NotHFError("the recipient's layers have no weights (meta device); load it before an organ goes in")
+    if is_partitioned(neighbour):
+        raise NotHFError("DeepSpeed has taken the recipient apart (ZeRO-3); put organs in before training begins")
     if isinstance(donor, DonorModel):
         if any(parameter.is_meta for parameter in donor.parameters()):
             raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device")

@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from not_hf.errors import UnsupportedArchitectureError
+from not_hf.zero3 import built_whole
 
 # Config lists with one entry per layer. A whitelist: "any list of that length" would also match `eos_token_id`.
 PER_LAYER_LISTS = (
@@ -156,7 +157,7 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
         config = copy.deepcopy(config)
         if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
             config.dtype = getattr(torch, config.dtype)
-        with no_init_weights(), torch.device("meta"):
+        with built_whole(), no_init_weights(), torch.device("meta"):
             twin = build(model_class or AutoModelForCausalLM.from_config, config)
         _twins.append((key, twin))
     return twin
