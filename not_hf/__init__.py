@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from not_hf.finding import list_donors
     from not_hf.importing import import_checkpoint
     from not_hf.planning import compose
-    from not_hf.transplant import TransplantedForCausalLM
+    from not_hf.transplant import TransplantedForCausalLM, TransplantedForMaskedLM
 
 _LAZY = {
     "DonorConfig": "not_hf.config",
     "DonorModel": "not_hf.donor",
     "OrganSource": "not_hf.entries",
     "TransplantedForCausalLM": "not_hf.transplant",
+    "TransplantedForMaskedLM": "not_hf.transplant",
     "check_compatibility": "not_hf.compatibility",
     "compose": "not_hf.planning",
     "import_checkpoint": "not_hf.importing",
@@ -42,6 +43,7 @@ __all__ = [
     "NotHFError",
     "OrganSource",
     "TransplantedForCausalLM",
+    "TransplantedForMaskedLM",
     "UnsupportedArchitectureError",
     "__version__",
     "check_compatibility",
