@@ -191,7 +191,6 @@ class Transplanted(Recipient):
         """The dynamic class cannot be found by name: pickle the native one and extend it again."""
         return _revive, type(self).__bases__, self.__dict__
 
-
     @classmethod
     def _require_head(cls, config: PreTrainedConfig) -> None:
         """Refuse a recipient that the other of the two classes is for."""

@@ -130,7 +130,7 @@ _BERT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-PRE_NORM = ("modernbert", "roberta-prelayernorm", "megatron-bert")  # the others normalize after adding up
+PRE_NORM = ("eurobert", "megatron-bert", "modernbert", "roberta-prelayernorm")  # the others: norm after the sum
 ENCODERS: dict[str, dict] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -199,5 +199,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", mask_token="<mask>", model_max_length=64
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+        model_max_length=64,
     )
