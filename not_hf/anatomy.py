@@ -57,7 +57,7 @@ LAYERLESS = {
 }
 # Attributes in which a layer, or a module in it, remembers its index.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
-# Modules, by the end of their path, and parameters (without `weight`/`bias`) through which a layer writes to the residual stream.
+# Modules (the end of their path) and parameters (without `weight`/`bias`) by which a layer writes to the residual stream.
 OUTPUT_PROJECTIONS = {
     "attention": ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "dense_attention"),
     "mlp": (
@@ -158,6 +158,11 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 def head_class(config: PreTrainedConfig) -> Any:
     """The Auto class that gives a config its language-modelling head."""
     return AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+
+
+def task_of(config: PreTrainedConfig) -> str:
+    """The Hub's name for what a language model of this config does."""
+    return "fill-mask" if is_encoder(config) else "text-generation"
 
 
 def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
@@ -265,7 +270,7 @@ def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         owner = path[-1] if leaf in ("weight", "bias") and path else leaf
         owners = (owner, ".".join((*path[-2:-1], owner)))
         branch = "attention" if path and "att" in path[0].lower() else "mlp"
-        if any(name_ in OUTPUT_PROJECTIONS[branch] for name_ in owners):
+        if any(each in OUTPUT_PROJECTIONS[branch] for each in owners):
             yield name, parameter
 
 

@@ -164,7 +164,7 @@ def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
-    """A tiny causal LM, or masked LM of an encoder, in eval mode whose every parameter, norms and biases included, is random."""
+    """A tiny causal LM (of an encoder: masked LM) in eval mode, every parameter random, norms and biases too."""
     torch.manual_seed(seed)
     config = tiny_config(model_type, **overrides)
     model = head_class(config).from_config(config)

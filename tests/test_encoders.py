@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import runpy
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,3 +305,14 @@ def test_layers_that_share_are_refused(model_type, overrides, reason):
     model = AutoModelForMaskedLM.from_config(tiny_config(model_type, **sizes, **overrides))
     with pytest.raises(UnsupportedArchitectureError, match=reason):
         DonorModel.from_base(model, SPAN)
+
+
+def test_the_example_runs(base_folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(f"w{n + 3 + k % 9}" for k in range(12)) for n in range(8)))
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "fill_mask.py"))
+    donor = tmp_path / "organ"
+    given = {"--base": base_folder("modernbert"), "--text": text, "--donor": donor, "--steps": 2}
+    example["main"]([*(str(each) for pair in given.items() for each in pair), "--layers", "1", "3"])
+    assert "(was: w3)" in capsys.readouterr().out
+    assert (donor / "model.safetensors").exists()
