@@ -57,7 +57,7 @@ LAYERLESS = {
 }
 # Attributes in which a layer, or a module in it, remembers its index.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
-# Modules (the end of their path) and parameters (without `weight`/`bias`) by which a layer writes to the residual stream.
+# Modules (end of their path) and parameters (without `weight`/`bias`) by which a layer writes to the residual stream.
 OUTPUT_PROJECTIONS = {
     "attention": ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "dense_attention"),
     "mlp": (

@@ -254,7 +254,7 @@ class TransplantedForMaskedLM(Transplanted):
 
 
 @functools.cache
-def _transplanted_class(kind: type[Transplanted], native: Any) -> Any:
+def _transplanted_class(kind: Any, native: Any) -> Any:
     """The class of a native model with organs; `kind` is one of the two, or a class made here of one of them."""
     kind = next(each for each in kind.__mro__ if "native_auto_class" in vars(each))
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
