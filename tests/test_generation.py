@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from architectures import tiny_model, tiny_tokenizer
+from architectures import tiny_tokenizer
 from organs import organ
 from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, pipeline
 
@@ -16,14 +16,14 @@ GREEDY = {"max_new_tokens": 10, "do_sample": False}
 PROMPTS = ["w5 w6 w7 w8 w9 w10", "w30 w31", "w12 w13 w14 w15 w12 w13 w14"]  # of different lengths
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3_text"])
+@pytest.fixture(scope="module", params=["llama", "opt", "gemma3_text"])
 def base(request, base_folder) -> str:
     return str(base_folder(request.param))
 
 
 @pytest.fixture
 def model(base) -> TransplantedForCausalLM:
-    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), donor_name="kjv").eval()
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 2), donor_name="kjv").eval()
     model.generation_config.eos_token_id = None  # greedy runs to the length asked for
     return model
 
@@ -66,17 +66,13 @@ WAYS = {
     "beams": {"num_beams": 3, "do_sample": False, "max_new_tokens": 6, "num_return_sequences": 2},
     "samples": {"do_sample": True, "max_new_tokens": 6, "num_return_sequences": 3, "top_k": 20},
     "static cache": {"cache_implementation": "static", **GREEDY},
-    "offloaded cache": {"cache_implementation": "offloaded", **GREEDY},
     "no cache": {"use_cache": False, **GREEDY},
-    "stop string": {"stop_strings": ["w9"], "tokenizer": tiny_tokenizer(), **GREEDY},
     "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, **GREEDY},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_any_way_gives_what_the_merged_model_gives(model, way, tmp_path):
-    if way == "offloaded cache" and not torch.cuda.is_available():
-        pytest.skip("transformers offloads caches from an accelerator only")
     torch.manual_seed(0)
     found = model.generate(**batch(), **WAYS[way])
     model.merge_and_unload().save_pretrained(tmp_path)
@@ -112,8 +108,9 @@ def test_pipeline_in_batches_and_streamed(base, model, tmp_path, capsys):
     together = pipe(PROMPTS, batch_size=3, **options)
     for prompt, (found,) in zip(PROMPTS, together, strict=True):
         ids = tiny_tokenizer()(prompt, return_tensors="pt").input_ids
-        expected = tiny_tokenizer().decode(model.generate(ids, **GREEDY)[0, ids.shape[1] :])
+        expected = tiny_tokenizer().decode(model.generate(ids, **GREEDY)[0, ids.shape[1] :], skip_special_tokens=True)
         assert found["generated_text"].strip() == expected
         capsys.readouterr()
-        pipe(prompt, streamer=TextStreamer(pipe.tokenizer, skip_prompt=True), **options)
+        streamer = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        pipe(prompt, streamer=streamer, **options)
         assert capsys.readouterr().out.strip() == expected
