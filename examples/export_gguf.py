@@ -1,11 +1,11 @@
 """Take a transplanted model to vLLM and llama.cpp: merge it, and convert the merged folder to GGUF.
 
-    python examples/export_gguf.py me/smollm2-kjv merged
-    vllm serve merged                                        # a plain native model: nothing of not_hf is in it
+python examples/export_gguf.py me/smollm2-kjv merged
+vllm serve merged                                        # a plain native model: nothing of not_hf is in it
 
-    git clone --depth 1 https://github.com/ggml-org/llama.cpp
-    pip install gguf sentencepiece llama-cpp-python          # the last one builds llama.cpp, to compare
-    python examples/export_gguf.py me/smollm2-kjv merged --llama-cpp llama.cpp --prompt "In the beginning"
+git clone --depth 1 https://github.com/ggml-org/llama.cpp
+pip install gguf sentencepiece llama-cpp-python          # the last one builds llama.cpp, to compare
+python examples/export_gguf.py me/smollm2-kjv merged --llama-cpp llama.cpp --prompt "In the beginning"
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def compare(folder: Path, gguf: Path, prompt: str, num_tokens: int) -> bool:
     stream = there.generate(ids, temp=0.0, repeat_penalty=1.0)
     theirs = [token for token, _ in zip(stream, range(num_tokens), strict=False)]
     equal = theirs == ours[0, len(ids) :].tolist()
-    print(f"llama.cpp: {there.detokenize(theirs).decode(errors='replace')!r}, {'the same' if equal else 'NOT the same'}")
+    print(
+        f"llama.cpp: {there.detokenize(theirs).decode(errors='replace')!r}, {'the same' if equal else 'NOT the same'}"
+    )
     return equal
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
 from not_hf import TransplantedForCausalLM
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "fast_generation.py"
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +150,16 @@ def test_an_exported_program_is_the_model_of_then(token_ids):
     model.unload()
     found = program.module()(input_ids=token_ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_example(base_folder, tmp_path):
+    base = str(base_folder("llama"))
+    for seed in (1, 2):
+        organ(base, seed).save_pretrained(tmp_path / str(seed))
+    command = [sys.executable, str(EXAMPLE), str(tmp_path / "1"), "--swap", str(tmp_path / "2"), "--backend", "eager"]
+    done = subprocess.run([*command, "--prompt", "w5 w6 w7"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    first, second, graphs, assisted = done.stdout.splitlines()
+    assert first != second
+    assert graphs.endswith(", after the swap 0 more") and not graphs.startswith("graphs: 0,")
+    assert assisted == f"assisted by its base: {second}"

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from not_hf import TransplantedForCausalLM
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "lm_eval_harness.py"
 QUESTIONS = [
     {"question": "w5 w6 w7", "choices": ["w9 w20", "w10 w4", "w11 w12 w13"], "answer": 0},
     {"question": "w30 w31", "choices": ["w32", "w5", "w90 w91"], "answer": 2},
@@ -55,6 +56,12 @@ def log_likelihoods(model, question: dict) -> list[float]:
     return scores
 
 
+def accuracy(model) -> float:
+    """How often the choice that the model finds likeliest is the right one."""
+    scores = [(question["answer"], log_likelihoods(model, question)) for question in QUESTIONS]
+    return sum(max(range(3), key=each.__getitem__) == answer for answer, each in scores) / len(scores)
+
+
 @pytest.mark.slow
 def test_scores_of_an_organ_by_its_id(base_repo, task, tmp_path):
     base, donor_id = base_repo("llama"), "me/evaluated"
@@ -79,11 +86,8 @@ def test_scores_of_an_organ_by_its_id(base_repo, task, tmp_path):
     for question in expected:
         assert found[question] == pytest.approx(expected[question], abs=1e-4)
         assert found[question] != pytest.approx(without[question], abs=1e-2)
-    right = [
-        max(range(3), key=expected[question["question"]].__getitem__) == question["answer"] for question in QUESTIONS
-    ]
-    accuracy = json.loads(results.read_text(encoding="utf-8"))["results"]["words"]["acc,none"]
-    assert accuracy == pytest.approx(sum(right) / len(right))
+    score = json.loads(results.read_text(encoding="utf-8"))["results"]["words"]["acc,none"]
+    assert score == pytest.approx(accuracy(model))
 
 
 def test_a_model_object_goes_in_as_it_is(base_folder):
@@ -103,6 +107,19 @@ def test_a_model_object_goes_in_as_it_is(base_folder):
         assert scores(question) == pytest.approx(log_likelihoods(model, question), abs=1e-4)
         with model.disable_donors():  # the base, by the same harness
             assert scores(question) == pytest.approx(log_likelihoods(model, question), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_example(base_folder, task, tmp_path):
+    base = str(base_folder("llama"))
+    organ(base, 1).save_pretrained(tmp_path / "donor")
+    command = [sys.executable, str(EXAMPLE), str(tmp_path / "donor"), "--tasks", "words", "--include-path", str(task)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    model = TransplantedForCausalLM.from_pretrained(base, tmp_path / "donor").eval()
+    expected = f"with the organ: words acc {accuracy(model):.4f}\n"
+    with model.disable_donors():
+        assert done.stdout.endswith(f"{expected}base alone: words acc {accuracy(model):.4f}\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--model", "hf"]])
