@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from not_hf.finding import list_donors
     from not_hf.importing import import_checkpoint
     from not_hf.planning import compose
+    from not_hf.reference import reference_model
     from not_hf.transplant import TransplantedForCausalLM
 
 _LAZY = {
@@ -34,6 +35,7 @@ _LAZY = {
     "import_checkpoint": "not_hf.importing",
     "list_donors": "not_hf.finding",
     "perplexity": "not_hf.evaluation",
+    "reference_model": "not_hf.reference",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "import_checkpoint",
     "list_donors",
     "perplexity",
+    "reference_model",
 ]
 
 register_config()

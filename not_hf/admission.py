@@ -13,16 +13,19 @@ from transformers import PreTrainedModel
 
 from not_hf.anatomy import computing_differences
 from not_hf.compatibility import require_compatibility
-from not_hf.composition import place_in_force, read_config, scale_in_force
+from not_hf.composition import SHARED_KWARGS, place_in_force, read_config, scale_in_force
 from not_hf.cutting import resolve_commit
+from not_hf.dispatch import execution_device, follow
 from not_hf.donor import DonorModel
 from not_hf.entries import OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
-from not_hf.layers import home_of, require_finite, settle
+from not_hf.layers import require_finite, settle
 from not_hf.organ import Organ
+from not_hf.quantized import computes
 from not_hf.scaling import require_scalable, scale_problem
 from not_hf.splice import Surgery
 from not_hf.vocabulary import Home, vocabulary_differences
+from not_hf.zero3 import is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,8 @@ def admit(
         CorruptDonorError: Its files are off.
         OSError: They cannot be read.
     """
+    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
+        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
     name, donor = source.name, source.donor
     repo = None if isinstance(donor, DonorModel) else str(donor)
     if not is_plain_name(name) or (name in surgery.organs and name != instead_of):
@@ -66,8 +71,9 @@ def admit(
     scale, config.scale = scale_in_force(source, config), 1.0
     if problem := scale_problem(scale, config.mode):
         raise IncompatibleDonorError(f"organ {name!r}: {problem}")
-    layers = _own_layers(model, surgery, source, config.position, is_trainable, hub_kwargs)
+    layers = _own_layers(model, surgery, source, config.position, hub_kwargs)
     organ = Organ(name, config, layers, source.active, repo, getattr(source.revision, "resolved", None))
+    organ.set_trainable(is_trainable)
     if instead_of and (differences := surgery.swap_differences(surgery.organs[instead_of], organ)):
         raise IncompatibleDonorError(f"organ {name!r} cannot be swapped for another kind: {some(differences)}")
     beside = [o for o in surgery.organs.values() if o.active and source.active and o.name != instead_of]
@@ -90,20 +96,27 @@ def _own_layers(
     surgery: Surgery,
     source: OrganSource,
     position: int,
-    is_trainable: bool,
     hub_kwargs: Mapping[str, Any],
 ) -> list[nn.Module]:
-    """Layers of an organ that are the model's own, in the dtype and on the device of those at `position`."""
+    """Layers of an organ that are the model's own, in the dtype and on the device of those at `position`.
+
+    Where those are offloaded, the organ is not: its weights rest where they run.
+    """
     base_layers, donor = surgery.base_layers, source.donor
     neighbour = base_layers[min(position, len(base_layers) - 1)]
-    if home_of(neighbour).type == "meta":
-        raise NotHFError("the recipient has no weights (meta device); load them first")
+    device = execution_device(neighbour)
+    if device is None and any(parameter.is_meta for parameter in neighbour.parameters()):
+        raise NotHFError("the recipient's layers have no weights (meta device); load it before an organ goes in")
+    if is_partitioned(neighbour):
+        raise NotHFError("DeepSpeed has taken the recipient apart (ZeRO-3); put organs in before training begins")
     if isinstance(donor, DonorModel):
+        if any(parameter.is_meta for parameter in donor.parameters()):
+            raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device")
         layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
     else:
         loaded = DonorModel.from_pretrained(
             donor,
-            dtype=next(p.dtype for p in neighbour.parameters() if p.is_floating_point()),
+            dtype=next(p.dtype for p in neighbour.parameters() if computes(p)),
             attn_implementation=model.config._attn_implementation,
             revision=source.revision,
             subfolder=source.subfolder or "",
@@ -111,6 +124,7 @@ def _own_layers(
         )
         layers = list(loaded.stack.layers)
     for layer in layers:
-        settle(layer, neighbour, is_trainable)
+        settle(layer, neighbour, device)
+        follow(layer, neighbour, getattr(model, "_skip_keys_device_placement", None))
     require_finite(layers, source.name)
     return layers

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from not_hf.errors import UnsupportedArchitectureError
+from not_hf.zero3 import built_whole
 
 # Config lists with one entry per layer. A whitelist: "any list of that length" would also match `eos_token_id`.
 PER_LAYER_LISTS = (
@@ -156,7 +157,7 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
         config = copy.deepcopy(config)
         if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
             config.dtype = getattr(torch, config.dtype)
-        with no_init_weights(), torch.device("meta"):
+        with built_whole(), no_init_weights(), torch.device("meta"):
             twin = build(model_class or AutoModelForCausalLM.from_config, config)
         _twins.append((key, twin))
     return twin
@@ -286,31 +287,43 @@ def outer_attributes(model: PreTrainedModel, stack_path: str) -> dict[tuple[str,
 def native_differences(
     layers: Sequence[nn.Module],
     twin_layers: Sequence[nn.Module],
+    own: Sequence[Collection[str]] | None = None,
     there: str = "natively",
-    quantized: Container[int] = (),
 ) -> list[str]:
-    """In what live layers differ from those a native model of the same config would have (or others, `there`).
+    """In what live layers differ from those a native model of the same config would have.
 
-    An empty list means: saved with this config and loaded without not_hf, these layers compute the same. Of layers
-    whose `id` is in `quantized`, only what quantization leaves alone is compared.
+    An empty list means: saved with this config and loaded without not_hf, these layers compute the same.
+
+    Args:
+        layers: The live ones.
+        twin_layers: The native ones, or others to compare with.
+        own: For each layer, differences that are its own wherever it stands (a quantizer's modules).
+        there: Where the twins are, in words.
     """
+    return [
+        f"layer {n}{difference}"
+        for n, (layer, twin) in enumerate(zip(layers, twin_layers, strict=True))
+        for difference in layer_differences(layer, twin, there)
+        if own is None or difference not in own[n]
+    ]
+
+
+def layer_differences(layer: nn.Module, twin: nn.Module, there: str = "natively") -> list[str]:
+    """In what one layer differs from a native one; each reads on after the layer's name."""
     differences: list[str] = []
-    for n, (layer, twin) in enumerate(zip(layers, twin_layers, strict=True)):
-        ours, theirs = dict(layer.named_modules()), dict(twin.named_modules())
-        if id(layer) not in quantized and shape_of(layer) != shape_of(twin):
-            differences += _tensor_differences(f"layer {n}", shape_of(layer), shape_of(twin), there)
-        for name in ours.keys() & theirs.keys():
-            mine, native = _scalars(ours[name]), _scalars(theirs[name])
-            where = f"layer {n} {name}".rstrip()
-            if type(ours[name]) is not type(theirs[name]):
-                if id(layer) in quantized:
-                    continue
-                differences.append(f"{where} is {type(ours[name]).__name__}, {there} {type(theirs[name]).__name__}")
-            differences += [
-                f"{where}.{key} is {mine[key]!r}, {there} {native[key]!r}"
-                for key in sorted(mine.keys() & native.keys())
-                if not _same(mine[key], native[key])
-            ]
+    ours, theirs = dict(layer.named_modules()), dict(twin.named_modules())
+    if shape_of(layer) != shape_of(twin):
+        differences += _tensor_differences("", shape_of(layer), shape_of(twin), there)
+    for name in ours.keys() & theirs.keys():
+        mine, native = _scalars(ours[name]), _scalars(theirs[name])
+        where = f" {name}".rstrip()
+        if type(ours[name]) is not type(theirs[name]):
+            differences.append(f"{where} is {type(ours[name]).__name__}, {there} {type(theirs[name]).__name__}")
+        differences += [
+            f"{where}.{key} is {mine[key]!r}, {there} {native[key]!r}"
+            for key in sorted(mine.keys() & native.keys())
+            if not _same(mine[key], native[key])
+        ]
     return differences
 
 

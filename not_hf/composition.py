@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.bases import reading_base
@@ -86,6 +87,11 @@ def resolve_request(
         CorruptDonorError: A composition is not in order.
         OSError: A donor's config cannot be read.
     """
+    if isinstance(first, nn.Module) and (not isinstance(first, PreTrainedModel) or _has_adapters(first)):
+        raise NotHFError(
+            f"the recipient ({type(first).__name__}) has adapters or is wrapped; merge or unload them "
+            "(merge_and_unload()), put the organ in, then put adapters on top"
+        )
     kwargs = {key: value for key, value in base_kwargs.items() if key not in AUTO_KWARGS}
     shared = {key: value for key, value in kwargs.items() if key in SHARED_KWARGS}
     base: str | PreTrainedModel
@@ -240,3 +246,8 @@ def place_in_force(source: OrganSource, config: DonorConfig) -> tuple[int, str]:
 def scale_in_force(source: OrganSource, config: DonorConfig) -> float:
     """Scale of an organ: the one asked for, else its own config's."""
     return config.scale if source.scale is None else source.scale
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    """Whether PEFT has put layers of its own into a model, whichever way it was called."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())

@@ -36,6 +36,7 @@ from not_hf.readme import README
 from not_hf.sharing import PushOptions, push_folder
 from not_hf.tokenizer import save_local_tokenizer
 from not_hf.writing import replacing, require_donor_folder
+from not_hf.zero3 import built_whole
 
 
 class DonorModel(PreTrainedModel):
@@ -78,7 +79,8 @@ class DonorModel(PreTrainedModel):
                 setattr(native, key, neutral)
         super().__init__(config, *args, **kwargs)
         # in the dtype that is being loaded, not in the one the base's config names
-        causal_lm = build(AutoModelForCausalLM.from_config, native, dtype=torch.get_default_dtype())
+        with built_whole():
+            causal_lm = build(AutoModelForCausalLM.from_config, native, dtype=torch.get_default_dtype())
         stack, base_stack = find_stack(causal_lm), find_stack(meta_twin(base))
         inherit_attributes(list(stack.layers), list(base_stack.layers)[slice(*config.span)])
         strip_to_layers(stack)

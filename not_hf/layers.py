@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from not_hf.anatomy import Stack, output_projections
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
+from not_hf.quantized import computes
 
 # modules beside the layers that do not touch hidden states: they say where tokens stand
 POSITIONAL = ("rotary", "rope")
@@ -68,39 +69,22 @@ def silence(layer: nn.Module) -> None:
         parameter.zero_()
 
 
-def home_of(module: nn.Module) -> torch.device:
-    """Where a module computes. What accelerate offloads has its weights elsewhere, and hooks that know."""
-    hooks = [vars(part).get("_hf_hook") for part in module.modules()]
-    devices = [getattr(hook, "execution_device", None) for hook in hooks]
-    device = next((device for device in devices if device is not None), None)
-    return next(module.parameters()).device if device is None else torch.device(device)
+def settle(layer: nn.Module, neighbour: nn.Module, device: torch.device | None = None) -> None:
+    """Move a layer to where a layer of the recipient is: device, dtype of each parameter.
 
-
-def settle(layer: nn.Module, neighbour: nn.Module, is_trainable: bool) -> None:
-    """Move a layer to where a layer of the recipient computes: device, dtype of each parameter; and freeze it or not.
-
-    A neighbour that accelerate dispatched has a hook that brings its inputs to its device; the layer gets one like it.
-    Its own weights stay on that device, also where the neighbour's are offloaded, and stay as they are where the
-    neighbour's are quantized.
+    Args:
+        layer: The layer.
+        neighbour: The recipient's. Where its parameter is packed, ours takes the dtype that the layer computes in.
+        device: Where the neighbour runs, when its weights rest elsewhere.
     """
-    home = home_of(neighbour)
-    theirs = {name: p for name, p in neighbour.named_parameters() if p.is_floating_point()}
+    theirs = {name: p for name, p in neighbour.named_parameters() if computes(p)}
     fallback = next(iter(theirs.values()))
     for name, parameter in layer.named_parameters():
         like = theirs.get(name, fallback)
-        parameter.data = parameter.data.to(device=home, dtype=like.dtype)
+        parameter.data = parameter.data.to(device=device or like.device, dtype=like.dtype)
         parameter.grad = None
-        parameter.requires_grad_(is_trainable)
     for buffer in layer.buffers():
-        buffer.data = buffer.data.to(device=home)
-    if any("_hf_hook" in vars(part) for part in neighbour.modules()):
-        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-        hook = vars(neighbour).get("_hf_hook")
-        skip_keys = getattr(hook, "skip_keys", None)  # of arguments that stay where they are, such as the cache
-        io_same_device = getattr(hook, "io_same_device", False)
-        follow = AlignDevicesHook(execution_device=home, io_same_device=io_same_device, skip_keys=skip_keys)
-        add_hook_to_module(layer, follow)
+        buffer.data = buffer.data.to(device=device or fallback.device)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

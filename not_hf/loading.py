@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from not_hf.checkpoint import FLOAT_DTYPES, View
 from not_hf.config import DonorConfig
 from not_hf.errors import CorruptDonorError, some
+from not_hf.zero3 import built_whole
 
 _EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.+)")
 
@@ -59,7 +60,7 @@ def fill(
         config = copy.deepcopy(config)
         config.quantization_config = quantization  # transformers takes it away when it has dequantized
     try:
-        with _without_load_report():
+        with built_whole(), _without_load_report():
             loaded: Any = PreTrainedModel.from_pretrained.__func__(  # type: ignore[attr-defined]
                 organ_class,
                 None,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from not_hf.anatomy import find_stack, meta_twin
 from not_hf.config import DonorConfig
 from not_hf.placing import Place
 from not_hf.scaling import scaled_parameters, unscaled
@@ -38,6 +39,14 @@ class Organ:
     def place(self) -> Place:
         """Where it stands, in the recipient's own layers."""
         return Place(self.name, self.config.position or 0, self.config.mode, len(self.layers))
+
+    def set_trainable(self, is_trainable: bool) -> None:
+        """Freeze the organ, or have learn what learns in native layers: some keep parameters frozen by design."""
+        natives = find_stack(meta_twin(self.native_config)).layers
+        for layer, native in zip(self.layers, natives, strict=True):
+            flags = {name: parameter.requires_grad for name, parameter in native.named_parameters()}
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(is_trainable and flags[name])
 
     @torch.no_grad()
     def rescale(self, scale: float) -> None:

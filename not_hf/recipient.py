@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer
 
 from not_hf.admission import admit
 from not_hf.averaging import combined, combined_config
@@ -18,6 +17,7 @@ from not_hf.config import DonorConfig
 from not_hf.entries import DonorSource, OrganSource, is_plain_name
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.organ import Organ
+from not_hf.quantized import dequantized, is_quantized, quantization_name
 from not_hf.saving import require_own_modules
 from not_hf.scaling import require_scalable, scale_problem
 from not_hf.splice import Surgery
@@ -218,10 +218,10 @@ class Recipient(_Native):
         """Make the active organs a plain part of the native model, which then saves and loads without not_hf.
 
         Args:
-            dequantize: Dequantize a quantized recipient first, as far as transformers can (bitsandbytes).
+            dequantize: Make the weights of a quantized recipient plain, which takes the memory they have then.
 
         Raises:
-            NotHFError: The recipient is quantized, and is to stay so or cannot be dequantized; nothing is changed.
+            NotHFError: The recipient is quantized, and `dequantize` was not asked for or is not to be had.
             IncompatibleDonorError: A native model of the spliced config would compute something else; it names every
                 difference, and nothing is changed.
         """
@@ -229,18 +229,23 @@ class Recipient(_Native):
         chosen = [organ for organ in surgery.organs.values() if organ.active]  # also inside disable_donors()
         if not chosen:
             return self.unload()
-        if differences := surgery.differences(surgery.plan(chosen)):
-            raise IncompatibleDonorError(f"a native model cannot hold these layers: {some(differences)}")
-        if surgery.is_quantized:
-            self._dequantize(dequantize)
-        elif quantizer := getattr(self, "hf_quantizer", None):  # it only read quantized files
-            cast(HfQuantizer, quantizer).remove_quantization_config(self)
+        packed = is_quantized(self)
+        if packed and not dequantize:
+            raise NotHFError(
+                f"the recipient is quantized ({quantization_name(self)}) and an organ is not: type "
+                "merge_and_unload(dequantize=True) to make all weights plain, or save_pretrained() the organ alone"
+            )
+        with dequantized(self):
+            if differences := surgery.differences(surgery.plan(chosen), as_saved=True):
+                raise IncompatibleDonorError(f"a native model cannot hold these layers: {some(differences)}")
+        if packed:  # packed weights cannot be trained, plain ones can
+            surgery.requires_grad = dict.fromkeys(surgery.requires_grad, True)
         with self.disable_donors():
             surgery.release(self)
         with surgery.changing(self):
             surgery.disabled = 0
-        for layer in (layer for organ in chosen for layer in organ.layers):
-            layer.requires_grad_(True)
+        for organ in chosen:
+            organ.set_trainable(True)
         # how transformers converted the files it loaded; undoing it would save dequantized weights as quantized ones
         vars(self).pop("_weight_conversions", None)
         return self._release()
@@ -284,28 +289,6 @@ class Recipient(_Native):
         organ = admit(self, self._surgery, source, is_trainable, hub_kwargs)
         with self._surgery.changing(self):
             self._surgery.organs[organ.name] = organ
-
-    def _dequantize(self, allowed: bool) -> None:
-        """Dequantize the recipient, or refuse to. Its weights are trainable afterwards, as of any plain model."""
-        quantizer: Any = self.hf_quantizer
-        method = quantizer.quantization_config.quant_method
-        kind = f"the recipient is quantized ({getattr(method, 'value', method)})"
-        if type(quantizer)._dequantize is HfQuantizer._dequantize:
-            raise NotHFError(f"{kind}, which transformers cannot undo; load it without quantization to merge organs")
-        if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in self.parameters()):
-            raise NotHFError(
-                f"{kind} and ran on the CPU, for which bitsandbytes packs weights in a way that it cannot undo; "
-                "load it anew and merge before it runs"
-            )
-        if not allowed:
-            raise NotHFError(f"{kind} and organs are not; merge_and_unload(dequantize=True) dequantizes it first")
-        surgery = self._surgery
-        with surgery.changing(self):
-            surgery.disabled, disabled = 0, surgery.disabled
-        self.dequantize()
-        surgery.disabled = disabled
-        surgery.requires_grad, surgery.is_quantized = {}, False
-        self.requires_grad_(True)
 
     def _release(self) -> PreTrainedModel:
         """Back to the native class."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from not_hf.card import updated_card
@@ -22,6 +23,7 @@ from not_hf.splice import Surgery
 from not_hf.tokenizer import save_local_tokenizer
 from not_hf.vocabulary import VOCABULARY
 from not_hf.writing import replacing, require_donor_folder
+from not_hf.zero3 import is_partitioned
 
 
 def organ_tensors(
@@ -34,6 +36,9 @@ def organ_tensors(
         surgery: Its organs.
         name: Which one.
         state_dict: The whole model's tensors, when they were gathered elsewhere; used where it has the organ's.
+
+    Raises:
+        NotHFError: DeepSpeed has taken the organ apart, and `state_dict` does not have it.
     """
     organ, stack = surgery.organs[name], surgery.stack(model)
     places = {id(layer): n for n, layer in enumerate(stack.layers)}
@@ -42,11 +47,22 @@ def organ_tensors(
     for n, layer in enumerate(organ.layers):
         place = f"{stack.full_path}.{places.get(id(layer))}."
         given = {k.removeprefix(place): v for k, v in (state_dict or {}).items() if k.startswith(place)}
+        if not given and is_partitioned(layer):
+            raise NotHFError(
+                f"organ {name!r} lies in parts on several processes (DeepSpeed ZeRO-3); gather it: set "
+                "stage3_gather_16bit_weights_on_model_save and save with Trainer.save_model, or pass "
+                "state_dict=accelerator.get_state_dict(model)"
+            )
         tensors |= {
-            f"{prefix}.{n}.{key}": organ.at_scale_one(f"{n}.{key}", value)
+            f"{prefix}.{n}.{key}": organ.at_scale_one(f"{n}.{key}", _whole(value))
             for key, value in (given or layer.state_dict()).items()
         }
     return tensors
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP keeps in parts is put together, on every process at once; others are what they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def save_organs(

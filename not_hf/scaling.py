@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from not_hf.anatomy import Stack, output_projections
+from not_hf.dispatch import execution_device
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
-from not_hf.layers import home_of
 
 
 def scale_problem(scale: Any, mode: str) -> str | None:
@@ -99,7 +99,8 @@ def _layer_call(stack: Stack) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     hook = stack.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     base = stack.base_model
-    device = home_of(base.get_input_embeddings())
+    embeddings: Any = base.get_input_embeddings()
+    device = execution_device(embeddings) or embeddings.weight.device
     try:
         base(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)
     except _CalledError as called:

@@ -18,6 +18,7 @@ from not_hf.anatomy import (
     Slot,
     Stack,
     find_stack,
+    layer_differences,
     meta_twin,
     native_differences,
     numbered,
@@ -26,9 +27,11 @@ from not_hf.anatomy import (
     splice_config,
     spliced_config,
 )
-from not_hf.layers import adopt, forget_capture_hooks, home_of
+from not_hf.dispatch import execution_device, spliced_device_map
+from not_hf.layers import adopt, forget_capture_hooks
 from not_hf.organ import Organ
 from not_hf.placing import arrange
+from not_hf.quantized import is_quantized
 
 Placed = tuple[nn.Module, Slot]
 
@@ -51,10 +54,10 @@ class Surgery:
         self.base_revision = base_revision  # commit it was loaded at, where known
         self.base_subfolder = base_subfolder  # likewise
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self.device_map: dict[str, Any] | None = copy.copy(getattr(model, "hf_device_map", None))
-        self.is_quantized = _is_quantized(model)
         self.organs: dict[str, Organ] = {}
         self.disabled = 0
+        self.device_map = copy.copy(getattr(model, "hf_device_map", None))
+        self._packed = self._quantized_layers() if is_quantized(model) else []
         self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
         self._base_derived: dict[tuple[str, str], Any] = {}
 
@@ -92,12 +95,25 @@ class Surgery:
         """The native model of that stack's config, on the meta device."""
         return meta_twin(spliced_config(self.base_config, [slot for _, slot in placed]), self.native_class)
 
-    def differences(self, placed: list[Placed]) -> list[str]:
-        """In what those layers would differ after saving natively and loading without not_hf."""
+    def differences(self, placed: list[Placed], as_saved: bool = False) -> list[str]:
+        """In what those layers would differ after saving natively and loading without not_hf.
+
+        Args:
+            placed: A stack, as planned.
+            as_saved: Count what a quantizer made of the recipient's own layers too.
+        """
         layers = [layer for layer, _ in placed]
-        quantized = {id(layer) for layer in self.base_layers} if self.is_quantized else set()
+        own = [
+            () if as_saved or c is not self.base_config or not self._packed else self._packed[i]
+            for _, (c, i) in placed
+        ]
         with numbered(layers):
-            return native_differences(layers, list(self.stack(self.twin(placed)).layers), quantized=quantized)
+            return native_differences(layers, list(self.stack(self.twin(placed)).layers), own)
+
+    def _quantized_layers(self) -> list[list[str]]:
+        """In what each layer of a quantized base differs from a plain one."""
+        twins = self.stack(self.twin(self.plan([]))).layers
+        return [layer_differences(layer, twin) for layer, twin in zip(self.base_layers, twins, strict=True)]
 
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
         """What keeps one organ's weights from going into the tensors of another."""
@@ -109,7 +125,7 @@ class Surgery:
         )
         differences = [f"{key} is {others[key]}, not {spliced[key]}" for key in spliced if others[key] != spliced[key]]
         with numbered(organ.layers), numbered(other.layers):
-            return differences + native_differences(other.layers, organ.layers, "here")
+            return differences + native_differences(other.layers, organ.layers, there="here")
 
     @contextlib.contextmanager
     def changing(self, model: PreTrainedModel) -> Iterator[None]:
@@ -146,26 +162,18 @@ class Surgery:
             set_layer_index(layer, n)
             if id(layer) not in standing:
                 adopt(layer, config, reference, model.training)
-        if self.device_map is not None:
-            vars(model)["hf_device_map"] = self._devices(stack, placed)
         stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
+        if self.device_map is not None:
+            vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
 
-    def _devices(self, stack: Stack, placed: list[Placed]) -> dict[str, Any]:
-        """The device map for that stack: as accelerate knows the recipient's, with layers where they stand now."""
+    def _device_map(self, placed: list[Placed], path: str) -> dict[str, Any]:
+        """accelerate's map under the numbers that layers have in that stack."""
         assert self.device_map is not None
-        prefix = f"{stack.full_path}."
-        if not any(key.startswith(prefix) for key in self.device_map):
-            return dict(self.device_map)  # it names nothing as small as a layer
-        devices = {key: device for key, device in self.device_map.items() if not key.startswith(prefix)}
-        for n, (layer, (config, i)) in enumerate(placed):
-            if config is not self.base_config:
-                home = home_of(layer)
-                devices[f"{prefix}{n}"] = home.type if home.index is None else home.index
-                continue
-            for key, device in self.device_map.items():
-                if f"{key}.".startswith(f"{prefix}{i}."):
-                    devices[f"{prefix}{n}{key.removeprefix(f'{prefix}{i}')}"] = device
-        return devices
+        origins = [
+            i if config is self.base_config else execution_device(layer) or next(layer.parameters()).device
+            for layer, (config, i) in placed
+        ]
+        return spliced_device_map(self.device_map, path, origins) if self.active else dict(self.device_map)
 
     def _attributes(self, placed: list[Placed]) -> dict[tuple[str, str], Any]:
         """What model-level attributes derived from the per-layer config must be for that stack.
@@ -205,10 +213,3 @@ class Surgery:
         for layer in (*self.base_layers, *(layer for organ in self.organs.values() for layer in organ.layers)):
             if id(layer) not in standing:
                 yield layer
-
-
-def _is_quantized(model: PreTrainedModel) -> bool:
-    """Whether a model computes with quantized weights; some quantizers only read such files, and dequantize them."""
-    if getattr(model, "hf_quantizer", None) is None:
-        return False
-    return any(type(p) is not nn.Parameter or p.dtype.itemsize == 1 for p in model.parameters())

@@ -29,6 +29,7 @@ from not_hf.recipient import Recipient
 from not_hf.saving import save_organs
 from not_hf.sharing import PushOptions, push_folder
 from not_hf.splice import Surgery
+from not_hf.zero3 import built_whole
 
 
 class TransplantedForCausalLM(Recipient):
@@ -93,7 +94,7 @@ class TransplantedForCausalLM(Recipient):
         if isinstance(base, PreTrainedModel):
             return _transplant(base, request.sources, is_trainable, request.shared)
         wants_info = request.base_kwargs.pop("output_loading_info", False)
-        with reading_base(base, request.named_by):
+        with reading_base(base, request.named_by), built_whole():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base,
                 output_loading_info=True,

@@ -1,0 +1,61 @@
+"""Recipients spread over devices, or offloaded, by accelerate: where an organ's layers run, and what says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+from torch import nn
+
+DeviceMap = dict[str, Any]  # accelerate's: module name to "cpu", "disk", a device or its index
+
+
+def execution_device(layer: nn.Module) -> torch.device | None:
+    """The device on which accelerate runs a layer, wherever its weights rest; `None` when it is not dispatched."""
+    hook = next(_align_hooks(layer), None)
+    return None if hook is None else torch.device(hook.execution_device)
+
+
+def follow(layer: nn.Module, neighbour: nn.Module, skip_keys: str | Sequence[str] | None) -> None:
+    """Have accelerate bring a layer's inputs to where its neighbour runs; the layer's own weights stay there.
+
+    Args:
+        layer: A layer of an organ, on that device already.
+        neighbour: A layer of the recipient.
+        skip_keys: Arguments that are not to be moved, such as the cache; a model knows them.
+    """
+    if (device := execution_device(neighbour)) is not None:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device=device, skip_keys=skip_keys))
+
+
+def spliced_device_map(device_map: DeviceMap, path: str, origins: Sequence[int | torch.device]) -> DeviceMap:
+    """The device map of a spliced model.
+
+    Args:
+        device_map: The base's.
+        path: Of the list of layers.
+        origins: For each layer of the new stack, its index in the base, or the device of an organ's layer.
+
+    Returns:
+        A new one; the same when the map does not tell layers apart.
+    """
+    inside = {key: place for key, place in device_map.items() if key.startswith(f"{path}.")}
+    spliced = {key: place for key, place in device_map.items() if key not in inside}
+    for n, origin in enumerate(origins if inside else ()):
+        name = f"{path}.{n}"
+        if isinstance(origin, torch.device):
+            spliced[name] = str(origin) if origin.index is None else origin.index
+        else:
+            was = f"{path}.{origin}"
+            spliced |= {name + key[len(was) :]: p for key, p in inside.items() if f"{key}.".startswith(f"{was}.")}
+    return spliced
+
+
+def _align_hooks(layer: nn.Module) -> Iterator[AlignDevicesHook]:
+    for module in layer.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for one in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+            if isinstance(one, AlignDevicesHook) and one.execution_device is not None:
+                yield one
