@@ -1,0 +1,23 @@
+"""`python -m not_hf.run MODULE [ARGS]`: run another tool's module with donors known to transformers.
+
+What stands before it has happened by then: Python imports the package, which registers donors, and then this file.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+USAGE = "usage: python -m not_hf.run MODULE [ARGS], as in python -m not_hf.run lm_eval --model hf --tasks arc_easy"
+
+
+def main() -> None:
+    """Run the module that the command line names, as `python -m` would."""
+    del sys.argv[0]
+    if not sys.argv or sys.argv[0].startswith("-"):
+        sys.exit(USAGE)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
