@@ -47,7 +47,8 @@ def check_compatibility(
         **hub_kwargs: `token`, `cache_dir`, `local_files_only`, … for what is read from the Hub.
 
     Returns:
-        One line per mismatch; an empty list when the organ fits.
+        One line per mismatch; an empty list when the organ fits. Where only the place is wrong, the line says which
+        positions would do.
 
     Raises:
         CorruptDonorError: The donor's config contradicts itself.
@@ -116,23 +117,36 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
 def _structure_problems(
     donor: DonorConfig, config: PreTrainedConfig, position: int, mode: str, name: str
 ) -> list[str]:
-    """Whether the recipient's class would build other modules where the organ goes."""
-    organ, base, k = donor.native_config(), donor.native_config("base_config"), donor.num_organ_layers
-    rest = position + (k if mode == "replace" else 0)
-    slots = [
-        *((config, n) for n in range(position)),
-        *((organ, n) for n in range(k)),
-        *((config, n) for n in range(rest, config.num_hidden_layers)),
-    ]
+    """Whether the recipient's class would build other modules where the organ goes, and where it would not."""
     try:
-        natives = list(find_stack(meta_twin(spliced_config(config, slots))).layers)[position : position + k]
-        layers = list(find_stack(meta_twin(base)).layers)[slice(*donor.span)]  # as they were built
+        odd = _odd_tensors(donor, config, position, mode)
     except UnsupportedArchitectureError as error:
         return [f"{name} cannot take these layers: {error}"]
-    odd = {key for ours, theirs in zip(layers, natives, strict=True) for key in _tensors(ours) ^ _tensors(theirs)}
-    if odd:
-        return [f"layers of {name} are built of other modules than the donor's ({', '.join(sorted(odd)[:4])}, …)"]
-    return []
+    if not odd:
+        return []
+    others = [n for n in range(_last_position(donor.num_organ_layers, mode, config) + 1) if n != position]
+    fitting = [n for n in others if not _odd_tensors(donor, config, n, mode)]
+    here = f"layers of {name} are built of other modules than the donor's ({', '.join(sorted(odd)[:4])}, …)"
+    if not fitting:
+        return [f"{here}, wherever they stand; cut an organ of layers like the recipient's"]
+    where = ", ".join(map(str, fitting))
+    return [f"{here} at position {position}; position{'s' * (len(fitting) > 1)} {where} would do"]
+
+
+def _odd_tensors(donor: DonorConfig, config: PreTrainedConfig, position: int, mode: str) -> set[str]:
+    """Tensors that a native model of that stack would have more or fewer of than its layers bring along.
+
+    The recipient's own layers count too: a model whose first layers are special cannot have others before them.
+    """
+    organ, base, k = donor.native_config(), donor.native_config("base_config"), donor.num_organ_layers
+    rest = position + (k if mode == "replace" else 0)
+    own = [(config, n) for n in range(config.num_hidden_layers)]
+    slots = [*own[:position], *((organ, n) for n in range(k)), *own[rest:]]
+    natives = find_stack(meta_twin(spliced_config(config, slots))).layers
+    originals = list(find_stack(meta_twin(config)).layers)
+    layers = list(find_stack(meta_twin(base)).layers)[slice(*donor.span)]  # as they were built
+    stack = [*originals[:position], *layers, *originals[rest:]]
+    return {key for ours, theirs in zip(stack, natives, strict=True) for key in _tensors(ours) ^ _tensors(theirs)}
 
 
 def _tensors(layer: nn.Module) -> set[str]:
@@ -146,13 +160,17 @@ def _place_problems(k: int, position: Any, mode: str, config: PreTrainedConfig, 
     num_layers = getattr(config, "num_hidden_layers", None)
     if num_layers is None:
         return []
-    last = num_layers if mode == "insert" else num_layers - k
     if mode not in ("insert", "replace"):
         return [f"mode must be 'insert' or 'replace', got {mode!r}"]
+    last = _last_position(k, mode, config)
     if not hasattr(position, "__index__") or not 0 <= position <= last:
         room = f"position must be between 0 and {last}" if last >= 0 else "the organ is longer than the recipient"
         return [f"cannot {mode} {k} layers at position {position} of {num_layers} ({name}); {room}"]
     return []
+
+
+def _last_position(k: int, mode: str, config: PreTrainedConfig) -> int:
+    return config.num_hidden_layers if mode == "insert" else config.num_hidden_layers - k
 
 
 def _donor_config(donor: DonorLike, hub_kwargs: dict[str, Any]) -> DonorConfig:

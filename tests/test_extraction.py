@@ -18,6 +18,7 @@ import httpx2
 import pytest
 import torch
 from architectures import tiny_config, tiny_model, tiny_tokenizer
+from checkpoints import write_mxfp4
 from hub import DEFAULT_TOKEN, Fault, Hub
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors import SafetensorError
@@ -259,26 +260,7 @@ def test_every_layout_of_the_hub(model_type, base_repo, base_folder):
 
 @pytest.fixture(scope="module")
 def mxfp4(tmp_path_factory) -> Path:
-    """A tiny gpt_oss as it lies on the Hub: experts in blocks of 32 four-bit numbers with a scale each."""
-    folder = tmp_path_factory.mktemp("mxfp4")
-    config = tiny_config("gpt_oss", hidden_size=64, intermediate_size=32, head_dim=16)
-    native = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, tensor in native.state_dict().items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            experts, width, rows = tensor.shape  # a module has them transposed
-            shape = (experts, rows, width // 32)
-            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
-            tensors[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
-        else:
-            tensors[name] = torch.empty(tensor.shape).normal_(0, 0.1, generator=generator).to(torch.bfloat16)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    spared = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": spared}
-    config.dtype = torch.bfloat16
-    config.save_pretrained(folder)
-    return folder
+    return write_mxfp4(tmp_path_factory.mktemp("mxfp4"))
 
 
 def test_mxfp4_is_dequantized_as_transformers_does_it(mxfp4, hub, tmp_path, token_ids):
