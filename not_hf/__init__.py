@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from not_hf.importing import import_checkpoint
     from not_hf.planning import compose
     from not_hf.reference import reference_model
-    from not_hf.transplant import TransplantedForCausalLM
+    from not_hf.transplant import TransplantedForCausalLM, TransplantedForMaskedLM
 
 _LAZY = {
     "DonorConfig": "not_hf.config",
     "DonorModel": "not_hf.donor",
     "OrganSource": "not_hf.entries",
     "TransplantedForCausalLM": "not_hf.transplant",
+    "TransplantedForMaskedLM": "not_hf.transplant",
     "average_donors": "not_hf.averaging",
     "check_compatibility": "not_hf.compatibility",
     "compose": "not_hf.planning",
@@ -46,6 +47,7 @@ __all__ = [
     "NotHFError",
     "OrganSource",
     "TransplantedForCausalLM",
+    "TransplantedForMaskedLM",
     "UnsupportedArchitectureError",
     "__version__",
     "average_donors",

@@ -1,4 +1,4 @@
-"""Where a causal LM keeps its decoder layers, and how a config changes when layers move.
+"""Where a language model keeps its layers, and how a config changes when layers move.
 
 What must be known about particular model types is data at the top of this file. `native_differences` checks it against
 the live model: it rebuilds the model from its config on the meta device and compares the two layer by layer.
@@ -12,15 +12,19 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from not_hf.errors import UnsupportedArchitectureError
 from not_hf.zero3 import built_whole
@@ -56,10 +60,13 @@ LAYERLESS = {
 }
 # Attributes in which a layer, or a module in it, remembers its index.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
-# Modules and parameters (without `weight`/`bias`) through which a layer writes to the residual stream.
+# Modules (end of their path) and parameters (without `weight`/`bias`) by which a layer writes to the residual stream.
 OUTPUT_PROJECTIONS = {
-    "attention": ("o_proj", "out_proj", "c_proj", "dense", "wo", "dense_attention"),
-    "mlp": ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "down_proj_bias", "output_linear"),
+    "attention": ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "dense_attention"),
+    "mlp": (
+        *("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "down_proj_bias", "output_linear", "Wo"),
+        "output.dense",  # of an encoder; its `intermediate.dense` goes the other way
+    ),
 }
 # Config values that scale the embeddings before the first layer: an organ alone must run without them.
 NEUTRAL_EMBEDDING = {"embedding_multiplier": 1.0}
@@ -71,10 +78,10 @@ Slot = tuple[PreTrainedConfig, int]  # a layer's origin: the config of its own m
 
 @dataclass(frozen=True)
 class Stack:
-    """Where a live model keeps its decoder layers: `model.<base>.<path>` is their `ModuleList`."""
+    """Where a live model keeps its layers: `model.<base>.<path>` is their `ModuleList`."""
 
     model: nn.Module
-    base: str  # the base model in the causal LM: model, transformer, gpt_neox, …
+    base: str  # the base model in the model with a head: model, transformer, bert, …
     path: str  # the list in the base model: layers, h, decoder.layers, …
 
     @property
@@ -141,13 +148,33 @@ def check_config(config: PreTrainedConfig) -> None:
         raise UnsupportedArchitectureError(f"{kind} uses per_layer_config, which not_hf cannot splice yet")
 
 
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a config stands for a masked LM, whose layers see both sides, and not for a causal one.
+
+    A model type that transformers has both heads for (bert) says by `is_decoder` which of them it means.
+    """
+    if config.is_encoder_decoder or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return False
+    return config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_decoder", None) is False
+
+
+def head_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that gives a config its language-modelling head."""
+    return AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+
+
+def task_of(config: PreTrainedConfig) -> str:
+    """The Hub's name for what a language model of this config does."""
+    return "fill-mask" if is_encoder(config) else "text-generation"
+
+
 def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """The native causal LM of `config` on the meta device: every attribute and shape, no memory.
+    """The native language model of `config` on the meta device: every attribute and shape, no memory.
 
     It is kept for the questions that are asked of it in a row, so it is only to be looked at.
 
     Raises:
-        UnsupportedArchitectureError: transformers has no causal LM for this config, or cannot build it.
+        UnsupportedArchitectureError: transformers has no language model for this config, or cannot build it.
     """
     check_config(config)
     values = {key: value for key, value in config.to_dict().items() if key not in _NAMES}
@@ -158,7 +185,7 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
         if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
             config.dtype = getattr(torch, config.dtype)
         with built_whole(), no_init_weights(), torch.device("meta"):
-            twin = build(model_class or AutoModelForCausalLM.from_config, config)
+            twin = build(model_class or head_class(config).from_config, config)
         _twins.append((key, twin))
     return twin
 
@@ -172,8 +199,9 @@ def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig,
         return constructor(config, **kwargs)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
+        kind = "masked" if is_encoder(config) else "causal"
         raise UnsupportedArchitectureError(
-            f"no causal LM can be built from model_type {config.model_type!r}: {reason}"
+            f"no {kind} LM can be built from model_type {config.model_type!r}: {reason}"
         ) from error
 
 
@@ -266,8 +294,9 @@ def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in layer.named_parameters():
         *path, leaf = name.split(".")
         owner = path[-1] if leaf in ("weight", "bias") and path else leaf
+        owners = (owner, ".".join((*path[-2:-1], owner)))
         branch = "attention" if path and "att" in path[0].lower() else "mlp"
-        if owner in OUTPUT_PROJECTIONS[branch]:
+        if any(each in OUTPUT_PROJECTIONS[branch] for each in owners):
             yield name, parameter
 
 
@@ -327,6 +356,16 @@ def layer_differences(layer: nn.Module, twin: nn.Module, there: str = "natively"
     return differences
 
 
+def same_modules(layers: Iterable[nn.Module], others: Iterable[nn.Module]) -> bool:
+    """Whether layers are built of modules of the same classes and shapes."""
+    return all(
+        {name: type(module) for name, module in layer.named_modules()}
+        == {name: type(module) for name, module in other.named_modules()}
+        and shape_of(layer) == shape_of(other)
+        for layer, other in zip(layers, others, strict=True)
+    )
+
+
 def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[nn.Module]) -> None:
     """Give layers the plain attributes that their originals have because of where they stand in the base.
 
@@ -339,8 +378,7 @@ def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[nn.Modul
     """
     for layer, original in zip(layers, originals, strict=True):
         ours, theirs = dict(layer.named_modules()), dict(original.named_modules())
-        kinds = [{name: type(module) for name, module in modules.items()} for modules in (ours, theirs)]
-        if kinds[0] != kinds[1] or shape_of(layer) != shape_of(original):
+        if not same_modules([layer], [original]):
             raise UnsupportedArchitectureError(
                 "these layers are built otherwise at another place of the stack; cut a span that does not depend on it"
             )

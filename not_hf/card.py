@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from not_hf.anatomy import task_of
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError
 from not_hf.license import License
@@ -58,6 +60,7 @@ def donor_card(
     """
     base = named_base(config.base_model_name_or_path)
     base_name = base or short_name(config.base_model_name_or_path)
+    is_encoder = (task := _task(config)) == "fill-mask"
     title = short_name(repo_id) if repo_id else f"{short_name(base_name)}-organ"
     measured = list(_measurements(config.metrics or {}))
     eval_results = [_eval_result(m, config) for m in measured if math.isfinite(m.value)]
@@ -65,7 +68,7 @@ def donor_card(
         library_name=LIBRARY,
         base_model=base,
         base_model_relation="adapter" if base else None,
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=[DONOR_TAG, *METHOD_TAGS, *([f"{ADAPTER_TAG}{base}"] if base else [])],
         datasets=hub_datasets(config) or None,
         model_name=title if eval_results else None,
@@ -83,6 +86,8 @@ def donor_card(
         donor_code=json.dumps(repo_id or "."),
         is_folder=repo_id is None,
         config=config,
+        is_encoder=is_encoder,
+        head="MaskedLM" if is_encoder else "CausalLM",
         domain=cell(config.domain) if config.domain else None,
         picture=None if config.donors else _picture(config),
         facts=_facts(config, num_parameters, size),
@@ -163,6 +168,13 @@ def pushed_card(
     return card
 
 
+def _task(config: DonorConfig) -> str:
+    """The Hub's name for what a model with this organ does."""
+    with contextlib.suppress(NotHFError):  # a config that cannot be read still gets a card
+        return task_of(config.native_config("base_config"))
+    return "text-generation"
+
+
 def hub_datasets(config: DonorConfig) -> list[str]:
     """Those of the training datasets that are on the Hub."""
     return [name for name in config.datasets or [] if hub_id(name) and not name.endswith(_DATA_FILES)]
@@ -201,7 +213,7 @@ def _eval_result(measurement: Measurement, config: DonorConfig) -> EvalResult:
     metric = "perplexity" if "perplexity" in words else "_".join(words)
     text = " ".join(word for word in words if word != metric) if metric == "perplexity" else ""
     return EvalResult(
-        task_type="text-generation",
+        task_type=_task(config),
         dataset_type=text.replace(" ", "-") or "evaluation",  # the key by which a model-index groups its numbers
         dataset_name=(text == "domain" and config.domain) or text or "evaluation",
         metric_type=metric,

@@ -15,6 +15,7 @@ from not_hf.errors import IncompatibleDonorError, UnsupportedArchitectureError
 
 # What the recipient computes once for all its layers, or allocates in its caches: an organ must agree on it.
 SHARED_GEOMETRY = (
+    "is_decoder",
     "hidden_size",
     "num_attention_heads",
     "num_key_value_heads",
@@ -69,7 +70,7 @@ def check_compatibility(
     problems += _layer_type_problems(organ, config, name)
     problems += _place_problems(donor_config.num_organ_layers, position, mode, config, name)
     if not problems:
-        return _structure_problems(organ, config, int(position or 0), mode, name)
+        return _structure_problems(donor_config, config, int(position or 0), mode, name)
     return _stack_problems(config, name) + problems
 
 
@@ -113,10 +114,10 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
 
 
 def _structure_problems(
-    organ: PreTrainedConfig, config: PreTrainedConfig, position: int, mode: str, name: str
+    donor: DonorConfig, config: PreTrainedConfig, position: int, mode: str, name: str
 ) -> list[str]:
     """Whether the recipient's class would build other modules where the organ goes."""
-    k = organ.num_hidden_layers
+    organ, base, k = donor.native_config(), donor.native_config("base_config"), donor.num_organ_layers
     rest = position + (k if mode == "replace" else 0)
     slots = [
         *((config, n) for n in range(position)),
@@ -125,7 +126,7 @@ def _structure_problems(
     ]
     try:
         natives = list(find_stack(meta_twin(spliced_config(config, slots))).layers)[position : position + k]
-        layers = list(find_stack(meta_twin(organ)).layers)
+        layers = list(find_stack(meta_twin(base)).layers)[slice(*donor.span)]  # as they were built
     except UnsupportedArchitectureError as error:
         return [f"{name} cannot take these layers: {error}"]
     odd = {key for ours, theirs in zip(layers, natives, strict=True) for key in _tensors(ours) ^ _tensors(theirs)}

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import CommitInfo
 from huggingface_hub.utils import TensorInfo
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from not_hf.anatomy import (
@@ -20,8 +20,11 @@ from not_hf.anatomy import (
     build,
     config_differences,
     find_stack,
+    head_class,
     inherit_attributes,
     meta_twin,
+    same_modules,
+    set_layer_index,
     spliced_config,
 )
 from not_hf.card import updated_card
@@ -29,7 +32,7 @@ from not_hf.checkpoint import open_checkpoint
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, LiveBase, StoredBase, cut_config, open_base, resolve_commit
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
-from not_hf.layers import check_bare, is_finite, silence, strip_to_layers
+from not_hf.layers import adopt, check_bare, is_finite, silence, strip_to_layers
 from not_hf.license import inherit_license
 from not_hf.loading import dtype_of, expert_problems, fill, loading_problems, refuse, tensor_problems
 from not_hf.readme import README
@@ -40,7 +43,7 @@ from not_hf.zero3 import built_whole
 
 
 class DonorModel(PreTrainedModel):
-    """One organ: `k` decoder layers of a causal LM, without embeddings, head or final norm.
+    """One organ: `k` layers of a causal or masked LM, without embeddings, head or final norm.
 
     It is the native base model with everything but its layers taken out, so checkpoints are stored in the layout the
     architecture has on the Hub, and masks, rotary embeddings and caches are the native ones.
@@ -50,7 +53,7 @@ class DonorModel(PreTrainedModel):
 
     Raises:
         CorruptDonorError: The config contradicts itself.
-        UnsupportedArchitectureError: The architecture has no decoder stack that can be cut.
+        UnsupportedArchitectureError: The architecture has no stack that can be cut.
     """
 
     config: DonorConfig
@@ -79,10 +82,19 @@ class DonorModel(PreTrainedModel):
                 setattr(native, key, neutral)
         super().__init__(config, *args, **kwargs)
         # in the dtype that is being loaded, not in the one the base's config names
+        dtype, span = torch.get_default_dtype(), slice(*config.span)
         with built_whole():
-            causal_lm = build(AutoModelForCausalLM.from_config, native, dtype=torch.get_default_dtype())
-        stack, base_stack = find_stack(causal_lm), find_stack(meta_twin(base))
-        inherit_attributes(list(stack.layers), list(base_stack.layers)[slice(*config.span)])
+            stack = find_stack(build(head_class(native).from_config, native, dtype=dtype))
+        originals = list(find_stack(meta_twin(base)).layers)[span]
+        if not same_modules(stack.layers, originals):  # what a layer is made of depends on where it stands
+            base._attn_implementation = config._attn_implementation
+            with built_whole():
+                whole = find_stack(build(head_class(base).from_config, base, dtype=dtype))
+            stack.layers._modules = {str(n): layer for n, layer in enumerate(list(whole.layers)[span])}
+            for n, layer in enumerate(stack.layers):
+                set_layer_index(layer, n)
+                adopt(layer, native, {}, layer.training)
+        inherit_attributes(list(stack.layers), originals)
         strip_to_layers(stack)
         self.organ: PreTrainedModel = stack.base_model
         config._attn_implementation = self.organ.config._attn_implementation
@@ -145,7 +157,7 @@ class DonorModel(PreTrainedModel):
         dtype: str | torch.dtype = "auto",
         **hub_kwargs: Any,
     ) -> DonorModel:
-        """Cut an organ out of a causal LM.
+        """Cut an organ out of a causal or masked LM.
 
         Args:
             base: Local folder, Hub ID or live model. A live model is not changed: the organ owns copies.

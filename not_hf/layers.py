@@ -20,8 +20,13 @@ POSITIONAL = ("rotary", "rope")
 class Passthrough(nn.Module):
     """Stands where a stripped module was: hands hidden states on, answers anything else with a zero."""
 
-    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`x` itself when it is `(batch, seq, hidden)`, else a zero without dimensions."""
+    def forward(self, x: Any = None, *args: Any, inputs_embeds: Any = None, **kwargs: Any) -> torch.Tensor:
+        """`x` itself when it is `(batch, seq, hidden)`, else a zero without dimensions.
+
+        Embeddings of encoders are called with no ids, and with the hidden states second or by name.
+        """
+        if x is None:
+            x = next((arg for arg in (inputs_embeds, *args) if isinstance(arg, torch.Tensor)), None)
         if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim > 2:
             return x
         return torch.zeros((), device=x.device if isinstance(x, torch.Tensor) else None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from not_hf.anatomy import task_of
 from not_hf.card import hub_datasets
 from not_hf.license import base_license, joint_license, organ_license
 from not_hf.readme import METHOD_TAGS, README, cell, linked, named_base, short_name, unite, updated
@@ -44,7 +45,7 @@ def merged_card(model: TransplantedForCausalLM, folder: str | os.PathLike[str], 
         library_name="transformers",
         base_model=parts or None,
         base_model_relation="merge" if parts else None,
-        pipeline_tag="text-generation",
+        pipeline_tag=task_of(base),
         tags=["merge", *METHOD_TAGS],
         datasets=unite(*map(hub_datasets, configs)) or None,
         **joint_license(licenses).metadata(),

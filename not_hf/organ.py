@@ -42,7 +42,8 @@ class Organ:
 
     def set_trainable(self, is_trainable: bool) -> None:
         """Freeze the organ, or have learn what learns in native layers: some keep parameters frozen by design."""
-        natives = find_stack(meta_twin(self.native_config)).layers
+        base = self.config.native_config("base_config")
+        natives = list(find_stack(meta_twin(base)).layers)[slice(*self.config.span)]
         for layer, native in zip(self.layers, natives, strict=True):
             flags = {name: parameter.requires_grad for name, parameter in native.named_parameters()}
             for name, parameter in layer.named_parameters():

@@ -28,15 +28,16 @@ def register_config() -> None:
 @functools.cache
 def register_models() -> None:
     """Register model and tokenizer classes; `DonorConfig` calls it when the first one is made."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     from not_hf.config import DonorConfig
     from not_hf.donor import DonorModel
     from not_hf.tokenizer import DonorTokenizer
-    from not_hf.transplant import TransplantedForCausalLM
+    from not_hf.transplant import TransplantedForCausalLM, TransplantedForMaskedLM
 
     AutoModel.register(DonorConfig, DonorModel, exist_ok=True)
     AutoModelForCausalLM.register(DonorConfig, TransplantedForCausalLM, exist_ok=True)
+    AutoModelForMaskedLM.register(DonorConfig, TransplantedForMaskedLM, exist_ok=True)
     AutoTokenizer.register(DonorConfig, DonorTokenizer, exist_ok=True)
 
 

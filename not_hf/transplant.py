@@ -1,8 +1,9 @@
-"""`TransplantedForCausalLM`: a native causal LM that carries organs.
+"""`TransplantedForCausalLM`, `TransplantedForMaskedLM`: a native language model that carries organs.
 
 The native model is extended in place by a dynamic subclass of its own class, as torch's `fully_shard` does: signature,
 flags, state-dict keys, hooks and `isinstance` stay native. The class keeps the native name, because pipelines,
 trainers and `config.architectures` go by it; `isinstance(model, TransplantedForCausalLM)` tells it apart.
+Causal and masked language models differ in the Auto class that loads them, and in nothing else.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ import copy
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack, cast
+from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
+from not_hf.anatomy import head_class, is_encoder
 from not_hf.bases import reading_base
 from not_hf.composition import read_config, require_stack, resolve_request
 from not_hf.config import DonorConfig
 from not_hf.donor import DonorModel
 from not_hf.entries import DEFAULT_NAME, DonorSource, OrganSource
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, UnsupportedArchitectureError
 from not_hf.license import inherit_license
 from not_hf.recipient import Recipient
 from not_hf.saving import save_organs
@@ -32,13 +34,11 @@ from not_hf.splice import Surgery
 from not_hf.zero3 import built_whole
 
 
-class TransplantedForCausalLM(Recipient):
-    """A causal LM with organs. Made by `from_pretrained`, never by its constructor.
+class Transplanted(Recipient):
+    """What `TransplantedForCausalLM` and `TransplantedForMaskedLM` share, which is everything but the head."""
 
-    Besides what follows, an instance is a full model of its native class (`LlamaForCausalLM`, …).
-    """
-
-    config_class = DonorConfig  # what AutoModelForCausalLM goes by; instances have their native config
+    config_class = DonorConfig  # what the Auto classes go by; instances have their native config
+    native_auto_class: ClassVar[Any]  # what loads the recipient
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -54,7 +54,7 @@ class TransplantedForCausalLM(Recipient):
         is_trainable: bool = False,
         config: PreTrainedConfig | None = None,
         **base_kwargs: Any,
-    ) -> TransplantedForCausalLM:
+    ) -> Self:
         """Load a recipient and put an organ into it.
 
         Args:
@@ -87,15 +87,16 @@ class TransplantedForCausalLM(Recipient):
             config,
             base_kwargs,
         )
-        base = request.base
+        base, recipient = request.base, request.base_config()
         if not isinstance(base, PreTrainedModel) or len(request.sources) > 1:  # one is checked when it goes in
             organs = [(source, read_config(source, request.shared)) for source in request.sources]
-            require_stack(organs, request.base_config())
+            require_stack(organs, recipient)
+        cls._require_head(recipient)
         if isinstance(base, PreTrainedModel):
-            return _transplant(base, request.sources, is_trainable, request.shared)
+            return cls._transplant(base, request.sources, is_trainable, request.shared)
         wants_info = request.base_kwargs.pop("output_loading_info", False)
         with reading_base(base, request.named_by), built_whole():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = cls.native_auto_class.from_pretrained(
                 base,
                 output_loading_info=True,
                 adapter_kwargs=request.shared,  # else it asks the Hub for an adapter_config.json, come what may
@@ -104,16 +105,18 @@ class TransplantedForCausalLM(Recipient):
         native, info = loaded
         revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
         subfolder = request.base_kwargs.get("subfolder") or None
-        model = _transplant(native, request.sources, is_trainable, request.shared, revision, subfolder)
+        model = cls._transplant(native, request.sources, is_trainable, request.shared, revision, subfolder)
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
-    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> TransplantedForCausalLM:
-        """What `AutoModelForCausalLM.from_config` calls: for a donor's config, base and organ with fresh weights."""
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Self:
+        """What the Auto class's `from_config` calls: for a donor's config, base and organ with fresh weights."""
         if not isinstance(config, DonorConfig):
             return super()._from_config(config, **kwargs)
-        base = AutoModelForCausalLM.from_config(config.native_config("base_config"), **kwargs)
-        return _transplant(base, [OrganSource(DEFAULT_NAME, DonorModel(copy.deepcopy(config)))], False, {})
+        native = config.native_config("base_config")
+        cls._require_head(native)
+        base = cls.native_auto_class.from_config(native, **kwargs)
+        return cls._transplant(base, [OrganSource(DEFAULT_NAME, DonorModel(copy.deepcopy(config)))], False, {})
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -188,47 +191,78 @@ class TransplantedForCausalLM(Recipient):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The dynamic class cannot be found by name: pickle the native one and extend it again."""
-        return _revive, (self._surgery.native_class,), self.__dict__
+        return _revive, type(self).__bases__, self.__dict__
+
+    @classmethod
+    def _require_head(cls, config: PreTrainedConfig) -> None:
+        """Refuse a recipient that the other of the two classes is for."""
+        if head_class(config) is cls.native_auto_class:
+            return
+        kind, other = ("an encoder", "MaskedLM") if is_encoder(config) else ("a causal LM", "CausalLM")
+        raise UnsupportedArchitectureError(
+            f"model_type {config.model_type!r} is {kind}; use TransplantedFor{other}, or AutoModelFor{other}"
+        )
+
+    @classmethod
+    def _transplant(
+        cls,
+        base: PreTrainedModel,
+        sources: Sequence[OrganSource],
+        is_trainable: bool,
+        hub_kwargs: Mapping[str, Any],
+        base_revision: str | None = None,
+        base_subfolder: str | None = None,
+    ) -> Self:
+        """Extend a model in place, freeze it and load organs; undo everything on failure."""
+        fresh = not isinstance(base, Transplanted)
+        if fresh:
+            surgery = Surgery(base, base_revision, base_subfolder)
+            native: Any = type(base)
+            base.__class__ = _transplanted_class(cast(Any, cls), native)
+            base.requires_grad_(False)
+            # Trainer's card keeps the tags of ours if there is a list to add them to
+            base.model_tags = base.model_tags or []
+            cast(Self, base)._surgery = surgery
+        model = cast(Self, base)
+        before = list(model.donor_config)
+        try:
+            for source in sources:
+                model._load(source, is_trainable, hub_kwargs)
+        except BaseException:
+            for name in [name for name in model.donor_config if name not in before]:
+                model.delete_donor(name)
+            if fresh:
+                model.unload()
+            raise
+        return model
+
+
+class TransplantedForCausalLM(Transplanted):
+    """A causal LM with organs. Made by `from_pretrained`, never by its constructor.
+
+    Besides its own methods, an instance is a full model of its native class (`LlamaForCausalLM`, …).
+    """
+
+    native_auto_class = AutoModelForCausalLM
+
+
+class TransplantedForMaskedLM(Transplanted):
+    """A masked LM with organs. Made by `from_pretrained`, never by its constructor.
+
+    Besides its own methods, an instance is a full model of its native class (`BertForMaskedLM`, …).
+    """
+
+    native_auto_class = AutoModelForMaskedLM
 
 
 @functools.cache
-def _transplanted_class(native: Any) -> type[TransplantedForCausalLM]:
+def _transplanted_class(kind: Any, native: Any) -> Any:
+    """The class of a native model with organs; `kind` is one of the two, or a class made here of one of them."""
+    kind = next(each for each in kind.__mro__ if "native_auto_class" in vars(each))
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
-    return type(native.__name__, (TransplantedForCausalLM, native), {**names, "config_class": native.config_class})
+    return type(native.__name__, (kind, native), {**names, "config_class": native.config_class})
 
 
-def _revive(native: type) -> TransplantedForCausalLM:
-    cls = _transplanted_class(native)
+def _revive(kind: type[Transplanted], native: type) -> Transplanted:
+    cls = _transplanted_class(cast(Any, kind), native)
     return cls.__new__(cls)
-
-
-def _transplant(
-    base: PreTrainedModel,
-    sources: Sequence[OrganSource],
-    is_trainable: bool,
-    hub_kwargs: Mapping[str, Any],
-    base_revision: str | None = None,
-    base_subfolder: str | None = None,
-) -> TransplantedForCausalLM:
-    """Extend a model in place, freeze it and load organs; undo everything on failure."""
-    fresh = not isinstance(base, TransplantedForCausalLM)
-    if fresh:
-        surgery = Surgery(base, base_revision, base_subfolder)
-        native: Any = type(base)
-        base.__class__ = _transplanted_class(native)
-        base.requires_grad_(False)
-        # Trainer's card keeps the tags of ours if there is a list to add them to
-        base.model_tags = base.model_tags or []
-        cast(TransplantedForCausalLM, base)._surgery = surgery
-    model = cast(TransplantedForCausalLM, base)
-    before = list(model.donor_config)
-    try:
-        for source in sources:
-            model._load(source, is_trainable, hub_kwargs)
-    except BaseException:
-        for name in [name for name in model.donor_config if name not in before]:
-            model.delete_donor(name)
-        if fresh:
-            model.unload()
-        raise
-    return model

@@ -8,12 +8,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainingArguments,
 )
+
+from not_hf.anatomy import head_class
 
 VOCAB = 96
 NUM_LAYERS = 4
@@ -121,6 +122,30 @@ _ANY = {
     **{"sliding_window": 6, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
 }
 
+# Encoders: masked LMs, whose layers see both sides.
+_BERT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+PRE_NORM = ("eurobert", "megatron-bert", "modernbert", "roberta-prelayernorm")  # the others: norm after the sum
+ENCODERS: dict[str, dict] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "modernbert": {**_BERT, "local_attention": 6, "global_attn_every_n_layers": 2},
+    "camembert": _BERT,
+    "data2vec-text": _BERT,
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": NUM_LAYERS, "n_heads": 4, "max_position_embeddings": 64},
+    "electra": {**_BERT, "embedding_size": 16},
+    "ernie": _BERT,
+    "eurobert": {**_BERT, "head_dim": 8, "num_key_value_heads": 2},
+    "megatron-bert": _BERT,
+    "roberta-prelayernorm": _BERT,
+    "xlm-roberta": _BERT,
+}
+
 # Refused with a reason: a recurrent state, and an encoder-decoder.
 REFUSED: dict[str, dict] = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
@@ -130,7 +155,7 @@ REFUSED: dict[str, dict] = {
 
 def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
     """The tiny config of an architecture, with token ids inside the vocabulary."""
-    own = {**ARCHITECTURES, **REFUSED}.get(model_type)
+    own = {**ARCHITECTURES, **ENCODERS, **REFUSED}.get(model_type)
     if own is None:
         known = AutoConfig.for_model(model_type)
         own = {key: value for key, value in _ANY.items() if hasattr(known, key)}
@@ -139,15 +164,17 @@ def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
-    """A tiny causal LM in eval mode whose every parameter, norms and biases included, is random."""
+    """A tiny causal LM (of an encoder: masked LM) in eval mode, every parameter random, norms and biases too."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
+    config = tiny_config(model_type, **overrides)
+    model = head_class(config).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name or "ln_" in name else 0.15 * noise)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or "ln_" in name else 0.15 * noise)
     model.tie_weights()
-    model.generation_config.eos_token_id = None  # greedy runs to the length asked for
+    if model.can_generate():
+        model.generation_config.eos_token_id = None  # greedy runs to the length asked for
     return model.eval()
 
 
@@ -168,9 +195,14 @@ CHECKPOINTING = (
 @functools.cache
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word: the special ones, then `w3`, `w4`, … to the end of the tiny vocabulary."""
-    words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, VOCAB))]
+    words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, VOCAB - 1)), "<mask>"]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+        model_max_length=64,
     )

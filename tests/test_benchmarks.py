@@ -47,3 +47,14 @@ def test_runtime(tmp_path):
     assert loading["memory_ratio"] < 1.2 and loading["time_ratio"] < 5
     seconds = found["switch"]["seconds"]
     assert max(seconds["set_donor"], seconds["disable_donors"]) < 0.03
+
+
+def test_encoders(tmp_path):
+    """Every method trains on both encoders; an organ trains fewer parameters than the whole model."""
+    _, found = quick("encoders.py", tmp_path)
+    for methods in found["encoders"].values():
+        base, replace = methods["base"], methods["organ, replace"]
+        assert replace["domain_at_start"] == base["domain"]
+        assert replace["domain"] != base["domain"]
+        assert 0 < replace["trained"] < methods["full"]["trained"]
+    assert methods["organ, insert"]["domain_at_start"] == base["domain"]  # ModernBERT's starts as a no-op
