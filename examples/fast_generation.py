@@ -1,4 +1,4 @@
-"""Generate with a compiled model, swap its organ without recompiling, and let the base draft for it.
+"""Let the base draft for a transplanted model; compile the model, and swap its organ without recompiling.
 
 python examples/fast_generation.py me/smollm2-kjv --swap me/smollm2-kjv-2 --prompt "In the beginning"
 """
@@ -14,8 +14,8 @@ from not_hf import TransplantedForCausalLM
 
 
 def main() -> None:
-    """Stream from a compiled model, before and after a swap; then the same text by assisted decoding."""
-    parser = argparse.ArgumentParser(description="Compiled, swapped and assisted generation with an organ.")
+    """Generate by assisted decoding; then stream the same from the compiled model, and again after a swap."""
+    parser = argparse.ArgumentParser(description="Assisted and compiled generation with an organ.")
     parser.add_argument("donor", help="folder or Hub ID")
     parser.add_argument("--swap", help="another organ of the same span, to take its place")
     parser.add_argument("--prompt", default="In the beginning")
@@ -28,6 +28,10 @@ def main() -> None:
     inputs = tokenizer(args.prompt, return_tensors="pt")
     options = {"max_new_tokens": args.tokens, "do_sample": False}
 
+    drafter = AutoModelForCausalLM.from_pretrained(model.base_config.name_or_path).eval()
+    out = model.generate(**inputs, assistant_model=drafter, **options)
+    print("assisted by its base:", tokenizer.decode(out[0]))
+
     model.compile(backend=args.backend, fullgraph=True)  # one graph, or an error
     streamer = TextStreamer(tokenizer)
     model.generate(**inputs, cache_implementation="static", streamer=streamer, **options)
@@ -36,10 +40,6 @@ def main() -> None:
         model.hotswap_donor("organ", args.swap)  # new weights in the old tensors: every graph stays valid
         model.generate(**inputs, cache_implementation="static", streamer=streamer, **options)
     print(f"graphs: {graphs}, after the swap {counters['stats']['unique_graphs'] - graphs} more")
-
-    drafter = AutoModelForCausalLM.from_pretrained(model.base_config.name_or_path).eval()
-    out = model.generate(**inputs, assistant_model=drafter, **options)
-    print("assisted by its base:", tokenizer.decode(out[0]))
 
 
 if __name__ == "__main__":

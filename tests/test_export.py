@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -114,8 +113,3 @@ def test_llama_cpp_goes_on_with_the_same_tokens(converted, example):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python builds llama.cpp, which takes minutes")
     folder, gguf = converted
     assert example.compare(folder, gguf, "a b a", 8)
-
-
-def test_the_example_says_what_it_takes():
-    done = subprocess.run([sys.executable, str(EXPORT), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--llama-cpp" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -109,17 +110,17 @@ def test_a_model_object_goes_in_as_it_is(base_folder):
             assert scores(question) == pytest.approx(log_likelihoods(model, question), abs=1e-4)
 
 
-@pytest.mark.slow
-def test_the_example(base_folder, task, tmp_path):
+def test_the_example(base_folder, task, tmp_path, monkeypatch, capsys):
     base = str(base_folder("llama"))
     organ(base, 1).save_pretrained(tmp_path / "donor")
-    command = [sys.executable, str(EXAMPLE), str(tmp_path / "donor"), "--tasks", "words", "--include-path", str(task)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    arguments = [str(tmp_path / "donor"), "--tasks", "words", "--include-path", str(task)]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    printed = capsys.readouterr().out
     model = TransplantedForCausalLM.from_pretrained(base, tmp_path / "donor").eval()
     expected = f"with the organ: words acc {accuracy(model):.4f}\n"
     with model.disable_donors():
-        assert done.stdout.endswith(f"{expected}base alone: words acc {accuracy(model):.4f}\n")
+        assert printed.endswith(f"{expected}base alone: words acc {accuracy(model):.4f}\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--model", "hf"]])
