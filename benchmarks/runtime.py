@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return {}
     import demo  # the commit, versions and hardware, as in its own results
 
-    repeats = 2 if options.quick else 7
+    repeats = 1 if options.quick else 7
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tiny = write(folder / "tiny", TINY, "float32")

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.utils import TensorInfo
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from not_hf.compatibility import Mismatches, recipient_differences
 from not_hf.composition import SHARED_KWARGS, Request, expand, pin, read_config, stack_problems
 from not_hf.config import DonorConfig
 from not_hf.donor import DonorModel
@@ -66,7 +67,7 @@ def check_donor(
     revision: str | None = None,
     subfolder: str | None = None,
     **hub_kwargs: Any,
-) -> list[str]:
+) -> Mismatches:
     """List everything that keeps a donor from working in a recipient, from configs and the headers of its files.
 
     `check_compatibility` reads configs alone; this one also reads a donor's headers, and all organs of a composition.
@@ -81,7 +82,7 @@ def check_donor(
         **hub_kwargs: `token`, `cache_dir`, `local_files_only`, …, for both repos.
 
     Returns:
-        One line per problem; an empty list when the donor can be loaded.
+        One line per problem; an empty list when the donor can be loaded. `differences` as in `check_compatibility`.
 
     Raises:
         NotHFError: A config contradicts itself, or is not what it is taken for; a composition is to be moved.
@@ -101,7 +102,7 @@ def recipient_problems(
     position: int | None = None,
     mode: str | None = None,
     **hub_kwargs: Any,
-) -> list[str]:
+) -> Mismatches:
     """What `check_donor` lists, of organs that were surveyed. Arguments as there."""
     if not isinstance(recipient, PreTrainedConfig):
         base = recipient if isinstance(recipient, PreTrainedModel) else os.fspath(recipient)
@@ -110,9 +111,11 @@ def recipient_problems(
         (replace(organ.source, position=position, mode=mode) if len(organs) == 1 else organ.source, organ.config)
         for organ in organs
     ]
-    problems = stack_problems(placed, recipient)
+    problems, differences = stack_problems(placed, recipient), []
     for organ in organs:
         prefix = f"organ {organ.source.name!r}: " if len(organs) > 1 else ""
         found = [organ.unreadable] if organ.unreadable else DonorModel.header_problems(organ.config, organ.tensors)
         problems += [f"{prefix}{problem}" for problem in found]
-    return problems
+        others = recipient_differences(organ.config, recipient, hub_kwargs.get("cache_dir"))
+        differences += [f"{prefix}{other}" for other in others]
+    return Mismatches(problems, () if problems else differences)

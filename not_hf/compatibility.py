@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from not_hf.anatomy import find_stack, meta_twin, spliced_config
+from not_hf.anatomy import computing_differences, find_stack, meta_twin, spliced_config
 from not_hf.config import DonorConfig
 from not_hf.donor import DonorModel
 from not_hf.errors import IncompatibleDonorError, UnsupportedArchitectureError
+from not_hf.vocabulary import Home, vocabulary_differences
 
 # What the recipient computes once for all its layers, or allocates in its caches: an organ must agree on it.
 SHARED_GEOMETRY = (
@@ -30,13 +32,27 @@ DonorLike = str | os.PathLike[str] | DonorConfig | DonorModel
 RecipientLike = str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel
 
 
+class Mismatches(list[str]):
+    """What keeps a donor from fitting a recipient, one line each; empty when it fits.
+
+    Args:
+        problems: These lines.
+        differences: What else differs between the model the organ was last used in and the recipient. It works all the
+            same, but not as it did there.
+    """
+
+    def __init__(self, problems: Iterable[str] = (), differences: Iterable[str] = ()) -> None:
+        super().__init__(problems)
+        self.differences = list(differences)
+
+
 def check_compatibility(
     donor: DonorLike,
     recipient: RecipientLike,
     position: int | None = None,
     mode: str | None = None,
     **hub_kwargs: Any,
-) -> list[str]:
+) -> Mismatches:
     """List everything that keeps a donor from fitting a recipient. No weights are read.
 
     Args:
@@ -48,7 +64,8 @@ def check_compatibility(
 
     Returns:
         One line per mismatch; an empty list when the organ fits. Where only the place is wrong, the line says which
-        positions would do.
+        positions would do. When it fits, the list's `differences` say what is otherwise here all the same: another
+        base, values that layers compute with, the vocabulary.
 
     Raises:
         CorruptDonorError: The donor's config contradicts itself.
@@ -70,9 +87,29 @@ def check_compatibility(
             problems.append(_mismatch(key, ours, theirs, name))
     problems += _layer_type_problems(organ, config, name)
     problems += _place_problems(donor_config.num_organ_layers, position, mode, config, name)
-    if not problems:
-        return _structure_problems(donor_config, config, int(position or 0), mode, name)
-    return _stack_problems(config, name) + problems
+    if problems:
+        return Mismatches(_stack_problems(config, name) + problems)
+    if problems := _structure_problems(donor_config, config, int(position or 0), mode, name):
+        return Mismatches(problems)
+    return Mismatches((), recipient_differences(donor_config, config, hub_kwargs.get("cache_dir")))
+
+
+def recipient_differences(
+    donor: DonorConfig, recipient: PreTrainedConfig, cache_dir: str | os.PathLike[str] | None = None
+) -> list[str]:
+    """In what a recipient differs from the model that an organ was last used in; none of it keeps the organ out.
+
+    Args:
+        donor: Its config names that model.
+        recipient: Native config.
+        cache_dir: Of the Hub's client; tokenizers are compared where they are here already.
+    """
+    base, name = donor.base_model_name_or_path, recipient.name_or_path
+    differences = [f"the organ was last used in {base}, this is {name}"] if base and name and base != name else []
+    native = donor.native_config("base_config")
+    if native.model_type == recipient.model_type:
+        differences += [f"there, {each} here" for each in computing_differences(native, recipient)]
+    return differences + vocabulary_differences(donor, recipient, recipient_repo=Home(name), cache_dir=cache_dir)
 
 
 def require_compatibility(

@@ -369,6 +369,7 @@ def test_check(base, donor, tmp_path):
         "recipient": str(base),
         "compatible": True,
         "mismatches": [],
+        "differences": [],
     }
     assert invoke("check", donor, base, "--position", "0").stdout == f"{donor} fits {base}\n"
     other = tmp_path / "other"

@@ -14,6 +14,7 @@ from not_hf.cli.run import CHECKPOINTS, Result, command, facts, output_folder
 
 if TYPE_CHECKING:
     from not_hf import DonorConfig, DonorModel
+    from not_hf.compatibility import Mismatches
 
 
 @command("not-hf extract openai-community/gpt2 --layers 4:7 --init identity -o organ")
@@ -99,7 +100,7 @@ def inspect(
     tables += data["unreadable"]
     if recipient:
         problems = recipient_problems(organs, recipient, **_given(token=token))
-        data |= {"recipient": recipient, "compatible": not problems, "mismatches": problems}
+        data |= _compatibility(recipient, problems)
         tables.append(_verdict(donor, recipient, problems))
     return Result(data, Group(*tables))
 
@@ -121,7 +122,7 @@ def check(
     problems = check_donor(donor, recipient, position, mode, **hub)
     count = f"{len(problems)} mismatch{'es' if len(problems) > 1 else ''}"
     return Result(
-        {"donor": donor, "recipient": recipient, "compatible": not problems, "mismatches": problems},
+        {"donor": donor, **_compatibility(recipient, problems)},
         _verdict(donor, recipient, problems),
         f"{donor} does not fit {recipient}: {count}" if problems else None,
     )
@@ -216,8 +217,18 @@ def described(donor: DonorModel, folder: Path) -> dict[str, Any]:
     }
 
 
-def _verdict(donor: str, recipient: str, problems: list[str]) -> str:
-    return "\n".join(problems) or f"{donor} fits {recipient}"
+def _compatibility(recipient: str, found: Mismatches) -> dict[str, Any]:
+    return {
+        "recipient": recipient,
+        "compatible": not found,
+        "mismatches": list(found),
+        "differences": found.differences,
+    }
+
+
+def _verdict(donor: str, recipient: str, found: Mismatches) -> str:
+    lines = list(found) or [f"{donor} fits {recipient}"]
+    return "\n".join(lines + [f"differs: {each}" for each in found.differences])
 
 
 def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
