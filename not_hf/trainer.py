@@ -262,10 +262,8 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _native_model(model: Any) -> PreTrainedModel:
-    """The model of transformers inside of whatever PEFT has put around it."""
-    while not isinstance(model, PreTrainedModel):
-        inner = getattr(model, "base_model", None) or getattr(model, "model", None)
-        if not isinstance(inner, nn.Module):
-            raise NotHFError(f"DonorTrainer trains models of transformers, not {type(model).__name__}")
-        model = inner
-    return model
+    """The model of transformers, inside of what PEFT may have put around it."""
+    native = model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: None)()
+    if not isinstance(native, PreTrainedModel):
+        raise NotHFError(f"DonorTrainer trains models of transformers, not {type(model).__name__}")
+    return native
