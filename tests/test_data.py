@@ -141,6 +141,37 @@ def test_pack_loses_and_repeats_nothing(folder, tokenizer, stream_of_tokens):
     assert flat(blocks) == stream_of_tokens[: len(stream_of_tokens) // BLOCK * BLOCK]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pack_isolates_documents(folder, tokenizer, stream_of_tokens, streaming):
+    texts = load_text(folder / "verses.txt", streaming=streaming)
+    blocks = list(pack(texts, tokenizer, BLOCK, isolate_documents=True))
+    assert [{"input_ids": block["input_ids"]} for block in blocks] == [
+        {"input_ids": block["input_ids"]} for block in pack(texts, tokenizer, BLOCK)
+    ]
+    end = tokenizer.eos_token_id
+    for number, block in enumerate(blocks):
+        ids, position = block["input_ids"], 0
+        for n in range(BLOCK):
+            if n == 0 or ids[n - 1] == end:
+                position = 0
+            assert block["position_ids"][n] == position, (number, n)
+            assert block["labels"][n] == (ids[n] if position else -100), (number, n)
+            position += 1
+    starts = [position for block in blocks for position in block["position_ids"]].count(0)
+    assert len(blocks) < starts < len(blocks) + len(LINES)  # documents of many blocks, and blocks of many documents
+    assert starts - len(blocks) > len(LINES) // 2
+
+
+def test_pack_isolates_in_dataloader_workers(folder, tokenizer):
+    texts = load_text(folder / "verses.txt", streaming=True)
+    blocks = pack(texts, tokenizer, BLOCK, isolate_documents=True)
+    expected = list(blocks)
+    batches = list(DataLoader(blocks, batch_size=50, num_workers=2, collate_fn=default_data_collator))
+    for name in ("input_ids", "labels", "position_ids"):
+        tensor = torch.cat([batch[name] for batch in batches])  # (blocks, BLOCK)
+        assert tensor.dtype == torch.int64 and tensor.tolist() == [block[name] for block in expected]
+
+
 def test_pack_leaves_the_tokenizer_alone(tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     fresh = PreTrainedTokenizerFast(
