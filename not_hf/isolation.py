@@ -37,15 +37,16 @@ def require_isolation(model: PreTrainedModel, data_collator: Callable[[list], An
     """
     if not _leaks(model, data_collator):
         return
-    if data_collator is not default_data_collator and not _leaks(model, default_data_collator):
+    uncached = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+    if uncached and not _leaks(model, data_collator, **uncached):
+        raise NotHFError(
+            "documents are kept apart only without a cache; set model.config.use_cache = False, as the Trainer does"
+        )
+    if data_collator is not default_data_collator and not _leaks(model, default_data_collator, **uncached):
         name = getattr(data_collator, "__name__", type(data_collator).__name__)
         raise NotHFError(
             f"{name} drops what keeps documents apart (their position_ids, and no attention_mask); "
             "use data_collator=transformers.default_data_collator"
-        )
-    if getattr(model.config, "use_cache", False) and not _leaks(model, default_data_collator, use_cache=False):
-        raise NotHFError(
-            "documents are kept apart only without a cache; set model.config.use_cache = False, as the Trainer does"
         )
     attention = model.config._attn_implementation
     other = "" if attention in ("eager", "sdpa") else 'load it with attn_implementation="sdpa", or '

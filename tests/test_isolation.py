@@ -152,6 +152,8 @@ def test_a_cache_brings_documents_together(blocks, documents):
     assert excess(model, blocks, documents) > 1e-4
     with pytest.raises(NotHFError, match=r"set model\.config\.use_cache = False"):
         require_isolation(model)
+    with pytest.raises(NotHFError, match=r"^DataCollatorWithFlattening drops"):  # one thing after the other
+        require_isolation(model, DataCollatorWithFlattening())
     assert model.config.use_cache is True
 
 
