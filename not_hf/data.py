@@ -87,6 +87,7 @@ def pack(
     block_length: int,
     *,
     column: str = "text",
+    isolate_documents: bool = False,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenize texts, join them into one stream of tokens and cut it into blocks of equal length.
@@ -103,15 +104,23 @@ def pack(
     are one shard: with several dataloader workers one of them tokenizes. Resuming it (`state_dict`) reads the
     text again from its start, without giving those blocks. Shuffle the blocks rather than the texts.
 
+    With `isolate_documents`, tokens attend to no other document of their block, in models that read this out of
+    `position_ids` that start anew: `not_hf.isolation.require_isolation` tells whether one does. Batches must then
+    have no `attention_mask` (`DataCollatorWithPadding`, which the Trainer takes when it has a tokenizer, adds one)
+    and no other `position_ids` (`DataCollatorWithFlattening` numbers whole blocks): use `default_data_collator`.
+
     Args:
         dataset: Texts, from `load_text` or any other with a column of strings.
         tokenizer: The tokenizer of the model to be trained.
         block_length: Tokens per block, at least 2.
         column: Column that holds the text; others are left out.
+        isolate_documents: Add `position_ids` that start anew with every document of a block, and give the first token
+            of each the label -100: nothing it could be predicted from is its own document's.
         num_proc: Processes that tokenize a `Dataset`; an `IterableDataset` has no use for it.
 
     Returns:
-        A dataset of the same kind, with `input_ids` and equal `labels`, `(block_length,)` each, int32.
+        A dataset of the same kind, with `input_ids` and `labels`, equal unless documents are isolated, and then
+        `position_ids`; `(block_length,)` each, int32.
 
     Raises:
         NotHFError: `block_length` is below 2, the column does not exist or holds no text, or the text of a
@@ -127,13 +136,16 @@ def pack(
         "features": Features(input_ids=List(Value("int32"))),
         "fn_kwargs": {"tokenizer": tokenizer},
     }
-    ids = List(Value("int32"), length=block_length)
-    blocks = {"features": Features(input_ids=ids, labels=ids), "gen_kwargs": {"block_length": block_length}}
+    columns = ["input_ids", "labels", *(["position_ids"] if isolate_documents else [])]
+    blocks = {
+        "features": Features(dict.fromkeys(columns, List(Value("int32"), length=block_length))),
+        "gen_kwargs": {"block_length": block_length, "isolate_documents": isolate_documents},
+    }
     if isinstance(texts, IterableDataset):
         blocks["gen_kwargs"]["documents"] = texts.map(_tokenize, **how).with_format("arrow")
         return IterableDataset.from_generator(_blocks, **blocks)
     documents = texts.map(_tokenize, num_proc=num_proc, desc="Tokenizing", **how).with_format("arrow")
-    if next(_blocks(documents, block_length), None) is None:
+    if next(_blocks(documents, block_length, isolate_documents), None) is None:
         raise NotHFError(f"the text has fewer tokens than one block of {block_length}; use a shorter block_length")
     blocks["gen_kwargs"]["documents"] = documents
     return Dataset.from_generator(_blocks, **blocks)
@@ -226,13 +238,24 @@ def _tokenize(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> di
     return {"input_ids": ids}
 
 
-def _blocks(documents: Dataset | IterableDataset, block_length: int) -> Iterator[dict[str, list[int]]]:
+def _blocks(
+    documents: Dataset | IterableDataset, block_length: int, isolate_documents: bool
+) -> Iterator[dict[str, list[int]]]:
     """Cut the joined documents (Arrow format, `input_ids`) into blocks; what a batch leaves over opens the next."""
-    rest = np.empty(0, dtype=np.int32)
+    in_block = np.arange(block_length, dtype=np.int32)
+    rest = np.empty((2, 0), dtype=np.int32)  # tokens, and the position of each in its document
     # .iter, for iter() would hand a dataloader worker its share of the documents only
     for batch in documents.iter(batch_size=1000):
-        rest = np.concatenate([rest, batch["input_ids"].combine_chunks().flatten().to_numpy()])
-        end = len(rest) // block_length * block_length
-        for block in rest[:end].reshape(-1, block_length).tolist():
-            yield {"input_ids": block, "labels": block}
-        rest = rest[end:]
+        texts = batch["input_ids"].combine_chunks()
+        ids, lengths = texts.flatten().to_numpy(), np.diff(texts.offsets.to_numpy())
+        in_document = np.arange(len(ids), dtype=np.int32) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        rest = np.concatenate([rest, np.stack([ids, in_document]).astype(np.int32)], axis=1)
+        end = rest.shape[1] // block_length * block_length
+        for block, positions in rest[:, :end].reshape(2, -1, block_length).swapaxes(0, 1):
+            if isolate_documents:
+                positions = np.minimum(positions, in_block)  # a document cut by the block's start begins there
+                labels = np.where(positions == 0, -100, block)
+                yield {"input_ids": block.tolist(), "labels": labels.tolist(), "position_ids": positions.tolist()}
+            else:
+                yield {"input_ids": (ids := block.tolist()), "labels": ids}
+        rest = rest[:, end:]

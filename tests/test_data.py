@@ -7,12 +7,14 @@ import itertools
 import json
 import logging
 import pickle
+import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from architectures import tiny_model, tiny_tokenizer
+from datasets import Dataset, IterableDataset, interleave_datasets
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
 from transformers import (
@@ -141,6 +143,37 @@ def test_pack_loses_and_repeats_nothing(folder, tokenizer, stream_of_tokens):
     assert flat(blocks) == stream_of_tokens[: len(stream_of_tokens) // BLOCK * BLOCK]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pack_isolates_documents(folder, tokenizer, stream_of_tokens, streaming):
+    texts = load_text(folder / "verses.txt", streaming=streaming)
+    blocks = list(pack(texts, tokenizer, BLOCK, isolate_documents=True))
+    assert [{"input_ids": block["input_ids"]} for block in blocks] == [
+        {"input_ids": block["input_ids"]} for block in pack(texts, tokenizer, BLOCK)
+    ]
+    end = tokenizer.eos_token_id
+    for number, block in enumerate(blocks):
+        ids, position = block["input_ids"], 0
+        for n in range(BLOCK):
+            if n == 0 or ids[n - 1] == end:
+                position = 0
+            assert block["position_ids"][n] == position, (number, n)
+            assert block["labels"][n] == (ids[n] if position else -100), (number, n)
+            position += 1
+    starts = [position for block in blocks for position in block["position_ids"]].count(0)
+    assert len(blocks) < starts < len(blocks) + len(LINES)  # documents of many blocks, and blocks of many documents
+    assert starts - len(blocks) > len(LINES) // 2
+
+
+def test_pack_isolates_in_dataloader_workers(folder, tokenizer):
+    texts = load_text(folder / "verses.txt", streaming=True)
+    blocks = pack(texts, tokenizer, BLOCK, isolate_documents=True)
+    expected = list(blocks)
+    batches = list(DataLoader(blocks, batch_size=50, num_workers=2, collate_fn=default_data_collator))
+    for name in ("input_ids", "labels", "position_ids"):
+        tensor = torch.cat([batch[name] for batch in batches])  # (blocks, BLOCK)
+        assert tensor.dtype == torch.int64 and tensor.tolist() == [block[name] for block in expected]
+
+
 def test_pack_leaves_the_tokenizer_alone(tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     fresh = PreTrainedTokenizerFast(
@@ -231,3 +264,33 @@ def test_plain_trainer_trains_on_blocks(folder, tokenizer, tmp_path, streaming):
         warnings.simplefilter("ignore")  # upstream's, about pinned memory
         result = Trainer(GPT2LMHeadModel(config), arguments, train_dataset=blocks).train()
     assert 0 < result.training_loss < 2 * torch.tensor(float(len(tokenizer))).log()
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    """The Python blocks of docs/data.md, in turn, with a tiny model; and the mixtures are what it says."""
+    monkeypatch.chdir(tmp_path)
+    Path("kjv.txt").write_text("w3 w4 w5 w6 w7\n" * 1000)
+    Path("general.txt").write_text("w8 w9\n" * 300)
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    for ours, theirs in {"block_length=256": "block_length=16", "256)": "16)", "max_steps=500": "max_steps=2"}.items():
+        assert ours in text
+        text = text.replace(ours, theirs)
+    scope: dict = {"model": tiny_model("llama"), "tokenizer": tiny_tokenizer()}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "data.md", "exec"), scope)
+    expected = list(pack(load_text("kjv.txt"), tiny_tokenizer(), 16))
+    for blocks in (scope["blocks"], scope["stream"]):
+        mixed = list(blocks)
+        assert [block for block in mixed if 8 not in block["input_ids"]] == expected
+        assert len(expected) / 9 == pytest.approx(len(mixed) - len(expected), rel=0.35)
+    assert len(scope["blocks"]) == len(expected) + len(expected) // 9
+
+    def interleaved(general: IterableDataset) -> IterableDataset:
+        return interleave_datasets([scope["domain"], general], probabilities=[0.9, 0.1], seed=0)
+
+    stopped, resumed = scope["stream"], interleaved(scope["general"].repeat(None))
+    list(itertools.islice(stopped, 100))
+    resumed.load_state_dict(stopped.state_dict())
+    assert list(resumed) == mixed[100:]
+    short = list(interleaved(scope["general"].take(3).repeat(None)))
+    assert [block for block in short if 8 not in block["input_ids"]] == expected and len(short) > len(expected) + 20

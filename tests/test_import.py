@@ -51,7 +51,8 @@ def test_the_auto_classes_know_donors_in_any_order_of_imports(imports):
         print(TOKENIZER_MAPPING[type(config)].__name__)
         """
     )
-    assert out.strip() == "DonorTokenizer"
+    # `import *` makes transformers speak of torchvision where Pillow is there, which matplotlib brings along
+    assert [line for line in out.splitlines() if "torchvision" not in line] == ["DonorTokenizer"]
 
 
 def test_what_it_exports_is_there():

@@ -1,0 +1,248 @@
+"""How a training goes: one live line while it runs, and a picture of its curves."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from not_hf.errors import NotHFError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class ProgressLine(TrainerCallback):
+    """One line that says how training goes: steps, tokens/s, loss, perplexity of each evaluation set, time left.
+
+        step 120/1000 · 3,120 tokens/s · loss 2.913 · perplexity domain 17.42, control 10.45 · 0:12:31 left
+
+    On a terminal it is the last line and kept up to date; where stderr is anything else (a file, a notebook), or
+    transformers' progress bars are turned off, it is printed anew at each log. It stands in for the Trainer's bar:
+
+        trainer = Trainer(..., callbacks=[ProgressLine()])
+        trainer.remove_callback(ProgressCallback)  # with disable_tqdm=True: PrinterCallback
+
+    Tokens are those the Trainer counts; where it was not asked to, `include_num_input_tokens_seen` is set to `"all"`.
+    tokens/s leaves out evaluating and saving, time left does not.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Any = None  # tqdm, while training on a terminal
+        self._evaluation: Any = None  # tqdm below it, while evaluating
+        self._loss: float | None = None
+        self._perplexities: dict[str, float] = {}
+        self._rate: float | None = None  # tokens per second, lately
+        self._began = (0.0, 0)  # when (s), at which step
+        self._mark = (0.0, 0)  # when (s), after how many tokens: since then the rate is measured
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.include_num_input_tokens_seen == "no":
+            args.include_num_input_tokens_seen = "all"  # in every process, since the Trainer gathers the count
+        self._loss, self._rate, self._perplexities = None, None, {}
+        for logs in state.log_history:  # of the checkpoint that training goes on from
+            self._read(logs)
+        self._began = time.perf_counter(), state.global_step
+        self._set_mark(state)
+        if state.is_world_process_zero and sys.stderr.isatty() and logging.is_progress_bar_enabled():
+            form = "{percentage:3.0f}%|{bar:12}| {desc}"
+            self._bar = logging.tqdm(
+                total=state.max_steps, initial=state.global_step, bar_format=form, dynamic_ncols=True
+            )
+            self._bar.set_description_str(self._line(state))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._measure(state)
+            self._bar.set_description_str(self._line(state), refresh=False)
+            self._bar.update()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or not self._read(logs):
+            return
+        if "loss" in logs:
+            self._measure(state)
+            self._set_mark(state)
+        if self._bar is not None:
+            self._bar.set_description_str(self._line(state))
+        elif state.is_world_process_zero:
+            print(self._line(state), file=sys.stderr, flush=True)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is None:
+            return
+        if self._evaluation is None:
+            loader = kwargs.get("eval_dataloader")
+            total = len(loader) if has_length(loader) else None
+            self._evaluation = logging.tqdm(total=total, desc="Evaluating", leave=False, dynamic_ncols=True)
+        self._evaluation.update()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+        self._set_mark(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._set_mark(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _read(self, logs: Mapping[str, Any]) -> bool:
+        """Keep what is to be shown of a log; whether there was anything."""
+        self._loss = logs.get("loss", self._loss)
+        found = dict(_perplexities(logs))
+        self._perplexities.update(found)
+        return "loss" in logs or bool(found)
+
+    def _set_mark(self, state: TrainerState) -> None:
+        self._mark = time.perf_counter(), state.num_input_tokens_seen
+
+    def _measure(self, state: TrainerState) -> None:
+        began, tokens = self._mark
+        if state.num_input_tokens_seen > tokens:
+            self._rate = (state.num_input_tokens_seen - tokens) / (time.perf_counter() - began)
+
+    def _line(self, state: TrainerState) -> str:
+        """What is known by now."""
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        if self._rate is not None:
+            parts.append(f"{self._rate:,.0f} tokens/s")
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4g}")
+        if self._perplexities:
+            each = (f"{name} {value:,.2f}".strip() for name, value in self._perplexities.items())
+            parts.append(f"perplexity {', '.join(each)}")
+        began, first = self._began
+        if first < state.global_step < state.max_steps:
+            per_step = (time.perf_counter() - began) / (state.global_step - first)
+            parts.append(f"{timedelta(seconds=round(per_step * (state.max_steps - state.global_step)))} left")
+        return " · ".join(parts)
+
+
+def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw how a training went: its loss, and below it the perplexity of each evaluation set.
+
+    Over tokens where the Trainer counted them (`include_num_input_tokens_seen`, which `ProgressLine` turns on), and
+    then with the time in training on a second axis; over steps otherwise.
+
+    Args:
+        log_history: `trainer.state.log_history`, or that of a checkpoint's `trainer_state.json`.
+        path: File to write, `.png` or another suffix that matplotlib knows.
+
+    Raises:
+        NotHFError: There is no loss to draw, or matplotlib is not installed.
+    """
+    _draw(log_history).savefig(path, dpi=150)
+
+
+def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except ModuleNotFoundError as error:
+        raise NotHFError("a picture of the training needs matplotlib; pip install not_hf[plot]") from error
+
+    training = [logs for logs in log_history if "loss" in logs]
+    evaluations = [logs for logs in log_history if any(_perplexities(logs))]
+    panels = [logs for logs in (training, evaluations) if logs]
+    if not panels:
+        raise NotHFError(
+            f"none of {len(log_history)} logs holds a loss to draw; give trainer.state.log_history of a training "
+            "with logging_steps or eval_strategy"
+        )
+    counted = all("num_input_tokens_seen" in logs for logs in (*training, *evaluations))
+    unit = "num_input_tokens_seen" if counted else "step"
+
+    figure = Figure(figsize=(7, 1.2 + 2.4 * len(panels)), layout="constrained")
+    axes = list(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0])
+    if training:
+        axes[0].plot([logs[unit] for logs in training], [logs["loss"] for logs in training], color="0.35", linewidth=1)
+        axes[0].set_ylabel("training loss (nats per token)")
+    if evaluations:
+        _draw_perplexities(axes[-1], evaluations, unit)
+    for panel in axes:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("tokens" if counted else "steps")
+    axes[-1].xaxis.set_major_formatter(EngFormatter(sep=" " if counted else ""))
+    if counted and (clock := [logs for logs in log_history if unit in logs and "train_runtime" in logs]):
+        _draw_clock(axes[0], [logs[unit] for logs in clock], [logs["train_runtime"] for logs in clock])
+    return figure
+
+
+def _draw_perplexities(panel: Axes, evaluations: Sequence[Mapping[str, Any]], unit: str) -> None:
+    """A line for each evaluation set; on a log scale where they are far apart."""
+    from matplotlib.ticker import LogFormatter, LogLocator
+
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for logs in evaluations:
+        for name, value in _perplexities(logs):
+            curves.setdefault(name, []).append((logs[unit], value))
+    for name, points in curves.items():
+        first, last = points[0][1], points[-1][1]
+        label = f"{name or 'held-out'}: {first:,.2f} → {last:,.2f}"
+        panel.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1.5)
+    values = [value for points in curves.values() for _, value in points if math.isfinite(value)]
+    if values and max(values) > 3 * min(values):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
+        panel.minorticks_off()
+    panel.set_ylabel("perplexity")
+    panel.legend(frameon=False, fontsize="small")
+
+
+def _draw_clock(panel: Axes, places: Sequence[float], runtimes: Sequence[float]) -> None:
+    """The time in training on the upper side: at these places of the x axis it was so many seconds."""
+    from matplotlib.ticker import MaxNLocator
+
+    seconds, earlier = [0.0], 0.0
+    for previous, runtime in zip([0.0, *runtimes], runtimes, strict=False):
+        earlier += previous if runtime < previous else 0.0  # training went on from a checkpoint, the clock from zero
+        seconds.append(earlier + runtime)
+    total = seconds[-1]
+    size, name = (3600, "h") if total >= 7200 else (60, "min") if total >= 120 else (1, "s")
+    steps = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, total / size)
+    ticks = [tick for tick in steps if 0 <= tick * size <= total]
+    clock = panel.secondary_xaxis("top")
+    clock.set_xticks(list(np.interp(np.multiply(ticks, size), seconds, [0, *places])), [f"{tick:g}" for tick in ticks])
+    clock.set_xlabel(f"time in training ({name})")
+
+
+def _perplexities(logs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Name and perplexity of each evaluation set in a log; the name of the only one, `eval_loss`, is empty."""
+    for key, loss in logs.items():
+        if match := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
+            yield match[1] or "", math.exp(loss) if loss < 700 else math.inf  # beyond it floats end
