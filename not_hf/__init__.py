@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from not_hf.importing import import_checkpoint
     from not_hf.planning import compose
     from not_hf.reference import reference_model
+    from not_hf.spans import choose_span
     from not_hf.transplant import TransplantedForCausalLM, TransplantedForMaskedLM
 
 _LAZY = {
@@ -32,6 +33,7 @@ _LAZY = {
     "TransplantedForMaskedLM": "not_hf.transplant",
     "average_donors": "not_hf.averaging",
     "check_compatibility": "not_hf.compatibility",
+    "choose_span": "not_hf.spans",
     "compose": "not_hf.planning",
     "import_checkpoint": "not_hf.importing",
     "list_donors": "not_hf.finding",
@@ -52,6 +54,7 @@ __all__ = [
     "__version__",
     "average_donors",
     "check_compatibility",
+    "choose_span",
     "compose",
     "import_checkpoint",
     "list_donors",

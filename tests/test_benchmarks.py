@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_demo import base as demo_base  # noqa: F401 (a fixture)
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -18,9 +19,9 @@ pytestmark = [
 ]
 
 
-def quick(name: str, folder: Path) -> tuple[str, dict]:
+def quick(name: str, folder: Path, *options: str | Path) -> tuple[str, dict]:
     """What a benchmark's small form prints, and its numbers."""
-    command = [sys.executable, BENCHMARKS / name, "--quick", "--output", folder / "found.json"]
+    command = [sys.executable, BENCHMARKS / name, "--quick", "--output", folder / "found.json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "found.json").read_text())
@@ -58,3 +59,16 @@ def test_encoders(tmp_path):
         assert replace["domain"] != base["domain"]
         assert 0 < replace["trained"] < methods["full"]["trained"]
     assert methods["organ, insert"]["domain_at_start"] == base["domain"]  # ModernBERT's starts as a no-op
+
+
+def test_spans(tmp_path, demo_base):  # noqa: F811
+    """Every span is trained from the same start and scored; each score chooses one of them."""
+    printed, found = quick("spans.py", tmp_path, "--cache", demo_base.parent)
+    assert "| squared gradient |" in printed
+    text = found["texts"]["kjv"]
+    spans = {tuple(span["layers"]): span for span in text["spans"]}
+    assert list(spans) == [(0, 2), (2, 4), (4, 6)]
+    assert len({span["gain"] for span in spans.values()}) == 3
+    assert text["scores"]["early (no gradient at all)"]["chosen"] == [0, 2]
+    for score in text["scores"].values():
+        assert -1 <= score["spearman"] <= 1 and score["gain"] == spans[tuple(score["chosen"])]["gain"]
