@@ -86,6 +86,17 @@ def test_a_recipient_or_a_base_with_adapters_is_refused(how, token_ids):
         assert torch.equal(recipient(token_ids).logits, before)
 
 
+def test_organs_under_lora_are_not_averaged(token_ids):
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (1, 3))
+    model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="a")
+    model.load_donor(donor, "b")
+    get_peft_model(model, LORA)
+    with pytest.raises(NotHFError, match="modules that are not its own"):
+        model.add_weighted_donor(["a", "b"], None, "mean")
+    assert list(model.donor_config) == ["a", "b"]
+
+
 def test_the_example_runs(base_folder, tmp_path, monkeypatch, capsys):
     example = Path(__file__).parents[1] / "examples" / "lora_on_organ.py"
     options = ["--base", str(base_folder("llama")), "--layers", "1", "3", "--prompt", "w5 w6 w7 w8"]

@@ -270,6 +270,13 @@ def test_an_average_is_the_weighted_mean_and_waits_to_be_chosen(token_ids):
     assert torch.equal(logits(model, token_ids), logits(transplanted(("a", a, {})), token_ids))
 
 
+def test_an_average_of_organs_in_training_is_frozen():
+    model = transplanted(("a", organ(1), {"is_trainable": True}), ("b", organ(2), {"is_trainable": True}))
+    model.add_weighted_donor(["a", "b"], None, "mean")
+    trainable = {name: status.num_trainable_parameters for name, status in model.get_donor_status().items()}
+    assert trainable["mean"] == 0 < trainable["a"] == trainable["b"]
+
+
 def test_slerp_keeps_lengths_and_meets_the_ends():
     a, b = organ(1), organ(2)
     for weight, end in (([1, 0], a), ([0, 1], b)):
