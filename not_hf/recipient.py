@@ -313,8 +313,6 @@ class Recipient(_Native):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy made inside `disable_donors()` is outside of that block."""
+        """A copy made inside `disable_donors()` is outside of that block, so its stack may be another."""
         super().__setstate__(state)
-        if self._surgery.disabled:
-            with self._surgery.changing(self):
-                self._surgery.disabled = 0
+        self._surgery.apply(self)

@@ -489,9 +489,14 @@ def test_an_organ_is_not_saved_over_another_model(tmp_path, token_ids):
 def test_a_copy_made_while_disabled_is_enabled(token_ids):
     model = transplanted(("a", A, {"position": 1}))
     expected = logits(model, token_ids)
+    base = logits(tiny_model("llama"), token_ids)
     with model.disable_donors():
-        twin = copy.deepcopy(model)
-    assert twin.active_donors == ["a"] and torch.equal(logits(twin, token_ids), expected)
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        copy.copy(model)  # shares everything, so it must change nothing
+        assert model.active_donors == [] and torch.equal(logits(model, token_ids), base)
+    for twin in twins:
+        assert twin.active_donors == ["a"] and torch.equal(logits(twin, token_ids), expected)
+        assert torch.equal(logits(twin.unload(), token_ids), base)
 
 
 @pytest.fixture
