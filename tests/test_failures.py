@@ -302,3 +302,18 @@ def test_saving_an_empty_tensor_writes_nothing(tmp_path):
     with pytest.raises(CorruptDonorError, match="empty"):
         donor.save_pretrained(tmp_path / "new", state_dict=state)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_no_load_takes_is_not_saved(value, sound, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), sound, donor_name="a", position=1)
+    model.load_donor(sound, "b", position=1)
+    model.save_pretrained(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[0, 0] = value
+    for names in (None, ["b"]):
+        with pytest.raises(CorruptDonorError, match=r"NaN or infinity, which no load takes: organ.layers.0.mlp.up_proj"):
+            model.save_pretrained(tmp_path, selected_donors=names)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    model.save_pretrained(tmp_path / "sound", selected_donors=["a"])
