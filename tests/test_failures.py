@@ -225,6 +225,14 @@ def test_check_compatibility_lists_every_mismatch_from_configs_alone(donor_folde
     assert check_compatibility(DonorConfig.from_pretrained(donor_folder), tmp_path) == mismatches
 
 
+def test_layers_of_other_modules_are_told_beside_other_mismatches(sound):
+    recipient = tiny_model("llama", num_key_value_heads=4, mlp_bias=True).config
+    geometry, modules = check_compatibility(sound, recipient)
+    assert "num_key_value_heads 2 does not fit" in geometry and "built of other modules" in modules
+    assert "mlp.up_proj.bias" in modules
+    assert len(check_compatibility(sound, recipient, position=9)) == 2  # where it would stand is not known
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
