@@ -122,6 +122,7 @@ class Tester:
     def check_merging(self, folder: Path) -> None:
         native = self.model().merge_and_unload()
         assert type(native) is type(self.base) and self.same(native, self.model())
+        assert all(parameter.requires_grad for parameter in native.parameters())
         native.save_pretrained(folder)
         assert self.same(AutoModelForCausalLM.from_pretrained(folder), self.model())
 
