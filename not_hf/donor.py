@@ -402,7 +402,7 @@ class DonorModel(PreTrainedModel):
             raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
         if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
             raise CorruptDonorError(
-                f"refusing to save NaN or infinity, which no load takes: {', '.join(broken[:5])}; did training diverge?"
+                f"refusing to save NaN or infinity, which no load takes: {', '.join(broken[:5])}; did it diverge?"
             )
         require_donor_folder(folder)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

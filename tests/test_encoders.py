@@ -307,9 +307,7 @@ def test_layers_that_share_are_refused(model_type, overrides, reason):
         DonorModel.from_base(model, SPAN)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "reason"), [("bert", "a norm undoes it"), ("distilbert", "they still write")]
-)
+@pytest.mark.parametrize(("model_type", "reason"), [("bert", "a norm undoes it"), ("distilbert", "they still write")])
 def test_layers_that_do_not_follow_a_scale_have_none(model_type, reason, token_ids):
     model = with_organ(model_type)
     before = logits(model, token_ids)

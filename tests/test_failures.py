@@ -321,7 +321,7 @@ def test_what_no_load_takes_is_not_saved(value, sound, tmp_path):
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[0, 0] = value
     for names in (None, ["b"]):
-        with pytest.raises(CorruptDonorError, match=r"NaN or infinity, which no load takes: organ.layers.0.mlp.up_proj"):
+        with pytest.raises(CorruptDonorError, match=r"which no load takes: organ.layers.0.mlp.up_proj"):
             model.save_pretrained(tmp_path, selected_donors=names)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
     model.save_pretrained(tmp_path / "sound", selected_donors=["a"])
