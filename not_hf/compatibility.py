@@ -86,10 +86,13 @@ def check_compatibility(
         if (ours := getattr(organ, key, None)) != (theirs := getattr(config, key, None)):
             problems.append(_mismatch(key, ours, theirs, name))
     problems += _layer_type_problems(organ, config, name)
-    problems += _place_problems(donor_config.num_organ_layers, position, mode, config, name)
+    misplaced = _place_problems(donor_config.num_organ_layers, position, mode, config, name)
+    problems += misplaced
+    if problems and (of_stack := _stack_problems(config, name)):
+        return Mismatches(of_stack + problems)
+    if organ.model_type == config.model_type and not misplaced:
+        problems += _structure_problems(donor_config, config, int(position or 0), mode, name)
     if problems:
-        return Mismatches(_stack_problems(config, name) + problems)
-    if problems := _structure_problems(donor_config, config, int(position or 0), mode, name):
         return Mismatches(problems)
     return Mismatches((), recipient_differences(donor_config, config, hub_kwargs.get("cache_dir")))
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from not_hf.bases import reading_base
 from not_hf.compatibility import check_compatibility
 from not_hf.config import DonorConfig
-from not_hf.cutting import HUB_KWARGS, resolve_commit
+from not_hf.cutting import HUB_KWARGS, has_adapters, resolve_commit
 from not_hf.donor import DonorModel
 from not_hf.entries import DEFAULT_NAME, DonorSource, OrganSource, is_plain_name, read_entries
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError
@@ -87,7 +87,7 @@ def resolve_request(
         CorruptDonorError: A composition is not in order.
         OSError: A donor's config cannot be read.
     """
-    if isinstance(first, nn.Module) and (not isinstance(first, PreTrainedModel) or _has_adapters(first)):
+    if isinstance(first, nn.Module) and (not isinstance(first, PreTrainedModel) or has_adapters(first)):
         raise NotHFError(
             f"the recipient ({type(first).__name__}) has adapters or is wrapped; merge or unload them "
             "(merge_and_unload()), put the organ in, then put adapters on top"
@@ -246,8 +246,3 @@ def place_in_force(source: OrganSource, config: DonorConfig) -> tuple[int, str]:
 def scale_in_force(source: OrganSource, config: DonorConfig) -> float:
     """Scale of an organ: the one asked for, else its own config's."""
     return config.scale if source.scale is None else source.scale
-
-
-def _has_adapters(model: PreTrainedModel) -> bool:
-    """Whether PEFT has put layers of its own into a model, whichever way it was called."""
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())

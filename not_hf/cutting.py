@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.hub import resolve_revision
@@ -122,6 +123,8 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
             raise TypeError(f"{', '.join(hub_kwargs)}: only for a base that is read from a folder or the Hub")
         if getattr(base, "active_donors", None):
             raise NotHFError("the live model carries organs; unload() or merge_and_unload() it, then cut")
+        if has_adapters(base):
+            raise NotHFError("the live model has adapters; merge or unload them (merge_and_unload()), then cut")
         opened = LiveBase(base, find_stack(base))
     else:
         try:
@@ -144,6 +147,11 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
             f"{opened.name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"
         )
     return opened
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put layers of its own into a model, whichever way it was called."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
 def _dequantization(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -357,7 +357,7 @@ class DonorModel(PreTrainedModel):
             max_shard_size: Past this size the weights are sharded.
 
         Raises:
-            CorruptDonorError: A tensor is empty or not materialized; nothing is written then.
+            CorruptDonorError: A tensor is empty, not materialized or not finite; nothing is written then.
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
@@ -400,6 +400,10 @@ class DonorModel(PreTrainedModel):
         hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
         if hollow:
             raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
+        if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+            raise CorruptDonorError(
+                f"refusing to save NaN or infinity, which no load takes: {', '.join(broken[:5])}; did it diverge?"
+            )
         require_donor_folder(folder)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         num_parameters = sum(tensor.numel() for tensor in tensors.values())

@@ -126,6 +126,8 @@ def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn
         for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
             if key in neighbour:
                 setattr(module, key, neighbour[key])
+            else:
+                vars(module).pop(key, None)
 
 
 def forget_capture_hooks(roots: Iterable[nn.Module]) -> None:

@@ -159,7 +159,7 @@ class Recipient(_Native):
         donor_name: str,
         combination_type: str = "linear",
     ) -> None:
-        """Average loaded organs of one span into a new one, which is not active until `set_donor` names it.
+        """Average loaded organs of one span into a new one, frozen and not active until `set_donor` names it.
 
         Args:
             donors: Names of two or more loaded organs. The new one goes where the first one goes, with scale 1.
@@ -169,13 +169,16 @@ class Recipient(_Native):
 
         Raises:
             IncompatibleDonorError: They are not of one span, or their layers differ.
-            NotHFError: A name is not loaded or taken, or another argument is out of range.
+            NotHFError: A name is not loaded or taken, something was put on top of an organ (LoRA), or another
+                argument is out of range.
         """
         surgery, unknown = self._surgery, [name for name in donors if name not in self._surgery.organs]
         self._named(unknown)
         if not is_plain_name(donor_name) or donor_name in surgery.organs:
             raise NotHFError(f"donor_name {donor_name!r} is taken or not a plain name; choose another")
         chosen = [surgery.organs[name] for name in donors]
+        for organ in chosen:
+            require_own_modules(surgery, organ)
         states = [
             {
                 f"{n}.{key}": organ.at_scale_one(f"{n}.{key}", tensor)
@@ -188,6 +191,7 @@ class Recipient(_Native):
         config = combined_config([organ.config for organ in chosen])
         layers = nn.ModuleList(copy.deepcopy(layer) for layer in chosen[0].layers)
         layers.load_state_dict(tensors)
+        layers.requires_grad_(False)
         with surgery.changing(self):
             surgery.organs[donor_name] = Organ(donor_name, config, list(layers), active=False)
 
@@ -202,9 +206,9 @@ class Recipient(_Native):
 
     def delete_donor(self, donor_name: str) -> None:
         """Take an organ out for good; the others stay as if it had never been there."""
-        self._named(donor_name)
+        (name,) = self._named([donor_name])
         with self._surgery.changing(self):
-            del self._surgery.organs[donor_name]
+            del self._surgery.organs[name]
 
     def unload(self) -> PreTrainedModel:
         """Take every organ out and give the native model back, its class, config and flags restored."""
@@ -276,10 +280,10 @@ class Recipient(_Native):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    def _named(self, names: str | Sequence[str] | None) -> list[str]:
-        """Names of loaded organs, all of them for `None`."""
+    def _named(self, names: str | Sequence[str]) -> list[str]:
+        """Names of loaded organs, in load order."""
         organs = self._surgery.organs
-        chosen = list(organs) if names is None else [names] if isinstance(names, str) else list(names)
+        chosen = [names] if isinstance(names, str) else list(names)
         if unknown := [str(name) for name in chosen if name not in organs]:
             raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
         return [name for name in organs if name in chosen]
@@ -309,8 +313,6 @@ class Recipient(_Native):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy made inside `disable_donors()` is outside of that block."""
+        """A copy made inside `disable_donors()` is outside of that block, so its stack may be another."""
         super().__setstate__(state)
-        if self._surgery.disabled:
-            with self._surgery.changing(self):
-                self._surgery.disabled = 0
+        self._surgery.apply(self)

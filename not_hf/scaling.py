@@ -57,7 +57,9 @@ def unscaled(tensor: torch.Tensor, original: torch.Tensor, scale: float) -> torc
 
 @torch.no_grad()
 def require_scalable(stack: Stack, layer: nn.Module) -> None:
-    """Check that a layer writes half as much when its output projections are halved: a norm behind them undoes it.
+    """Check that a layer writes half as much when its output projections are halved, and nothing when they are zero.
+
+    A norm behind them undoes a scale; where a layer writes by others than `anatomy` knows, these go on unscaled.
 
     Tried on a copy of the layer with random projections, branch by branch, with what the model hands to its layers.
 
@@ -76,15 +78,19 @@ def require_scalable(stack: Stack, layer: nn.Module) -> None:
         for name, parameter in output_projections(probe):
             parameter.copy_(drawn[name] * (scale if name.startswith(branch) else 0))
         out = probe(*args, **kwargs)
-        return ((out[0] if isinstance(out, tuple) else out) - _hidden(args, kwargs)).float()
+        return ((out[0] if isinstance(out, (tuple, list)) else out) - _hidden(args, kwargs)).float()
 
+    kind = f"model_type {stack.base_model.config.model_type!r}"
     for branch in {name.partition(".")[0] for name in drawn}:
         whole, half = written(branch, 1.0), written(branch, 0.5)
         if not (half - 0.5 * whole).norm() <= 0.1 * whole.norm() or not whole.any():
-            kind = f"model_type {stack.base_model.config.model_type!r}"
             raise UnsupportedArchitectureError(
                 f"layers of {kind} do not follow a scale of their output projections ({branch}): a norm undoes it"
             )
+    if written("", 0.0).any():
+        raise UnsupportedArchitectureError(
+            f"layers of {kind} do not follow a scale: with all known output projections at zero they still write"
+        )
 
 
 class _CalledError(Exception):

@@ -61,6 +61,10 @@ class Surgery:
         self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
         self._base_derived: dict[tuple[str, str], Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is outside of every `disable_donors()` block."""
+        return {**vars(self), "disabled": 0}
+
     def stack(self, model: PreTrainedModel) -> Stack:
         """Where the live layers are."""
         return Stack(model, *self._where)

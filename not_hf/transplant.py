@@ -139,9 +139,7 @@ class Transplanted(Recipient):
             push_to_hub: Push afterwards to `repo_id` (default: the folder's name).
             max_shard_size: Past this size an organ's weights are sharded.
         """
-        names = self._named(selected_donors)
-        if not names:
-            raise NotHFError("no organ is loaded; use merge_and_unload() or unload() to save a native model")
+        names = self._selected(selected_donors)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
         options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **kwargs}
@@ -163,7 +161,7 @@ class Transplanted(Recipient):
             NotHFError: The repo holds another kind of model.
             OSError: The Hub refuses, or cannot be reached; the repo is as it was.
         """
-        names = self._named(selected_donors)
+        names = self._selected(selected_donors)
         for config in (self.donor_config[name] for name in names):
             inherit_license(config, revision=config.base_revision, token=options.get("token"))
 
@@ -192,6 +190,12 @@ class Transplanted(Recipient):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The dynamic class cannot be found by name: pickle the native one and extend it again."""
         return _revive, type(self).__bases__, self.__dict__
+
+    def _selected(self, donor_names: Sequence[str] | None) -> list[str]:
+        """Names of the organs to save, all that are loaded for `None`."""
+        if names := self._named(list(self.donor_config) if donor_names is None else donor_names):
+            return names
+        raise NotHFError("no organ is loaded or selected; use merge_and_unload() or unload() to save a native model")
 
     @classmethod
     def _require_head(cls, config: PreTrainedConfig) -> None:

@@ -307,6 +307,15 @@ def test_layers_that_share_are_refused(model_type, overrides, reason):
         DonorModel.from_base(model, SPAN)
 
 
+@pytest.mark.parametrize(("model_type", "reason"), [("bert", "a norm undoes it"), ("distilbert", "they still write")])
+def test_layers_that_do_not_follow_a_scale_have_none(model_type, reason, token_ids):
+    model = with_organ(model_type)
+    before = logits(model, token_ids)
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        model.set_donor_scale("default", 0.5)
+    assert model.donor_config["default"].scale == 1 and torch.equal(logits(model, token_ids), before)
+
+
 def test_the_example_runs(base_folder, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(f"w{n + 3 + k % 9}" for k in range(12)) for n in range(8)))

@@ -154,6 +154,13 @@ def test_gradient_checkpointing_reaches_organs_in_and_out_of_the_stack():
     assert not any(off(model))
 
 
+def test_an_organ_that_checkpointed_alone_does_as_its_neighbours():
+    donor = organ(tiny_model("llama"), 1)
+    enable_checkpointing(donor)
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor)
+    assert not any(off(model)) and all(layer.gradient_checkpointing for layer in donor.stack.layers)
+
+
 @every
 def test_growing_the_vocabulary_keeps_ties(model_type, token_ids):
     for tied in (True, False):

@@ -225,6 +225,14 @@ def test_check_compatibility_lists_every_mismatch_from_configs_alone(donor_folde
     assert check_compatibility(DonorConfig.from_pretrained(donor_folder), tmp_path) == mismatches
 
 
+def test_layers_of_other_modules_are_told_beside_other_mismatches(sound):
+    recipient = tiny_model("llama", num_key_value_heads=4, mlp_bias=True).config
+    geometry, modules = check_compatibility(sound, recipient)
+    assert "num_key_value_heads 2 does not fit" in geometry and "built of other modules" in modules
+    assert "mlp.up_proj.bias" in modules
+    assert len(check_compatibility(sound, recipient, position=9)) == 2  # where it would stand is not known
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
@@ -302,3 +310,18 @@ def test_saving_an_empty_tensor_writes_nothing(tmp_path):
     with pytest.raises(CorruptDonorError, match="empty"):
         donor.save_pretrained(tmp_path / "new", state_dict=state)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_no_load_takes_is_not_saved(value, sound, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), sound, donor_name="a", position=1)
+    model.load_donor(sound, "b", position=1)
+    model.save_pretrained(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[0, 0] = value
+    for names in (None, ["b"]):
+        with pytest.raises(CorruptDonorError, match=r"which no load takes: organ.layers.0.mlp.up_proj"):
+            model.save_pretrained(tmp_path, selected_donors=names)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    model.save_pretrained(tmp_path / "sound", selected_donors=["a"])

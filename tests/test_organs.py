@@ -111,6 +111,19 @@ def test_any_choice_of_organs_is_as_if_the_others_had_never_been_there(token_ids
     assert model.active_donors == ["a", "c"]
 
 
+@pytest.mark.parametrize("nothing", [None, [None], 3])
+def test_what_names_no_organ_is_refused(nothing, tmp_path):
+    model = transplanted(("a", A, {}), ("b", B, {}))
+    for refuses in (model.set_donor, model.delete_donor):
+        with pytest.raises((NotHFError, TypeError)):
+            refuses(nothing)
+    assert model.active_donors == ["a", "b"]
+    for save in (model.save_pretrained, model.push_to_hub):
+        with pytest.raises(NotHFError, match="no organ is loaded or selected"):
+            save(str(tmp_path / "new"), selected_donors=[])
+    assert not (tmp_path / "new").exists()
+
+
 def test_disabling_nests_and_survives_an_exception(token_ids):
     model = transplanted(("a", A, {"position": 1}))
     with_organ, base = logits(model, token_ids), logits(tiny_model("llama"), token_ids)
@@ -476,9 +489,14 @@ def test_an_organ_is_not_saved_over_another_model(tmp_path, token_ids):
 def test_a_copy_made_while_disabled_is_enabled(token_ids):
     model = transplanted(("a", A, {"position": 1}))
     expected = logits(model, token_ids)
+    base = logits(tiny_model("llama"), token_ids)
     with model.disable_donors():
-        twin = copy.deepcopy(model)
-    assert twin.active_donors == ["a"] and torch.equal(logits(twin, token_ids), expected)
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        copy.copy(model)  # shares everything, so it must change nothing
+        assert model.active_donors == [] and torch.equal(logits(model, token_ids), base)
+    for twin in twins:
+        assert twin.active_donors == ["a"] and torch.equal(logits(twin, token_ids), expected)
+        assert torch.equal(logits(twin.unload(), token_ids), base)
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_lora_stays_with_its_layers_when_organs_are_switched(saved, token_ids):
 
 
 @pytest.mark.parametrize("how", ["wrapped", "inner", "injected"])
-def test_a_recipient_with_adapters_is_refused(how, token_ids):
+def test_a_recipient_or_a_base_with_adapters_is_refused(how, token_ids):
     base = tiny_model("llama")
     donor = DonorModel.from_base(base, (1, 3))
     wrapped = inject_adapter_in_model(LORA, base) if how == "injected" else get_peft_model(base, LORA)
@@ -80,8 +80,21 @@ def test_a_recipient_with_adapters_is_refused(how, token_ids):
         before = recipient(token_ids).logits
     with pytest.raises(NotHFError, match=r"has adapters or is wrapped; merge or unload"):
         TransplantedForCausalLM.from_pretrained(recipient, donor)
+    with pytest.raises(NotHFError, match="not a PeftModel" if how == "wrapped" else "merge or unload .* then cut"):
+        DonorModel.from_base(recipient, (1, 3))
     with torch.no_grad():
         assert torch.equal(recipient(token_ids).logits, before)
+
+
+def test_organs_under_lora_are_not_averaged(token_ids):
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (1, 3))
+    model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="a")
+    model.load_donor(donor, "b")
+    get_peft_model(model, LORA)
+    with pytest.raises(NotHFError, match="modules that are not its own"):
+        model.add_weighted_donor(["a", "b"], None, "mean")
+    assert list(model.donor_config) == ["a", "b"]
 
 
 def test_the_example_runs(base_folder, tmp_path, monkeypatch, capsys):

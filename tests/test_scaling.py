@@ -108,17 +108,17 @@ def test_what_is_no_scale_is_refused(scale, mode, error, message, token_ids):
 
 def test_a_scaled_organ_follows_dtype_copies_and_switching(token_ids):
     model = transplanted(("a", organ(1), {"position": 1}), ("b", organ(2), {"position": 3}))
-    model.set_donor_scale("a", 0.25)  # exact in every dtype
+    model.set_donor_scale("a", 0.3)  # exact in no dtype
     model.set_donor("b")
     model.to(torch.bfloat16)
     twin = copy.deepcopy(model)
     twin.set_donor("a")
     alone = transplanted(("a", organ(1), {"position": 1})).to(torch.bfloat16)
-    alone.set_donor_scale("a", 0.25)
+    alone.set_donor_scale("a", 0.3)
     assert torch.equal(logits(twin, token_ids), logits(alone, token_ids))
     twin.set_donor_scale("a", 1)
     assert equal(weights(twin, "a"), weights(transplanted(("a", organ(1), {})).to(torch.bfloat16), "a"))
-    assert model.donor_config["a"].scale == 0.25
+    assert model.donor_config["a"].scale == 0.3
 
 
 def test_training_at_a_scale_keeps_the_scale_out_of_the_weights(token_ids, tmp_path):
@@ -268,6 +268,13 @@ def test_an_average_is_the_weighted_mean_and_waits_to_be_chosen(token_ids):
     model.delete_donor("mean")
     model.set_donor("a")
     assert torch.equal(logits(model, token_ids), logits(transplanted(("a", a, {})), token_ids))
+
+
+def test_an_average_of_organs_in_training_is_frozen():
+    model = transplanted(("a", organ(1), {"is_trainable": True}), ("b", organ(2), {"is_trainable": True}))
+    model.add_weighted_donor(["a", "b"], None, "mean")
+    trainable = {name: status.num_trainable_parameters for name, status in model.get_donor_status().items()}
+    assert trainable["mean"] == 0 < trainable["a"] == trainable["b"]
 
 
 def test_slerp_keeps_lengths_and_meets_the_ends():

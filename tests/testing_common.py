@@ -15,15 +15,17 @@ import pytest
 import torch
 from architectures import tiny_model
 from organs import organ, scaled_by_hand
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from not_hf import (
     DonorModel,
     NotHFError,
     TransplantedForCausalLM,
+    TransplantedForMaskedLM,
     UnsupportedArchitectureError,
     average_donors,
 )
+from not_hf.anatomy import head_class, is_encoder
 
 Place = tuple[int, int, str]  # seed, position, mode
 
@@ -36,7 +38,7 @@ SETUPS: dict[str, dict[str, Place]] = {
 }
 
 # Norms behind the projections would undo a scale.
-POST_NORM = {"olmo2", "gemma2", "gemma3_text"}
+POST_NORM = {"olmo2", "gemma2", "gemma3_text", "bert"}
 
 
 @functools.cache
@@ -64,18 +66,20 @@ class Tester:
     places: dict[str, Place]
     ids: torch.Tensor  # (batch, seq)
     base: PreTrainedModel = field(init=False)  # never changed
+    transplanted: type = field(init=False)
 
     def __post_init__(self) -> None:
         self.base = _base(self.model_type)
+        self.transplanted = TransplantedForMaskedLM if is_encoder(self.base.config) else TransplantedForCausalLM
 
-    def model(self, *names: str, **options) -> TransplantedForCausalLM:
+    def model(self, *names: str, **options) -> TransplantedForCausalLM | TransplantedForMaskedLM:
         """A fresh base with these organs, all of the set-up unless some are named."""
         model = copy.deepcopy(self.base)
         for name in names or self.places:
             seed, position, mode = self.places[name]
             donor = _organ(self.model_type, seed)
             place = {"donor_name": name, "position": position, "mode": mode}
-            model = TransplantedForCausalLM.from_pretrained(model, donor, **place, **options)
+            model = self.transplanted.from_pretrained(model, donor, **place, **options)
         return model
 
     def same(self, ours: PreTrainedModel, theirs: PreTrainedModel) -> bool:
@@ -122,8 +126,9 @@ class Tester:
     def check_merging(self, folder: Path) -> None:
         native = self.model().merge_and_unload()
         assert type(native) is type(self.base) and self.same(native, self.model())
+        assert all(parameter.requires_grad for parameter in native.parameters())
         native.save_pretrained(folder)
-        assert self.same(AutoModelForCausalLM.from_pretrained(folder), self.model())
+        assert self.same(head_class(self.base.config).from_pretrained(folder), self.model())
 
     def check_scaling(self) -> None:
         model, names = self.model(), list(self.places)
@@ -154,14 +159,14 @@ class Tester:
 
     def check_averaging(self) -> None:
         model, name = self.model(), next(iter(self.places))
-        model.load_donor(other := _organ(self.model_type, 9), "other", position=0, mode="insert")
+        model.load_donor(other := _organ(self.model_type, 9), "other", position=4, mode="insert")
         model.add_weighted_donor([name, "other"], [1, 3], "mean")
         assert model.active_donors == [*self.places, "other"]
         model.set_donor("mean")
         seed, position, mode = self.places[name]
         mean = average_donors([_organ(self.model_type, seed), other], [1, 3])
         place = {"position": position, "mode": mode}
-        expected = TransplantedForCausalLM.from_pretrained(copy.deepcopy(self.base), mean, **place)
+        expected = self.transplanted.from_pretrained(copy.deepcopy(self.base), mean, **place)
         assert self.same(model, expected)
 
     def check_status(self) -> None:
@@ -175,12 +180,10 @@ class Tester:
     def check_saving(self, folder: Path) -> None:
         model = self.model()
         model.save_pretrained(folder / "all")
-        assert self.same(
-            TransplantedForCausalLM.from_pretrained(copy.deepcopy(self.base), folder / "all"), self.model()
-        )
+        assert self.same(self.transplanted.from_pretrained(copy.deepcopy(self.base), folder / "all"), self.model())
         for name in self.places:
             model.save_pretrained(folder / name, selected_donors=[name])
-            alone = TransplantedForCausalLM.from_pretrained(copy.deepcopy(self.base), folder / name)
+            alone = self.transplanted.from_pretrained(copy.deepcopy(self.base), folder / name)
             assert self.same(alone, self.model(name))
 
     def check_copies(self) -> None:
@@ -191,7 +194,7 @@ class Tester:
             twin.set_donor(list(self.places))
             assert self.same(twin, self.model())
             assert self.same(twin.unload(), self.base)
-        assert isinstance(model, TransplantedForCausalLM)
+        assert isinstance(model, self.transplanted)
 
     def check_dtype_of_what_is_parked(self) -> None:
         model = self.model()
