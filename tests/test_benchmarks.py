@@ -58,3 +58,16 @@ def test_encoders(tmp_path):
         assert replace["domain"] != base["domain"]
         assert 0 < replace["trained"] < methods["full"]["trained"]
     assert methods["organ, insert"]["domain_at_start"] == base["domain"]  # ModernBERT's starts as a no-op
+
+
+def test_scaffold(tmp_path):
+    """An organ trained alone is held with embeddings and head only, and goes into the whole base."""
+    printed, found = quick("scaffold.py", tmp_path)
+    assert "| layers | trained |" in printed
+    (span,) = found["spans"].values()
+    whole, alone = (span["ways"][way] for way in ("in the recipient", "alone"))
+    assert whole["trained"] == alone["trained"] == (whole["parameters"] - alone["parameters"])  # 2 of 4 layers
+    assert whole["where_it_was_trained"]["before"] == found["base"] == span["untrained"]["replace"]
+    assert whole["where_it_was_trained"]["after"] == whole["in_the_base"]["replace"]
+    assert alone["where_it_was_trained"]["after"] != alone["where_it_was_trained"]["before"]
+    assert len({row["in_the_base"]["insert"]["domain"] for row in span["ways"].values()}) == 3
