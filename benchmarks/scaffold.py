@@ -37,7 +37,7 @@ WAYS = {  # name: scaffold, learning rate
     "alone": ("minimal", 3e-4),
     "alone, faster": ("minimal", 1e-3),
 }
-FULL = {"steps": 30, "batch": 2, "block": 128, "eval_chars": 6_000, "spans": [(0, 3), (8, 16), (27, 30)]}
+FULL = {"steps": 30, "batch": 2, "block": 128, "eval_chars": 5_000, "spans": [(0, 3), (8, 16), (27, 30)]}
 QUICK = {"steps": 2, "batch": 1, "block": 32, "eval_chars": 300, "spans": [(1, 3)]}
 
 
@@ -92,27 +92,30 @@ def compare(
         way: TransplantedForCausalLM.from_pretrained(base, donor, scaffold=scaffold, is_trainable=True)
         for way, (scaffold, _) in WAYS.items()
     }
-    before = {way: demo.measure(model, tokenizer, texts) for way, model in models.items()}
+    at_start = {"in_the_scaffold": demo.measure(models["alone"], tokenizer, texts)}
     seconds = train(models, blocks, size)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"untrained": at_start}
     for way, model in models.items():
-        organ = folder / way
-        model.save_pretrained(organ)
+        model.save_pretrained(folder / way)
         found[way] = {
             "learning_rate": WAYS[way][1],
             "parameters": model.num_parameters(),
             "trained": model.get_nb_trainable_parameters()[0],
             "seconds_per_step": statistics.median(seconds[way]),
-            "where_it_was_trained": {"before": before[way], "after": demo.measure(model, tokenizer, texts)},
+            "peak_memory": peak_of(way, base, folder / "start"),
         }
+        if WAYS[way][0] == "minimal":
+            found[way]["in_the_scaffold"] = demo.measure(model, tokenizer, texts)
     ratios = [a / b for a, b in zip(seconds["alone"], seconds["in the recipient"], strict=True)]
     del models, model
-    for way in found:
-        found[way]["in_the_base"] = in_the_base(base, folder / way, span, tokenizer, texts)
-    for way in ("in the recipient", "alone"):
-        found[way]["peak_memory"] = peak_of(way, base, folder / "start")
-    untrained = in_the_base(base, folder / "start", span, tokenizer, texts)
-    return {"untrained": untrained, "ways": found, "seconds_ratio": statistics.median(ratios)}
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    for way, row in found.items():
+        organ = folder / ("start" if way == "untrained" else way)
+        for mode, position in {"replace": span[0], "insert": span[1]}.items():
+            whole = TransplantedForCausalLM.from_pretrained(whole, organ, mode=mode, position=position)
+            row[mode] = demo.measure(whole, tokenizer, texts)
+            whole = whole.unload()
+    return {"organs": found, "seconds_ratio": statistics.median(ratios)}
 
 
 def train(models: dict[str, Any], blocks: Any, size: dict[str, Any]) -> dict[str, list[float]]:
@@ -140,17 +143,6 @@ def train(models: dict[str, Any], blocks: Any, size: dict[str, Any]) -> dict[str
     return seconds
 
 
-def in_the_base(base: Path, organ: Path, span: tuple[int, int], tokenizer: Any, texts: Any) -> dict[str, Any]:
-    """Perplexities of the whole base with an organ."""
-    places = {"replace": span[0], "insert": span[1]}
-    return {
-        mode: demo.measure(
-            TransplantedForCausalLM.from_pretrained(base, organ, mode=mode, position=position), tokenizer, texts
-        )
-        for mode, position in places.items()
-    }
-
-
 def peak_of(way: str, base: Path, organ: Path) -> int:
     """Bytes by which a process grows that loads and trains."""
     command = [sys.executable, __file__, "--peak", WAYS[way][0], str(base), str(organ)]
@@ -174,27 +166,24 @@ def peak(scaffold: str, base: str, organ: str) -> int:
 def table(found: dict[str, Any]) -> str:
     """In Markdown."""
 
-    def pair(measured: dict[str, float]) -> str:
-        return " / ".join(f"{measured[name]:,.1f}" for name in ("domain", "control"))
+    def pair(measured: dict[str, float] | None) -> str:
+        return " / ".join(f"{measured[name]:,.1f}" for name in ("domain", "control")) if measured else ""
 
     lines = [
         f"Base: {pair(found['base'])} (perplexity of the domain / of the control).",
         "",
-        "| layers | trained | rate | where it was trained, before | after | base, replace | base, insert |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| layers | trained | rate | in the scaffold | in the base, replace | in the base, insert |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for span, one in found["spans"].items():
-        at_start = one["untrained"]
-        lines.append(f"| {span} | not at all | | | | {pair(at_start['replace'])} | {pair(at_start['insert'])} |")
-        for way, row in one["ways"].items():
-            own, whole = row["where_it_was_trained"], row["in_the_base"]
-            cells = [pair(own["before"]), pair(own["after"]), pair(whole["replace"]), pair(whole["insert"])]
-            lines.append(f"| {span} | {way} | {row['learning_rate']:g} | {' | '.join(cells)} |")
+        for way, row in one["organs"].items():
+            cells = [pair(row.get(where)) for where in ("in_the_scaffold", "replace", "insert")]
+            lines.append(f"| {span} | {way} | {row.get('learning_rate', '')} | {' | '.join(cells)} |")
     lines += ["", "| layers | trained | parameters, M | learning, M | peak memory, MB | time per step |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     for span, one in found["spans"].items():
         for way, ratio in {"in the recipient": 1.0, "alone": one["seconds_ratio"]}.items():
-            row = one["ways"][way]
+            row = one["organs"][way]
             sizes = f"{row['parameters'] / 1e6:,.1f} | {row['trained'] / 1e6:,.1f} | {row['peak_memory'] / 1e6:,.0f}"
             lines.append(f"| {span} | {way} | {sizes} | {ratio:.2f} |")
     return "\n".join(lines)

@@ -65,9 +65,8 @@ def test_scaffold(tmp_path):
     printed, found = quick("scaffold.py", tmp_path)
     assert "| layers | trained |" in printed
     (span,) = found["spans"].values()
-    whole, alone = (span["ways"][way] for way in ("in the recipient", "alone"))
-    assert whole["trained"] == alone["trained"] == (whole["parameters"] - alone["parameters"])  # 2 of 4 layers
-    assert whole["where_it_was_trained"]["before"] == found["base"] == span["untrained"]["replace"]
-    assert whole["where_it_was_trained"]["after"] == whole["in_the_base"]["replace"]
-    assert alone["where_it_was_trained"]["after"] != alone["where_it_was_trained"]["before"]
-    assert len({row["in_the_base"]["insert"]["domain"] for row in span["ways"].values()}) == 3
+    start, whole, alone = (span["organs"][way] for way in ("untrained", "in the recipient", "alone"))
+    assert whole["trained"] == alone["trained"] == whole["parameters"] - alone["parameters"]  # 2 of 4 layers
+    assert start["replace"] == found["base"] != start["insert"]
+    assert alone["in_the_scaffold"] != start["in_the_scaffold"]
+    assert len({row[mode]["domain"] for row in span["organs"].values() for mode in ("replace", "insert")}) == 8
