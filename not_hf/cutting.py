@@ -108,6 +108,15 @@ class StoredBase:
             raise CorruptDonorError(f"{self.name} has no tensors for layers {sorted(absent)} under {self.path}")
         return tensors
 
+    def outside(self) -> dict[str, Any]:
+        """Lazy views of everything but the layers, by name in the checkpoint; from the Hub no other bytes are fetched.
+
+        Raises:
+            OSError: The checkpoint cannot be read.
+        """
+        pattern = layer_pattern(self.prefix, self.path)
+        return open_part(self.name, lambda name: not pattern.match(name), "outside-layers", **self.hub_kwargs)
+
 
 def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any) -> LiveBase | StoredBase:
     """Find the decoder stack of a model, in memory or stored. No weights are read.

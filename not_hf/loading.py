@@ -55,7 +55,7 @@ def fill(
     if not tensors:
         raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
     if dtype in (None, "auto"):
-        dtype = _common_dtype(tensors)
+        dtype = common_dtype(tensors)
     if quantization is not None:
         config = copy.deepcopy(config)
         config.quantization_config = quantization  # transformers takes it away when it has dequantized
@@ -141,7 +141,8 @@ def dtype_of(tensor: torch.Tensor | View | TensorInfo) -> torch.dtype | None:
     return getattr(torch, FLOAT_DTYPES.get(tensor.dtype, ""), None)
 
 
-def _common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
+def common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that most of the floating-point values of a checkpoint have."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         if dtype := dtype_of(tensor):

@@ -211,7 +211,12 @@ class Recipient(_Native):
             del self._surgery.organs[name]
 
     def unload(self) -> PreTrainedModel:
-        """Take every organ out and give the native model back, its class, config and flags restored."""
+        """Take every organ out and give the native model back, its class, config and flags restored.
+
+        Raises:
+            NotHFError: It is a scaffold.
+        """
+        self._require_layers("unload")
         surgery = self._surgery
         with surgery.changing(self):
             surgery.organs = {}
@@ -225,10 +230,12 @@ class Recipient(_Native):
             dequantize: Make the weights of a quantized recipient plain, which takes the memory they have then.
 
         Raises:
-            NotHFError: The recipient is quantized, and `dequantize` was not asked for or is not to be had.
+            NotHFError: The recipient is quantized, and `dequantize` was not asked for or is not to be had; or it is a
+                scaffold.
             IncompatibleDonorError: A native model of the spliced config would compute something else; it names every
                 difference, and nothing is changed.
         """
+        self._require_layers("merge_and_unload")
         surgery = self._surgery
         chosen = [organ for organ in surgery.organs.values() if organ.active]  # also inside disable_donors()
         if not chosen:
@@ -287,6 +294,14 @@ class Recipient(_Native):
         if unknown := [str(name) for name in chosen if name not in organs]:
             raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
         return [name for name in organs if name in chosen]
+
+    def _require_layers(self, what: str) -> None:
+        """Refuse what gives out the native model, where that has no layers of its own."""
+        if self._surgery.is_scaffold:
+            raise NotHFError(
+                f"{what}() needs the base's own layers, which scaffold='minimal' left out; save_pretrained() the "
+                "organ and load it into the whole base: from_pretrained(base, folder)"
+            )
 
     def _load(self, source: OrganSource, is_trainable: bool, hub_kwargs: Mapping[str, Any]) -> None:
         """Load one organ; everything about it is checked before the model changes."""

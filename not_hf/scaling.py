@@ -66,8 +66,8 @@ def require_scalable(stack: Stack, layer: nn.Module) -> None:
     Raises:
         UnsupportedArchitectureError: It does not.
     """
-    args, kwargs = _layer_call(stack)
     probe = copy.deepcopy(layer).eval()
+    args, kwargs = _layer_call(stack, probe)
     generator = torch.Generator().manual_seed(0)
     drawn = {
         name: 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -97,21 +97,23 @@ class _CalledError(Exception):
     """Carries the arguments of a call out of it."""
 
 
-def _layer_call(stack: Stack) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which a model calls its first layer, for a few tokens."""
+def _layer_call(stack: Stack, probe: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which a model calls its first layer, for a few tokens; `probe` stands in for it."""
 
     def catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _CalledError(args, kwargs)
 
-    hook = stack.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    base = stack.base_model
+    hook = probe.register_forward_pre_hook(catch, with_kwargs=True)
+    base, layers = stack.base_model, stack.layers
     embeddings: Any = base.get_input_embeddings()
     device = execution_device(embeddings) or embeddings.weight.device
+    modules, layers._modules = layers._modules, {"0": probe}
     try:
         base(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)
     except _CalledError as called:
         return called.args
     finally:
+        layers._modules = modules
         hook.remove()
     raise UnsupportedArchitectureError(f"model_type {base.config.model_type!r} does not run its layers")
 

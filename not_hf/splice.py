@@ -44,12 +44,17 @@ class Surgery:
     """
 
     def __init__(
-        self, model: PreTrainedModel, base_revision: str | None = None, base_subfolder: str | None = None
+        self,
+        model: PreTrainedModel,
+        base_revision: str | None = None,
+        base_subfolder: str | None = None,
+        is_scaffold: bool = False,
     ) -> None:
-        stack = find_stack(model)
+        stack = find_stack(meta_twin(model.config, type(model)) if is_scaffold else model)
         self.native_class = type(model)
         self._where = (stack.base, stack.path)
-        self.base_layers: list[nn.Module] = list(stack.layers)
+        self.is_scaffold = is_scaffold  # without the base's own layers; places count them all the same
+        self.base_layers: list[nn.Module] = list(self.stack(model).layers)
         self.base_config = copy.deepcopy(model.config)
         self.base_revision = base_revision  # commit it was loaded at, where known
         self.base_subfolder = base_subfolder  # likewise
@@ -88,16 +93,20 @@ class Surgery:
         """
         chosen = {organ.name: organ for organ in (self._chosen() if organs is None else organs)}
         placed: list[Placed] = []
-        for name, n in arrange(len(self.base_layers), [organ.place for organ in chosen.values()]):
-            if name is None:
-                placed.append((self.base_layers[n], (self.base_config, n)))
-            else:
+        for name, n in arrange(self.base_config.num_hidden_layers, [organ.place for organ in chosen.values()]):
+            if name is not None:
                 placed.append((chosen[name].layers[n], (chosen[name].native_config, n)))
+            elif not self.is_scaffold:
+                placed.append((self.base_layers[n], (self.base_config, n)))
         return placed
 
     def twin(self, placed: list[Placed]) -> PreTrainedModel:
         """The native model of that stack's config, on the meta device."""
         return meta_twin(spliced_config(self.base_config, [slot for _, slot in placed]), self.native_class)
+
+    def base_twin(self) -> PreTrainedModel:
+        """The base's, with all its layers."""
+        return meta_twin(self.base_config, self.native_class)
 
     def differences(self, placed: list[Placed], as_saved: bool = False) -> list[str]:
         """In what those layers would differ after saving natively and loading without not_hf.
@@ -116,7 +125,7 @@ class Surgery:
 
     def _quantized_layers(self) -> list[list[str]]:
         """In what each layer of a quantized base differs from a plain one."""
-        twins = self.stack(self.twin(self.plan([]))).layers
+        twins = self.stack(self.base_twin()).layers
         return [layer_differences(layer, twin) for layer, twin in zip(self.base_layers, twins, strict=True)]
 
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
@@ -156,7 +165,7 @@ class Surgery:
 
         stack, config = self.stack(model), model.config
         standing = {id(layer) for layer in stack.layers}
-        reference = dict(stack.layers[0].named_modules())
+        reference = dict(stack.layers[0].named_modules()) if stack.layers else {}
         forget_capture_hooks([model, *self.parked(model), *(layer for layer, _ in placed)])
         for key, value in values.items():
             setattr(config, key, value)
@@ -187,8 +196,7 @@ class Surgery:
         signature = "" if not self.active else repr(splice_config(self.base_config, [slot for _, slot in placed]))
         if signature not in self._derived:
             base, here = (
-                outer_attributes(twin, self.stack(twin).full_path)
-                for twin in (self.twin(self.plan([])), self.twin(placed))
+                outer_attributes(twin, self.stack(twin).full_path) for twin in (self.base_twin(), self.twin(placed))
             )
             self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
             self._base_derived.update({key: base[key] for key in self._derived[signature]})

@@ -29,6 +29,7 @@ from not_hf.errors import NotHFError, UnsupportedArchitectureError
 from not_hf.license import inherit_license
 from not_hf.recipient import Recipient
 from not_hf.saving import save_organs
+from not_hf.scaffold import load_scaffold, wants_scaffold
 from not_hf.sharing import PushOptions, push_folder
 from not_hf.splice import Surgery
 from not_hf.zero3 import built_whole
@@ -52,6 +53,7 @@ class Transplanted(Recipient):
         donor_revision: str | None = None,
         donor_subfolder: str | None = None,
         is_trainable: bool = False,
+        scaffold: str = "full",
         config: PreTrainedConfig | None = None,
         **base_kwargs: Any,
     ) -> Self:
@@ -67,6 +69,9 @@ class Transplanted(Recipient):
             donor_revision: Branch, tag or commit of the donor repo.
             donor_subfolder: Folder of the donor within its repo.
             is_trainable: Make the organ's parameters trainable. Everything else is frozen either way.
+            scaffold: `"minimal"` leaves the recipient's own layers out: its embeddings, the organ, its final norm and
+                head are all that is read and held. For training an organ where the whole recipient does not fit; what
+                is saved is the same, and goes into the whole one. `"full"` is the whole recipient.
             config: Config of the repo named first, when already loaded.
             **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `revision`, …). `token`,
                 `cache_dir`, `force_download`, `local_files_only` hold for the donor too. Without `donor`, `revision`
@@ -76,10 +81,12 @@ class Transplanted(Recipient):
             The native model, extended. It is in eval mode, unless a live recipient was training.
 
         Raises:
+            NotHFError: There is no such scaffold, or none of a live recipient.
             IncompatibleDonorError: With every mismatch, before weights are read.
             CorruptDonorError: The donor's files are off. A live recipient is then as it was.
             OSError: A repo cannot be read.
         """
+        is_scaffold = wants_scaffold(scaffold, pretrained_model_name_or_path, base_kwargs)
         request = resolve_request(
             pretrained_model_name_or_path,
             donor,
@@ -96,16 +103,21 @@ class Transplanted(Recipient):
             return cls._transplant(base, request.sources, is_trainable, request.shared)
         wants_info = request.base_kwargs.pop("output_loading_info", False)
         with reading_base(base, request.named_by), built_whole():
-            loaded: Any = cls.native_auto_class.from_pretrained(
-                base,
-                output_loading_info=True,
-                adapter_kwargs=request.shared,  # else it asks the Hub for an adapter_config.json, come what may
-                **request.base_kwargs,
-            )
+            loaded: Any
+            if is_scaffold:
+                loaded = load_scaffold(base, recipient, **request.base_kwargs)
+            else:
+                loaded = cls.native_auto_class.from_pretrained(
+                    base,
+                    output_loading_info=True,
+                    adapter_kwargs=request.shared,  # else it asks the Hub for an adapter_config.json, come what may
+                    **request.base_kwargs,
+                )
         native, info = loaded
         revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
         subfolder = request.base_kwargs.get("subfolder") or None
-        model = cls._transplant(native, request.sources, is_trainable, request.shared, revision, subfolder)
+        surgery = Surgery(native, revision, subfolder, is_scaffold)
+        model = cls._transplant(native, request.sources, is_trainable, request.shared, surgery)
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
@@ -214,13 +226,12 @@ class Transplanted(Recipient):
         sources: Sequence[OrganSource],
         is_trainable: bool,
         hub_kwargs: Mapping[str, Any],
-        base_revision: str | None = None,
-        base_subfolder: str | None = None,
+        surgery: Surgery | None = None,
     ) -> Self:
         """Extend a model in place, freeze it and load organs; undo everything on failure."""
         fresh = not isinstance(base, Transplanted)
         if fresh:
-            surgery = Surgery(base, base_revision, base_subfolder)
+            surgery = surgery or Surgery(base)
             native: Any = type(base)
             base.__class__ = _transplanted_class(cast(Any, cls), native)
             base.requires_grad_(False)
@@ -235,7 +246,7 @@ class Transplanted(Recipient):
         except BaseException:
             for name in [name for name in model.donor_config if name not in before]:
                 model.delete_donor(name)
-            if fresh:
+            if fresh and not model._surgery.is_scaffold:  # nobody has a hold of that one
                 model.unload()
             raise
         return model

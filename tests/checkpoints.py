@@ -30,3 +30,22 @@ def write_mxfp4(folder: Path) -> Path:
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     return folder
+
+
+def write_fp8(folder: Path) -> Path:
+    """A tiny llama in weights of 8 bits with a scale per block of 128 × 128, as DeepSeek and Qwen share theirs."""
+    config = tiny_config("llama", hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4)
+    native = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tensors = {}
+    for name, tensor in native.state_dict().items():
+        if ".layers." in name and name.endswith("proj.weight"):
+            rows, columns = tensor.shape
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = 0.05 + torch.rand(rows // 128, columns // 128)
+        else:
+            tensors[name] = tensor.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    return folder

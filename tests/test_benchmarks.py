@@ -72,3 +72,15 @@ def test_spans(tmp_path, demo_base):  # noqa: F811
     assert text["scores"]["early (no gradient at all)"]["chosen"] == [0, 2]
     for score in text["scores"].values():
         assert -1 <= score["spearman"] <= 1 and score["gain"] == spans[tuple(score["chosen"])]["gain"]
+
+
+def test_scaffold(tmp_path):
+    """An organ trained alone is held with embeddings and head only, and goes into the whole base."""
+    printed, found = quick("scaffold.py", tmp_path)
+    assert "| layers | trained |" in printed
+    (span,) = found["spans"].values()
+    start, whole, alone = (span["organs"][way] for way in ("untrained", "in the recipient", "alone"))
+    assert whole["trained"] == alone["trained"] == whole["parameters"] - alone["parameters"]  # 2 of 4 layers
+    assert start["replace"] == found["base"] != start["insert"]
+    assert alone["in_the_scaffold"] != start["in_the_scaffold"]
+    assert len({row[mode]["domain"] for row in span["organs"].values() for mode in ("replace", "insert")}) == 8

@@ -17,8 +17,8 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
-from architectures import tiny_config, tiny_model, tiny_tokenizer
-from checkpoints import write_mxfp4
+from architectures import tiny_model, tiny_tokenizer
+from checkpoints import write_fp8, write_mxfp4
 from hub import DEFAULT_TOKEN, Fault, Hub
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors import SafetensorError
@@ -287,21 +287,7 @@ def test_mxfp4_is_dequantized_as_transformers_does_it(mxfp4, hub, tmp_path, toke
 
 
 def test_fp8_is_dequantized_as_transformers_does_it(hub, tmp_path):
-    """Weights of 8 bits with a scale per block of 128 × 128, as DeepSeek and Qwen share theirs."""
-    config = tiny_config("llama", hidden_size=128, intermediate_size=256, head_dim=32, num_key_value_heads=4)
-    native = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tensors = {}
-    for name, tensor in native.state_dict().items():
-        if ".layers." in name and name.endswith("proj.weight"):
-            rows, columns = tensor.shape
-            tensors[name] = tensor.to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = 0.05 + torch.rand(rows // 128, columns // 128)
-        else:
-            tensors[name] = tensor.clone()
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    config.dtype = torch.bfloat16
-    config.save_pretrained(tmp_path)
+    write_fp8(tmp_path)
     repo = HfApi().create_repo("me/fp8").repo_id
     HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
     dequantized = AutoModelForCausalLM.from_pretrained(
