@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from not_hf.planning import compose
     from not_hf.reference import reference_model
     from not_hf.spans import choose_span
+    from not_hf.trainer import DonorTrainer
     from not_hf.transplant import TransplantedForCausalLM, TransplantedForMaskedLM
 
 _LAZY = {
     "DonorConfig": "not_hf.config",
     "DonorModel": "not_hf.donor",
+    "DonorTrainer": "not_hf.trainer",
     "OrganSource": "not_hf.entries",
     "TransplantedForCausalLM": "not_hf.transplant",
     "TransplantedForMaskedLM": "not_hf.transplant",
@@ -45,6 +47,7 @@ __all__ = [
     "CorruptDonorError",
     "DonorConfig",
     "DonorModel",
+    "DonorTrainer",
     "IncompatibleDonorError",
     "NotHFError",
     "OrganSource",

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -149,6 +150,18 @@ class ProgressLine(TrainerCallback):
             per_step = (time.perf_counter() - began) / (state.global_step - first)
             parts.append(f"{timedelta(seconds=round(per_step * (state.max_steps - state.global_step)))} left")
         return " · ".join(parts)
+
+
+class TrainingCurve(TrainerCallback):
+    """Draws `training_curve.png` into the output folder when training ends, where matplotlib is installed."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        drawable = any("loss" in logs or any(_perplexities(logs)) for logs in state.log_history)
+        if state.is_world_process_zero and drawable and find_spec("matplotlib"):
+            os.makedirs(str(args.output_dir), exist_ok=True)
+            plot_training_curve(state.log_history, os.path.join(str(args.output_dir), "training_curve.png"))
 
 
 def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:

@@ -12,22 +12,24 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from not_hf.anatomy import find_stack
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError
 from not_hf.heads import IGNORED, summed_loss
+from not_hf.optimizers import MuonWithAdamW
 from not_hf.partway import Partway
 from not_hf.prefix import FrozenPrefix, first_trainable, is_in_parts, outside
+from not_hf.progress import ProgressLine, TrainingCurve
 from not_hf.recipient import Recipient
 
 MAX_PREFIX_BYTES = 32 * 2**30
@@ -54,8 +56,10 @@ class DonorTrainer(Trainer):
             the size of float32 ones.
         head_chunk: Tokens whose logits are in memory at once, at most; 0: all, as in `Trainer`; `None`: as many as
             make 64 MiB.
-        kl_weight: Adds to the training loss this times KL(base ‖ model) of the predictions, mean over tokens in nats,
-            which holds the model to what the base says. The base is this model without its organs.
+        optimizer: `None`: as `TrainingArguments` says; `"muon"`: Muon for the matrices and AdamW for the rest, with
+            the arguments' rate, weight decay, betas and epsilon.
+        kl_weight: Adds to the training loss this times KL(base ‖ model) of predictions, mean over tokens in nats; it
+            holds the model to what the base says. The base is this model without its organs.
         **trainer_kwargs: As in `Trainer`.
 
     Raises:
@@ -72,12 +76,21 @@ class DonorTrainer(Trainer):
         max_prefix_bytes: int = MAX_PREFIX_BYTES,
         prefix_dtype: torch.dtype | None = None,
         head_chunk: int | None = None,
+        optimizer: str | None = None,
         kl_weight: float = 0.0,
         **trainer_kwargs: Any,
     ) -> None:
+        if optimizer not in (None, "muon"):
+            raise NotHFError(f"optimizer {optimizer!r} is none of ours; use 'muon', or TrainingArguments(optim=...)")
         if kl_weight < 0 or (head_chunk is not None and head_chunk < 0) or max_prefix_bytes < 0:
             raise NotHFError("kl_weight, head_chunk and max_prefix_bytes are 0 or more")
         super().__init__(*trainer_args, **trainer_kwargs)
+        if optimizer == "muon":
+            args = self.args
+            options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+            options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            self.optimizer_cls_and_kwargs = (cast(Any, MuonWithAdamW), options)
+        self._show_progress()
         self.cache_prefix, self.head_chunk, self.kl_weight = cache_prefix, head_chunk, kl_weight
         self._prefix_options = (Path(prefix_dir) if prefix_dir else None, max_prefix_bytes, prefix_dtype)
         self._native = _native_model(self.model)
@@ -85,7 +98,7 @@ class DonorTrainer(Trainer):
         if kl_weight and not isinstance(self._native, Recipient):
             raise NotHFError("kl_weight holds a model to its base; it needs a model with organs")
         if self.args.include_num_input_tokens_seen == "no":
-            self.args.include_num_input_tokens_seen = "all"  # the organ's config says how many
+            self.args.include_num_input_tokens_seen = "all"  # organs remember how many they were trained on
         self._tokens_before = {name: config.tokens_seen or 0 for name, config in self._organs().items()}
         self._parts: Partway | None = None
         self._prefix: FrozenPrefix | None = None
@@ -137,15 +150,26 @@ class DonorTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; the organs' configs say how many tokens they were trained on."""
+        self.note_tokens()
+        super().save_model(output_dir, _internal_call)
+
+    def note_tokens(self) -> None:
+        """Write into the organs' configs how many tokens they have been trained on, earlier trainings included."""
         for name, config in self._organs().items():
             if name in self._tokens_before and self.state.num_input_tokens_seen:
                 config.tokens_seen = self._tokens_before[name] + int(self.state.num_input_tokens_seen)
-        super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes nothing where there are organs: their card is saved with them. Else as in `Trainer`."""
         if not isinstance(self._native, Recipient):
             super().create_model_card(*args, **kwargs)
+
+    def _show_progress(self) -> None:
+        """A line of ours in the place of the Trainer's bar, and a picture at the end."""
+        for theirs in (ProgressCallback, PrinterCallback):
+            if self.pop_callback(theirs) is not None:
+                self.add_callback(ProgressLine())
+        self.add_callback(TrainingCurve())
 
     def _settle(self) -> None:
         """Look the model up anew if its layers have changed; keep what is frozen below the organ in eval mode."""

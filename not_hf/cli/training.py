@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,10 @@ from not_hf.errors import NotHFError
 
 if TYPE_CHECKING:
     from not_hf import DonorConfig
+
+CURVE = "training_curve.png"  # what `DonorTrainer` draws
+
+Optimizer = Literal["adamw", "muon"]
 
 
 @command("not-hf train organ --data kjv.txt --eval-data held-out.txt -o gpt2-kjv")
@@ -43,6 +47,27 @@ def train(
         str | None, typer.Option(help="Held-out text for perplexity, as --data.", show_default=False)
     ] = None,
     eval_split: Annotated[str, typer.Option(help="As --split, of --eval-data.")] = "train",
+    control_data: Annotated[
+        str | None, typer.Option(help="General text, as --data: how much of it is unlearnt.", show_default=False)
+    ] = None,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between looks at --eval-data and --control-data.", show_default=False),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Stop after so many looks at --eval-data without gain, and keep the best organ.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_prefix: Annotated[
+        bool,
+        typer.Option("--cache-prefix", help="Compute what is below the organ once per example; takes disk space."),
+    ] = False,
+    optimizer: Annotated[Optimizer, typer.Option(help="muon: Muon for matrices, AdamW for the rest.")] = "adamw",
+    kl_weight: Annotated[float, typer.Option(min=0, help="How strongly to hold on to what the base says.")] = 0.0,
     domain: Annotated[str | None, typer.Option(help="What the text is, for the card.", show_default=False)] = None,
     dtype: Annotated[Dtype, typer.Option(help="To train in; auto is the recipient's.")] = "float32",
     gradient_checkpointing: Annotated[
@@ -56,20 +81,28 @@ def train(
 
     Checkpoints are in OUTPUT/checkpoints while it runs, and removed when it is done.
     """
+    if patience and not (eval_data and eval_steps):
+        raise typer.BadParameter("needs --eval-data and --eval-steps", param_hint="--patience")
+    if eval_steps and not (eval_data or control_data):
+        raise typer.BadParameter("needs --eval-data or --control-data", param_hint="--eval-steps")
     if streaming and max_steps is None:
         raise typer.BadParameter("needs --max-steps: a stream does not tell its length", param_hint="--streaming")
     with output_folder(output, force or resume):
         import torch
-        from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+        from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments, default_data_collator
 
-        from not_hf import DonorConfig, TransplantedForCausalLM
+        from not_hf import DonorConfig, DonorTrainer, TransplantedForCausalLM
         from not_hf.data import load_text, pack
 
         if DonorConfig.from_pretrained(donor).donors is not None:
             raise NotHFError(f"{donor} holds several organs; train one of them: give its folder")
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
         tokenizer = AutoTokenizer.from_pretrained(base or donor)
-        held_out = load_text(eval_data, split=eval_split, column=column)["text"] if eval_data else None
+        texts = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
+        evaluated: Any = {
+            name: load_text(source, split=part, column=column) for name, (source, part) in texts.items() if source
+        }
+        looked_at = {name: pack(text, tokenizer, block_length) for name, text in evaluated.items() if eval_steps}
         blocks = pack(load_text(data, split=split, column=column, streaming=streaming), tokenizer, block_length)
         if streaming:
             blocks = blocks.shuffle(seed=seed, buffer_size=1000)  # blocks of a Dataset are shuffled by the Trainer
@@ -92,19 +125,36 @@ def train(
             bf16=dtype == "float32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             **checkpointing,
             dataloader_pin_memory=torch.accelerator.is_available(),
-            include_num_input_tokens_seen="all",
             logging_steps=10,
-            save_steps=save_steps,
+            eval_strategy="steps" if eval_steps else "no",
+            eval_steps=eval_steps,
+            eval_on_start=bool(eval_steps),
+            save_steps=eval_steps if eval_steps and patience else save_steps,
+            load_best_model_at_end=bool(patience),
+            metric_for_best_model="eval_held-out_loss" if patience else None,
             save_total_limit=2,
             report_to="none",
         )
-        trainer = Trainer(model, arguments, train_dataset=blocks, data_collator=default_data_collator)
+        trainer = DonorTrainer(
+            model,
+            arguments,
+            train_dataset=blocks,
+            eval_dataset=looked_at or None,
+            data_collator=default_data_collator,
+            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+            cache_prefix=cache_prefix,
+            optimizer=None if optimizer == "adamw" else optimizer,
+            kl_weight=kl_weight,
+        )
         trained = trainer.train(resume_from_checkpoint=checkpoint)
 
-        _save(model, output, data, domain, trainer.state.num_input_tokens_seen)
+        trainer.note_tokens()
+        _save(model, output, data, domain)
         del model, trainer
-        if held_out is not None:
-            _measure(output, base, held_out)
+        if "held-out" in evaluated:
+            _measure(output, base, evaluated["held-out"]["text"])
+        if (curve := output / CHECKPOINTS / CURVE).exists():
+            curve.replace(output / CURVE)
         shutil.rmtree(output / CHECKPOINTS)
     config = DonorConfig.from_pretrained(output)
     document = {
@@ -119,12 +169,11 @@ def train(
     return Result(document, facts("Trained", document))
 
 
-def _save(model: Any, folder: Path, data: str, domain: str | None, num_tokens: int) -> None:
+def _save(model: Any, folder: Path, data: str, domain: str | None) -> None:
     """Save the organ, with what it was trained on, in the donor's dtype whatever it was trained in."""
     config: DonorConfig = model.donor_config["default"]
     config.domain = domain or config.domain
     config.datasets = list(dict.fromkeys([*(config.datasets or []), _public_name(data)]))
-    config.tokens_seen = (config.tokens_seen or 0) + num_tokens
     config.metrics = None  # those of an earlier training hold no longer
     for parameter in model.parameters():
         if parameter.requires_grad and config.dtype is not None:
@@ -144,12 +193,12 @@ def _measure(folder: Path, base: str | None, texts: Iterable[str]) -> None:
 
 def _checkpoint(folder: Path, resume: bool) -> str | None:
     """The last checkpoint in the folder, which must be there to resume; those of an earlier run go otherwise."""
-    from transformers.trainer_utils import get_last_checkpoint
+    from not_hf.trainer import last_whole_checkpoint
 
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
         raise NotHFError(f"no checkpoint in {folder} to resume from; leave out --resume")
     return checkpoint
