@@ -1,4 +1,4 @@
-"""Train an organ on several processes: the plain `transformers.Trainer`, whatever launches it.
+"""Train an organ on several processes, whatever launches it.
 
     torchrun --nproc-per-node 2 examples/train_distributed.py --text mine.txt    # DDP
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_distributed.py --text mine.txt
@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import AutoTokenizer, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoTokenizer, TrainingArguments
 
-from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM
 from not_hf.data import load_text, pack
 
 
@@ -35,6 +34,7 @@ def main() -> None:
     parser.add_argument("--output", default="organ-out")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--cache-prefix", action="store_true", help="where weights are whole: DDP, or one process")
     args = parser.parse_args()
 
     training = TrainingArguments(
@@ -50,13 +50,14 @@ def main() -> None:
     donor = args.donor or DonorModel.from_base(args.base, layers=tuple(args.layers), mode="replace")
     model = TransplantedForCausalLM.from_pretrained(args.base, donor, is_trainable=True, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(args.base)
-    trainer = Trainer(
+    trainer = DonorTrainer(
         model=model,
         args=training,
         train_dataset=pack(load_text(args.text), tokenizer, block_length=args.block_length),
         processing_class=tokenizer,
+        cache_prefix=args.cache_prefix,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output) if args.resume else None)
+    trainer.train(resume_from_checkpoint=args.resume)
     trainer.save_model(str(Path(args.output, "organ")))  # on every process: the tensors are gathered
 
 

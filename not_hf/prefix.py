@@ -12,13 +12,11 @@ import torch
 import transformers
 from huggingface_hub import cached_assets_path
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from not_hf.anatomy import fingerprint, spliced_config
 from not_hf.errors import NotHFError
 from not_hf.partway import Partway
 from not_hf.rows import RowStore
-from not_hf.zero3 import is_partitioned
 
 
 def first_trainable(partway: Partway) -> int:
@@ -37,11 +35,6 @@ def outside(partway: Partway) -> list[nn.Module]:
     return found
 
 
-def is_in_parts(module: nn.Module) -> bool:
-    """Whether a module's parameters lie in parts on several processes (FSDP2, ZeRO-3)."""
-    return is_partitioned(module) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
 class FrozenPrefix:
     """What is below the first layer that learns, run once per row of a batch and kept on disk.
 
@@ -54,8 +47,7 @@ class FrozenPrefix:
         mixed_precision: What autocast is on while the model runs, for the key.
 
     Raises:
-        NotHFError: There is nothing below the organ, something below it learns, or it lies in parts on several
-            processes.
+        NotHFError: There is nothing below the organ, or something below it learns.
     """
 
     def __init__(
@@ -71,8 +63,6 @@ class FrozenPrefix:
                 "use cache_prefix=False, or an organ at a higher position"
             )
         below = [*outside(partway), *list(layers)[: self.entry]]
-        if any(map(is_in_parts, below)):
-            raise NotHFError("cache_prefix=True needs whole weights below the organ; leave it out with FSDP or ZeRO-3")
         if learning := [name for name, p in partway.model.named_parameters() if p.requires_grad and _in(p, below)]:
             raise NotHFError(f"cache_prefix=True wants everything below the organ frozen, but {learning[0]} learns")
         token = torch.zeros(1, 1, dtype=torch.long, device=partway.model.device)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -28,9 +29,10 @@ from not_hf.errors import NotHFError
 from not_hf.heads import IGNORED, summed_loss
 from not_hf.optimizers import MuonWithAdamW
 from not_hf.partway import Partway
-from not_hf.prefix import FrozenPrefix, first_trainable, is_in_parts, outside
+from not_hf.prefix import FrozenPrefix, first_trainable, outside
 from not_hf.progress import ProgressLine, TrainingCurve
 from not_hf.recipient import Recipient
+from not_hf.zero3 import is_partitioned
 
 MAX_PREFIX_BYTES = 32 * 2**30
 _LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in float32
@@ -122,6 +124,10 @@ class DonorTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """As in `Trainer`, from the organ's entry on where that is known, and without all logits at once."""
+        if is_in_parts(self._native):
+            if self.cache_prefix or self.kl_weight:
+                raise NotHFError("cache_prefix and kl_weight need whole weights; leave them out with FSDP and ZeRO-3")
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._settle()
         assert self._parts is not None
         given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
@@ -203,7 +209,7 @@ class DonorTrainer(Trainer):
             and native.loss_function is ForCausalLMLoss
             and not getattr(native.config, "output_router_logits", False)
             and "logits_to_keep" in inspect.signature(native.forward).parameters
-            and not any(is_in_parts(m) or any(p.requires_grad for p in m.parameters()) for m in outside(self._parts))
+            and not any(parameter.requires_grad for m in outside(self._parts) for parameter in m.parameters())
         )
 
     def _run_for_loss(
@@ -265,6 +271,11 @@ class DonorTrainer(Trainer):
             return {}
         learning = {each.name for each in self._native.get_donor_status().values() if each.num_trainable_parameters}
         return {name: config for name, config in self._native.donor_config.items() if name in learning}
+
+
+def is_in_parts(module: nn.Module) -> bool:
+    """Whether a module's parameters lie in parts on several processes (FSDP2, ZeRO-3)."""
+    return is_partitioned(module) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:

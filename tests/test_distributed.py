@@ -1,4 +1,4 @@
-"""The plain `Trainer` on two CPU processes (gloo): DDP and FSDP2, by torchrun and by accelerate."""
+"""`DonorTrainer` on two CPU processes (gloo): DDP and FSDP2, by torchrun and by accelerate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from launching import EXAMPLE, ON_CPU, TORCHRUN, accelerate, difference, train
 
 MODES = {
-    "ddp-torchrun": ([*TORCHRUN, EXAMPLE], ["--cpu"]),
+    "ddp-torchrun": ([*TORCHRUN, EXAMPLE], ["--cpu", "--cache-prefix"]),
     "ddp": ([*accelerate("ddp.yaml"), EXAMPLE], ["--cpu"]),
     "fsdp2": ([*accelerate("fsdp2.yaml"), ON_CPU, EXAMPLE], []),
 }
@@ -28,7 +28,7 @@ def test_two_processes_make_what_one_does_and_resume(mode, base_folder, alone, t
     launcher, options = MODES[mode]
     run = tmp_path / "run"
     train(launcher, base_folder("llama"), run, *options)
-    assert difference(run / "organ", alone / "organ") < 1e-5
+    assert difference(run / "organ", alone / "organ") < 1e-4  # losses are summed in another order
     assert difference(run / "organ", run / "checkpoint-2") > 1e-3
     # FSDP ran where it was meant to: only then accelerate writes the whole model beside the organ
     assert (run / "checkpoint-2" / "pytorch_model_fsdp.bin").exists() == (mode == "fsdp2")

@@ -39,6 +39,7 @@ def test_every_python_block_runs(stand_ins, capsys):
         "openai-community/": "me/",
         "[[464, 3726]]": "[[46, 37]]",
         "max_steps=500, save_steps=250": "max_steps=4, save_steps=2, use_cpu=True",
+        "num_train_epochs=3": "num_train_epochs=0.1, use_cpu=True",
         "block_length=256": "block_length=16",
         "In the beginning God created": "w5 w6 w7",
     }.items():
