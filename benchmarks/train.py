@@ -295,7 +295,8 @@ def prepare(method: str, base: str) -> tuple[Any, Any, dict[str, Any]]:
         for n, donor in enumerate(donors[1:], 1):
             model.load_donor(donor, f"organ{n}", is_trainable=True)
         return model, Trainer, {}
-    upper, middle = (total * 8 // 10, total * 8 // 10 + 3), (round(total * 8 / 30), round(total * 16 / 30))
+    first = min(total * 8 // 10, total - 3)
+    upper, middle = (first, first + 3), (round(total * 8 / 30), round(total * 16 / 30))
     donor = DonorModel.from_base(model, upper if "upper" in method else middle, mode="replace")
     model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
     optimizer = {"optimizer": "muon"} if method.endswith("Muon") else {}

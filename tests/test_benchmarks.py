@@ -19,9 +19,9 @@ pytestmark = [
 ]
 
 
-def quick(name: str, folder: Path, *options: str | Path) -> tuple[str, dict]:
+def quick(name: str, folder: Path, *options: str | Path, form: str = "--quick") -> tuple[str, dict]:
     """What a benchmark's small form prints, and its numbers."""
-    command = [sys.executable, BENCHMARKS / name, "--quick", "--output", folder / "found.json", *options]
+    command = [sys.executable, BENCHMARKS / name, form, "--output", folder / "found.json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "found.json").read_text())
@@ -84,3 +84,19 @@ def test_scaffold(tmp_path):
     assert start["replace"] == found["base"] != start["insert"]
     assert alone["in_the_scaffold"] != start["in_the_scaffold"]
     assert len({row[mode]["domain"] for row in span["organs"].values() for mode in ("replace", "insert")}) == 8
+
+
+def test_train(tmp_path):
+    """Each method is trained, measured on the way, and held against LoRA; the picture is drawn."""
+    printed, found = quick("train.py", tmp_path, form="--smoke")
+    assert "| organ, 3 upper layers |" in printed
+    assert [run["method"] for run in found["runs"]] == [
+        "LoRA, r = 16",
+        "organ, 3 upper layers",
+        "organ, 8 middle layers",
+    ]
+    for run in found["runs"]:
+        assert run["curve"][-1]["domain"] < run["curve"][0]["domain"]
+        assert run["seconds"] > 0 and run["trained"] > 0 and run["file_bytes"] > 4 * run["trained"]
+    assert found["runs"][0]["time_to_reference"] == 1
+    assert (tmp_path / "found.png").stat().st_size > 10_000
