@@ -97,8 +97,8 @@ class DonorTrainer(Trainer):
         self._prefix_options = (Path(prefix_dir) if prefix_dir else None, max_prefix_bytes, prefix_dtype)
         self._native = _native_model(self.model)
         self._stack = find_stack(self._native)
-        if kl_weight and not isinstance(self._native, Recipient):
-            raise NotHFError("kl_weight holds a model to its base; it needs a model with organs")
+        if kl_weight and (not isinstance(self._native, Recipient) or self._native._surgery.is_scaffold):
+            raise NotHFError("kl_weight holds a model to its base; it needs a model with organs and layers of its own")
         if self.args.include_num_input_tokens_seen == "no":
             self.args.include_num_input_tokens_seen = "all"  # organs remember how many they were trained on
         self._tokens_before = {name: config.tokens_seen or 0 for name, config in self._organs().items()}

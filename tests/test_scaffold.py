@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 from pathlib import Path
@@ -36,6 +37,7 @@ from not_hf import (
 from not_hf.anatomy import find_stack, head_class, is_encoder, spliced_config
 from not_hf.data import pack
 from not_hf.quantized import is_quantized
+from not_hf.trainer import DonorTrainer
 
 T = TransplantedForCausalLM.from_pretrained
 GENERATE = {"do_sample": False, "max_new_tokens": 6}
@@ -120,11 +122,11 @@ def blocks() -> Dataset:
     return pack(Dataset.from_dict({"text": lines}), tiny_tokenizer(), block_length=16)
 
 
-def trainer(model, blocks: Dataset, folder: Path, **options) -> Trainer:
+def trainer(model, blocks: Dataset, folder: Path, cls=Trainer, **options) -> Trainer:
     fixed = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 4}
     quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
     arguments = TrainingArguments(str(folder), **{"max_steps": 8, **fixed, **quiet, **options})
-    return Trainer(model=model, args=arguments, train_dataset=blocks, processing_class=tiny_tokenizer())
+    return cls(model=model, args=arguments, train_dataset=blocks, processing_class=tiny_tokenizer())
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2", "qwen3_moe", "opt", "bloom", "gpt_neo"])
@@ -158,6 +160,19 @@ def test_resuming_and_recomputing_change_nothing(blocks, base_folder, tmp_path):
     trainer(resumed, blocks, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     trainer(recomputed, blocks, tmp_path, **{CHECKPOINTING: True, "save_strategy": "no"}).train()
     assert same(whole, resumed) and same(whole, recomputed) and not same(whole, fresh())
+
+
+def test_donor_trainer_gives_what_trainer_gives(blocks, base_folder, tmp_path):
+    donor = DonorModel.from_base(base_folder("llama"), (1, 3))
+    ours, theirs = (scaffold(base_folder("llama"), donor, is_trainable=True) for _ in range(2))
+    trainer(ours, blocks, tmp_path, DonorTrainer, save_strategy="no").train()
+    trainer(theirs, blocks, tmp_path, save_strategy="no").train()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+    with pytest.raises(NotHFError, match="but the first layer learns"):
+        trainer(ours, blocks, tmp_path, functools.partial(DonorTrainer, cache_prefix=True)).train()
+    with pytest.raises(NotHFError, match="needs a model with organs and layers of its own"):
+        trainer(ours, blocks, tmp_path, functools.partial(DonorTrainer, kl_weight=1.0))
 
 
 @pytest.mark.parametrize("mode", ["insert", "replace"])
