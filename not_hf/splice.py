@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from not_hf.anatomy import (
     Slot,
     Stack,
+    Twin,
     find_stack,
     layer_differences,
     meta_twin,
@@ -91,7 +92,7 @@ class Surgery:
                 placed.append((chosen[name].layers[n], (chosen[name].native_config, n)))
         return placed
 
-    def twin(self, placed: list[Placed]) -> PreTrainedModel:
+    def twin(self, placed: list[Placed]) -> Twin:
         """The native model of that stack's config, on the meta device."""
         return meta_twin(spliced_config(self.base_config, [slot for _, slot in placed]), self.native_class)
 
@@ -108,11 +109,11 @@ class Surgery:
             for _, (c, i) in placed
         ]
         with numbered(layers):
-            return native_differences(layers, list(self.stack(self.twin(placed)).layers), own)
+            return native_differences(layers, self.twin(placed).layers, own)
 
     def _quantized_layers(self) -> list[list[str]]:
         """In what each layer of a quantized base differs from a plain one."""
-        twins = self.stack(self.twin(self.plan([]))).layers
+        twins = self.twin(self.plan([])).layers
         return [layer_differences(layer, twin) for layer, twin in zip(self.base_layers, twins, strict=True)]
 
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
@@ -183,7 +184,7 @@ class Surgery:
         signature = "" if not self.active else repr(splice_config(self.base_config, [slot for _, slot in placed]))
         if signature not in self._derived:
             base, here = (
-                outer_attributes(twin, self.stack(twin).full_path)
+                outer_attributes(twin.model, twin.stack.full_path)
                 for twin in (self.twin(self.plan([])), self.twin(placed))
             )
             self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
