@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf.anatomy import computing_differences
-from not_hf.compatibility import require_compatibility
+from not_hf.compatibility import mismatches
 from not_hf.composition import SHARED_KWARGS, place_in_force, read_config, scale_in_force
+from not_hf.config import DonorConfig
 from not_hf.cutting import resolve_commit
 from not_hf.dispatch import execution_device, follow
 from not_hf.donor import DonorModel
@@ -66,12 +67,13 @@ def admit(
     if repo is not None:
         source = replace(source, revision=resolve_commit(repo, {**hub_kwargs, "revision": source.revision}))
     config = copy.deepcopy(read_config(source, hub_kwargs))
-    require_compatibility(config, surgery.base_config, source.position, source.mode)
+    if problems := mismatches(config, surgery.base_config, source.position, source.mode):
+        raise IncompatibleDonorError("; ".join(problems))
     config.position, config.mode = place_in_force(source, config)
     scale, config.scale = scale_in_force(source, config), 1.0
     if problem := scale_problem(scale, config.mode):
         raise IncompatibleDonorError(f"organ {name!r}: {problem}")
-    layers = _own_layers(model, surgery, source, config.position, hub_kwargs)
+    layers = _own_layers(model, surgery, source, config, hub_kwargs)
     organ = Organ(name, config, layers, source.active, repo, getattr(source.revision, "resolved", None))
     organ.set_trainable(is_trainable)
     if instead_of and (differences := surgery.swap_differences(surgery.organs[instead_of], organ)):
@@ -95,15 +97,15 @@ def _own_layers(
     model: PreTrainedModel,
     surgery: Surgery,
     source: OrganSource,
-    position: int,
+    config: DonorConfig,
     hub_kwargs: Mapping[str, Any],
 ) -> list[nn.Module]:
-    """Layers of an organ that are the model's own, in the dtype and on the device of those at `position`.
+    """Layers of an organ that are the model's own, in the dtype and on the device of those at its position.
 
     Where those are offloaded, the organ is not: its weights rest where they run.
     """
     base_layers, donor = surgery.base_layers or [model.get_input_embeddings()], source.donor
-    neighbour = base_layers[min(position, len(base_layers) - 1)]
+    neighbour = base_layers[min(config.position or 0, len(base_layers) - 1)]
     device = execution_device(neighbour)
     if device is None and any(parameter.is_meta for parameter in neighbour.parameters()):
         raise NotHFError("the recipient's layers have no weights (meta device); load it before an organ goes in")
@@ -112,19 +114,20 @@ def _own_layers(
     if isinstance(donor, DonorModel):
         if any(parameter.is_meta for parameter in donor.parameters()):
             raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device")
-        layers = [copy.deepcopy(layer) for layer in donor.stack.layers]
+        layers, known = [copy.deepcopy(layer) for layer in donor.stack.layers], {}
     else:
         loaded = DonorModel.from_pretrained(
             donor,
+            config=config,
             dtype=next(p.dtype for p in neighbour.parameters() if computes(p)),
             attn_implementation=model.config._attn_implementation,
             revision=source.revision,
             subfolder=source.subfolder or "",
             **hub_kwargs,
         )
-        layers = list(loaded.stack.layers)
+        layers, known = list(loaded.stack.layers), {p: p.dtype for p in loaded.parameters()}
     for layer in layers:
         settle(layer, neighbour, device)
         follow(layer, neighbour, getattr(model, "_skip_keys_device_placement", None))
-    require_finite(layers, source.name)
+    require_finite(layers, source.name, known)
     return layers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -168,10 +169,40 @@ def task_of(config: PreTrainedConfig) -> str:
     return "fill-mask" if is_encoder(config) else "text-generation"
 
 
-def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Twin:
+    """A native language model on the meta device, and what is asked of it more than once. Only to be looked at."""
+
+    model: PreTrainedModel
+
+    @functools.cached_property
+    def layers(self) -> list[nn.Module]:
+        """Those of its stack.
+
+        Raises:
+            UnsupportedArchitectureError: As in `find_stack`.
+        """
+        return list(self.stack.layers)
+
+    @functools.cached_property
+    def stack(self) -> Stack:
+        """Where its layers are; raises as `find_stack` does."""
+        return find_stack(self.model)
+
+    @functools.cached_property
+    def tensors(self) -> list[frozenset[str]]:
+        """Of each layer: names of its parameters, names and shapes of its buffers, which must be long enough."""
+        return [
+            frozenset(name for name, _ in layer.named_parameters())
+            | {f"{name} {tuple(buffer.shape)}" for name, buffer in layer.named_buffers()}
+            for layer in self.layers
+        ]
+
+
+def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Twin:
     """The native language model of `config` on the meta device: every attribute and shape, no memory.
 
-    It is kept for the questions that are asked of it in a row, so it is only to be looked at.
+    It is kept for the questions that are asked of it in a row.
 
     Raises:
         UnsupportedArchitectureError: transformers has no language model for this config, or cannot build it.
@@ -179,18 +210,18 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
     check_config(config)
     values = {key: value for key, value in config.to_dict().items() if key not in _NAMES}
     key = repr((type(config), config._attn_implementation or "sdpa", sorted(values.items())))
-    twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin))), None)
+    twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin.model))), None)
     if twin is None:
         config = copy.deepcopy(config)
         if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
             config.dtype = getattr(torch, config.dtype)
         with built_whole(), no_init_weights(), torch.device("meta"):
-            twin = build(model_class or head_class(config).from_config, config)
+            twin = Twin(build(model_class or head_class(config).from_config, config))
         _twins.append((key, twin))
     return twin
 
 
-_twins: deque[tuple[str, PreTrainedModel]] = deque(maxlen=4)  # the last ones, each by what its config says
+_twins: deque[tuple[str, Twin]] = deque(maxlen=4)  # the last ones, each by what its config says
 
 
 def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
@@ -413,9 +444,8 @@ _NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "id
     "quantization_config"  # how files hold weights; an organ that joins does so in its own dtype
 }
 
-# Set by the user or the loader, not by the config.
-_NOT_DERIVED = {
-    "training",
+# What every module has, and what is set by the user or the loader: neither comes from the config.
+_NOT_DERIVED = vars(nn.Module()).keys() | {
     "gradient_checkpointing",
     "name_or_path",
     "_attn_implementation",
@@ -432,11 +462,11 @@ def _index_holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _scalars(module: nn.Module) -> dict[str, Any]:
+    values = vars(module)
     return {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str, tuple, type(None)))
-        and key not in _NOT_DERIVED
+        key: values[key]
+        for key in values.keys() - _NOT_DERIVED
+        if isinstance(values[key], (bool, int, float, str, tuple, type(None)))
         and "dropout" not in key
         and not (key == "p" and isinstance(module, nn.Dropout))  # training alone
         and not key.startswith(("_is_hf", "_version", "_output_capturing", "call_super_init", "dump_patches"))

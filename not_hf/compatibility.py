@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from not_hf.anatomy import computing_differences, find_stack, meta_twin, spliced_config
+from not_hf.anatomy import computing_differences, meta_twin, spliced_config
 from not_hf.config import DonorConfig
 from not_hf.donor import DonorModel
-from not_hf.errors import IncompatibleDonorError, UnsupportedArchitectureError
+from not_hf.errors import UnsupportedArchitectureError
 from not_hf.vocabulary import Home, vocabulary_differences
 
 # What the recipient computes once for all its layers, or allocates in its caches: an organ must agree on it.
@@ -71,30 +70,33 @@ def check_compatibility(
         CorruptDonorError: The donor's config contradicts itself.
         OSError: A config cannot be read.
     """
-    donor_config = _donor_config(donor, hub_kwargs)
-    donor_config.check()
-    organ = donor_config.native_config()
-    config = _recipient_config(recipient, hub_kwargs)
-    name = config.name_or_path or "the recipient"
-    mode = mode or donor_config.mode
-    position = donor_config.position if position is None else position
-
-    problems = []
-    if organ.model_type != config.model_type:
-        problems.append(_mismatch("model_type", organ.model_type, config.model_type, name))
-    for key in SHARED_GEOMETRY:
-        if (ours := getattr(organ, key, None)) != (theirs := getattr(config, key, None)):
-            problems.append(_mismatch(key, ours, theirs, name))
-    problems += _layer_type_problems(organ, config, name)
-    misplaced = _place_problems(donor_config.num_organ_layers, position, mode, config, name)
-    problems += misplaced
-    if problems and (of_stack := _stack_problems(config, name)):
-        return Mismatches(of_stack + problems)
-    if organ.model_type == config.model_type and not misplaced:
-        problems += _structure_problems(donor_config, config, int(position or 0), mode, name)
-    if problems:
+    donor_config, config = _donor_config(donor, hub_kwargs), _recipient_config(recipient, hub_kwargs)
+    if problems := mismatches(donor_config, config, position, mode):
         return Mismatches(problems)
     return Mismatches((), recipient_differences(donor_config, config, hub_kwargs.get("cache_dir")))
+
+
+def mismatches(donor: DonorConfig, recipient: PreTrainedConfig, position: int | None, mode: str | None) -> list[str]:
+    """What `check_compatibility` lists as problems, without looking for what differs besides; arguments as there."""
+    base, organ = donor.check()
+    name = recipient.name_or_path or "the recipient"
+    mode = mode or donor.mode
+    position = donor.position if position is None else position
+
+    problems = []
+    if organ.model_type != recipient.model_type:
+        problems.append(_mismatch("model_type", organ.model_type, recipient.model_type, name))
+    for key in SHARED_GEOMETRY:
+        if (ours := getattr(organ, key, None)) != (theirs := getattr(recipient, key, None)):
+            problems.append(_mismatch(key, ours, theirs, name))
+    problems += _layer_type_problems(organ, recipient, name)
+    misplaced = _place_problems(donor.num_organ_layers, position, mode, recipient, name)
+    problems += misplaced
+    if problems and (of_stack := _stack_problems(recipient, name)):
+        return of_stack + problems
+    if organ.model_type == recipient.model_type and not misplaced:
+        problems += _structure_problems(organ, (base, donor.span), recipient, int(position or 0), mode, name)
+    return problems
 
 
 def recipient_differences(
@@ -115,18 +117,10 @@ def recipient_differences(
     return differences + vocabulary_differences(donor, recipient, recipient_repo=Home(name), cache_dir=cache_dir)
 
 
-def require_compatibility(
-    donor: DonorConfig, recipient: PreTrainedConfig, position: int | None, mode: str | None
-) -> None:
-    """Raise `IncompatibleDonorError` naming every mismatch, or return."""
-    if problems := check_compatibility(donor, recipient, position, mode):
-        raise IncompatibleDonorError("; ".join(problems))
-
-
 def _stack_problems(config: PreTrainedConfig, name: str) -> list[str]:
     """Why a recipient takes no layers at all."""
     try:
-        find_stack(meta_twin(config))
+        _ = meta_twin(config).stack
     except UnsupportedArchitectureError as error:
         return [f"{name}: {error}"]
     return []
@@ -155,17 +149,30 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
 
 
 def _structure_problems(
-    donor: DonorConfig, config: PreTrainedConfig, position: int, mode: str, name: str
+    organ: PreTrainedConfig,
+    cut: tuple[PreTrainedConfig, tuple[int, int]],
+    config: PreTrainedConfig,
+    position: int,
+    mode: str,
+    name: str,
 ) -> list[str]:
-    """Whether the recipient's class would build other modules where the organ goes, and where it would not."""
+    """Whether the recipient's class would build other modules where the organ goes, and where it would not.
+
+    Args:
+        organ: Config of its layers.
+        cut: Config of the model that they were built in, and which of its layers they are.
+        config: The recipient's.
+    """
+    base, span = cut
     try:
-        odd = _odd_tensors(donor, config, position, mode)
+        built = meta_twin(base).tensors[slice(*span)]
+        odd = _odd_tensors(organ, built, config, position, mode)
     except UnsupportedArchitectureError as error:
         return [f"{name} cannot take these layers: {error}"]
     if not odd:
         return []
-    others = [n for n in range(_last_position(donor.num_organ_layers, mode, config) + 1) if n != position]
-    fitting = [n for n in others if not _odd_tensors(donor, config, n, mode)]
+    others = [n for n in range(_last_position(len(built), mode, config) + 1) if n != position]
+    fitting = [n for n in others if not _odd_tensors(organ, built, config, n, mode)]
     here = f"layers of {name} are built of other modules than the donor's ({', '.join(sorted(odd)[:4])}, …)"
     if not fitting:
         return [f"{here}, wherever they stand; cut an organ of layers like the recipient's"]
@@ -173,27 +180,25 @@ def _structure_problems(
     return [f"{here} at position {position}; position{'s' * (len(fitting) > 1)} {where} would do"]
 
 
-def _odd_tensors(donor: DonorConfig, config: PreTrainedConfig, position: int, mode: str) -> set[str]:
+def _odd_tensors(
+    organ: PreTrainedConfig, built: Sequence[frozenset[str]], config: PreTrainedConfig, position: int, mode: str
+) -> set[str]:
     """Tensors that a native model of that stack would have more or fewer of than its layers bring along.
 
     The recipient's own layers count too: a model whose first layers are special cannot have others before them.
+
+    Args:
+        organ: Config of the layers that go in.
+        built: The tensors of each.
+        config: The recipient's.
     """
-    organ, base, k = donor.native_config(), donor.native_config("base_config"), donor.num_organ_layers
+    k = len(built)
     rest = position + (k if mode == "replace" else 0)
     own = [(config, n) for n in range(config.num_hidden_layers)]
     slots = [*own[:position], *((organ, n) for n in range(k)), *own[rest:]]
-    natives = find_stack(meta_twin(spliced_config(config, slots))).layers
-    originals = list(find_stack(meta_twin(config)).layers)
-    layers = list(find_stack(meta_twin(base)).layers)[slice(*donor.span)]  # as they were built
-    stack = [*originals[:position], *layers, *originals[rest:]]
-    return {key for ours, theirs in zip(stack, natives, strict=True) for key in _tensors(ours) ^ _tensors(theirs)}
-
-
-def _tensors(layer: nn.Module) -> set[str]:
-    """Names of the parameters, names and shapes of the buffers: masks and tables of positions must be long enough."""
-    return {key for key, _ in layer.named_parameters()} | {
-        f"{key} {tuple(buffer.shape)}" for key, buffer in layer.named_buffers()
-    }
+    natives, originals = meta_twin(spliced_config(config, slots)).tensors, meta_twin(config).tensors
+    stack = [*originals[:position], *built, *originals[rest:]]
+    return {key for ours, theirs in zip(stack, natives, strict=True) for key in ours ^ theirs}
 
 
 def _place_problems(k: int, position: Any, mode: str, config: PreTrainedConfig, name: str) -> list[str]:

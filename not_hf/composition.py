@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.bases import reading_base
-from not_hf.compatibility import check_compatibility
+from not_hf.compatibility import mismatches
 from not_hf.config import DonorConfig
 from not_hf.cutting import HUB_KWARGS, has_adapters, resolve_commit
 from not_hf.donor import DonorModel
@@ -215,7 +215,7 @@ def stack_problems(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient:
         prefix = f"organ {source.name!r}: " if len(organs) > 1 else ""
         scale, mode = scale_in_force(source, config), source.mode or config.mode
         try:
-            found = check_compatibility(config, recipient, source.position, source.mode)
+            found = mismatches(config, recipient, source.position, source.mode)
         except NotHFError as error:
             raise type(error)(f"{prefix}{error}") from error
         found += [problem for problem in [scale_problem(scale, mode)] if problem]

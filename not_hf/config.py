@@ -152,8 +152,11 @@ class DonorConfig(PreTrainedConfig):
         except Exception as error:  # a native config may raise anything on values of a wrong type
             raise CorruptDonorError(f"donor config has an unusable {which}: {_one_line(error)}") from error
 
-    def check(self) -> None:
+    def check(self) -> tuple[PreTrainedConfig, PreTrainedConfig]:
         """Check that the config agrees with itself.
+
+        Returns:
+            The native configs of the base and of the organ, which it takes to tell.
 
         Raises:
             CorruptDonorError: One line naming the first contradiction.
@@ -173,17 +176,19 @@ class DonorConfig(PreTrainedConfig):
             )
         if type(self.scale) not in (int, float) or not math.isfinite(self.scale):
             raise CorruptDonorError(f"donor config scale must be a finite number, got {self.scale!r}")
-        num_base, num_organ = (
-            self.native_config(which).num_hidden_layers for which in ("base_config", "organ_config")
-        )
-        if not 0 <= span[0] < span[1] <= num_base:
-            raise CorruptDonorError(f"donor config layers {span} are not a span of the base's {num_base} layers")
-        if num_organ != self.num_organ_layers:
+        base, organ = self.native_config("base_config"), self.native_config()
+        if not 0 <= span[0] < span[1] <= base.num_hidden_layers:
             raise CorruptDonorError(
-                f"donor config layers {span} name {self.num_organ_layers} layers, its organ_config has {num_organ}"
+                f"donor config layers {span} are not a span of the base's {base.num_hidden_layers} layers"
+            )
+        if organ.num_hidden_layers != self.num_organ_layers:
+            raise CorruptDonorError(
+                f"donor config layers {span} name {self.num_organ_layers} layers, "
+                f"its organ_config has {organ.num_hidden_layers}"
             )
         if type(self.position) is not int or self.position < 0:
             raise CorruptDonorError(f"donor config position must be an integer >= 0, got {self.position!r}")
+        return base, organ
 
 
 def _one_line(error: BaseException) -> str:

@@ -148,7 +148,7 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
         if isinstance(config, DonorConfig):
             raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
-        stack = find_stack(meta_twin(config))
+        stack = meta_twin(config).stack
         commit = getattr(commit, "resolved", None)
         opened = StoredBase(name, commit, config, stack.base, stack.path, hub_kwargs, _dequantization(config))
     if getattr(opened.config, "quantization_config", None) is not None and opened.quantization is None:

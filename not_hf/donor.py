@@ -12,6 +12,7 @@ from huggingface_hub import CommitInfo
 from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from not_hf.anatomy import (
@@ -68,8 +69,7 @@ class DonorModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: DonorConfig, *args: Any, **kwargs: Any) -> None:
-        config.check()
-        native, base = config.native_config(), config.native_config("base_config")
+        base, native = config.check()
         expected = spliced_config(base, [(base, n) for n in range(*config.span)])
         if contradictions := config_differences(native, expected):
             raise CorruptDonorError(
@@ -83,9 +83,10 @@ class DonorModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # in the dtype that is being loaded, not in the one the base's config names
         dtype, span = torch.get_default_dtype(), slice(*config.span)
-        with built_whole():
+        hollow = torch.get_default_device().type == "meta"  # to be filled: there is nothing to initialize
+        with built_whole(), no_init_weights() if hollow else contextlib.nullcontext():
             stack = find_stack(build(head_class(native).from_config, native, dtype=dtype))
-        originals = list(find_stack(meta_twin(base)).layers)[span]
+        originals = meta_twin(base).layers[span]
         if not same_modules(stack.layers, originals):  # what a layer is made of depends on where it stands
             base._attn_implementation = config._attn_implementation
             with built_whole():

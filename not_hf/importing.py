@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from not_hf.anatomy import find_stack, meta_twin
+from not_hf.anatomy import meta_twin
 from not_hf.checkpoint import FLOAT_DTYPES
 from not_hf.composition import SHARED_KWARGS
 from not_hf.cutting import Span, cut_config, open_base
@@ -127,7 +127,7 @@ def import_checkpoint(
     file = _fetch(os.fspath(path_or_repo), subfolder, filename, revision=revision, **hub_kwargs)
     name = file if os.path.exists(path_or_repo) else os.path.join(path_or_repo, subfolder or "", filename)
     shapes: dict[str, set[Shape]] = {}
-    for layer in find_stack(meta_twin(source.config)).layers:
+    for layer in meta_twin(source.config).layers:
         for key, tensor in layer.state_dict().items():
             shapes.setdefault(key, set()).add(tuple(tensor.shape))
 

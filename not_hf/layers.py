@@ -97,15 +97,20 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
 
 
-def require_finite(layers: Iterable[nn.Module], name: str) -> None:
+def require_finite(layers: Iterable[nn.Module], name: str, known: Mapping[nn.Parameter, torch.dtype]) -> None:
     """Check what layers hold, after they have taken the recipient's dtype.
+
+    Args:
+        layers: Of an organ.
+        name: Of the organ.
+        known: Parameters that were finite before, each with the dtype it had then.
 
     Raises:
         CorruptDonorError: Naming the first tensor that holds NaN or infinity.
     """
     for n, layer in enumerate(layers):
         for key, parameter in layer.named_parameters():
-            if not is_finite(parameter):
+            if known.get(parameter) != parameter.dtype and not is_finite(parameter):
                 raise CorruptDonorError(f"organ {name!r}: non-finite values in layer {n} {key} as {parameter.dtype}")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from not_hf.anatomy import find_stack, meta_twin
+from not_hf.anatomy import meta_twin
 from not_hf.config import DonorConfig
 from not_hf.placing import Place
 from not_hf.scaling import scaled_parameters, unscaled
@@ -42,12 +42,15 @@ class Organ:
 
     def set_trainable(self, is_trainable: bool) -> None:
         """Freeze the organ, or have learn what learns in native layers: some keep parameters frozen by design."""
-        base = self.config.native_config("base_config")
-        natives = list(find_stack(meta_twin(base)).layers)[slice(*self.config.span)]
+        if not is_trainable:
+            for layer in self.layers:
+                layer.requires_grad_(False)
+            return
+        natives = meta_twin(self.config.native_config("base_config")).layers[slice(*self.config.span)]
         for layer, native in zip(self.layers, natives, strict=True):
             flags = {name: parameter.requires_grad for name, parameter in native.named_parameters()}
             for name, parameter in layer.named_parameters():
-                parameter.requires_grad_(is_trainable and flags[name])
+                parameter.requires_grad_(flags[name])
 
     @torch.no_grad()
     def rescale(self, scale: float) -> None:

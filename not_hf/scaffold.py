@@ -61,7 +61,7 @@ def load_scaffold(base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[P
     hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
     stored = open_base(base, **hub_kwargs)
     assert isinstance(stored, StoredBase)
-    views, native, config = stored.outside(), type(meta_twin(config)), copy.deepcopy(config)
+    views, native, config = stored.outside(), type(meta_twin(config).model), copy.deepcopy(config)
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
     if dtype == "auto":
         dtype = config.dtype or common_dtype(views)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from not_hf.anatomy import (
     Slot,
     Stack,
+    Twin,
     find_stack,
     layer_differences,
     meta_twin,
@@ -50,7 +51,7 @@ class Surgery:
         base_subfolder: str | None = None,
         is_scaffold: bool = False,
     ) -> None:
-        stack = find_stack(meta_twin(model.config, type(model)) if is_scaffold else model)
+        stack = meta_twin(model.config, type(model)).stack if is_scaffold else find_stack(model)
         self.native_class = type(model)
         self._where = (stack.base, stack.path)
         self.is_scaffold = is_scaffold  # without the base's own layers; places count them all the same
@@ -100,11 +101,11 @@ class Surgery:
                 placed.append((self.base_layers[n], (self.base_config, n)))
         return placed
 
-    def twin(self, placed: list[Placed]) -> PreTrainedModel:
+    def twin(self, placed: list[Placed]) -> Twin:
         """The native model of that stack's config, on the meta device."""
         return meta_twin(spliced_config(self.base_config, [slot for _, slot in placed]), self.native_class)
 
-    def base_twin(self) -> PreTrainedModel:
+    def base_twin(self) -> Twin:
         """The base's, with all its layers."""
         return meta_twin(self.base_config, self.native_class)
 
@@ -121,11 +122,11 @@ class Surgery:
             for _, (c, i) in placed
         ]
         with numbered(layers):
-            return native_differences(layers, list(self.stack(self.twin(placed)).layers), own)
+            return native_differences(layers, self.twin(placed).layers, own)
 
     def _quantized_layers(self) -> list[list[str]]:
         """In what each layer of a quantized base differs from a plain one."""
-        twins = self.stack(self.base_twin()).layers
+        twins = self.base_twin().layers
         return [layer_differences(layer, twin) for layer, twin in zip(self.base_layers, twins, strict=True)]
 
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
@@ -196,7 +197,7 @@ class Surgery:
         signature = "" if not self.active else repr(splice_config(self.base_config, [slot for _, slot in placed]))
         if signature not in self._derived:
             base, here = (
-                outer_attributes(twin, self.stack(twin).full_path) for twin in (self.base_twin(), self.twin(placed))
+                outer_attributes(twin.model, twin.stack.full_path) for twin in (self.base_twin(), self.twin(placed))
             )
             self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
             self._base_derived.update({key: base[key] for key in self._derived[signature]})
