@@ -95,8 +95,7 @@ class DonorTrainer(Trainer):
         self._show_progress()
         self.cache_prefix, self.head_chunk, self.kl_weight = cache_prefix, head_chunk, kl_weight
         self._prefix_options = (Path(prefix_dir) if prefix_dir else None, max_prefix_bytes, prefix_dtype)
-        self._native = _native_model(self.model)
-        self._stack = find_stack(self._native)
+        find_stack(self._native)  # raises now rather than in the first step
         if kl_weight and (not isinstance(self._native, Recipient) or self._native._surgery.is_scaffold):
             raise NotHFError("kl_weight holds a model to its base; it needs a model with organs and layers of its own")
         if self.args.include_num_input_tokens_seen == "no":
@@ -104,8 +103,17 @@ class DonorTrainer(Trainer):
         self._tokens_before = {name: config.tokens_seen or 0 for name, config in self._organs().items()}
         self._parts: Partway | None = None
         self._prefix: FrozenPrefix | None = None
-        self._standing: list[nn.Module] = []
+        self._state: tuple[Any, ...] = ()  # of the model, when it was looked up
         self._only_loss = True
+
+    @property
+    def _native(self) -> PreTrainedModel:
+        """The model of transformers, inside of what PEFT may have put around it."""
+        model: Any = self.model
+        native = model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: None)()
+        if not isinstance(native, PreTrainedModel):
+            raise NotHFError(f"DonorTrainer trains models of transformers, not {type(model).__name__}")
+        return native
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`. `resume_from_checkpoint=True` goes on from the last checkpoint that was written whole."""
@@ -124,9 +132,12 @@ class DonorTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """As in `Trainer`, from the organ's entry on where that is known, and without all logits at once."""
-        if is_in_parts(self._native):
+        if self.args.n_gpu > 1 or is_in_parts(self._native):
             if self.cache_prefix or self.kl_weight:
-                raise NotHFError("cache_prefix and kl_weight need whole weights; leave them out with FSDP and ZeRO-3")
+                raise NotHFError(
+                    "cache_prefix and kl_weight need the whole model on one device in each process; "
+                    "leave them out with FSDP, ZeRO-3, offloading and DataParallel"
+                )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._settle()
         assert self._parts is not None
@@ -179,20 +190,22 @@ class DonorTrainer(Trainer):
 
     def _settle(self) -> None:
         """Look the model up anew if its layers have changed; keep what is frozen below the organ in eval mode."""
-        standing = list(self._stack.layers)
-        if self._parts is None or standing != self._standing:
-            self._prefix, self._standing = None, standing
-            self._parts = Partway(self._stack)
+        native = self._native
+        stack = find_stack(native)
+        standing = list(stack.layers)
+        state = (native, native.dtype, *standing)
+        if self._parts is None or state != self._state:
+            self._parts, self._prefix, self._state, self._standing = Partway(stack), None, state, standing
             self._entry = first_trainable(self._parts)
             self._below = [
                 module
                 for module in (*outside(self._parts), *standing[: self._entry])
                 if not any(parameter.requires_grad for parameter in module.parameters())
             ]
-        if self._native.training:
+        if native.training:
             for module in self._below:
                 module.eval()
-        wanted = self.cache_prefix and (self._native.training or self._entry not in (0, len(standing)))
+        wanted = self.cache_prefix and (native.training or self._entry not in (0, len(standing)))
         if wanted and self._prefix is None:
             self._prefix = FrozenPrefix(self._parts, *self._prefix_options, str(self.accelerator.mixed_precision))
 
@@ -274,8 +287,8 @@ class DonorTrainer(Trainer):
 
 
 def is_in_parts(module: nn.Module) -> bool:
-    """Whether a module's parameters lie in parts on several processes (FSDP2, ZeRO-3)."""
-    return is_partitioned(module) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    """Whether a module's parameters lie in parts on several processes (FSDP2, ZeRO-3), or are offloaded."""
+    return is_partitioned(module) or any(isinstance(p, DTensor) or p.is_meta for p in module.parameters())
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
@@ -294,11 +307,3 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     found = [each for each in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if each.name.split("-")[-1].isdigit()]
     found.sort(key=lambda each: int(each.name.split("-")[-1]), reverse=True)
     return next((str(each) for each in found if is_whole(each)), None)
-
-
-def _native_model(model: Any) -> PreTrainedModel:
-    """The model of transformers, inside of what PEFT may have put around it."""
-    native = model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: None)()
-    if not isinstance(native, PreTrainedModel):
-        raise NotHFError(f"DonorTrainer trains models of transformers, not {type(model).__name__}")
-    return native

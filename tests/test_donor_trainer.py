@@ -215,6 +215,24 @@ def test_evaluation_uses_the_cache_and_gives_the_loss_of_trainer(tmp_path):
     assert trainer._prefix.rows.hits == 8
 
 
+def test_evaluating_in_another_dtype(tmp_path):
+    """`bf16_full_eval` casts the model for evaluation; what was kept for float32 is not used then."""
+    options = {"eval_dataset": rows(4, seed=1), "bf16_full_eval": True}
+    expected = made(recipient(), tmp_path, cls=Trainer, **options).evaluate()["eval_loss"]
+    trainer = made(recipient(), tmp_path, cache_prefix=True, **options)
+    trainer.train()
+    trainer.model.load_state_dict(recipient().state_dict())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=2e-2)
+
+
+def test_a_model_made_anew_for_each_training(tmp_path):
+    trainer = made(None, tmp_path, model_init=lambda: recipient(), cache_prefix=True)
+    trainer.train()
+    first = losses(trainer)
+    trainer.train()
+    assert losses(trainer)[-len(first) :] == first
+
+
 def test_logits_are_there_for_whoever_asks(tmp_path):
     def compute_metrics(prediction: Any) -> dict[str, float]:
         return {"mean": float(np.mean(prediction.predictions))}
