@@ -46,9 +46,17 @@ METHODS: dict[str, tuple[float, ...]] = {
 }
 QUICK_METHODS = (REFERENCE, "organ, 3 upper layers", "organ, 8 middle layers")
 SIZES: dict[str, dict[str, Any]] = {
-    "full": {"domains": ["kjv", "icd10", "french"], "seeds": 2, "steps": 60, "search": 20, "batch": 4, "block": 128},
-    "quick": {"domains": ["kjv"], "seeds": 1, "steps": 24, "search": 0, "batch": 4, "block": 128},
-    "smoke": {"domains": ["kjv"], "seeds": 1, "steps": 4, "search": 2, "batch": 2, "block": 32},
+    "full": {
+        "domains": ["kjv", "icd10", "french"],
+        "seeds": 2,
+        "steps": 60,
+        "search": 20,
+        "batch": 4,
+        "block": 128,
+        "fork": True,
+    },
+    "quick": {"domains": ["kjv"], "seeds": 1, "steps": 24, "search": 0, "batch": 4, "block": 128, "fork": True},
+    "smoke": {"domains": ["kjv"], "seeds": 1, "steps": 4, "search": 2, "batch": 2, "block": 32, "fork": False},
 }
 HELD_BLOCKS, NUM_MEASURES = 24, 8
 
@@ -126,6 +134,8 @@ class Runner:
         given = {"base": self.base, "method": method, "domain": domain, "seed": seed, "rate": rate, "steps": steps}
         given |= {key: self.size[key] for key in ("batch", "block")}
         given |= {"epoch": epoch or self.size["steps"], "choosing": choosing}
+        if not self.size["fork"]:
+            return train_once(**given)
         command = [sys.executable, __file__, "--run", json.dumps(given)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -257,7 +267,9 @@ def read_blocks(name: str, tokenizer: Any, block: int, most: int, part: str, see
     places = {"choose": (1,), "test": (0,), "train": range(2, 10)}[part]
     texts = Dataset.from_dict({"text": [text for n, text in enumerate(TEXTS[name]()) if n % 10 in places]})
     texts = texts.shuffle(seed=seed)
-    texts = texts.select(range(min(len(texts), 40 * most)))  # documents are short; this is enough
+    lengths = itertools.accumulate(map(len, texts["text"]))
+    enough = next((n for n, chars in enumerate(lengths, 1) if chars > 8 * most * block), len(texts))
+    texts = texts.select(range(enough))
     return torch.tensor(pack(texts, tokenizer, block)[:most]["input_ids"])
 
 

@@ -24,14 +24,13 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # tiny tensors: more threads only contend with the other workers, in subprocesses too
 )
 os.environ.pop("HF_HUB_OFFLINE", None)
 
 import torch
 from architectures import tiny_model, tiny_tokenizer
 from huggingface_hub import HfApi
-
-torch.set_num_threads(1)  # tiny tensors: more threads only contend with the other test workers
 
 _connect = socket.socket.connect
 

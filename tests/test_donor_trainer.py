@@ -432,9 +432,7 @@ def test_an_error_in_a_step_leaves_the_model_as_it_was(tmp_path):
 _KILLED = """
 import sys, time
 from pathlib import Path
-import torch, test_donor_trainer as t
-
-torch.set_num_threads(1)  # as in the tests' own process
+import test_donor_trainer as t
 
 class Slow(t.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
