@@ -46,9 +46,11 @@ def choose_span(
     This is the score, in nats. E[g]^2 is estimated from pairs of different batches, so that noise does not count as
     gain. How long a step takes, which depends on where the span stands, is no part of it.
 
+    A hint, no oracle: it went with what training gave on both texts that it was tried on (rank correlations 0.6 and
+    0.8), but its first choice was not the best span. See "Where to cut" in `benchmarks/README.md`.
+
     It costs one forward and backward pass per batch through the unchanged model, without dropout, and little memory
-    besides the activations: the gradient of one tensor at a time, of which a sample is kept. What the score is worth
-    was measured: see "Where to cut" in `benchmarks/README.md`.
+    besides the activations: the gradient of one tensor at a time, of which a sample is kept.
 
     Args:
         model: A model, given back as it was; if it carries organs, its own layers are ranked, with the organs off. Or
