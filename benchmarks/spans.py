@@ -1,7 +1,8 @@
 """Which score of a few batches' gradients tells where training three layers in place helps most.
 
-    python benchmarks/spans.py            # SmolLM2-135M, two texts (make bench-spans)
+    python benchmarks/spans.py            # SmolLM2-135M, three texts (make bench-spans)
     python benchmarks/spans.py --quick    # three spans, two steps, one text, for the test suite
+    python benchmarks/spans.py --gains benchmarks/results/spans.json    # score again, train nothing
 
 Scores cost one forward and backward pass per batch through the unchanged model. The truth costs a training run per
 span: the same steps at the same rate each, then the loss on held-out text. Reported is Spearman's rank correlation of
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from datasets import Dataset, disable_progress_bars
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from not_hf import choose_span
 from not_hf.anatomy import find_stack
 from not_hf.data import pack
 
@@ -33,8 +37,8 @@ sys.path[:0] = [str(ROOT / "examples")]
 import demo  # noqa: E402 (the base, the Bible, and the commit, versions and hardware, as in its own results)
 
 SIZES = {
-    "full": {"k": 3, "block": 128, "batch": 2, "score_batches": 8, "steps": 12, "rate": 5e-4, "held": 32},
-    "quick": {"k": 2, "block": 32, "batch": 2, "score_batches": 2, "steps": 2, "rate": 5e-4, "held": 2},
+    "full": {"k": 3, "block": 128, "batch": 2, "score_batches": 20, "steps": 12, "rate": 5e-4, "held": 32},
+    "quick": {"k": 2, "block": 32, "batch": 2, "score_batches": 3, "steps": 2, "rate": 5e-4, "held": 2},
 }
 
 Rows = torch.Tensor  # token ids, (rows, block)
@@ -46,14 +50,25 @@ def french_summaries() -> list[str]:
     return [row["extract"] for row in json.loads(file.read_text(encoding="utf-8")).values()]
 
 
-TEXTS: dict[str, Callable[[], list[str]]] = {"kjv": demo.bible_chapters, "french": french_summaries}
+def python_sources() -> list[str]:
+    """The beginnings of the modules of Python's own library."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [path.read_text("utf-8")[:3000] for path in paths]
+
+
+TEXTS: dict[str, Callable[[], list[str]]] = {
+    "kjv": demo.bible_chapters,
+    "french": french_summaries,
+    "python": python_sources,
+}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Score, train, compare, print the tables, write the numbers."""
     parser = argparse.ArgumentParser(description="Scores of spans against what training them gives.")
     parser.add_argument("--quick", action="store_true", help="short, for the test suite")
-    parser.add_argument("--texts", nargs="+", choices=TEXTS, help="default: both; quick: kjv")
+    parser.add_argument("--texts", nargs="+", choices=TEXTS, help="default: all; quick: kjv")
+    parser.add_argument("--gains", type=Path, help="take what training gave from the JSON file of an earlier run")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
     options = parser.parse_args(arguments)
@@ -62,9 +77,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     base = demo.unpack_base(options.cache)
     tokenizer = AutoTokenizer.from_pretrained(base)
     result: dict[str, Any] = {"size": size, "texts": {}}
+    known = json.loads(options.gains.read_text())["texts"] if options.gains else {}
     for name in options.texts or (["kjv"] if options.quick else TEXTS):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().requires_grad_(False)
-        result["texts"][name] = compare(model, *read_rows(TEXTS[name](), tokenizer, size), size)
+        scored, trained, held = read_rows(TEXTS[name](), tokenizer, size)
+        truth = known.get(name) or {"commit": commit, **measure(model, trained, held, size)}
+        result["texts"][name] = {**truth, **judge(model, scored, truth["spans"], size)}
         print(table(name, result["texts"][name]), flush=True)
         result |= {"commit": commit, **demo.provenance()}
         if options.output:
@@ -73,76 +91,84 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def read_rows(texts: list[str], tokenizer: Any, size: dict[str, Any]) -> tuple[Rows, Rows, Rows]:
-    """Rows to score by, to train on and to measure with; every tenth text is held out for the last."""
+    """Rows to score by, those of them to train on, and rows of every tenth text, held out to measure with."""
 
     def rows(texts: list[str], most: int) -> Rows:
         texts = Dataset.from_dict({"text": texts}).shuffle(seed=0)[: 4 * most]["text"]  # far more tokens than are used
         blocks = pack(Dataset.from_dict({"text": texts}), tokenizer, size["block"])
         return torch.tensor(blocks[:most]["input_ids"])
 
-    num_scored, num_trained = size["score_batches"] * size["batch"], size["steps"] * size["batch"]
-    kept = rows([text for n, text in enumerate(texts) if n % 10], num_scored + num_trained)
-    return kept[:num_scored], kept[num_scored:], rows(texts[::10], size["held"])
+    kept = rows([text for n, text in enumerate(texts) if n % 10], size["score_batches"] * size["batch"])
+    return kept, kept[-size["steps"] * size["batch"] :], rows(texts[::10], size["held"])
 
 
-def compare(model: PreTrainedModel, scored: Rows, trained: Rows, held: Rows, size: dict[str, Any]) -> dict[str, Any]:
-    """Every span trained, every score, and how well they agree."""
-    layers, k, start = list(find_stack(model).layers), size["k"], time.perf_counter()
-    scores = layer_scores(model, layers, scored.split(size["batch"]))
-    seconds = time.perf_counter() - start
-    before, starts = loss(model, held), range(0, len(layers) - k + 1, k)
+def measure(model: PreTrainedModel, trained: Rows, held: Rows, size: dict[str, Any]) -> dict[str, Any]:
+    """What training each span gains, in nats of held-out text."""
+    layers, k, before = find_stack(model).layers, size["k"], loss(model, held)
     spans = []
-    for i in starts:
-        gain = before - train(model, layers[i : i + k], trained.split(size["batch"]), held, size["rate"])
+    for i in range(0, len(layers) - k + 1, k):
+        gain = before - train(model, list(layers[i : i + k]), trained.split(size["batch"]), held, size["rate"])
         spans.append({"layers": [i, i + k], "gain": gain})
-        spans[-1] |= {name: sum(values[i : i + k]) for name, values in scores.items()}
         print(f"layers {i}-{i + k - 1}: held-out loss {before:.4f} -> {before - gain:.4f}", file=sys.stderr)
-    gains = [span["gain"] for span in spans]
-    verdicts = {}
-    for name in scores:
-        values = [span[name] for span in spans]
+    return {"loss": before, "spans": spans}
+
+
+def judge(model: PreTrainedModel, scored: Rows, spans: list[dict[str, Any]], size: dict[str, Any]) -> dict[str, Any]:
+    """How well each score orders the spans that were trained."""
+    start = time.perf_counter()
+    rows = [{"input_ids": row} for row in scored]
+    ranked = choose_span(model, rows, size["k"], num_batches=size["score_batches"], batch_size=size["batch"])
+    seconds = time.perf_counter() - start
+    ours = {span.layers: span.score for span in ranked}
+    others = span_scores(model, [range(*span["layers"]) for span in spans], scored.split(size["batch"]))
+    scores = {"choose_span": [ours[tuple(span["layers"])] for span in spans], **others}
+    gains, verdicts = [span["gain"] for span in spans], {}
+    for name, values in scores.items():
         chosen = spans[max(range(len(spans)), key=values.__getitem__)]
         verdicts[name] = {"spearman": spearman(values, gains), "chosen": chosen["layers"], "gain": chosen["gain"]}
-    return {"loss": before, "score_seconds": seconds, "scores": verdicts, "spans": spans}
+        verdicts[name]["values"] = values
+    return {"seconds_of_choose_span": seconds, "scores": verdicts}
 
 
-def layer_scores(model: PreTrainedModel, layers: list[nn.Module], batches: tuple[Rows, ...]) -> dict[str, list[float]]:
-    """Each layer's value of each score, averaged over batches.
+def span_scores(model: PreTrainedModel, spans: list[range], batches: tuple[Rows, ...]) -> dict[str, list[float]]:
+    """What else might tell, for each span; every gradient is kept, in a sum over batches."""
+    num, layers = len(batches), find_stack(model).layers
+    totals: dict[nn.Parameter, torch.Tensor] = {}
+    sums = [dict.fromkeys(("absolute", "squared", "times weight"), 0.0) for _ in layers]
 
-    Those that compare a batch with the last one, whose gradient is kept, see the signal alone: the noise of the two is
-    independent. `squared gradient` is `choose_span`'s score.
-    """
-    sums: list[dict[str, float]] = [{} for _ in layers]
-    earlier: dict[nn.Parameter, torch.Tensor] = {}
-
-    def add(n: int, weight: nn.Parameter) -> None:
-        gradient, last = weight.grad, earlier.get(weight)
+    def add(found: dict[str, float], weight: nn.Parameter) -> None:
+        gradient = weight.grad
         assert gradient is not None
-        found = {
-            "|gradient|": gradient.abs().sum(),
-            "squared gradient": gradient.square().sum(),
-            "|weight x gradient|": (weight.detach() * gradient).abs().sum(),
-        }
-        if last is not None:
-            found["gradient x sign of the last"] = (gradient * last.sign()).sum()
-            found["gradient x the last"] = (gradient * last).sum()
-        for name, value in found.items():
-            sums[n][name] = sums[n].get(name, 0.0) + float(value) / (len(batches) - (" last" in name))
-        earlier[weight], weight.grad = gradient, None
+        found["absolute"] += float(gradient.abs().sum()) / num
+        found["squared"] += float(gradient.square().sum()) / num
+        found["times weight"] += float((weight.detach() * gradient).abs().sum()) / num
+        totals[weight] = totals[weight] + gradient if weight in totals else gradient
+        weight.grad = None
 
-    hooks = []
-    for n, layer in enumerate(layers):
-        for parameter in layer.requires_grad_(True).parameters():
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda weight, n=n: add(n, weight)))
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(functools.partial(add, found))
+        for layer, found in zip(layers, sums, strict=True)
+        for parameter in layer.requires_grad_(True).parameters()
+    ]
     for batch in batches:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
     for hook in hooks:
         hook.remove()
     model.requires_grad_(False)
-    scores = {name: [each[name] for each in sums] for name in sums[0]}
-    signal, power = scores["gradient x the last"], scores["squared gradient"]
-    scores["signal / noise"] = [s / (p - s) for s, p in zip(signal, power, strict=True)]
-    return scores | {"early (no gradient at all)": [-float(n) for n in range(len(layers))]}
+    for layer, found in zip(layers, sums, strict=True):
+        square_of_sum = math.fsum(float(totals[parameter].square().sum()) for parameter in layer.parameters())
+        found["squared mean"] = (square_of_sum / num - found["squared"]) / (num - 1)  # of pairs of different batches
+    of = {name: [math.fsum(sums[n][name] for n in span) for span in spans] for name in sums[0]}
+    return {
+        "absolute gradient": of["absolute"],
+        "absolute gradient times weight": of["times weight"],
+        "squared gradient": of["squared"],
+        "squared mean gradient": of["squared mean"],
+        "signal to noise": [
+            mean / (square - mean) for mean, square in zip(of["squared mean"], of["squared"], strict=True)
+        ],
+        "the earlier the better": [-float(span[0]) for span in spans],
+    }
 
 
 def train(model: PreTrainedModel, span: list[nn.Module], batches: tuple[Rows, ...], held: Rows, rate: float) -> float:

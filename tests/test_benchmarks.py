@@ -64,14 +64,16 @@ def test_encoders(tmp_path):
 def test_spans(tmp_path, demo_base):  # noqa: F811
     """Every span is trained from the same start and scored; each score chooses one of them."""
     printed, found = quick("spans.py", tmp_path, "--cache", demo_base.parent)
-    assert "| squared gradient |" in printed
+    assert "| choose_span |" in printed
     text = found["texts"]["kjv"]
     spans = {tuple(span["layers"]): span for span in text["spans"]}
     assert list(spans) == [(0, 2), (2, 4), (4, 6)]
     assert len({span["gain"] for span in spans.values()}) == 3
-    assert text["scores"]["early (no gradient at all)"]["chosen"] == [0, 2]
+    assert text["scores"]["the earlier the better"]["chosen"] == [0, 2]
     for score in text["scores"].values():
         assert -1 <= score["spearman"] <= 1 and score["gain"] == spans[tuple(score["chosen"])]["gain"]
+    again, rescored = quick("spans.py", tmp_path, "--cache", demo_base.parent, "--gains", tmp_path / "found.json")
+    assert again == printed and rescored["texts"]["kjv"]["spans"] == text["spans"]
 
 
 def test_scaffold(tmp_path):
