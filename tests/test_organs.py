@@ -386,6 +386,16 @@ def test_a_load_reads_each_tensor_of_an_organ_once_and_builds_two_twins(tmp_path
     assert len(read) == sum(1 for layer in model.model.layers[3:5] for _ in layer.parameters())
 
 
+def test_an_organ_is_sharded_by_its_own_size_wherever_it_was_cut(tmp_path):
+    """Tensors that are mapped from a file of the base do not weigh as much as that file."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    donor = DonorModel.from_base(tmp_path / "base", (2, 4))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in donor.parameters())
+    for limit, whole in ((size, True), (size // 2, False)):
+        donor.save_pretrained(tmp_path / f"{limit}", max_shard_size=limit)
+        assert (tmp_path / f"{limit}" / "model.safetensors").exists() == whole
+
+
 def test_an_organ_is_saved_with_the_recipient_it_was_used_in(token_ids, tmp_path):
     for seed, name in enumerate(("cut-from", "used-in")):
         tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
