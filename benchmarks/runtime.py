@@ -4,10 +4,12 @@
     python benchmarks/runtime.py --quick    # small random models, for the test suite
 
 Decoding: a model with an organ of three layers against the native model that `merge_and_unload` makes of it, turn and
-turn about. Loading: `from_pretrained(base, donor)` against `from_pretrained(base)`, each in a process of its own that
-has loaded a tiny model and organ before; files are in the page cache. Weights that a load only maps are read before
-the peak memory (VmHWM, Linux only) is taken, so it counts them. Switching: a model of 32 layers with organs, against
-the same model with LoRA adapters of PEFT.
+turn about. Loading: `from_pretrained(base, donor)` against `from_pretrained(base)`, and against that native model, of
+as many layers; each in a process of its own that has loaded a tiny model and organ before; files are in the page
+cache. Where nothing is converted, a load only maps weights, while an organ's are read, to be checked. So each process
+goes on to read every weight once, as a first use would, and both times are given: until the model is there, and until
+its weights are read. Peak memory (VmHWM, Linux only) is taken then. Switching: a model of 32 layers with organs,
+against the same model with LoRA adapters of PEFT. At the end: which targets hold.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from extract import HEADS, ROOT, memory, reset_peak
 
@@ -32,6 +34,14 @@ LARGE = {"vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 5632, "n
 DEEP = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 32}
 SMALL = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 10}
 TINY = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+
+
+class Folders(NamedTuple):
+    """A base, an organ of it, and the native model that they make."""
+
+    base: Path
+    organ: Path
+    native: Path
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -55,7 +65,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             cases = [("small", "float32")]
         else:
             bases = {
-                "SmolLM2-135M": (smollm := demo.unpack_base(folder), write_organ(smollm)),
+                "SmolLM2-135M": write_organ(demo.unpack_base(folder)),
                 "1.2B": write(folder / "large", LARGE, "bfloat16"),
             }
             cases = [
@@ -64,41 +74,42 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 ("1.2B", "bfloat16"),
                 ("1.2B", "float32"),
             ]
-        first, organ = next(iter(bases.values()))
         found = {
-            "decode": decode(first, organ, 8 if options.quick else 64, repeats),
+            "decode": decode(next(iter(bases.values())), 8 if options.quick else 64, repeats),
             "load": {f"{name} as {dtype}": load(bases[name], tiny, dtype, repeats) for name, dtype in cases},
             "switch": switch(write(folder / "deep", SMALL if options.quick else DEEP, "float32"), folder, repeats * 5),
             "commit": demo.commit(),
             **demo.provenance(),
         }
+    found["targets"] = targets(found)
     print(tables(found))
     if options.output:
         options.output.write_text(json.dumps(found, indent=2) + "\n")
     return found
 
 
-def write(folder: Path, shape: dict[str, int], dtype: str) -> tuple[Path, Path]:
-    """A random Llama and an organ of three of its layers, as folders."""
+def write(folder: Path, shape: dict[str, int], dtype: str) -> Folders:
+    """A random Llama, with an organ of three of its layers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape, **HEADS, tie_word_embeddings=True)).to(getattr(torch, dtype))
     model.save_pretrained(folder)
-    return folder, write_organ(folder)
+    return write_organ(folder)
 
 
-def write_organ(folder: Path) -> Path:
-    """Three layers of a base from its upper half, beside it."""
+def write_organ(base: Path) -> Folders:
+    """Three layers of a base from its upper half, beside it, and the base with them."""
     from transformers import AutoConfig
 
-    from not_hf import DonorModel
+    from not_hf import DonorModel, TransplantedForCausalLM
 
-    middle = AutoConfig.from_pretrained(folder).num_hidden_layers // 2
-    organ = folder.with_name(f"{folder.name}-organ")
-    DonorModel.from_base(folder, (middle, middle + 3) if middle > 2 else (1, 3)).save_pretrained(organ)
-    return organ
+    middle = AutoConfig.from_pretrained(base).num_hidden_layers // 2
+    organ, native = (base.with_name(f"{base.name}-{kind}") for kind in ("organ", "native"))
+    DonorModel.from_base(base, (middle, middle + 3) if middle > 2 else (1, 3)).save_pretrained(organ)
+    TransplantedForCausalLM.from_pretrained(base, organ).merge_and_unload().save_pretrained(native)
+    return Folders(base, organ, native)
 
 
 def turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -118,13 +129,13 @@ def paired(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def decode(base: Path, organ: Path, num_tokens: int, repeats: int) -> dict[str, float]:
+def decode(folders: Folders, num_tokens: int, repeats: int) -> dict[str, float]:
     """Greedy decoding with a cache, batch 1: transplanted against merged."""
     import torch
 
     from not_hf import TransplantedForCausalLM
 
-    model = TransplantedForCausalLM.from_pretrained(base, organ)
+    model = TransplantedForCausalLM.from_pretrained(folders.base, folders.organ)
     merged = copy.deepcopy(model).merge_and_unload()
     ids = torch.arange(5, 37)[None]  # (batch=1, seq=32)
     options = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False, "pad_token_id": 0}
@@ -136,9 +147,9 @@ def decode(base: Path, organ: Path, num_tokens: int, repeats: int) -> dict[str, 
     return {**speed, "ratio": paired(seconds["merged"], seconds["transplanted"])}
 
 
-def load(model: tuple[Path, Path], tiny: tuple[Path, Path], dtype: str, repeats: int) -> dict[str, float]:
-    """Seconds and peak memory of both ways, each in fresh processes, turn and turn about."""
-    ways: dict[str, list[dict[str, float]]] = {"base": [], "transplanted": []}
+def load(model: Folders, tiny: Folders, dtype: str, repeats: int) -> dict[str, float]:
+    """Seconds and peak memory of the three ways, each in fresh processes, turn and turn about."""
+    ways: dict[str, list[dict[str, float]]] = {"base": [], "native": [], "transplanted": []}
     for _ in range(repeats):
         for way, runs in ways.items():
             command = [sys.executable, __file__, "--load", way, dtype, *map(str, (*model, *tiny))]
@@ -146,52 +157,55 @@ def load(model: tuple[Path, Path], tiny: tuple[Path, Path], dtype: str, repeats:
             if done.returncode:
                 raise RuntimeError(f"loading {way} failed:\n{done.stderr}")
             runs.append(json.loads(done.stdout))
-    seconds = {way: [run["seconds"] for run in runs] for way, runs in ways.items()}
-    growth = {way: statistics.median(run["memory_growth"] for run in runs) for way, runs in ways.items()}
-    size = ways["transplanted"][0]["bytes"]
+    every = {key: {way: [run[key] for run in runs] for way, runs in ways.items()} for key in ways["base"][0]}
+    medians = {key: {way: statistics.median(values) for way, values in each.items()} for key, each in every.items()}
+    ratios = {
+        f"{key}_per_{other}": paired(every[key]["transplanted"], every[key][other])
+        for key in ("seconds", "seconds_until_read")
+        for other in ("base", "native")
+    }
+    growth, size = medians["memory_growth"], medians["bytes"]
     return {
-        **{f"{way}_seconds": statistics.median(times) for way, times in seconds.items()},
-        **{f"{way}_memory_growth": value for way, value in growth.items()},
-        "base_bytes": ways["base"][0]["bytes"],
-        "bytes": size,
-        "time_ratio": paired(seconds["transplanted"], seconds["base"]),
-        "memory_ratio": growth["transplanted"] / (growth["base"] + size - ways["base"][0]["bytes"]),
+        **{f"{way}_{key}": value for key, each in medians.items() for way, value in each.items()},
+        **ratios,
+        "memory_ratio": growth["transplanted"] / (growth["base"] + size["transplanted"] - size["base"]),
     }
 
 
-def load_once(way: str, dtype: str, base: str, organ: str, tiny_base: str, tiny_organ: str) -> dict[str, float]:
-    """Load a tiny model, then the real one. Sizes in bytes."""
+def load_once(way: str, dtype: str, *folders: str) -> dict[str, float]:
+    """Load a tiny model, then the real one, and read its weights. Sizes in bytes."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from not_hf import TransplantedForCausalLM
 
-    def loaded(base: str, organ: str) -> Any:
-        if way == "base":
-            return AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-        return TransplantedForCausalLM.from_pretrained(base, organ, dtype=getattr(torch, dtype))
+    def loaded(base: str, organ: str, native: str) -> Any:
+        if way == "transplanted":
+            return TransplantedForCausalLM.from_pretrained(base, organ, dtype=getattr(torch, dtype))
+        return AutoModelForCausalLM.from_pretrained(base if way == "base" else native, dtype=getattr(torch, dtype))
 
-    loaded(tiny_base, tiny_organ)
+    loaded(*folders[3:])
     before, start = reset_peak(), time.perf_counter()
-    model = loaded(base, organ)
+    model = loaded(*folders[:3])
     seconds = time.perf_counter() - start
-    for parameter in model.parameters():  # a load maps what it need not convert: have it read
+    for parameter in model.parameters():
         torch.aminmax(parameter)
     return {
         "seconds": seconds,
+        "seconds_until_read": time.perf_counter() - start,
         "memory_growth": memory("VmHWM") - before,
         "bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
     }
 
 
-def switch(model: tuple[Path, Path], scratch: Path, repeats: int) -> dict[str, Any]:
+def switch(model: Folders, scratch: Path, repeats: int) -> dict[str, Any]:
     """Seconds to change what is active, with organs and with PEFT's LoRA adapters, turn and turn about."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
     from not_hf import TransplantedForCausalLM
 
-    base, organ = model
+    base, organ, _ = model
     ours = TransplantedForCausalLM.from_pretrained(base, organ, donor_name="a")
     ours.load_donor(organ, "b", position=2)
     ours.load_donor(organ, "c", position=8)
@@ -243,6 +257,30 @@ def switch(model: tuple[Path, Path], scratch: Path, repeats: int) -> dict[str, A
     }
 
 
+def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was asked for and what was found, of several cases the worst one."""
+    loads, switches = found["load"], found["switch"]["seconds"]
+
+    def worst(key: str) -> tuple[str, float]:
+        name = max(loads, key=lambda name: loads[name][key])
+        return name, loads[name][key]
+
+    slowest = max(("set_donor", "set_donor, three", "disable_donors"), key=lambda name: switches[name])
+    rows: list[tuple[str, str, float, str, float]] = [
+        ("decoding speed / native", next(iter(loads)).split()[0], found["decode"]["ratio"], ">=", 0.99),
+        ("load time / base", *worst("seconds_per_base"), "<=", 1.10),
+        ("load memory / (base + organ)", *worst("memory_ratio"), "<=", 1.05),
+        ("switch, ms", slowest, 1e3 * switches[slowest], "<=", 5.0),
+    ]
+    return [
+        {
+            **{"what": what, "case": case, "found": value, "target": f"{sign} {bound:.2f}"},
+            "holds": value >= bound if sign == ">=" else value <= bound,
+        }
+        for what, case, value, sign, bound in rows
+    ]
+
+
 def tables(found: dict[str, Any]) -> str:
     """The numbers as Markdown."""
     speed = found["decode"]
@@ -250,16 +288,22 @@ def tables(found: dict[str, Any]) -> str:
         f"Decoding: {speed['transplanted_tokens_per_second']:.1f} tokens/s transplanted, "
         f"{speed['merged_tokens_per_second']:.1f} merged; ratio {speed['ratio']:.3f}",
         "",
-        "| loading | base, s | with organ, s | ratio | weights, MB | peak growth / (that of the base + organ) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| loading | base, s | native, as many layers, s | with organ, s | / base | / native "
+        "| weights, MB | peak growth / (that of the base + organ) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    lines += [
-        f"| {name} | {each['base_seconds']:.3f} | {each['transplanted_seconds']:.3f} | {each['time_ratio']:.2f} "
-        f"| {each['bytes'] / 1e6:,.0f} | {each['memory_ratio']:.3f} |"
-        for name, each in found["load"].items()
-    ]
+    for name, each in found["load"].items():
+        for key, row in (("seconds", name), ("seconds_until_read", "… and every weight read")):
+            times = " | ".join(f"{each[f'{way}_{key}']:.3f}" for way in ("base", "native", "transplanted"))
+            ratios = " | ".join(f"{each[f'{key}_per_{other}']:.2f}" for other in ("base", "native"))
+            memory = f"{each['transplanted_bytes'] / 1e6:,.0f} | {each['memory_ratio']:.3f}" if row != name else " | "
+            lines.append(f"| {row} | {times} | {ratios} | {memory} |")
     lines += ["", f"| on {found['switch']['num_layers']} layers | ms |", "| --- | ---: |"]
     lines += [f"| `{name}` | {1e3 * seconds:.2f} |" for name, seconds in found["switch"]["seconds"].items()]
+    lines += ["", "| target | | found, at worst | holds |", "| --- | ---: | ---: | --- |"]
+    for each in found["targets"]:
+        holds = "yes" if each["holds"] else "no"
+        lines.append(f"| {each['what']} | {each['target']} | {each['found']:.3f} ({each['case']}) | {holds} |")
     return "\n".join(lines)
 
 

@@ -462,11 +462,11 @@ def _index_holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _scalars(module: nn.Module) -> dict[str, Any]:
-    values = vars(module)
     return {
-        key: values[key]
-        for key in values.keys() - _NOT_DERIVED
-        if isinstance(values[key], (bool, int, float, str, tuple, type(None)))
+        key: value
+        for key, value in vars(module).items()
+        if key not in _NOT_DERIVED
+        and isinstance(value, (bool, int, float, str, tuple, type(None)))
         and "dropout" not in key
         and not (key == "p" and isinstance(module, nn.Dropout))  # training alone
         and not key.startswith(("_is_hf", "_version", "_output_capturing", "call_super_init", "dump_patches"))

@@ -59,10 +59,11 @@ class View:
         if _identity(self.path) != self.identity:
             raise CorruptDonorError(f"{self.path} was written to while it was read; try again")
         # a private copy, page by page, of what is written to; it keeps no file open
-        raw = torch.from_file(self.path, shared=False, size=self.end, dtype=torch.uint8)[self.start :]
+        mapped = torch.from_file(self.path, shared=False, size=self.end, dtype=torch.uint8).untyped_storage()
+        own = mapped[self.start :]  # by the size of its storage a tensor weighs when it is saved in shards
         if self.start % dtype.itemsize:  # such files exist; views of them do not
-            raw = raw.clone()
-        return raw.view(dtype).reshape(self.shape)[index]
+            own = own.clone()
+        return torch.empty(0, dtype=dtype, device="cpu").set_(own).reshape(self.shape)[index]
 
 
 Handle = TypeVar("Handle")  # what stands for a file: its local path, or a file on the Hub

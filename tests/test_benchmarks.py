@@ -45,7 +45,11 @@ def test_runtime(tmp_path):
     assert "| `set_donor` |" in printed
     assert found["decode"]["ratio"] > 0.5
     (loading,) = found["load"].values()
-    assert loading["memory_ratio"] < 1.2 and loading["time_ratio"] < 5
+    assert loading["memory_ratio"] < 1.2 and loading["seconds_per_base"] < 5
+    assert loading["native_bytes"] == loading["transplanted_bytes"] > loading["base_bytes"]
+    assert all(loading[f"{way}_seconds_until_read"] > loading[f"{way}_seconds"] for way in ("base", "transplanted"))
+    assert [each["target"] for each in found["targets"]] == [">= 0.99", "<= 1.10", "<= 1.05", "<= 5.00"]
+    assert all(f"| {each['what']} | {each['target']} |" in printed for each in found["targets"])
     seconds = found["switch"]["seconds"]
     assert max(seconds["set_donor"], seconds["disable_donors"]) < 0.03
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections import deque
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from not_hf import (
     IncompatibleDonorError,
     NotHFError,
     TransplantedForCausalLM,
+    anatomy,
     check_compatibility,
     splice,
 )
@@ -368,6 +370,43 @@ def test_values_that_the_recipients_dtype_cannot_hold_are_refused(value, token_i
     with pytest.raises(CorruptDonorError, match=r"non-finite values in layer 0 mlp.up_proj.weight as torch.float16"):
         TransplantedForCausalLM.from_pretrained(model, donor)
     assert type(model) is LlamaForCausalLM and torch.equal(logits(model, token_ids), before)
+
+
+def test_values_from_a_file_are_checked_again_in_the_dtypes_they_end_up_in(tmp_path):
+    """A file is read in one dtype; where the recipient has others, what was finite need not stay so."""
+    donor = copy.deepcopy(A)
+    donor.stack.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
+    donor.save_pretrained(tmp_path)
+    model = tiny_model("llama").half()
+    for layer in model.model.layers:
+        layer.self_attn.float()
+    with pytest.raises(CorruptDonorError, match=r"non-finite values in layer 0 mlp.up_proj.weight as torch.float16"):
+        TransplantedForCausalLM.from_pretrained(model, tmp_path)
+    assert type(model) is LlamaForCausalLM
+
+
+def test_a_load_reads_each_tensor_of_an_organ_once_and_builds_two_twins(tmp_path, monkeypatch):
+    """What a load costs beside its layers: base and spliced model on the meta device, one look at each value."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    DonorModel.from_base(tmp_path / "base", (1, 3)).save_pretrained(tmp_path / "organ")
+    twins, read = [], []
+    build, aminmax = anatomy.build, torch.aminmax
+    monkeypatch.setattr(anatomy, "_twins", deque(maxlen=4))
+    monkeypatch.setattr(anatomy, "build", lambda make, config: twins.append(config) or build(make, config))
+    monkeypatch.setattr(torch, "aminmax", lambda tensor: read.append(tensor) or aminmax(tensor))
+    model = TransplantedForCausalLM.from_pretrained(tmp_path / "base", tmp_path / "organ")
+    assert sorted(config.num_hidden_layers for config in twins) == [4, 6]
+    assert len(read) == sum(1 for layer in model.model.layers[3:5] for _ in layer.parameters())
+
+
+def test_an_organ_is_sharded_by_its_own_size_wherever_it_was_cut(tmp_path):
+    """Tensors that are mapped from a file of the base do not weigh as much as that file."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    donor = DonorModel.from_base(tmp_path / "base", (2, 4))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in donor.parameters())
+    for limit, whole in ((size, True), (size // 2, False)):
+        donor.save_pretrained(tmp_path / f"{limit}", max_shard_size=limit)
+        assert (tmp_path / f"{limit}" / "model.safetensors").exists() == whole
 
 
 def test_an_organ_is_saved_with_the_recipient_it_was_used_in(token_ids, tmp_path):
