@@ -35,7 +35,8 @@ def test_extract(tmp_path):
     assert ways["range"]["organ_bytes"] > 60e6
     assert 1 <= ways["range"]["bytes_per_organ_byte"] <= 1.02
     assert ways["again"]["bytes_served"] < 5_000  # the commit that the branch is at
-    assert all(ways[way]["memory_per_organ_byte"] <= 1.2 for way in ("range", "again", "folder"))
+    # 1.00 in the full run; in an organ of this size connections and buffers weigh up to 0.2
+    assert all(ways[way]["memory_per_organ_byte"] <= 1.3 for way in ("range", "again", "folder"))
     assert ways["whole"]["bytes_per_organ_byte"] > 2
 
 

@@ -140,7 +140,8 @@ def test_dropout_of_the_organ_stays_and_that_below_it_is_off(tmp_path):
 
 
 def test_padding_on_the_right_is_not_kept(tmp_path):
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.padding_side = "right"
     texts = [{"input_ids": each["input_ids"][: 4 + n].tolist()} for n, each in enumerate(rows())]
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -433,8 +434,9 @@ _KILLED = """
 import sys, time
 from pathlib import Path
 import test_donor_trainer as t
+from transformers import TrainerCallback
 
-class Slow(t.TrainerCallback):
+class Slow(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         print("step", state.global_step, flush=True)
         time.sleep(0.05)
