@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples")]
@@ -14,10 +14,19 @@ import demo  # noqa: E402 (the Bible, and how a file of a package is found)
 
 
 def medical_codes() -> list[str]:
-    """ICD-10-CM: a document for each category (three characters), a code and its meaning in each line."""
-    file = demo.package_file("simple-icd-10-cm", "code-list-April-2026.txt")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return ["\n".join(lines) for _, lines in itertools.groupby(lines, key=lambda line: line[:3])]
+    """ICD-10-CM: a document for each category; in a line each a code with its meaning, and the notes below it."""
+    file = demo.package_file("simple-icd-10-cm", "icd10c-tabular-April-1-2026.xml")
+
+    def lines(entry: ElementTree.Element) -> Iterator[str]:
+        yield f"{entry.findtext('name')} {entry.findtext('desc')}"
+        for part in entry:
+            if part.tag == "diag":
+                yield from lines(part)
+            else:
+                yield from (f"- {note.text}" for note in part.iter("note"))
+
+    categories = ElementTree.parse(file).getroot().iterfind("chapter/section/diag")
+    return ["\n".join(lines(category)) for category in categories]
 
 
 def summaries(language: str) -> list[str]:

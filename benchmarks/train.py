@@ -2,28 +2,34 @@
 
     python benchmarks/train.py            # three domains, two seeds: hours on two cores (make bench-train)
     python benchmarks/train.py --quick    # one domain, one seed, ten minutes
+    python benchmarks/train.py --long     # ten times the tokens: one domain, one seed, LoRA and one organ
     python benchmarks/train.py --smoke    # a small random model, for the test suite
 
 Every method first searches its learning rate on the first domain, with other held-out text than it is measured on.
 Then, for each domain and seed, LoRA of rank 16 makes one pass over the training blocks; every other method makes as
 many steps as fit into the seconds that took, going over the same blocks again where it is faster. Held-out perplexity
 of the domain and of a general text (English encyclopedia) is taken on the way, and its time left out. Each run is a
-process of its own, turn and turn about. Reported: tokens/s, peak memory, file size, both perplexities at the end, and
-the share of LoRA's seconds after which a method is first where LoRA ends.
+process of its own; a seed's runs go turn and turn about, and seeds side by side, with an equal share of the cores.
+Reported: tokens/s, peak memory, file size, both perplexities at the end, and the share of LoRA's seconds after which a
+method is first where LoRA ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +41,34 @@ sys.path[:0] = [str(ROOT / "examples")]
 REFERENCE = "LoRA, r = 16"
 # learning rates that are tried
 METHODS: dict[str, tuple[float, ...]] = {
-    REFERENCE: (5e-4, 1e-3, 2e-3),
+    REFERENCE: (1e-3, 2e-3, 4e-3),
     "LoRA, r = 64": (5e-4, 1e-3, 2e-3),
-    "full": (1e-4, 3e-4),
-    "expansion": (5e-4, 1e-3),
+    "full": (1e-4, 2e-4, 4e-4),
+    "expansion": (5e-4, 1e-3, 2e-3),
     "organ, 3 upper layers": (5e-4, 1e-3, 2e-3),
-    "organ, 3 upper layers, Muon": (1e-3, 2e-3),
-    "organ, 8 middle layers": (3e-4, 6e-4),
-    "organ, 8 middle layers, Muon": (5e-4, 1e-3),
+    "organ, 8 middle layers": (2e-4, 4e-4, 8e-4),
 }
-QUICK_METHODS = (REFERENCE, "organ, 3 upper layers", "organ, 8 middle layers")
+SHORT: dict[str, list[str]] = {  # sizes that do not try all methods
+    "quick": [REFERENCE, "organ, 3 upper layers", "organ, 8 middle layers"],
+    "long": [REFERENCE, "organ, 8 middle layers"],
+    "smoke": [REFERENCE, "organ, 3 upper layers", "organ, 8 middle layers"],
+}
+QUICK = {"domains": ["kjv"], "seeds": 1, "steps": 24, "search": 0, "batch": 4, "block": 128, "measures": 4, "held": 10}
 SIZES: dict[str, dict[str, Any]] = {
-    "full": {
-        "domains": ["kjv", "icd10", "french"],
-        "seeds": 2,
-        "steps": 60,
-        "search": 20,
-        "batch": 4,
-        "block": 128,
-        "fork": True,
-    },
-    "quick": {"domains": ["kjv"], "seeds": 1, "steps": 24, "search": 0, "batch": 4, "block": 128, "fork": True},
-    "smoke": {"domains": ["kjv"], "seeds": 1, "steps": 4, "search": 2, "batch": 2, "block": 32, "fork": False},
+    "full": {**QUICK, "domains": ["kjv", "icd10", "french"], "seeds": 2, "steps": 32, "search": 16},
+    "quick": QUICK,
+    "long": {**QUICK, "steps": 320, "measures": 10},
+    "smoke": {**QUICK, "steps": 4, "search": 2, "batch": 2, "block": 32},
 }
-HELD_BLOCKS, NUM_MEASURES = 24, 8
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Search rates, train, compare, print the tables, write the numbers and the picture."""
     parser = argparse.ArgumentParser(description="Organs against other ways of fine-tuning.")
     parser.add_argument("--quick", action="store_true", help="one domain, one seed, ten minutes")
+    parser.add_argument("--long", action="store_true", help="ten times the tokens; one domain, one seed, two methods")
     parser.add_argument("--smoke", action="store_true", help="a small random model, for the test suite")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; quick: three")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; in the other forms two or three")
     parser.add_argument("--domains", nargs="+", choices=[name for name in TEXTS if name != "english"])
     parser.add_argument("--output", type=Path, help="JSON file for the numbers; the picture goes beside it")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
@@ -77,25 +79,36 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         return {}
     import demo  # the commit, versions and hardware, as in its own results
 
-    name = "quick" if options.quick else "smoke" if options.smoke else "full"
+    name = next((form for form in SHORT if getattr(options, form)), "full")
     size, commit = SIZES[name], demo.commit()
-    methods = options.methods or (list(METHODS) if name == "full" else list(QUICK_METHODS))
+    methods = options.methods or SHORT.get(name) or list(METHODS)
     methods = [REFERENCE, *(method for method in methods if method != REFERENCE)]
-    with tempfile.TemporaryDirectory() as scratch:
+    domains = options.domains or size["domains"]
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(size["seeds"]) as pool:
         base = small_base(Path(scratch)) if options.smoke else demo.unpack_base(options.cache)
-        result: dict[str, Any] = {"size": {**size, "name": name}, "rates": {}, "runs": []}
-        run = Runner(str(base), size, Path(scratch))
-        for domain in options.domains or size["domains"]:
-            for seed in range(size["seeds"]):
-                for method in methods:
-                    if method not in result["rates"]:
-                        result["rates"][method] = search(run, method, domain)
-                    rate = result["rates"][method]["chosen"]
-                    result["runs"].append(run(method, domain, seed, rate))
-                    result |= {"commit": commit, **demo.provenance()}
-                    print(line(result["runs"][-1]), file=sys.stderr, flush=True)
+        run = Runner(str(base), size, in_process=options.smoke)
+        rates = search(run, pool, methods, domains[0])
+        steps = dict(zip(methods, pool.map(functools.partial(run.probe, domain=domains[0]), methods), strict=True))
+        result: dict[str, Any] = {"size": {**size, "name": name}, "rates": rates, "step_seconds": steps, "runs": []}
+
+        writing = threading.Lock()
+
+        def series(domain: str, seed: int) -> None:
+            """All methods in turn, as long as LoRA took."""
+            seconds = 0.0
+            for method in methods:
+                found = run(method, domain, seed, rates[method]["chosen"], run.fitting(seconds, steps[method]))
+                seconds = seconds or found["seconds"]
+                with writing:
+                    result["runs"].append(found)
+                    print(line(found), file=sys.stderr, flush=True)
                     if options.output:
                         options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+        for domain in domains:
+            list(pool.map(functools.partial(series, domain), range(size["seeds"])))
+            result |= {"commit": commit, **demo.provenance()}
+    result["runs"].sort(key=lambda run: (domains.index(run["domain"]), methods.index(run["method"]), run["seed"]))
     compare(result["runs"])
     print(tables(result))
     if options.output:
@@ -105,51 +118,55 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 class Runner:
-    """Starts runs in processes of their own, and remembers how long LoRA took and how fast each method steps."""
+    """Starts runs, each in a process of its own that has an equal share of the cores."""
 
-    def __init__(self, base: str, size: dict[str, Any], scratch: Path) -> None:
-        self.base, self.size, self.scratch = base, size, scratch
-        self.seconds = 0.0  # of LoRA on the same domain and seed
-        self.per_step: dict[str, float] = {}
+    def __init__(self, base: str, size: dict[str, Any], in_process: bool) -> None:
+        self.base, self.size, self.in_process = base, size, in_process
 
-    def __call__(self, method: str, domain: str, seed: int, rate: float, search: bool = False) -> dict[str, Any]:
-        """One run; as long as LoRA took, unless the rate is searched for."""
-        steps = self.size["search"] if search else self.size["steps"]
-        if not search and method != REFERENCE:
-            steps = max(2, round(self.seconds / self._seconds_per_step(method, domain, rate)))
-        found = self._start(method, domain, seed, rate, steps, search)
-        if not search and method == REFERENCE:
-            self.seconds = found["seconds"]
-        return found
-
-    def _seconds_per_step(self, method: str, domain: str, rate: float) -> float:
-        """Measured once for each method, on a few blocks, with what it keeps on disk warm: seen again and again."""
-        if method not in self.per_step:
-            self.per_step[method] = self._start(method, domain, 0, rate, 6, True, epoch=2)["seconds_per_step"]
-        return self.per_step[method]
-
-    def _start(
-        self, method: str, domain: str, seed: int, rate: float, steps: int, choosing: bool, epoch: int | None = None
+    def __call__(
+        self, method: str, domain: str, seed: int, rate: float, steps: int, epoch: int | None = None, **options: Any
     ) -> dict[str, Any]:
+        """One run; `options` are those of `train_once`."""
         given = {"base": self.base, "method": method, "domain": domain, "seed": seed, "rate": rate, "steps": steps}
-        given |= {key: self.size[key] for key in ("batch", "block")}
-        given |= {"epoch": epoch or self.size["steps"], "choosing": choosing}
-        if not self.size["fork"]:
+        given |= {key: self.size[key] for key in ("batch", "block", "measures", "held")}
+        given |= {"epoch": epoch or self.size["steps"], **options}
+        if self.in_process:
             return train_once(**given)
         command = [sys.executable, __file__, "--run", json.dumps(given)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        threads = str(max(1, (os.cpu_count() or 1) // self.size["seeds"]))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"{method} on {domain} failed:\n{done.stderr}")
         return json.loads(done.stdout.splitlines()[-1])
 
+    def probe(self, method: str, domain: str) -> dict[str, float]:
+        """Seconds of a step, on blocks that are new and on those that were seen before."""
+        at = self(method, domain, 0, 1e-4, 8, epoch=4, measures=0)["step_ends"]
+        steps = [later - earlier for earlier, later in itertools.pairwise(at)]  # without the first, which sets up
+        return {"new": statistics.median(steps[:3]), "seen": statistics.median(steps[3:])}
 
-def search(run: Runner, method: str, domain: str) -> dict[str, Any]:
-    """The rate with the least loss on text set aside for choosing."""
-    rates = METHODS[method]
+    def fitting(self, seconds: float, step: dict[str, float]) -> int:
+        """Steps that fit into `seconds`; 0: one pass over the blocks."""
+        once = self.size["steps"]
+        new = once if not seconds else min(once, seconds / step["new"])
+        seen = max(0.0, seconds - new * step["new"]) / step["seen"]
+        return max(2, round(new + seen))
+
+
+def search(run: Runner, pool: ThreadPoolExecutor, methods: list[str], domain: str) -> dict[str, dict[str, Any]]:
+    """For each method the rate with the least loss on text set aside for choosing."""
+
+    def try_out(method: str, rate: float) -> float:
+        steps = run.size["search"]
+        return run(method, domain, 0, rate, steps, measures=1, part="choose")["curve"][-1]["domain"]
+
     if not run.size["search"]:
-        return {"chosen": rates[len(rates) // 2], "searched": {}}
-    found = {rate: run(method, domain, 0, rate, search=True)["curve"][-1]["domain"] for rate in rates}
-    return {"chosen": min(found, key=found.__getitem__), "searched": found}
+        return {method: {"chosen": METHODS[method][1], "searched": {}} for method in methods}
+    pairs = [(method, rate) for method in methods for rate in METHODS[method]]
+    losses = dict(zip(pairs, pool.map(lambda pair: try_out(*pair), pairs), strict=True))
+    found = {method: {rate: losses[method, rate] for rate in METHODS[method]} for method in methods}
+    return {method: {"chosen": min(each, key=each.__getitem__), "searched": each} for method, each in found.items()}
 
 
 def small_base(folder: Path) -> Path:
@@ -174,13 +191,15 @@ def small_base(folder: Path) -> Path:
 
 def train_once(
     base: str, method: str, domain: str, seed: int, rate: float, steps: int, batch: int, block: int, epoch: int,
-    choosing: bool,
+    measures: int, held: int, part: str = "test",
 ) -> dict[str, Any]:  # fmt: skip
     """Train, measuring on the way.
 
     Args:
         epoch: Steps in which all training blocks are seen once.
-        choosing: Measure on the text that rates are chosen by.
+        measures: How often losses are taken, beside the start.
+        held: Blocks of the domain and of the control they are taken on.
+        part: The held-out text: what rates are chosen by, or what is reported.
     """
     import torch
     from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, default_data_collator
@@ -188,13 +207,14 @@ def train_once(
     tokenizer = AutoTokenizer.from_pretrained(base)
     blocks = {
         "train": read_blocks(domain, tokenizer, block, epoch * batch, part="train", seed=seed),
-        "domain": read_blocks(domain, tokenizer, block, HELD_BLOCKS, part="choose" if choosing else "test"),
-        "control": read_blocks("english", tokenizer, block, HELD_BLOCKS, part="test"),
+        "domain": read_blocks(domain, tokenizer, block, held, part=part),
+        "control": read_blocks("english", tokenizer, block, held, part="test"),
     }
     before = reset_peak()  # all that is imported is there; weights count, mapped ones as far as they are read
     torch.manual_seed(seed)
     model, trainer_class, options = prepare(method, base)
     curve: list[dict[str, float]] = []
+    step_ends: list[float] = []
 
     class Measure(TrainerCallback):
         """Notes losses, and when they were reached; what measuring takes does not count."""
@@ -203,18 +223,20 @@ def train_once(
             self.start, self.spent = 0.0, 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.note(0)
+            if measures > 1:
+                self.note(0)
             self.start, self.spent = time.perf_counter(), 0.0
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if (state.global_step * NUM_MEASURES) // steps > ((state.global_step - 1) * NUM_MEASURES) // steps:
-                self.note(state.global_step)
+            step = state.global_step
+            step_ends.append(time.perf_counter() - self.start - self.spent)
+            if (step * measures) // steps > ((step - 1) * measures) // steps:
+                self.note(step)
 
         def note(self, step: int) -> None:
             begun = time.perf_counter()
-            losses = {name: loss(model, blocks[name]) for name in ("domain", "control")}
-            seconds = begun - self.start - self.spent if step else 0.0
-            curve.append({"step": step, "seconds": seconds, **losses})
+            losses = {name: loss(model, blocks[name]) for name in ("domain", "control") if measures}
+            curve.append({"step": step, "seconds": step_ends[-1] if step else 0.0, **losses})
             self.spent += time.perf_counter() - begun
 
     with tempfile.TemporaryDirectory() as folder:
@@ -237,19 +259,17 @@ def train_once(
         if "prefix_dir" in options:
             options["prefix_dir"] = Path(folder, "prefixes")
         rows = [{"input_ids": row, "labels": row} for row in blocks["train"]]
-        trainer = trainer_class(
-            model, arguments, default_data_collator, rows, callbacks=[watch := Measure()], **options
-        )
+        trainer = trainer_class(model, arguments, default_data_collator, rows, callbacks=[Measure()], **options)
         trainer.train()
         peak = memory("VmHWM") - before
         model.save_pretrained(Path(folder, "saved"))
         size = sum(file.stat().st_size for file in Path(folder, "saved").glob("*.safetensors"))
-    del watch
-    seconds = curve[-1]["seconds"]
-    warm = curve[len(curve) // 2 :]
+    seconds = step_ends[-1]
+    each = [later - earlier for earlier, later in itertools.pairwise(step_ends)]
+    each = each[epoch:] or each  # on blocks that were seen before, if there are such steps
     return {
         "method": method, "domain": domain, "seed": seed, "rate": rate, "steps": steps, "seconds": seconds,
-        "seconds_per_step": (warm[-1]["seconds"] - warm[0]["seconds"]) / max(1, warm[-1]["step"] - warm[0]["step"]),
+        "seconds_per_step": statistics.median(each), "step_ends": step_ends,
         "tokens_per_second": steps * batch * block / seconds,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "file_bytes": size, "peak_bytes": peak, "curve": curve,
@@ -311,8 +331,7 @@ def prepare(method: str, base: str) -> tuple[Any, Any, dict[str, Any]]:
     upper, middle = (first, first + 3), (round(total * 8 / 30), round(total * 16 / 30))
     donor = DonorModel.from_base(model, upper if "upper" in method else middle, mode="replace")
     model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
-    optimizer = {"optimizer": "muon"} if method.endswith("Muon") else {}
-    return model, DonorTrainer, {"cache_prefix": True, "prefix_dir": None, **optimizer}
+    return model, DonorTrainer, {"cache_prefix": True, "prefix_dir": None}
 
 
 # ---------------------------------------------------------------- comparing
@@ -326,6 +345,7 @@ def compare(runs: list[dict[str, Any]]) -> None:
         goal = reference["curve"][-1]["domain"]
         run["time_to_reference"] = time_to(run["curve"], goal) / reference["seconds"]  # inf: never
         run["steps_per_second_ratio"] = reference["seconds_per_step"] / run["seconds_per_step"]
+        run["seconds_ratio"] = run["seconds"] / reference["seconds"]
         run["memory_ratio"] = run["peak_bytes"] / reference["peak_bytes"]
         run["time_to_reference"] = None if math.isinf(run["time_to_reference"]) else run["time_to_reference"]
 
@@ -357,9 +377,9 @@ def tables(result: dict[str, Any]) -> str:
             f"{domain}: perplexity of the base {math.exp(start['domain']):.2f}, "
             f"of the control {math.exp(start['control']):.2f}",
             "",
-            "| method | rate | trained | file, MB | tokens/s | steps/s ÷ LoRA's | peak memory ÷ LoRA's | domain "
-            "| control | time to LoRA's end ÷ LoRA's time |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| method | rate | trained | file, MB | steps | time ÷ LoRA's | tokens/s | steps/s ÷ LoRA's "
+            "| peak memory ÷ LoRA's | domain | control | time to LoRA's end ÷ LoRA's time |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for method in dict.fromkeys(run["method"] for run in here):
             mine = [run for run in here if run["method"] == method]
@@ -374,6 +394,8 @@ def tables(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {method} | {mine[0]['rate']:g} | {mine[0]['trained'] / 1e6:.1f} M "
                 f"| {mine[0]['file_bytes'] / 1e6:.1f} "
+                f"| {mean(lambda run: run['steps'], '.0f')} "
+                f"| {mean(lambda run: run['seconds_ratio'], '.2f')} "
                 f"| {mean(lambda run: run['tokens_per_second'], '.0f')} "
                 f"| {mean(lambda run: run['steps_per_second_ratio'], '.2f')} "
                 f"| {mean(lambda run: run['memory_ratio'], '.2f')} "
