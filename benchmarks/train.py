@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--smoke", action="store_true", help="a small random model, for the test suite")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; in the other forms two or three")
     parser.add_argument("--domains", nargs="+", choices=[name for name in TEXTS if name != "english"])
+    parser.add_argument("--rates", type=Path, help="JSON file of an earlier run: take the rates that it searched")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers; the picture goes beside it")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a process of its own
@@ -87,7 +88,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(size["seeds"]) as pool:
         base = small_base(Path(scratch)) if options.smoke else demo.unpack_base(options.cache)
         run = Runner(str(base), size, in_process=options.smoke)
-        rates = search(run, pool, methods, domains[0])
+        rates = json.loads(options.rates.read_text())["rates"] if options.rates else {}
+        rates |= search(run, pool, [method for method in methods if method not in rates], domains[0])
         steps = dict(zip(methods, pool.map(functools.partial(run.probe, domain=domains[0]), methods), strict=True))
         result: dict[str, Any] = {"size": {**size, "name": name}, "rates": rates, "step_seconds": steps, "runs": []}
 

@@ -61,16 +61,19 @@ class _SummedLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(learns):
                 states = hidden[part].detach().requires_grad_(learns)
-                logits = head(states).float()
-                loss = functional.cross_entropy(logits, labels[part], reduction="sum", ignore_index=IGNORED)
-                if base is not None:
-                    with torch.no_grad():
-                        expected = functional.log_softmax(head(base[part]).float(), -1)
-                    found = functional.log_softmax(logits, -1)
-                    loss = loss + kl_weight * functional.kl_div(found, expected, reduction="sum", log_target=True)
-            total += loss.detach()
-            if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(loss, states)
+                logits = head(states)  # (chunk, vocab)
+            found = functional.log_softmax(logits.detach().float(), -1)
+            total += functional.nll_loss(found, labels[part], reduction="sum", ignore_index=IGNORED)
+            expected = None
+            if base is not None:
+                expected = functional.log_softmax(head(base[part]).float(), -1)
+                total += kl_weight * functional.kl_div(found, expected, reduction="sum", log_target=True)
+            if gradient is not None:  # of the loss with respect to logits: what is predicted less what should be
+                error = found.exp_()
+                if expected is not None:
+                    error.mul_(1 + kl_weight).sub_(expected.exp_(), alpha=kl_weight)
+                error.scatter_add_(-1, labels[part, None], error.new_full((len(error), 1), -1.0))
+                (gradient[part],) = torch.autograd.grad(logits, states, error.to(logits.dtype))
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

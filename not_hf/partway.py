@@ -117,7 +117,7 @@ class Partway:
         """
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         with self.running_from(len(self.stack.layers), hidden[None]):
-            return self.model(input_ids=ids, use_cache=False).logits[0]
+            return self.model(input_ids=ids, use_cache=False).logits.squeeze(0)
 
     @torch.no_grad()
     def _probe(self) -> None:

@@ -36,6 +36,7 @@ from not_hf.zero3 import is_partitioned
 
 MAX_PREFIX_BYTES = 32 * 2**30
 _LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in float32
+_LAST_TOKEN = torch.tensor([-1])  # `logits_to_keep=1` lets the last layers of Gemma 4 run on that token alone
 
 
 class DonorTrainer(Trainer):
@@ -246,7 +247,7 @@ class DonorTrainer(Trainer):
         """
         assert self._parts is not None
         with self._parts.capturing_last() as last:
-            model(**inputs, logits_to_keep=1, use_cache=False)
+            model(**inputs, logits_to_keep=_LAST_TOKEN, use_cache=False)
         if shift_labels is None:
             shift_labels = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
         total, count = summed_loss(
@@ -275,7 +276,7 @@ class DonorTrainer(Trainer):
             if hidden is not None and base[: self._entry] == self._standing[: self._entry]:
                 stack.enter_context(self._parts.running_from(self._entry, hidden))
             last = stack.enter_context(self._parts.capturing_last())
-            native(**inputs, logits_to_keep=1, use_cache=False)
+            native(**inputs, logits_to_keep=_LAST_TOKEN, use_cache=False)
         return last[0]
 
     def _organs(self) -> dict[str, DonorConfig]:
