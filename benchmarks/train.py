@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[float, ...]] = {
     "full": (5e-5, 1e-4, 2e-4, 4e-4),
     "expansion": (5e-4, 1e-3, 2e-3, 4e-3),
     "organ, 3 upper layers": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "organ, 3 last layers": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "organ, 8 middle layers": (2e-4, 4e-4, 8e-4),
 }
 SHORT: dict[str, list[str]] = {  # sizes that do not try all methods
@@ -269,7 +270,7 @@ def train_once(
         trainer.train()
         peak = memory("VmHWM") - before
         model.save_pretrained(Path(folder, "saved"))
-        size = sum(file.stat().st_size for file in Path(folder, "saved").glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in Path(folder, "saved").rglob("*.safetensors"))
     seconds = step_ends[-1]
     each = [later - earlier for earlier, later in itertools.pairwise(step_ends)]
     each = each[epoch:] or each  # on blocks that were seen before, if there are such steps
@@ -333,9 +334,13 @@ def prepare(method: str, base: str) -> tuple[Any, Any, dict[str, Any]]:
         for n, donor in enumerate(donors[1:], 1):
             model.load_donor(donor, f"organ{n}", is_trainable=True)
         return model, Trainer, {}
-    first = min(total * 8 // 10, total - 3)
-    upper, middle = (first, first + 3), (round(total * 8 / 30), round(total * 16 / 30))
-    donor = DonorModel.from_base(model, upper if "upper" in method else middle, mode="replace")
+    spans = {
+        "3 upper": (total - 6, total - 3),
+        "3 last": (total - 3, total),
+        "8 middle": (round(total * 8 / 30), round(total * 16 / 30)),
+    }
+    span = next(span for name, span in spans.items() if name in method)
+    donor = DonorModel.from_base(model, span, mode="replace")
     model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
     return model, DonorTrainer, {"cache_prefix": True, "prefix_dir": None}
 
