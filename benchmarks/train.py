@@ -2,7 +2,7 @@
 
     python benchmarks/train.py            # three domains, two seeds: hours on two cores (make bench-train)
     python benchmarks/train.py --quick    # one domain, one seed, ten minutes
-    python benchmarks/train.py --long     # ten times the tokens: one domain, one seed, LoRA and one organ
+    python benchmarks/train.py --long     # ten times the tokens: one domain, one seed, LoRA and two ways of organs
     python benchmarks/train.py --smoke    # a small random model, for the test suite
 
 Every method first searches its learning rate on the first domain, with other held-out text than it is measured on.
@@ -48,17 +48,18 @@ METHODS: dict[str, tuple[float, ...]] = {
     "organ, 3 upper layers": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "organ, 3 last layers": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "organ, 8 middle layers": (2e-4, 4e-4, 8e-4),
+    "8 spread organs": (5e-4, 1e-3, 2e-3, 4e-3),
 }
 SHORT: dict[str, list[str]] = {  # sizes that do not try all methods
     "quick": [REFERENCE, "organ, 3 upper layers", "organ, 8 middle layers"],
-    "long": [REFERENCE, "organ, 8 middle layers"],
-    "smoke": [REFERENCE, "organ, 3 upper layers", "organ, 8 middle layers"],
+    "long": [REFERENCE, "organ, 8 middle layers", "8 spread organs"],
+    "smoke": [REFERENCE, "organ, 3 upper layers", "8 spread organs"],
 }
 QUICK = {"domains": ["kjv"], "seeds": 1, "steps": 24, "search": 0, "batch": 4, "block": 128, "measures": 4, "held": 10}
 SIZES: dict[str, dict[str, Any]] = {
     "full": {**QUICK, "domains": ["kjv", "icd10", "french"], "seeds": 2, "steps": 32, "search": 16},
     "quick": QUICK,
-    "long": {**QUICK, "steps": 320, "measures": 10},
+    "long": {**QUICK, "steps": 320, "search": 32, "measures": 10, "held": 20},
     "smoke": {**QUICK, "steps": 4, "search": 2, "batch": 2, "block": 32},
 }
 
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Search rates, train, compare, print the tables, write the numbers and the picture."""
     parser = argparse.ArgumentParser(description="Organs against other ways of fine-tuning.")
     parser.add_argument("--quick", action="store_true", help="one domain, one seed, ten minutes")
-    parser.add_argument("--long", action="store_true", help="ten times the tokens; one domain, one seed, two methods")
+    parser.add_argument("--long", action="store_true", help="ten times the tokens; one domain and seed, three methods")
     parser.add_argument("--smoke", action="store_true", help="a small random model, for the test suite")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; in the other forms two or three")
     parser.add_argument("--domains", nargs="+", choices=[name for name in TEXTS if name != "english"])
@@ -327,13 +328,16 @@ def prepare(method: str, base: str) -> tuple[Any, Any, dict[str, Any]]:
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")), Trainer, {}
     if method == "full":
         return model, Trainer, {}
-    if method == "expansion":  # LLaMA-Pro (arXiv 2401.02415): silent copies, spread over the stack
-        spans = [(total * part // 4 - 1, total * part // 4) for part in (2, 3, 4)]
-        donors = [DonorModel.from_base(model, span, mode="insert", init="identity") for span in spans]
+    cached = {"cache_prefix": True, "prefix_dir": None}
+    if method in ("expansion", "8 spread organs"):  # silent copies of single layers, each inserted beside its original
+        quarters = [total * part // 4 - 1 for part in (2, 3, 4)]  # LLaMA-Pro (arXiv 2401.02415)
+        eighths = [total * part // 8 for part in range(8)]
+        places = quarters if method == "expansion" else eighths
+        donors = [DonorModel.from_base(model, (n, n + 1), mode="insert", init="identity") for n in places]
         model = TransplantedForCausalLM.from_pretrained(model, donors[0], donor_name="organ0", is_trainable=True)
         for n, donor in enumerate(donors[1:], 1):
             model.load_donor(donor, f"organ{n}", is_trainable=True)
-        return model, Trainer, {}
+        return (model, Trainer, {}) if method == "expansion" else (model, DonorTrainer, cached)
     spans = {
         "3 upper": (total - 6, total - 3),
         "3 last": (total - 3, total),
@@ -342,7 +346,7 @@ def prepare(method: str, base: str) -> tuple[Any, Any, dict[str, Any]]:
     span = next(span for name, span in spans.items() if name in method)
     donor = DonorModel.from_base(model, span, mode="replace")
     model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
-    return model, DonorTrainer, {"cache_prefix": True, "prefix_dir": None}
+    return model, DonorTrainer, cached
 
 
 # ---------------------------------------------------------------- comparing

@@ -100,7 +100,7 @@ def test_train(tmp_path):
     assert [run["method"] for run in found["runs"]] == [
         "LoRA, r = 16",
         "organ, 3 upper layers",
-        "organ, 8 middle layers",
+        "8 spread organs",
     ]
     for run in found["runs"]:
         assert run["curve"][-1]["domain"] < run["curve"][0]["domain"]
