@@ -329,11 +329,12 @@ def prepare(method: str, base: str) -> tuple[Any, Any, dict[str, Any]]:
     if method == "full":
         return model, Trainer, {}
     cached = {"cache_prefix": True, "prefix_dir": None}
-    if method in ("expansion", "8 spread organs"):  # silent copies of single layers, each inserted beside its original
-        quarters = [total * part // 4 - 1 for part in (2, 3, 4)]  # LLaMA-Pro (arXiv 2401.02415)
-        eighths = [total * part // 8 for part in range(8)]
-        places = quarters if method == "expansion" else eighths
-        donors = [DonorModel.from_base(model, (n, n + 1), mode="insert", init="identity") for n in places]
+    places = {
+        "expansion": [total * part // 4 - 1 for part in (2, 3, 4)],  # LLaMA-Pro (arXiv 2401.02415)
+        "8 spread organs": [total * part // 8 for part in range(8)],
+    }
+    if method in places:  # silent copies of single layers, each inserted beside its original
+        donors = [DonorModel.from_base(model, (n, n + 1), mode="insert", init="identity") for n in places[method]]
         model = TransplantedForCausalLM.from_pretrained(model, donors[0], donor_name="organ0", is_trainable=True)
         for n, donor in enumerate(donors[1:], 1):
             model.load_donor(donor, f"organ{n}", is_trainable=True)

@@ -129,7 +129,8 @@ def test_attention_follows_to_organs_in_and_out_of_the_stack(model_type, token_i
         model.set_donor(name)
         configs = [module.config for module in model.modules() if hasattr(module, "config")]
         assert {config._attn_implementation for config in configs} == {"eager"}
-        assert torch.allclose(logits(model, token_ids), before[name], atol=1e-4)  # the base itself: up to 9e-6, by CPU
+        size = float(before[name].abs().max())  # what rounding grows with
+        assert torch.allclose(logits(model, token_ids), before[name], atol=1e-5 * size)
     assert model.base_model.config._attn_implementation == "eager"
     assert model.unload().config._attn_implementation == "eager"
 
