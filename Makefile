@@ -59,9 +59,10 @@ bench-train: $(READY) ## organs against LoRA, full fine-tuning and expansion, ho
 bench-scaffold: $(READY) ## organs trained alone against organs trained in their recipient (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/scaffold.py --output benchmarks/results/scaffold.json $(BENCH_ARGS)
 
-lint: $(READY) ## ruff: rules and format
+lint: $(READY) ## ruff: rules and format; import-linter: the order of the folders
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -29,8 +29,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from not_hf import choose_span
-from not_hf.anatomy import find_stack
-from not_hf.data import pack
+from not_hf.architecture.stack import find_stack
+from not_hf.training.data import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples")]

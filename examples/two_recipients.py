@@ -11,7 +11,7 @@ import argparse
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from not_hf import DonorModel, TransplantedForCausalLM, check_compatibility, perplexity
-from not_hf.data import load_text, pack
+from not_hf.training.data import load_text, pack
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,35 +12,52 @@ from not_hf.registration import register_config
 from not_hf.version import __version__
 
 if TYPE_CHECKING:
-    from not_hf.averaging import average_donors
-    from not_hf.compatibility import check_compatibility
+    from not_hf.cards.merged import merged_card
+    from not_hf.composition.check import check_donor
+    from not_hf.composition.plan import compose
+    from not_hf.composition.publish import push_donor
+    from not_hf.composition.sources import OrganSource
     from not_hf.config import DonorConfig
-    from not_hf.donor import DonorModel
-    from not_hf.entries import OrganSource
-    from not_hf.evaluation import perplexity
-    from not_hf.finding import list_donors
-    from not_hf.importing import import_checkpoint
-    from not_hf.planning import compose
-    from not_hf.reference import reference_model
-    from not_hf.spans import choose_span
-    from not_hf.trainer import DonorTrainer
-    from not_hf.transplant import TransplantedForCausalLM, TransplantedForMaskedLM
+    from not_hf.donor.averaging import average_donors
+    from not_hf.donor.compatibility import check_compatibility
+    from not_hf.donor.importing import import_checkpoint
+    from not_hf.donor.modeling import DonorModel
+    from not_hf.evaluation.perplexity import perplexity
+    from not_hf.hub.search import list_donors
+    from not_hf.recipient.modeling import TransplantedForCausalLM, TransplantedForMaskedLM
+    from not_hf.recipient.reference import reference_model
+    from not_hf.training.data import load_text, pack
+    from not_hf.training.isolation import require_isolation
+    from not_hf.training.optimizers import MuonWithAdamW
+    from not_hf.training.progress import ProgressLine, TrainingCurve, plot_training_curve
+    from not_hf.training.span_choice import choose_span
+    from not_hf.training.trainer import DonorTrainer
 
 _LAZY = {
     "DonorConfig": "not_hf.config",
-    "DonorModel": "not_hf.donor",
-    "DonorTrainer": "not_hf.trainer",
-    "OrganSource": "not_hf.entries",
-    "TransplantedForCausalLM": "not_hf.transplant",
-    "TransplantedForMaskedLM": "not_hf.transplant",
-    "average_donors": "not_hf.averaging",
-    "check_compatibility": "not_hf.compatibility",
-    "choose_span": "not_hf.spans",
-    "compose": "not_hf.planning",
-    "import_checkpoint": "not_hf.importing",
-    "list_donors": "not_hf.finding",
-    "perplexity": "not_hf.evaluation",
-    "reference_model": "not_hf.reference",
+    "DonorModel": "not_hf.donor.modeling",
+    "DonorTrainer": "not_hf.training.trainer",
+    "MuonWithAdamW": "not_hf.training.optimizers",
+    "OrganSource": "not_hf.composition.sources",
+    "ProgressLine": "not_hf.training.progress",
+    "TrainingCurve": "not_hf.training.progress",
+    "TransplantedForCausalLM": "not_hf.recipient.modeling",
+    "TransplantedForMaskedLM": "not_hf.recipient.modeling",
+    "average_donors": "not_hf.donor.averaging",
+    "check_compatibility": "not_hf.donor.compatibility",
+    "check_donor": "not_hf.composition.check",
+    "choose_span": "not_hf.training.span_choice",
+    "compose": "not_hf.composition.plan",
+    "import_checkpoint": "not_hf.donor.importing",
+    "list_donors": "not_hf.hub.search",
+    "load_text": "not_hf.training.data",
+    "merged_card": "not_hf.cards.merged",
+    "pack": "not_hf.training.data",
+    "perplexity": "not_hf.evaluation.perplexity",
+    "plot_training_curve": "not_hf.training.progress",
+    "push_donor": "not_hf.composition.publish",
+    "reference_model": "not_hf.recipient.reference",
+    "require_isolation": "not_hf.training.isolation",
 }
 
 __all__ = [
@@ -49,20 +66,30 @@ __all__ = [
     "DonorModel",
     "DonorTrainer",
     "IncompatibleDonorError",
+    "MuonWithAdamW",
     "NotHFError",
     "OrganSource",
+    "ProgressLine",
+    "TrainingCurve",
     "TransplantedForCausalLM",
     "TransplantedForMaskedLM",
     "UnsupportedArchitectureError",
     "__version__",
     "average_donors",
     "check_compatibility",
+    "check_donor",
     "choose_span",
     "compose",
     "import_checkpoint",
     "list_donors",
+    "load_text",
+    "merged_card",
+    "pack",
     "perplexity",
+    "plot_training_curve",
+    "push_donor",
     "reference_model",
+    "require_isolation",
 ]
 
 register_config()

@@ -7,19 +7,15 @@ import math
 import os
 from typing import Any
 
-from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
-from not_hf.import_hint import how_to_import
 from not_hf.registration import register_models
 from not_hf.version import __version__
 
 MODES = ("insert", "replace")
 INITS = ("copy", "identity")
-
-# how the repo that a config is read from is reached, as far as its other files are looked for
-_REACH = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
 class DonorConfig(PreTrainedConfig):
@@ -81,28 +77,21 @@ class DonorConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, but the config of something else raises `NotHFError`.
-
-        Where there is no config but pickled layers, the `OSError` says how to import them.
-        """
-        name, asked = pretrained_model_name_or_path, {key: kwargs[key] for key in _REACH if key in kwargs}
-        where = "/".join(filter(None, (os.fspath(name), kwargs.get("subfolder"))))
+        """As in transformers, but the config of something else raises `NotHFError`."""
+        where = "/".join(filter(None, (os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder"))))
         try:
-            values, kwargs = super().get_config_dict(name, **kwargs)
-        except (TypeError, AttributeError) as error:  # JSON, but no object
+            values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, AttributeError) as error:  # valid JSON, but not an object
             raise CorruptDonorError(f"{where}: config.json holds no JSON object") from error
-        except OSError as error:
-            unread = os.path.isfile(name) or isinstance(error.__cause__, LocalEntryNotFoundError)
-            if unread and (hint := how_to_import(name, **{**asked, "local_files_only": True})):
-                raise OSError(hint) from error
-            raise
         if not isinstance(values, dict):
             raise CorruptDonorError(f"{where}: config.json holds no JSON object")
-        if not values and (hint := how_to_import(name, **asked)):  # transformers' way to say that there is no file
-            raise OSError(hint)
+        if not values:  # how transformers reports a missing file
+            raise NotHFError(
+                f"{where} is not a donor: it has no config.json; "
+                "layers saved with torch.save are imported with not_hf.import_checkpoint or `not-hf import`"
+            )
         if (model_type := values.get("model_type")) != cls.model_type:
-            has = f"its config has model_type {model_type!r}" if values else "it has no config.json"
-            raise NotHFError(f"{where} is not a donor: {has}")
+            raise NotHFError(f"{where} is not a donor: its config has model_type {model_type!r}")
         return values, kwargs
 
     @classmethod

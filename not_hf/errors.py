@@ -1,6 +1,13 @@
 """The errors not_hf raises. Each is also a `ValueError`, so `except ValueError` catches them all."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 
 class NotHFError(ValueError):
@@ -23,3 +30,55 @@ def some(problems: Sequence[str]) -> str:
     """The first few of a list of problems, in one line."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     return "; ".join(problems[:5]) + more
+
+
+@contextlib.contextmanager
+def reaching_hub(what: str) -> Iterator[None]:
+    """Turn a failure to reach the Hub in the block into a `ConnectionError`; its answers stay as they are.
+
+    Args:
+        what: What could not be done, for the error.
+    """
+    try:
+        yield
+    except HfHubHTTPError:  # an answer, and an OSError
+        raise
+    except HTTPError as error:
+        raise ConnectionError(f"{what}, the Hub cannot be reached: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind, if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def reading_base(base: str, donor: str | None) -> Iterator[None]:
+    """Say of a base that cannot be read in the block who named it, and how to name another copy.
+
+    Args:
+        base: Folder or Hub ID.
+        donor: The donor that names it; `None` when the user did, who needs no telling.
+
+    Raises:
+        OSError: The base cannot be read.
+    """
+    try:
+        if donor is not None and not os.path.isdir(base):
+            _require_hub_id(base)
+        yield
+    except OSError as error:
+        if donor is None:
+            raise
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{donor} names {base} as its base, which cannot be read: {reason} – to use a copy of your own, name it: "
+            f"TransplantedForCausalLM.from_pretrained(base, {donor!r}), AutoTokenizer.from_pretrained(base)"
+        ) from error
+
+
+def _require_hub_id(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise OSError("it was a folder, and there is none of that name here") from error

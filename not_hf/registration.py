@@ -31,9 +31,9 @@ def register_models() -> None:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     from not_hf.config import DonorConfig
-    from not_hf.donor import DonorModel
-    from not_hf.tokenizer import DonorTokenizer
-    from not_hf.transplant import TransplantedForCausalLM, TransplantedForMaskedLM
+    from not_hf.donor.modeling import DonorModel
+    from not_hf.donor.tokenizer import DonorTokenizer
+    from not_hf.recipient.modeling import TransplantedForCausalLM, TransplantedForMaskedLM
 
     AutoModel.register(DonorConfig, DonorModel, exist_ok=True)
     AutoModelForCausalLM.register(DonorConfig, TransplantedForCausalLM, exist_ok=True)

@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from not_hf.anatomy import head_class
+from not_hf.architecture.stack import head_class
 
 VOCAB = 96
 NUM_LAYERS = 4

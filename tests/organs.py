@@ -8,7 +8,7 @@ import torch
 from architectures import tiny_model
 
 from not_hf import DonorModel, TransplantedForCausalLM
-from not_hf.anatomy import output_projections
+from not_hf.architecture.layers import output_projections
 
 
 def organ(base, seed: int, layers=(1, 3), **options) -> DonorModel:

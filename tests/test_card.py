@@ -13,10 +13,10 @@ from architectures import NUM_LAYERS, tiny_model, tiny_tokenizer
 from huggingface_hub import ModelCard
 from transformers import GPT2Config
 
-from not_hf import readme
-from not_hf.card import donor_card
+from not_hf.cards import common as readme
+from not_hf.cards.donor import donor_card
 from not_hf.config import DonorConfig
-from not_hf.donor import DonorModel
+from not_hf.donor.modeling import DonorModel
 
 METRICS = {
     "domain_perplexity": {"before": 24.0, "after": 18.0},

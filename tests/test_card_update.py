@@ -12,7 +12,7 @@ from test_card import make_config
 from typer.testing import CliRunner
 
 from not_hf import DonorConfig, DonorModel
-from not_hf.card import donor_card, updated_card
+from not_hf.cards.donor import donor_card, updated_card
 from not_hf.cli import app
 from not_hf.errors import NotHFError
 

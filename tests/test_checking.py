@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import done, invoke
 
 from not_hf import CorruptDonorError, DonorModel, TransplantedForCausalLM
-from not_hf.checking import check_donor
+from not_hf.composition.check import check_donor
 
 Q = "organ.layers.0.self_attn.q_proj.weight"
 

@@ -28,9 +28,9 @@ from not_hf import (
     TransplantedForCausalLM,
     compose,
 )
-from not_hf.anatomy import config_differences
+from not_hf.architecture.differences import config_differences
 from not_hf.cli import app
-from not_hf.placing import Place, arrange
+from not_hf.composition.layout import Place, arrange
 
 PROMPT = "w5 w6 w7 w8"
 

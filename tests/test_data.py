@@ -26,8 +26,8 @@ from transformers import (
     default_data_collator,
 )
 
-from not_hf.data import load_text, pack
 from not_hf.errors import NotHFError
+from not_hf.training.data import load_text, pack
 
 BLOCK = 64
 # more than one batch of `map` and of the packing, of very different lengths

@@ -10,7 +10,7 @@ from transformers.integrations import deepspeed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
-from not_hf.zero3 import built_whole
+from not_hf.architecture.upstream import built_whole
 
 
 class Zero3:

@@ -12,7 +12,7 @@ from organs import organ
 from transformers import AutoModelForCausalLM, pipeline
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
-from not_hf.dispatch import execution_device, spliced_device_map
+from not_hf.architecture.devices import execution_device, spliced_device_map
 
 OUTSIDE = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
 ON_DISK = {**OUTSIDE, **{f"model.layers.{n}": "disk" if n in (1, 2) else "cpu" for n in range(4)}}

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainingArguments
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
-from not_hf.trainer import DonorTrainer, last_whole_checkpoint
+from not_hf.training.trainer import DonorTrainer, last_whole_checkpoint
 
 ARCHITECTURES = ["bloom", "cohere", "gemma2", "gpt_neox", "gpt2", "granite", "llama", "opt", "phi3", "qwen3"]
 EXPERTS = ["gpt_oss", "mixtral", "qwen3_moe"]

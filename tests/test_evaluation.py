@@ -23,7 +23,7 @@ from transformers import (
 
 import not_hf
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
-from not_hf.evaluation import Perplexity, perplexity
+from not_hf.evaluation.perplexity import Perplexity, perplexity
 
 CONTEXT = 32
 # from one token to several windows
@@ -163,7 +163,7 @@ def test_by_id_and_through_evaluate(gpt2, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert perplexity.compute(predictions=TEXTS, model_id=str(tmp_path), device="cpu") == expected
     assert perplexity.compute(predictions=TEXTS, model=tmp_path, tokenizer=tokenizer, device="cpu") == expected
-    loaded = evaluate.load(str(Path(not_hf.__file__).parent / "evaluation.py"))
+    loaded = evaluate.load(str(Path(not_hf.__file__).parent / "evaluation" / "perplexity.py"))
     assert loaded.compute(predictions=TEXTS, model_id=str(tmp_path), device="cpu") == expected
 
 

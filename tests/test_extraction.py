@@ -33,10 +33,10 @@ from not_hf import (
     UnsupportedArchitectureError,
     compose,
 )
-from not_hf.checkpoint import DTYPES, open_checkpoint
-from not_hf.headers import BITS
-from not_hf.partial import list_tensors, open_part
-from not_hf.ranges import RemoteFile, coalesce
+from not_hf.hub.checkpoint import DTYPES, open_checkpoint
+from not_hf.hub.headers import BITS
+from not_hf.hub.partial_download import list_tensors, open_part
+from not_hf.hub.ranges import RemoteFile, coalesce
 
 SPAN = (3, 6)
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -65,7 +65,7 @@ def cache(tmp_path, monkeypatch, hub) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     quick = types.SimpleNamespace(sleep=lambda seconds: None, time=time.time)
-    monkeypatch.setattr("not_hf.ranges.time", quick)
+    monkeypatch.setattr("not_hf.hub.ranges.time", quick)
     monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
     hub.requests.clear()
     yield tmp_path / "assets"
@@ -410,7 +410,7 @@ def test_what_passes_is_retried(name, of_headers, repo, hub, model, monkeypatch)
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_stays_is_one_clear_error_and_nothing_is_kept(name, repo, hub, model, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
-    monkeypatch.setattr("not_hf.ranges.TRIES", 2)
+    monkeypatch.setattr("not_hf.hub.ranges.TRIES", 2)
     fault = FAULTS[name] if name != "slow" else Fault(delay=0.3)
     ranges(hub, fault, lambda n: n >= 2)
     with pytest.raises(OSError) as raised:
@@ -434,8 +434,8 @@ def test_bytes_that_are_not_what_the_answer_claims_are_noticed(shift, repo, hub,
 
 
 def test_a_download_that_broke_off_goes_on(repo, hub, model, monkeypatch):
-    monkeypatch.setattr("not_hf.ranges.TRIES", 1)
-    monkeypatch.setattr("not_hf.ranges.WORKERS", 1)
+    monkeypatch.setattr("not_hf.hub.ranges.TRIES", 1)
+    monkeypatch.setattr("not_hf.hub.ranges.WORKERS", 1)
     before = ranges(hub, Fault(truncate=True), {3}.__contains__)
     with pytest.raises(OSError, match="cannot be read"):
         cut(repo)

@@ -14,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from test_cli import done, failed, invoke
 
 from not_hf import DonorModel, TransplantedForCausalLM, list_donors
-from not_hf.finding import DonorInfo
-from not_hf.merged import merged_card
+from not_hf.cards.merged import merged_card
+from not_hf.hub.search import DonorInfo
 
 BASE = "finder/base"  # nothing needs to be there
 OTHERS = {

@@ -29,10 +29,10 @@ from not_hf import (
     TransplantedForCausalLM,
     check_compatibility,
     import_checkpoint,
-    pickles,
 )
-from not_hf.anatomy import find_stack
+from not_hf.architecture.stack import find_stack
 from not_hf.cli import app
+from not_hf.donor import pickles
 
 MODEL_TYPES = ("gpt2", "llama", "gpt_oss", "mixtral", "qwen3_moe")
 FIRST, LAST = SPAN = (1, 3)

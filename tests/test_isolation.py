@@ -24,8 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM, UnsupportedArchitectureError
-from not_hf.data import pack
-from not_hf.isolation import require_isolation
+from not_hf.training.data import pack
+from not_hf.training.isolation import require_isolation
 
 LENGTHS = (7, 10, 4, 10, 12, 4, 8, 7)  # of documents, EOS included; the first four fill a block, and so do the others
 BLOCK = 31

@@ -21,9 +21,10 @@ from huggingface_hub import (
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM, readme
+from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
+from not_hf.cards import common as readme
+from not_hf.cards.license import License, joint_license
 from not_hf.cli import app
-from not_hf.license import License, joint_license
 
 _numbers = itertools.count()
 

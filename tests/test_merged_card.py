@@ -13,8 +13,9 @@ from hub import Hub
 from huggingface_hub import HfApi, ModelCard
 from test_cli import done, failed
 
-from not_hf import DonorModel, TransplantedForCausalLM, readme
-from not_hf.merged import merged_card
+from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf.cards import common as readme
+from not_hf.cards.merged import merged_card
 
 TAGS = ["merge", "neural-organ-transplantation", "arxiv:2601.13580"]
 

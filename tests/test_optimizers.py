@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
-from not_hf.optimizers import JointOptimizer, MuonWithAdamW
+from not_hf.training.optimizers import JointOptimizer, MuonWithAdamW
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
 

@@ -28,10 +28,10 @@ from not_hf import (
     IncompatibleDonorError,
     NotHFError,
     TransplantedForCausalLM,
-    anatomy,
     check_compatibility,
-    splice,
 )
+from not_hf.architecture import anatomy
+from not_hf.recipient import surgery as splice
 
 
 @torch.no_grad()

@@ -15,9 +15,10 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
-from not_hf import NotHFError, progress
-from not_hf.data import pack
-from not_hf.progress import ProgressLine, _draw, plot_training_curve
+from not_hf import NotHFError
+from not_hf.training import progress
+from not_hf.training.data import pack
+from not_hf.training.progress import ProgressLine, _draw, plot_training_curve
 
 BLOCK = 16
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig,
 from transformers import logging as transformers_logging
 
 from not_hf import IncompatibleDonorError, NotHFError, TransplantedForCausalLM
-from not_hf.quantized import is_quantized
+from not_hf.architecture.quantization import is_quantized
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

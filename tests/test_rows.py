@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from not_hf.rows import RowStore
+from not_hf.training.row_store import RowStore
 
 SHAPE = (5, 8)
 

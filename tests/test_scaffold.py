@@ -34,10 +34,11 @@ from not_hf import (
     UnsupportedArchitectureError,
     perplexity,
 )
-from not_hf.anatomy import find_stack, head_class, is_encoder, spliced_config
-from not_hf.data import pack
-from not_hf.quantized import is_quantized
-from not_hf.trainer import DonorTrainer
+from not_hf.architecture.quantization import is_quantized
+from not_hf.architecture.splicing import spliced_config
+from not_hf.architecture.stack import find_stack, head_class, is_encoder
+from not_hf.training.data import pack
+from not_hf.training.trainer import DonorTrainer
 
 T = TransplantedForCausalLM.from_pretrained
 GENERATE = {"do_sample": False, "max_new_tokens": 6}

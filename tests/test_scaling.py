@@ -21,7 +21,7 @@ from not_hf import (
     average_donors,
     compose,
 )
-from not_hf.averaging import slerp
+from not_hf.donor.averaging import slerp
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors
 from not_hf.cli import app
-from not_hf.writing import DRAFT
+from not_hf.hub.atomic_write import DRAFT
 
 T = TransplantedForCausalLM.from_pretrained
 SHARDED = {"max_shard_size": "8KB"}
@@ -451,7 +451,7 @@ def test_a_save_that_breaks_off_while_files_take_their_places_changes_nothing(
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr("not_hf.writing.os.replace", interrupted)
+    monkeypatch.setattr("not_hf.hub.atomic_write.os.replace", interrupted)
     try:
         second.save_pretrained(tmp_path, **options)
     except KeyboardInterrupt:
@@ -472,7 +472,7 @@ def test_a_composition_that_breaks_off_leaves_no_folder(base, nth, tmp_path, mon
 
     organ(base, 1).save_pretrained(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("not_hf.writing.os.replace", full)
+    monkeypatch.setattr("not_hf.hub.atomic_write.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         with_organs(base, 1, 2).save_pretrained(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before and holds(tmp_path, organ(base, 1))

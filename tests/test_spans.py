@@ -11,8 +11,9 @@ from architectures import tiny_model, tiny_tokenizer
 from datasets import Dataset
 from organs import transplanted
 
-from not_hf import DonorModel, NotHFError, UnsupportedArchitectureError, choose_span, spans
-from not_hf.data import pack
+from not_hf import DonorModel, NotHFError, UnsupportedArchitectureError, choose_span
+from not_hf.training import span_choice as spans
+from not_hf.training.data import pack
 
 IDS = torch.randint(3, 90, (12, 16), generator=torch.Generator().manual_seed(3))
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from not_hf import DonorModel, TransplantedForCausalLM
-from not_hf.data import pack
-from not_hf.saving import organ_tensors as saved_tensors
+from not_hf.recipient.saving import organ_tensors as saved_tensors
+from not_hf.training.data import pack
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from not_hf import (
     UnsupportedArchitectureError,
     average_donors,
 )
-from not_hf.anatomy import head_class, is_encoder
+from not_hf.architecture.stack import head_class, is_encoder
 
 Place = tuple[int, int, str]  # seed, position, mode
 

@@ -30,7 +30,7 @@ def evaluate(
     ] = True,
 ) -> Result:
     """Measure perplexity on text, with the organ and without it. The rows of the text are scored as one stream."""
-    from not_hf.data import load_text
+    from not_hf.training.data import load_text
 
     texts = load_text(data, split=split, column=column)["text"]
     loaded, tokenizer = load(model, base)

@@ -14,7 +14,7 @@ from not_hf.cli.run import CHECKPOINTS, Result, command, facts, output_folder
 
 if TYPE_CHECKING:
     from not_hf import DonorConfig, DonorModel
-    from not_hf.compatibility import Mismatches
+    from not_hf.donor.compatibility import Mismatches
 
 
 @command("not-hf extract openai-community/gpt2 --layers 4:7 --init identity -o organ")
@@ -65,7 +65,7 @@ def inspect(
     token: Token = None,
 ) -> Result:
     """Show what a donor repo holds, without reading its weights."""
-    from not_hf.checking import recipient_problems, survey
+    from not_hf.composition.check import recipient_problems, survey
 
     config, organs = survey(donor, **_given(revision=revision, subfolder=subfolder, token=token))
     tensors: list[dict[str, Any]] = [
@@ -116,7 +116,7 @@ def check(
     token: Token = None,
 ) -> Result:
     """List all that keeps an organ from working in a recipient, from configs and headers. Exit 1 if there is any."""
-    from not_hf.checking import check_donor
+    from not_hf.composition.check import check_donor
 
     hub = _given(revision=revision, subfolder=subfolder, token=token)
     problems = check_donor(donor, recipient, position, mode, **hub)
@@ -139,7 +139,7 @@ def push(
     commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload organ",
 ) -> Result:
     """Share an organ: check it strictly, then upload its folder, card included, as one commit."""
-    from not_hf.publishing import push_donor
+    from not_hf.composition.publish import push_donor
 
     commit = push_donor(
         folder,
@@ -168,7 +168,7 @@ def merge(
     from transformers import AutoTokenizer
 
     from not_hf import TransplantedForCausalLM
-    from not_hf.merged import merged_card
+    from not_hf.cards.merged import merged_card
 
     with output_folder(output, force):
         model = TransplantedForCausalLM.from_pretrained(*((base, donor) if base else (donor,)))

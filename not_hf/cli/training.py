@@ -92,7 +92,7 @@ def train(
         from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments, default_data_collator
 
         from not_hf import DonorConfig, DonorTrainer, TransplantedForCausalLM
-        from not_hf.data import load_text, pack
+        from not_hf.training.data import load_text, pack
 
         if DonorConfig.from_pretrained(donor).donors is not None:
             raise NotHFError(f"{donor} holds several organs; train one of them: give its folder")
@@ -193,7 +193,7 @@ def _measure(folder: Path, base: str | None, texts: Iterable[str]) -> None:
 
 def _checkpoint(folder: Path, resume: bool) -> str | None:
     """The last checkpoint in the folder, which must be there to resume; those of an earlier run go otherwise."""
-    from not_hf.trainer import last_whole_checkpoint
+    from not_hf.training.trainer import last_whole_checkpoint
 
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)

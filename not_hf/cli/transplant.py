@@ -14,8 +14,8 @@ from not_hf.cli.options import Force, Token
 from not_hf.cli.run import Result, command, facts, output_folder
 
 if TYPE_CHECKING:
-    from not_hf.entries import OrganSource
-    from not_hf.planning import Plan
+    from not_hf.composition.plan import Plan
+    from not_hf.composition.sources import OrganSource
 
 _KEYS = ("name", "position", "mode", "scale", "revision", "subfolder", "active")
 
@@ -46,7 +46,7 @@ def transplant(
     sources = [_source(text) for text in names]
     if output is None and not dry_run:
         raise typer.BadParameter("needed, unless with --dry-run", param_hint="--output")
-    from not_hf.planning import compose
+    from not_hf.composition.plan import compose
 
     hub = {} if token is None else {"token": token}
     base, donors = _split(sources, hub)
@@ -62,7 +62,7 @@ def transplant(
 
 def _source(text: str) -> OrganSource:
     """The donor, or recipient, that one argument names."""
-    from not_hf.entries import OrganSource
+    from not_hf.composition.sources import OrganSource
 
     parts = text.split(",")
     folders = [

@@ -1,0 +1,123 @@
+"""How strongly an organ speaks: its output projections multiplied by a number, so that any scale merges natively."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from not_hf.architecture.devices import execution_device
+from not_hf.architecture.layers import output_projections
+from not_hf.architecture.stack import Stack
+from not_hf.errors import NotHFError, UnsupportedArchitectureError
+
+
+def scale_problem(scale: Any, mode: str) -> str | None:
+    """Why organs cannot have this scale, `None` if they can."""
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
+        return f"scale must be a finite number, got {scale!r:.200}"
+    if scale != 1 and mode != "insert":
+        return (
+            f"scale {scale} is for inserted organs: layers that replace others have nothing to fade to; "
+            "use mode='insert' or scale 1"
+        )
+    return None
+
+
+def scaled_parameters(layers: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a scale multiplies, named `<layer>.<name below it>`."""
+    for n, layer in enumerate(layers):
+        for name, parameter in output_projections(layer):
+            yield f"{n}.{name}", parameter
+
+
+def unscaled(tensor: torch.Tensor, original: torch.Tensor, scale: float) -> torch.Tensor:
+    """What `tensor` is at scale 1.
+
+    Args:
+        tensor: A parameter at `scale`.
+        original: What it was when the scale was set.
+        scale: By which it was multiplied then.
+
+    Returns:
+        `original` itself unless the parameter was trained since.
+
+    Raises:
+        NotHFError: It was trained at scale 0, which tells nothing of what it would be.
+    """
+    if torch.equal(tensor, original * scale):
+        return original
+    if scale == 0:
+        raise NotHFError("an organ was trained at scale 0, where it has no weights; set another scale, then train")
+    return tensor / scale
+
+
+@torch.no_grad()
+def require_scalable(stack: Stack, layer: nn.Module) -> None:
+    """Check that a layer writes half as much when its output projections are halved, and nothing when they are zero.
+
+    A norm behind them undoes a scale; where a layer writes by others than `anatomy` knows, these go on unscaled.
+
+    Tried on a copy of the layer with random projections, branch by branch, with what the model hands to its layers.
+
+    Raises:
+        UnsupportedArchitectureError: It does not.
+    """
+    probe = copy.deepcopy(layer).eval()
+    args, kwargs = _layer_call(stack, probe)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        name: 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        for name, parameter in output_projections(probe)
+    }
+
+    def written(branch: str, scale: float) -> torch.Tensor:
+        for name, parameter in output_projections(probe):
+            parameter.copy_(drawn[name] * (scale if name.startswith(branch) else 0))
+        out = probe(*args, **kwargs)
+        return ((out[0] if isinstance(out, (tuple, list)) else out) - _hidden(args, kwargs)).float()
+
+    kind = f"model_type {stack.base_model.config.model_type!r}"
+    for branch in {name.partition(".")[0] for name in drawn}:
+        whole, half = written(branch, 1.0), written(branch, 0.5)
+        if not (half - 0.5 * whole).norm() <= 0.1 * whole.norm() or not whole.any():
+            raise UnsupportedArchitectureError(
+                f"layers of {kind} do not follow a scale of their output projections ({branch}): a norm undoes it"
+            )
+    if written("", 0.0).any():
+        raise UnsupportedArchitectureError(
+            f"layers of {kind} do not follow a scale: with all known output projections at zero they still write"
+        )
+
+
+class _CalledError(Exception):
+    """Carries the arguments of a call out of it."""
+
+
+def _layer_call(stack: Stack, probe: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which a model calls its first layer, for a few tokens; `probe` stands in for it."""
+
+    def catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _CalledError(args, kwargs)
+
+    hook = probe.register_forward_pre_hook(catch, with_kwargs=True)
+    base, layers = stack.base_model, stack.layers
+    embeddings: Any = base.get_input_embeddings()
+    device = execution_device(embeddings) or embeddings.weight.device
+    modules, layers._modules = layers._modules, {"0": probe}
+    try:
+        base(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)
+    except _CalledError as called:
+        return called.args
+    finally:
+        layers._modules = modules
+        hook.remove()
+    raise UnsupportedArchitectureError(f"model_type {base.config.model_type!r} does not run its layers")
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]  # (batch, seq, hidden)

@@ -1,0 +1,79 @@
+"""What must be known of particular model types: names, as data, which is checked against the live model."""
+
+from torch import nn
+
+# Config lists with one entry per layer. A whitelist: "any list of that length" would also match `eos_token_id`.
+PER_LAYER_LISTS = (
+    "layer_types",
+    "mlp_layer_types",
+    "attention_layers",
+    "layer_rope_theta",
+    "no_rope_layers",
+    "num_attention_heads_per_layer",
+    "layers_block_type",
+    "block_types",
+)
+
+
+# Config lists that hold the indices of the layers that have a property.
+LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers")
+
+
+# Config counts of the first layers, which are dense where the others have experts.
+DENSE_PREFIXES = ("first_k_dense_replace", "num_dense_layers")
+
+
+# Config rules that say which layers are special; a splice rewrites or overrules them.
+PERIODS = (
+    "attention_types",
+    "decoder_sparse_step",
+    "max_window_layers",
+    "_sliding_window_pattern",
+    "no_rope_layer_interval",
+)
+
+
+# Config keys that layers do not compute with.
+LAYERLESS = {
+    *("vocab_size", "tie_word_embeddings", "use_cache", "initializer_range", "max_position_embeddings", "n_positions"),
+    *("output_hidden_states", "output_attentions", "return_dict", "pretraining_tp", "problem_type", "torch_dtype"),
+    *("embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping", "word_embed_proj_dim"),
+}
+
+
+# Attributes in which a layer, or a module in it, remembers its index.
+INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
+
+
+# Modules (end of their path) and parameters (without `weight`/`bias`) by which a layer writes to the residual stream.
+OUTPUT_PROJECTIONS = {
+    "attention": ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "dense_attention"),
+    "mlp": (
+        *("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "down_proj_bias", "output_linear", "Wo"),
+        "output.dense",  # of an encoder; its `intermediate.dense` goes the other way
+    ),
+}
+
+
+# Config values that scale the embeddings before the first layer: an organ alone must run without them.
+NEUTRAL_EMBEDDING = {"embedding_multiplier": 1.0}
+
+
+# Config values that make layers depend on each other; an organ cannot be cut where they are set.
+SHARED_STATE = ("num_kv_shared_layers",)
+
+
+# Config keys that say nothing about what a model computes.
+NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2label", "label2id"} | {
+    "quantization_config"  # how files hold weights; an organ that joins does so in its own dtype
+}
+
+
+# What every module has, and what is set by the user or the loader: neither comes from the config.
+NOT_DERIVED = vars(nn.Module()).keys() | {
+    "gradient_checkpointing",
+    "name_or_path",
+    "_attn_implementation",
+    "vocab_size",
+    "padding_idx",
+}

@@ -1,0 +1,87 @@
+"""Twins: native models on the meta device, which have every attribute and shape and take no memory."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from not_hf.architecture.stack import Stack, check_config, find_stack, head_class, is_encoder
+from not_hf.architecture.tables import NAMES
+from not_hf.architecture.upstream import built_whole
+from not_hf.errors import UnsupportedArchitectureError
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A native language model on the meta device, and what is asked of it more than once. Only to be looked at."""
+
+    model: PreTrainedModel
+
+    @functools.cached_property
+    def layers(self) -> list[nn.Module]:
+        """Those of its stack.
+
+        Raises:
+            UnsupportedArchitectureError: As in `find_stack`.
+        """
+        return list(self.stack.layers)
+
+    @functools.cached_property
+    def stack(self) -> Stack:
+        """Where its layers are; raises as `find_stack` does."""
+        return find_stack(self.model)
+
+    @functools.cached_property
+    def tensors(self) -> list[frozenset[str]]:
+        """Of each layer: names of its parameters, names and shapes of its buffers, which must be long enough."""
+        return [
+            frozenset(name for name, _ in layer.named_parameters())
+            | {f"{name} {tuple(buffer.shape)}" for name, buffer in layer.named_buffers()}
+            for layer in self.layers
+        ]
+
+
+def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Twin:
+    """The native language model of `config` on the meta device: every attribute and shape, no memory.
+
+    It is kept for the questions that are asked of it in a row.
+
+    Raises:
+        UnsupportedArchitectureError: transformers has no language model for this config, or cannot build it.
+    """
+    check_config(config)
+    values = {key: value for key, value in config.to_dict().items() if key not in NAMES}
+    key = repr((type(config), config._attn_implementation or "sdpa", sorted(values.items())))
+    twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin.model))), None)
+    if twin is None:
+        config = copy.deepcopy(config)
+        if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
+            config.dtype = getattr(torch, config.dtype)
+        with built_whole(), no_init_weights(), torch.device("meta"):
+            twin = Twin(build(model_class or head_class(config).from_config, config))
+        _twins.append((key, twin))
+    return twin
+
+
+_twins: deque[tuple[str, Twin]] = deque(maxlen=4)  # the last ones, each by what its config says
+
+
+def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Call a native constructor; whatever it raises on a config it cannot serve becomes one typed line."""
+    try:
+        return constructor(config, **kwargs)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        kind = "masked" if is_encoder(config) else "causal"
+        raise UnsupportedArchitectureError(
+            f"no {kind} LM can be built from model_type {config.model_type!r}: {reason}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Several organs, by name."""

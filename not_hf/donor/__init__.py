@@ -1,0 +1,1 @@
+"""An organ on its own."""

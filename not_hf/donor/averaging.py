@@ -1,0 +1,127 @@
+"""Organs of one span averaged into a new one."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from not_hf.architecture.differences import computing_differences
+from not_hf.config import DonorConfig
+from not_hf.donor.modeling import DonorModel
+from not_hf.errors import IncompatibleDonorError, NotHFError, some
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def linear(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The weighted mean of tensors of one shape, `sum(w_i t_i) / sum(w_i)`."""
+    return sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True)) / sum(weights)  # type: ignore
+
+
+def slerp(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Two tensors of one shape averaged along the arc between them, so that the length is not averaged away.
+
+    Source: Shoemake, "Animating rotation with quaternion curves", 1985, on flattened tensors, at `w_2 / (w_1 + w_2)`.
+    """
+    a, b = tensors
+    t = weights[1] / sum(weights)
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
+    angle = torch.arccos(cosine)
+    if not (a.any() and b.any() and torch.sin(angle) > 1e-4):  # without directions, or two along one line: no arc
+        return linear(tensors, weights)
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+
+
+COMBINATIONS: dict[str, Callable[[Sequence[torch.Tensor], Sequence[float]], torch.Tensor]] = {
+    "linear": linear,
+    "slerp": slerp,
+}
+
+
+def average_donors(
+    donors: Sequence[str | os.PathLike[str] | DonorModel],
+    weights: Sequence[float] | None = None,
+    combination_type: str = "linear",
+) -> DonorModel:
+    """Average organs of one span of one architecture into a new organ.
+
+    Args:
+        donors: Two or more donor models, folders or Hub IDs.
+        weights: One number per donor; they count relative to their sum. `None`: equal.
+        combination_type: `"linear"`, or `"slerp"` for two of them.
+
+    Returns:
+        An organ that goes where the first one goes, in the first one's dtype.
+
+    Raises:
+        IncompatibleDonorError: They are not of one span, or their layers differ.
+        NotHFError: An argument is out of range.
+    """
+    models = [each if isinstance(each, DonorModel) else DonorModel.from_pretrained(each) for each in donors]
+    tensors = combined([model.state_dict() for model in models], weights, combination_type)
+    config = combined_config([model.config for model in models])
+    average = copy.deepcopy(models[0])
+    average.load_state_dict(tensors)
+    average.config = config
+    return average
+
+
+@torch.no_grad()
+def combined(
+    states: Sequence[Tensors], weights: Sequence[float] | None, combination_type: str
+) -> dict[str, torch.Tensor]:
+    """Average tensors name by name, in float32; arguments and errors as in `average_donors`."""
+    weights = [1.0] * len(states) if weights is None else [float(weight) for weight in weights]
+    if combination_type not in COMBINATIONS:
+        raise NotHFError(f"combination_type must be one of {tuple(COMBINATIONS)}, got {combination_type!r}")
+    if len(states) < 2 or len(weights) != len(states) or (combination_type == "slerp" and len(states) != 2):
+        wanted = "two" if combination_type == "slerp" else "two or more"
+        raise NotHFError(
+            f"{combination_type} averages {wanted} organs with a weight each; "
+            f"got {len(states)} organs and {len(weights)} weights"
+        )
+    if not all(-torch.inf < weight < torch.inf for weight in weights) or abs(sum(weights)) < 1e-6:
+        raise NotHFError(f"weights must be finite and must not sum to 0, got {weights}")
+    first = states[0]
+    for n, other in enumerate(states[1:], 2):
+        if odd := [k for k in first.keys() | other.keys() if _shape(first, k) != _shape(other, k)]:
+            raise IncompatibleDonorError(f"organ {n} has other tensors than the first: {some(sorted(odd))}")
+    combine = COMBINATIONS[combination_type]
+    return {
+        name: combine([state[name].to(tensor.device, torch.float32) for state in states], weights).to(tensor.dtype)
+        for name, tensor in first.items()
+    }
+
+
+def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
+    """The config of an average: the first one's place, and what all were trained on.
+
+    Raises:
+        IncompatibleDonorError: They are not of one span, or their layers compute otherwise.
+    """
+    config = copy.deepcopy(configs[0])
+    for other in configs[1:]:
+        if other.span != config.span:
+            raise IncompatibleDonorError(
+                f"organs of layers {list(config.span)} and {list(other.span)} cannot be averaged; "
+                "choose organs of one span"
+            )
+        if differences := computing_differences(config.native_config(), other.native_config()):
+            raise IncompatibleDonorError(f"organs of two kinds cannot be averaged: {some(differences)}")
+    config.scale, config.metrics, config.init = 1.0, None, "copy"
+    config.domain = " + ".join(_unique(each.domain for each in configs)) or None
+    config.datasets = _unique(name for each in configs for name in each.datasets or []) or None
+    counts = [each.tokens_seen for each in configs]
+    config.tokens_seen = None if None in counts else sum(counts)  # type: ignore[arg-type]
+    return config
+
+
+def _unique(names: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _shape(state: Tensors, name: str) -> torch.Size | None:
+    return state[name].shape if name in state else None

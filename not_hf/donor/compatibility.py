@@ -1,0 +1,236 @@
+"""`check_compatibility`: does a donor fit a recipient? Answered from configs alone, every mismatch in one go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from not_hf.architecture.differences import computing_differences
+from not_hf.architecture.splicing import spliced_config
+from not_hf.architecture.twin import meta_twin
+from not_hf.config import DonorConfig
+from not_hf.donor.modeling import DonorModel
+from not_hf.donor.vocabulary import Home, vocabulary_differences
+from not_hf.errors import UnsupportedArchitectureError
+
+# What the recipient computes once for all its layers, or allocates in its caches: an organ must agree on it.
+SHARED_GEOMETRY = (
+    "is_decoder",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+    "rotary_dim",
+    "alibi",
+    "window_size",
+)
+
+DonorLike = str | os.PathLike[str] | DonorConfig | DonorModel
+RecipientLike = str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel
+
+
+class Mismatches(list[str]):
+    """What keeps a donor from fitting a recipient, one line each; empty when it fits.
+
+    Args:
+        problems: These lines.
+        differences: What else differs between the model the organ was last used in and the recipient. It works all the
+            same, but not as it did there.
+    """
+
+    def __init__(self, problems: Iterable[str] = (), differences: Iterable[str] = ()) -> None:
+        super().__init__(problems)
+        self.differences = list(differences)
+
+
+def check_compatibility(
+    donor: DonorLike,
+    recipient: RecipientLike,
+    position: int | None = None,
+    mode: str | None = None,
+    **hub_kwargs: Any,
+) -> Mismatches:
+    """List everything that keeps a donor from fitting a recipient. No weights are read.
+
+    Args:
+        donor: Donor model, config, folder or Hub ID.
+        recipient: Recipient model, native config, folder or Hub ID.
+        position: Where the organ is to go, in the recipient's own layers; `None`: as the donor says.
+        mode: `"insert"` or `"replace"`; `None`: as the donor says.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, … for what is read from the Hub.
+
+    Returns:
+        One line per mismatch; an empty list when the organ fits. Where only the place is wrong, the line says which
+        positions would do. When it fits, the list's `differences` say what is otherwise here all the same: another
+        base, values that layers compute with, the vocabulary.
+
+    Raises:
+        CorruptDonorError: The donor's config contradicts itself.
+        OSError: A config cannot be read.
+    """
+    donor_config, config = _donor_config(donor, hub_kwargs), _recipient_config(recipient, hub_kwargs)
+    if problems := mismatches(donor_config, config, position, mode):
+        return Mismatches(problems)
+    return Mismatches((), recipient_differences(donor_config, config, hub_kwargs.get("cache_dir")))
+
+
+def mismatches(donor: DonorConfig, recipient: PreTrainedConfig, position: int | None, mode: str | None) -> list[str]:
+    """What `check_compatibility` lists as problems, without looking for what differs besides; arguments as there."""
+    base, organ = donor.check()
+    name = recipient.name_or_path or "the recipient"
+    mode = mode or donor.mode
+    position = donor.position if position is None else position
+
+    problems = []
+    if organ.model_type != recipient.model_type:
+        problems.append(_mismatch("model_type", organ.model_type, recipient.model_type, name))
+    for key in SHARED_GEOMETRY:
+        if (ours := getattr(organ, key, None)) != (theirs := getattr(recipient, key, None)):
+            problems.append(_mismatch(key, ours, theirs, name))
+    problems += _layer_type_problems(organ, recipient, name)
+    misplaced = _place_problems(donor.num_organ_layers, position, mode, recipient, name)
+    problems += misplaced
+    if problems and (of_stack := _stack_problems(recipient, name)):
+        return of_stack + problems
+    if organ.model_type == recipient.model_type and not misplaced:
+        problems += _structure_problems(organ, (base, donor.span), recipient, int(position or 0), mode, name)
+    return problems
+
+
+def recipient_differences(
+    donor: DonorConfig, recipient: PreTrainedConfig, cache_dir: str | os.PathLike[str] | None = None
+) -> list[str]:
+    """In what a recipient differs from the model that an organ was last used in; none of it keeps the organ out.
+
+    Args:
+        donor: Its config names that model.
+        recipient: Native config.
+        cache_dir: Of the Hub's client; tokenizers are compared where they are here already.
+    """
+    base, name = donor.base_model_name_or_path, recipient.name_or_path
+    differences = [f"the organ was last used in {base}, this is {name}"] if base and name and base != name else []
+    native = donor.native_config("base_config")
+    if native.model_type == recipient.model_type:
+        differences += [f"there, {each} here" for each in computing_differences(native, recipient)]
+    return differences + vocabulary_differences(donor, recipient, recipient_repo=Home(name), cache_dir=cache_dir)
+
+
+def _stack_problems(config: PreTrainedConfig, name: str) -> list[str]:
+    """Why a recipient takes no layers at all."""
+    try:
+        _ = meta_twin(config).stack
+    except UnsupportedArchitectureError as error:
+        return [f"{name}: {error}"]
+    return []
+
+
+def _mismatch(key: str, ours: Any, theirs: Any, name: str) -> str:
+    return f"donor {key} {ours} does not fit recipient {key} {theirs} ({name}); choose a recipient with {key} {ours}"
+
+
+def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name: str) -> list[str]:
+    """Layer types of the organ for which the recipient has no mask or no rotary embedding."""
+    types = set(getattr(organ, "layer_types", None) or ())
+    problems = []
+    windowed = types & {"sliding_attention", "chunked_attention"} or not types
+    ours, theirs = (getattr(each, "sliding_window", None) for each in (organ, config))
+    if windowed and ours != theirs:
+        problems.append(_mismatch("sliding_window", ours, theirs, name))
+    rotary = getattr(config, "rope_parameters", None) or {}
+    served = set(getattr(config, "layer_types", None) or ())
+    if any(isinstance(value, dict) for value in rotary.values()) and types - served:  # one embedding per layer type
+        problems.append(
+            f"donor layer_types {sorted(types - served)} have no rotary embedding in {name}; "
+            f"cut layers of type {sorted(served)}"
+        )
+    return problems
+
+
+def _structure_problems(
+    organ: PreTrainedConfig,
+    cut: tuple[PreTrainedConfig, tuple[int, int]],
+    config: PreTrainedConfig,
+    position: int,
+    mode: str,
+    name: str,
+) -> list[str]:
+    """Whether the recipient's class would build other modules where the organ goes, and where it would not.
+
+    Args:
+        organ: Config of its layers.
+        cut: Config of the model that they were built in, and which of its layers they are.
+        config: The recipient's.
+    """
+    base, span = cut
+    try:
+        built = meta_twin(base).tensors[slice(*span)]
+        odd = _odd_tensors(organ, built, config, position, mode)
+    except UnsupportedArchitectureError as error:
+        return [f"{name} cannot take these layers: {error}"]
+    if not odd:
+        return []
+    others = [n for n in range(_last_position(len(built), mode, config) + 1) if n != position]
+    fitting = [n for n in others if not _odd_tensors(organ, built, config, n, mode)]
+    here = f"layers of {name} are built of other modules than the donor's ({', '.join(sorted(odd)[:4])}, …)"
+    if not fitting:
+        return [f"{here}, wherever they stand; cut an organ of layers like the recipient's"]
+    where = ", ".join(map(str, fitting))
+    return [f"{here} at position {position}; position{'s' * (len(fitting) > 1)} {where} would do"]
+
+
+def _odd_tensors(
+    organ: PreTrainedConfig, built: Sequence[frozenset[str]], config: PreTrainedConfig, position: int, mode: str
+) -> set[str]:
+    """Tensors that a native model of that stack would have more or fewer of than its layers bring along.
+
+    The recipient's own layers count too: a model whose first layers are special cannot have others before them.
+
+    Args:
+        organ: Config of the layers that go in.
+        built: The tensors of each.
+        config: The recipient's.
+    """
+    k = len(built)
+    rest = position + (k if mode == "replace" else 0)
+    own = [(config, n) for n in range(config.num_hidden_layers)]
+    slots = [*own[:position], *((organ, n) for n in range(k)), *own[rest:]]
+    natives, originals = meta_twin(spliced_config(config, slots)).tensors, meta_twin(config).tensors
+    stack = [*originals[:position], *built, *originals[rest:]]
+    return {key for ours, theirs in zip(stack, natives, strict=True) for key in ours ^ theirs}
+
+
+def _place_problems(k: int, position: Any, mode: str, config: PreTrainedConfig, name: str) -> list[str]:
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if num_layers is None:
+        return []
+    if mode not in ("insert", "replace"):
+        return [f"mode must be 'insert' or 'replace', got {mode!r}"]
+    last = _last_position(k, mode, config)
+    if not hasattr(position, "__index__") or not 0 <= position <= last:
+        room = f"position must be between 0 and {last}" if last >= 0 else "the organ is longer than the recipient"
+        return [f"cannot {mode} {k} layers at position {position} of {num_layers} ({name}); {room}"]
+    return []
+
+
+def _last_position(k: int, mode: str, config: PreTrainedConfig) -> int:
+    return config.num_hidden_layers if mode == "insert" else config.num_hidden_layers - k
+
+
+def _donor_config(donor: DonorLike, hub_kwargs: dict[str, Any]) -> DonorConfig:
+    if isinstance(donor, DonorConfig):
+        return donor
+    if isinstance(donor, DonorModel):
+        return donor.config
+    return DonorConfig.from_pretrained(os.fspath(donor), **hub_kwargs)
+
+
+def _recipient_config(recipient: RecipientLike, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    if isinstance(recipient, PreTrainedConfig):
+        return recipient
+    if isinstance(recipient, PreTrainedModel):
+        return getattr(recipient, "base_config", recipient.config)  # positions count its own layers
+    return AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)

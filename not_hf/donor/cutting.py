@@ -1,0 +1,228 @@
+"""What an organ is cut from: a live model, or a checkpoint in a folder or on the Hub."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
+
+from not_hf.architecture.differences import fingerprint
+from not_hf.architecture.splicing import spliced_config
+from not_hf.architecture.stack import Stack, find_stack
+from not_hf.architecture.twin import meta_twin
+from not_hf.cards.license import inherit_license
+from not_hf.config import INITS, MODES, DonorConfig
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.hub.checkpoint import layer_pattern, renumber_layers
+from not_hf.hub.partial_download import open_part
+from not_hf.hub.repo import HUB_KWARGS, resolve_commit
+
+Span = tuple[int, int]  # half-open, in layers
+
+# config keys that say nothing about the layers of an organ
+_STORAGE = (
+    *("id2label", "label2id", "_name_or_path", "architectures", "transformers_version"),
+    "quantization_config",  # of the base's files; organs are not quantized
+)
+
+
+@dataclass(frozen=True)
+class LiveBase:
+    """A model in memory."""
+
+    model: PreTrainedModel
+    stack: Stack
+
+    @property
+    def name(self) -> str | None:
+        """Hub ID or folder it was loaded from, if any."""
+        return self.model.config.name_or_path or None
+
+    revision = None  # transformers does not keep the commit a model was loaded at
+    quantization = None  # what is quantized in memory cannot be cut
+    hub_kwargs: ClassVar[Mapping[str, Any]] = {"local_files_only": True}  # it is in memory: no network for its card
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Its native config."""
+        return self.model.config
+
+    @property
+    def path(self) -> str:
+        """Path of its stack below the base model."""
+        return self.stack.path
+
+    def tensors(self, span: Span) -> dict[str, torch.Tensor]:
+        """Copies of the span's tensors by name below the base model, layers numbered from 0.
+
+        Raises:
+            NotHFError: They are not in memory.
+        """
+        tensors = {
+            f"{self.path}.{n}.{key}": tensor.detach().clone()
+            for n, layer in enumerate(self.stack.layers[span[0] : span[1]])
+            for key, tensor in layer.state_dict().items()
+        }
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise NotHFError("the live model is offloaded; cut the organ from its folder or Hub ID instead")
+        return tensors
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """A safetensors checkpoint in a folder or on the Hub."""
+
+    name: str
+    revision: str | None  # commit on the Hub
+    config: PreTrainedConfig
+    prefix: str  # of the base model in the causal LM
+    path: str
+    hub_kwargs: Mapping[str, Any]
+    # as transformers wants it to dequantize what it loads; `None` for weights that are not quantized
+    quantization: dict[str, Any] | None = None
+
+    def tensors(self, span: Span) -> dict[str, Any]:
+        """As `LiveBase.tensors`, but lazy views into a file; from the Hub only these tensors' bytes are fetched.
+
+        Raises:
+            CorruptDonorError: A layer of the span has no tensors.
+            OSError: The checkpoint cannot be read.
+        """
+        pattern = layer_pattern(self.prefix, self.path)
+        wanted = range(*span)
+
+        def in_span(name: str) -> bool:
+            match = pattern.match(name)
+            return match is not None and int(match[1]) in wanted
+
+        views = open_part(self.name, in_span, f"layers-{span[0]}-{span[1]}", **self.hub_kwargs)
+        tensors, seen = renumber_layers(views, self.prefix, self.path, span)
+        if absent := set(wanted) - seen:
+            raise CorruptDonorError(f"{self.name} has no tensors for layers {sorted(absent)} under {self.path}")
+        return tensors
+
+    def outside(self) -> dict[str, Any]:
+        """Lazy views of everything but the layers, by name in the checkpoint; from the Hub no other bytes are fetched.
+
+        Raises:
+            OSError: The checkpoint cannot be read.
+        """
+        pattern = layer_pattern(self.prefix, self.path)
+        return open_part(self.name, lambda name: not pattern.match(name), "outside-layers", **self.hub_kwargs)
+
+
+def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any) -> LiveBase | StoredBase:
+    """Find the decoder stack of a model, in memory or stored. No weights are read.
+
+    Raises:
+        UnsupportedArchitectureError: It has no stack that can be cut, or it is quantized.
+        NotHFError: It is not a plain base model.
+        OSError: Its config cannot be read.
+    """
+    opened: LiveBase | StoredBase
+    if isinstance(base, PreTrainedModel):
+        if hub_kwargs:
+            raise TypeError(f"{', '.join(hub_kwargs)}: only for a base that is read from a folder or the Hub")
+        if getattr(base, "active_donors", None):
+            raise NotHFError("the live model carries organs; unload() or merge_and_unload() it, then cut")
+        if has_adapters(base):
+            raise NotHFError("the live model has adapters; merge or unload them (merge_and_unload()), then cut")
+        opened = LiveBase(base, find_stack(base))
+    else:
+        try:
+            name = os.fspath(base)
+        except TypeError as error:
+            kind = type(base).__name__
+            raise NotHFError(f"a base is a folder, a Hub ID or a model of transformers, not a {kind}") from error
+        if unknown := sorted(hub_kwargs.keys() - set(HUB_KWARGS)):
+            raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+        commit = resolve_commit(name, hub_kwargs)
+        hub_kwargs["revision"] = commit
+        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+        if isinstance(config, DonorConfig):
+            raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
+        stack = meta_twin(config).stack
+        commit = getattr(commit, "resolved", None)
+        opened = StoredBase(name, commit, config, stack.base, stack.path, hub_kwargs, _dequantization(config))
+    if getattr(opened.config, "quantization_config", None) is not None and opened.quantization is None:
+        raise UnsupportedArchitectureError(
+            f"{opened.name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"
+        )
+    return opened
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put layers of its own into a model, whichever way it was called."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+
+
+def _dequantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The config's quantization, with the wish to have it undone on loading where transformers can (MXFP4, FP8, …)."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    try:
+        known = AutoQuantizationConfig.from_dict(stored if isinstance(stored, dict) else stored.to_dict())
+    except Exception:  # a quantization config may raise anything on values of a wrong type
+        return None
+    return {**known.to_dict(), "dequantize": True} if hasattr(known, "dequantize") else None
+
+
+def cut_config(
+    base: LiveBase | StoredBase,
+    layers: Sequence[int],
+    position: int | None,
+    mode: str,
+    init: str,
+    license: str | None = None,
+) -> DonorConfig:
+    """The config of an organ that is cut from `base`, its licence included; arguments as in `DonorModel.from_base`.
+
+    Raises:
+        NotHFError: One is out of range.
+    """
+    num_layers = base.config.num_hidden_layers
+    try:
+        ends = (layers.start, layers.stop) if isinstance(layers, range) and layers.step == 1 else layers
+        i, j = (operator.index(n) for n in ends)
+    except (TypeError, ValueError):
+        i, j = -1, -1
+    if not 0 <= i < j <= num_layers:
+        raise NotHFError(f"layers must be a half-open span (i, j) with 0 <= i < j <= {num_layers}, got {layers!r}")
+    if mode not in MODES or init not in INITS:
+        raise NotHFError(f"mode must be one of {MODES} and init one of {INITS}, got {mode!r} and {init!r}")
+    if position is None:
+        position = j if mode == "insert" else i
+    last = num_layers if mode == "insert" else num_layers - (j - i)
+    if not hasattr(position, "__index__") or not 0 <= position <= last:
+        raise NotHFError(f"position must be between 0 and {last} to {mode} {j - i} layers, got {position!r}")
+    config = DonorConfig(
+        base_model_name_or_path=base.name,
+        base_revision=base.revision,
+        base_subfolder=base.hub_kwargs.get("subfolder") or None,
+        layers=[int(i), int(j)],
+        position=int(position),
+        mode=mode,
+        init=init,
+        base_config=plain_config(base.config),
+        organ_config=plain_config(spliced_config(base.config, [(base.config, n) for n in range(i, j)])),
+        fingerprint=fingerprint(base.config),
+        license=license,
+    )
+    inherit_license(config, **base.hub_kwargs)
+    return config
+
+
+def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """A native config as a dict that survives JSON, without what says nothing about the layers."""
+    values = config.to_dict()
+    for key in _STORAGE:
+        values.pop(key, None)
+    return {"model_type": config.model_type, **values}

@@ -1,0 +1,237 @@
+"""Organs out of pickled checkpoints, which say nothing about how they are laid out.
+
+Whatever a file holds is taken as tensors by dotted names. Where such a name ends like that of a tensor of the base's
+layers, what stands before tells where the file keeps its layers, and the last number in it which layer that is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from not_hf.architecture.twin import meta_twin
+from not_hf.donor.cutting import Span, cut_config, open_base
+from not_hf.donor.modeling import DonorModel
+from not_hf.donor.pickles import read_tensors
+from not_hf.errors import CorruptDonorError, NotHFError
+from not_hf.hub.checkpoint import FLOAT_DTYPES
+from not_hf.hub.repo import SHARED_KWARGS
+
+DONOR_LAYERS = "donor_layers.pt"  # what the paper's author calls the file
+# Buffers that layers of older releases of transformers held, and that are computed now; a causal mask was a `bias`.
+OLD_BUFFERS = ("masked_bias", "causal_mask", "inv_freq", "cos_cached", "sin_cached")
+
+_FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES.values())
+_NUMBERED = re.compile(r"((?:.*(?:layer|block)s?[_-]?)?)([0-9]{1,6})")  # 4, layer_4, layer4
+
+Layer = dict[str, torch.Tensor]  # by name in the layer
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file keeps a set of layers: names there are `before`, number, `after`, name in the layer."""
+
+    before: str
+    after: str
+    is_numbered: bool
+
+    @classmethod
+    def of(cls, lead: str) -> Place:
+        """From what stands before a tensor's name in its layer: an empty text or one that ends with a dot."""
+        *parts, _ = lead.split(".")
+        for n in reversed(range(len(parts))):
+            if match := _NUMBERED.fullmatch(parts[n]):
+                outer, inner = (".".join([*some, ""]) for some in (parts[:n], parts[n + 1 :]))
+                return cls(outer + match[1], f".{inner}", True)
+        return cls(lead, "", False)
+
+    def __str__(self) -> str:
+        return f"{self.before}*{self.after}".strip(".")
+
+    def name(self, number: int, key: str) -> str:
+        """A tensor's name in the file."""
+        return f"{self.before}{number if self.is_numbered else ''}{self.after}{key}"
+
+    def layers(self, tensors: Mapping[str, torch.Tensor]) -> dict[int, Layer]:
+        """All that lies there, by number. A layer without a number is number 0."""
+        number = "([0-9]{1,6})" if self.is_numbered else "()"
+        pattern = re.compile(f"{re.escape(self.before)}{number}{re.escape(self.after)}(.+)", re.DOTALL)
+        found: dict[int, Layer] = {}
+        for name, tensor in tensors.items():
+            if match := pattern.fullmatch(name):
+                found.setdefault(int(match[1] or 0), {})[match[2]] = tensor
+        return dict(sorted(found.items()))
+
+
+def import_checkpoint(
+    path_or_repo: str | os.PathLike[str],
+    base: str | os.PathLike[str] | PreTrainedModel,
+    layers: Sequence[int] | None = None,
+    subfolder: str | None = None,
+    filename: str = DONOR_LAYERS,
+    *,
+    position: int | None = None,
+    mode: str = "insert",
+    init: str = "copy",
+    domain: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    base_revision: str | None = None,
+    **hub_kwargs: Any,
+) -> DonorModel:
+    """Turn layers that were saved with `torch.save` into an organ.
+
+    The layers may be a list of state dicts, a dict by layer number, or flat names with any prefix, nested under any
+    keys beside anything else: they are found by the names and shapes of the base's own layers. The file is read as
+    tensors only; a pickle that would run code is refused. The paper's author shares his organs (arXiv 2601.13580) in
+    such files.
+
+    Args:
+        path_or_repo: The file; or a folder or Hub ID that holds it.
+        base: The model whose layers they are: folder, Hub ID or live model. Only its config is read.
+        layers: Half-open span `(i, j)` of the base's layers. `None`: as the file numbers them, if not from 0.
+        subfolder: Folder within `path_or_repo`.
+        filename: The file's name there.
+        position: As in `DonorModel.from_base`.
+        mode: As in `DonorModel.from_base`.
+        init: As in `DonorModel.from_base`.
+        domain: What the organ was trained for, free text.
+        dtype: Of the organ; `"auto"` keeps the file's.
+        revision: Branch, tag or commit of the repo that holds the file.
+        base_revision: Of the base's repo.
+        **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only`, for both repos.
+
+    Raises:
+        CorruptDonorError: The file is no pickle of tensors, holds no layers of the base or several sets of them, or
+            a tensor is missing, unexpected, mis-shaped, non-finite or not floating-point.
+        NotHFError: `layers` is needed, or contradicts the file; another argument is out of range.
+        UnsupportedArchitectureError: As in `DonorModel.from_base`.
+        OSError: The file or the base's config cannot be read.
+    """
+    if unknown := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
+        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+    base_kwargs = {} if isinstance(base, PreTrainedModel) else dict(hub_kwargs)
+    if base_revision is not None:
+        base_kwargs["revision"] = base_revision
+    source = open_base(base, **base_kwargs)
+    # what is wrong with these shows before a download
+    span = None if layers is None else cut_config(source, layers, position, mode, init).span
+    file = _fetch(os.fspath(path_or_repo), subfolder, filename, revision=revision, **hub_kwargs)
+    name = file if os.path.exists(path_or_repo) else os.path.join(path_or_repo, subfolder or "", filename)
+    shapes: dict[str, set[Shape]] = {}
+    for layer in meta_twin(source.config).layers:
+        for key, tensor in layer.state_dict().items():
+            shapes.setdefault(key, set()).add(tuple(tensor.shape))
+
+    tensors = read_tensors(file, name)
+    place = _find_layers(tensors, shapes, name)
+    found = place.layers(tensors)
+    config = cut_config(source, _span(list(found), span, name), position, mode, init)
+    config.domain = domain
+    organ_tensors = {
+        f"{source.path}.{n}.{key}": _owned(tensor, f"{name}: {place.name(number, key)}")
+        for n, (number, layer) in enumerate(found.items())
+        for key, tensor in layer.items()
+        if key in shapes or not _is_old_buffer(key, tensor)
+    }
+    return DonorModel.from_tensors(source, config, organ_tensors, dtype, name=f"{name}, layers at {place}")
+
+
+def _fetch(source: str, subfolder: str | None, filename: str, **hub_kwargs: Any) -> str:
+    """The path of the file on this machine."""
+    if os.path.isfile(source):
+        if subfolder:
+            raise NotHFError(f"{source} is a file and has no subfolder {subfolder!r}; name the folder it lies in")
+        return source
+    return str(cached_file(source, filename, subfolder=subfolder, **hub_kwargs))
+
+
+def _find_layers(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Collection[Shape]], name: str) -> Place:
+    """The one place whose names and shapes are those of the base's layers.
+
+    Args:
+        tensors: What the file holds.
+        shapes: Of each tensor of the base's layers, by name in the layer: the layers of one base may differ.
+        name: Of the file, for errors.
+
+    Raises:
+        CorruptDonorError: There is no such place, or there are several.
+    """
+    depth = max(key.count(".") for key in shapes) + 1
+    fits: dict[Place, dict[str, bool]] = {}  # at each place: names in a layer, and whether such a one has its shape
+    for path, tensor in tensors.items():
+        parts = path.split(".")
+        for n in range(max(0, len(parts) - depth), len(parts)):
+            if (key := ".".join(parts[n:])) in shapes:
+                found = fits.setdefault(Place.of(path.removesuffix(key)), {})
+                found[key] = found.get(key, False) or tuple(tensor.shape) in shapes[key]
+                break
+    if not fits:
+        raise CorruptDonorError(
+            f"{name} holds no layers of this base: none of its {len(tensors)} tensors ({_some(list(tensors))}) "
+            f"is named like those of a layer ({_some(list(shapes))})"
+        )
+    score = {place: sum(found.values()) for place, found in fits.items()}
+    best = max(fits, key=lambda place: (score[place], len(fits[place])))
+    # a norm outside the layers may be named like one in them; half a layer is no accident
+    rivals = [place for place in fits if score[best] and 2 * score[place] >= score[best]]
+    if len(rivals) > 1:
+        raise CorruptDonorError(
+            f"{name} holds several sets of layers of this base, at {' and at '.join(map(str, rivals))}; "
+            "torch.save the one that is meant alone"
+        )
+    return best
+
+
+def _span(numbers: Sequence[int], wanted: Span | None, name: str) -> Span:
+    """The span that a file's layers, numbered as given, have in the base.
+
+    Raises:
+        CorruptDonorError: The file leaves layers out.
+        NotHFError: It does not tell and nobody else does, or it tells something else than is wanted.
+    """
+    first, k = numbers[0], len(numbers)
+    if numbers[-1] - first != k - 1:
+        raise CorruptDonorError(f"{name} holds layers {', '.join(map(str, numbers))}, which do not follow each other")
+    if wanted is None and first == 0:
+        raise NotHFError(
+            f"{name} does not say which layers of the base its {k} are; "
+            f"give them: layers=(i, i + {k}), or --layers I:J on the command line"
+        )
+    if wanted is not None and (wanted[1] - wanted[0] != k or first not in (0, wanted[0])):
+        raise NotHFError(f"{name} holds layers {first} to {numbers[-1]}, which are not those of layers={wanted}")
+    return wanted or (first, first + k)
+
+
+def _is_old_buffer(key: str, tensor: torch.Tensor) -> bool:
+    *_, leaf = key.split(".")
+    return leaf in OLD_BUFFERS or (leaf == "bias" and tensor.ndim == 4)
+
+
+def _owned(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A copy, since the file may change and tensors in it may share memory.
+
+    Raises:
+        CorruptDonorError: It holds no floating-point values, or none at all.
+    """
+    if tensor.dtype not in _FLOATS:
+        raise CorruptDonorError(f"{name} is {tensor.dtype}, not floating-point")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise CorruptDonorError(f"{name} is not a dense tensor with values")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CorruptDonorError(f"{name} repeats few values to shape {tuple(tensor.shape)}")
+    if tensor.numel() == 0:
+        raise CorruptDonorError(f"{name} is empty, shape {tuple(tensor.shape)}")
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") or "none"

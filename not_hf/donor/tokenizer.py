@@ -1,0 +1,54 @@
+"""The tokenizer of a donor: its base's, which a donor's folder brings along where others cannot reach the base."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+
+from not_hf.config import DonorConfig
+from not_hf.errors import NotHFError, reading_base
+from not_hf.hub.repo import HUB_KWARGS
+
+
+class DonorTokenizer:
+    """Redirects `AutoTokenizer.from_pretrained(donor)` to the base named in the donor's config."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *inputs: Any, **kwargs: Any
+    ) -> PreTrainedTokenizerBase:
+        """Load the base's tokenizer at the base's recorded revision; arguments as in `AutoTokenizer`."""
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        config = DonorConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        if not config.base_model_name_or_path:
+            raise NotHFError(f"{pretrained_model_name_or_path} names no base to take a tokenizer from")
+        # what was given for the donor's repo does not hold for another: its revision, and trust in its code
+        own = ("subfolder", "revision", "trust_remote_code", "_commit_hash", "config")
+        kwargs = {key: value for key, value in kwargs.items() if key not in own}
+        shared = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        base, where = config.base_model_name_or_path, {"revision": config.base_revision}
+        if config.base_subfolder:
+            where["subfolder"] = config.base_subfolder
+        with reading_base(base, os.fspath(pretrained_model_name_or_path)):
+            base_config = AutoConfig.from_pretrained(base, **where, **shared)
+            if isinstance(base_config, DonorConfig):
+                raise NotHFError(f"{pretrained_model_name_or_path} names {base} as its base, which is a donor itself")
+            return AutoTokenizer.from_pretrained(base, *inputs, **where, **kwargs)
+
+
+def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
+    """Bring along the tokenizer of a base that others cannot reach.
+
+    Args:
+        base: Hub ID or folder.
+        folder: Of the donor; a tokenizer that is there stays.
+        draft: Where the donor is written before it goes to `folder`.
+    """
+    if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
+        return
+    with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
+        AutoTokenizer.from_pretrained(base).save_pretrained(draft)

@@ -1,0 +1,1 @@
+"""Files of a checkpoint, here and on the Hub."""

@@ -1,0 +1,95 @@
+"""The header of a safetensors file: which tensors it holds, and where."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Any
+
+from huggingface_hub.utils import TensorInfo
+
+from not_hf.errors import CorruptDonorError
+from not_hf.hub.ranges import RemoteFile
+
+# bits per value, by what safetensors calls a dtype: a file may hold tensors that nobody here wants to read
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+
+_MAX_HEADER = 100_000_000  # bytes, as in safetensors
+
+
+def read_remote_header(file: RemoteFile) -> dict[str, TensorInfo]:
+    """The tensors of a file on the Hub; no other bytes of it are read.
+
+    Raises:
+        OSError: The header cannot be read.
+        CorruptDonorError: It is no safetensors header.
+    """
+    length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
+    _check_length(length, file.size, file.url)
+    return _parse(file.read(8, 8 + length), file.size, file.url)
+
+
+def read_header(path: str) -> dict[str, TensorInfo]:
+    """The tensors of a file on this machine.
+
+    Raises:
+        OSError: It cannot be read.
+        CorruptDonorError: It has no safetensors header, or not the length that the header tells.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        _check_length(length, size, path)
+        return _parse(file.read(length), size, path)
+
+
+def _check_length(length: int, size: int, where: str) -> None:
+    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise CorruptDonorError(f"{where} is not a whole safetensors file")
+
+
+def _parse(text: bytes, size: int, where: str) -> dict[str, TensorInfo]:
+    """What a header says; `data_offsets` are made to count from the file's beginning.
+
+    Strict as safetensors is: the tensors lie one after the other and fill the file, each as long as its shape and
+    dtype demand. Whoever reads parts of a file must be able to rely on that.
+    """
+    try:
+        entries = json.loads(text, object_pairs_hook=_without_twins)
+        entries.pop("__metadata__", None)
+        tensors = {name: _info(entry, 8 + len(text)) for name, entry in entries.items()}
+        end = 8 + len(text)
+        for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+            if info.data_offsets[0] != end:
+                raise ValueError(f"{name} does not begin where the one before it ends")
+            end = info.data_offsets[1]
+        if end != size:
+            raise ValueError(f"its tensors end at byte {end} of {size}")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CorruptDonorError(f"{where} is not a whole safetensors file: {reason}") from error
+    return tensors
+
+
+def _info(entry: dict[str, Any], first: int) -> TensorInfo:
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in BITS or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError(f"a tensor of dtype {dtype!r:.50} and shape {shape!r:.100} cannot be read")
+    if 8 * (end - start) != BITS[dtype] * math.prod(shape):
+        raise ValueError(f"a tensor of dtype {dtype} and shape {shape!r:.100} is not {end - start} bytes long")
+    return TensorInfo(dtype=dtype, shape=list(shape), data_offsets=(first + start, first + end))
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found

@@ -1,0 +1,160 @@
+"""No more of a checkpoint on the Hub than is needed: its headers, or the bytes of a few tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import TensorInfo
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from not_hf.errors import CorruptDonorError
+from not_hf.hub.checkpoint import choose, fetch_file, open_checkpoint, open_file, read_weight_map
+from not_hf.hub.headers import BITS, read_header, read_remote_header
+from not_hf.hub.ranges import Piece, RemoteFile, gather
+
+
+def open_part(
+    source: str | os.PathLike[str], wanted: Callable[[str], bool], name: str, **hub_kwargs: Any
+) -> dict[str, Any]:
+    """As `open_checkpoint`, but of files on the Hub only the bytes of the wanted tensors are fetched.
+
+    They are kept in the assets cache of `huggingface_hub`, by repo and commit, and not fetched again. Files that the
+    Hub cache holds anyway are read there.
+
+    Args:
+        source: Local folder or Hub ID.
+        wanted: Says by name which tensors are needed.
+        name: What to call this choice of tensors in the cache.
+        hub_kwargs: As in `open_checkpoint`; a `revision` that is resolved to its commit costs no request.
+
+    Raises:
+        OSError: As in `open_checkpoint`, or a range of a file cannot be read.
+        CorruptDonorError: As in `open_checkpoint`.
+    """
+    if os.path.isdir(source):
+        return open_checkpoint(source, wanted, **hub_kwargs)
+    repo = os.fspath(source)
+    commit = getattr(hub_kwargs.get("revision"), "resolved", None)
+    fresh = hub_kwargs.get("force_download", False)
+    offline = hub_kwargs.get("local_files_only", False) or is_offline_mode()
+    if commit and not fresh:
+        part = _part_file(repo, commit, name, hub_kwargs)
+        if part.exists():
+            try:
+                return open_file(str(part))
+            except CorruptDonorError:  # the disk, or somebody else
+                if offline:
+                    raise
+                fresh = True
+        elif _is_cached(repo, wanted, commit, hub_kwargs):
+            return open_checkpoint(source, wanted, **{**hub_kwargs, "local_files_only": True})
+    if offline:
+        raise OSError(f"neither {name} of {repo} nor its files are in the cache; go online once")
+
+    located = dict(choose(source, wanted, _remote(repo, hub_kwargs), _located, **hub_kwargs))
+    if not located:
+        return {}
+    part = _part_file(repo, next(file.commit for file, _ in located.values()), name, hub_kwargs)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    prefix, pieces = _assemble(located)
+    gather(pieces, prefix, part, f"{repo} {name}", fresh)
+    return open_file(str(part))
+
+
+def list_tensors(
+    source: str | os.PathLike[str], variant: str | None = None, **hub_kwargs: Any
+) -> dict[str, TensorInfo]:
+    """Name, dtype, shape and size of every tensor of a checkpoint, from the headers of its files alone.
+
+    Raises:
+        OSError: There is no safetensors checkpoint, or it cannot be reached.
+        CorruptDonorError: A header cannot be read.
+    """
+
+    def find(file: str) -> str | None:
+        return fetch_file(source, file, **hub_kwargs)
+
+    def every(name: str) -> bool:
+        return True
+
+    if os.path.isdir(source) or hub_kwargs.get("local_files_only", False) or is_offline_mode():
+        return dict(choose(source, every, find, read_header, variant, **hub_kwargs))
+    remote = _remote(os.fspath(source), hub_kwargs)
+    return {name: info for name, (_, info) in choose(source, every, remote, _located, variant, **hub_kwargs)}
+
+
+def _remote(repo: str, hub_kwargs: Mapping[str, Any]) -> Callable[[str], RemoteFile | None]:
+    """Finds files of a repo by name, all of them at the commit of the first."""
+    revision = hub_kwargs.get("revision")
+
+    def find(file: str) -> RemoteFile | None:
+        nonlocal revision
+        try:
+            found = RemoteFile.find(repo, _inner(file, hub_kwargs), revision, hub_kwargs.get("token"))
+        except EntryNotFoundError:
+            return None
+        revision = found.commit
+        return found
+
+    return find
+
+
+def _inner(file: str, hub_kwargs: Mapping[str, Any]) -> str:
+    """A file's path in its repo."""
+    return "/".join(part for part in (hub_kwargs.get("subfolder"), file) if part)
+
+
+def _located(file: RemoteFile) -> dict[str, tuple[RemoteFile, TensorInfo]]:
+    """The tensors of a file on the Hub, each with the file."""
+    return {name: (file, info) for name, info in read_remote_header(file).items()}
+
+
+def _part_file(repo: str, commit: str, name: str, hub_kwargs: Mapping[str, Any]) -> Path:
+    """Where a part of a checkpoint is kept, in the folder for what libraries make of files on the Hub."""
+    cache, subfolder = hub_kwargs.get("cache_dir"), hub_kwargs.get("subfolder") or ""
+    assets = Path(cache, "not_hf-assets") if cache else Path(constants.HF_ASSETS_CACHE, "not_hf")
+    if subfolder:  # any text, of any length
+        name += f"-{hashlib.sha256(subfolder.encode()).hexdigest()[:16]}"
+    return assets.expanduser() / repo.replace("/", "--") / commit / f"{name}.safetensors"
+
+
+def _is_cached(repo: str, wanted: Callable[[str], bool], commit: str | None, hub_kwargs: Mapping[str, Any]) -> bool:
+    """Whether the Hub cache holds the files of all wanted tensors, which it then does whole."""
+
+    def path(file: str) -> str | None:
+        found = try_to_load_from_cache(repo, _inner(file, hub_kwargs), hub_kwargs.get("cache_dir"), revision=commit)
+        return found if isinstance(found, str) else None
+
+    if path(SAFE_WEIGHTS_NAME):
+        return True
+    index = path(SAFE_WEIGHTS_INDEX_NAME)
+    return index is not None and all(path(file) for name, file in read_weight_map(index).items() if wanted(name))
+
+
+def _assemble(tensors: Mapping[str, tuple[RemoteFile, TensorInfo]]) -> tuple[bytes, list[Piece]]:
+    """Header of a safetensors file of these tensors, and which bytes follow it."""
+
+    def place(item: tuple[str, tuple[RemoteFile, TensorInfo]]) -> tuple[int, str, tuple[int, int]]:
+        _, (file, info) = item
+        return -BITS[info.dtype], file.url, info.data_offsets
+
+    # those of wide dtypes first, so that each begins at a multiple of its width; else in the order they are read
+    ordered = sorted(tensors.items(), key=place)
+    header: dict[str, dict[str, Any]] = {}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, (_, info) in ordered:
+        offsets[name], end = end, end + info.data_offsets[1] - info.data_offsets[0]
+        header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = len(text).to_bytes(8, "little") + text
+    pieces = [Piece(file, *info.data_offsets, offset=len(prefix) + offsets[name]) for name, (file, info) in ordered]
+    return prefix, pieces

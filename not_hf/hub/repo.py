@@ -1,0 +1,24 @@
+"""How a repo on the Hub is reached: the keyword arguments of `from_pretrained` for it, and its revision pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils.hub import resolve_revision
+
+# how a repo, and a folder in it, is reached; named as in transformers
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# what of it holds for several repos: the revision and the subfolder are each repo's own
+SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
+
+
+def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
+    """Pin a revision to its commit once, so that everything read from the repo is of one state."""
+    return resolve_revision(
+        source,
+        hub_kwargs.get("revision"),
+        token=hub_kwargs.get("token"),
+        local_files_only=hub_kwargs.get("local_files_only", False),
+        cache_dir=hub_kwargs.get("cache_dir"),
+    )

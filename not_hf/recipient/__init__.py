@@ -1,0 +1,1 @@
+"""Organs in a model."""

@@ -1,0 +1,282 @@
+"""`TransplantedForCausalLM`, `TransplantedForMaskedLM`: a native language model that carries organs.
+
+The native model is extended in place by a dynamic subclass of its own class, as torch's `fully_shard` does: signature,
+flags, state-dict keys, hooks and `isinstance` stay native. The class keeps the native name, because pipelines,
+trainers and `config.architectures` go by it; `isinstance(model, TransplantedForCausalLM)` tells it apart.
+Causal and masked language models differ in the Auto class that loads them, and in nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, Unpack, cast
+
+import torch
+from huggingface_hub import CommitInfo
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+
+from not_hf.architecture.stack import head_class, is_encoder
+from not_hf.architecture.upstream import built_whole
+from not_hf.cards.license import inherit_license
+from not_hf.composition.resolve import read_config, require_stack, resolve_request
+from not_hf.composition.sources import DEFAULT_NAME, DonorSource, OrganSource
+from not_hf.config import DonorConfig
+from not_hf.donor.modeling import DonorModel
+from not_hf.errors import NotHFError, UnsupportedArchitectureError, reading_base
+from not_hf.hub.push import PushOptions, push_folder
+from not_hf.recipient.mixin import Recipient
+from not_hf.recipient.saving import save_organs
+from not_hf.recipient.scaffold import load_scaffold, wants_scaffold
+from not_hf.recipient.surgery import Surgery
+
+
+class Transplanted(Recipient):
+    """What `TransplantedForCausalLM` and `TransplantedForMaskedLM` share, which is everything but the head."""
+
+    config_class = DonorConfig  # what the Auto classes go by; instances have their native config
+    native_auto_class: ClassVar[Any]  # what loads the recipient
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | PreTrainedModel,
+        donor: DonorSource | None = None,
+        *,
+        donor_name: str = DEFAULT_NAME,
+        position: int | None = None,
+        mode: str | None = None,
+        donor_revision: str | None = None,
+        donor_subfolder: str | None = None,
+        is_trainable: bool = False,
+        scaffold: str = "full",
+        config: PreTrainedConfig | None = None,
+        **base_kwargs: Any,
+    ) -> Self:
+        """Load a recipient and put an organ into it.
+
+        Args:
+            pretrained_model_name_or_path: Recipient (folder, Hub ID, or a live model, which is transplanted in place)
+                when `donor` is given; otherwise a donor repo, whose config names the base and its revision.
+            donor: Donor folder, Hub ID or `DonorModel` (which stays the caller's: its tensors are copied in).
+            donor_name: Name of the organ in this model.
+            position: Counts the recipient's own layers; `None`: as the donor says.
+            mode: `"insert"` or `"replace"`; `None`: as the donor says.
+            donor_revision: Branch, tag or commit of the donor repo.
+            donor_subfolder: Folder of the donor within its repo.
+            is_trainable: Make the organ's parameters trainable. Everything else is frozen either way.
+            scaffold: `"minimal"` leaves the recipient's own layers out: its embeddings, the organ, its final norm and
+                head are all that is read and held. For training an organ where the whole recipient does not fit; what
+                is saved is the same, and goes into the whole one. `"full"` is the whole recipient.
+            config: Config of the repo named first, when already loaded.
+            **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `revision`, …). `token`,
+                `cache_dir`, `force_download`, `local_files_only` hold for the donor too. Without `donor`, `revision`
+                and `subfolder` are the donor repo's.
+
+        Returns:
+            The native model, extended. It is in eval mode, unless a live recipient was training.
+
+        Raises:
+            NotHFError: There is no such scaffold, or none of a live recipient.
+            IncompatibleDonorError: With every mismatch, before weights are read.
+            CorruptDonorError: The donor's files are off. A live recipient is then as it was.
+            OSError: A repo cannot be read.
+        """
+        is_scaffold = wants_scaffold(scaffold, pretrained_model_name_or_path, base_kwargs)
+        request = resolve_request(
+            pretrained_model_name_or_path,
+            donor,
+            OrganSource(donor_name, "", donor_revision, donor_subfolder, position, mode),
+            config,
+            base_kwargs,
+        )
+        base, recipient = request.base, request.base_config()
+        if not isinstance(base, PreTrainedModel) or len(request.sources) > 1:  # one is checked when it goes in
+            organs = [(source, read_config(source, request.shared)) for source in request.sources]
+            require_stack(organs, recipient)
+        cls._require_head(recipient)
+        if isinstance(base, PreTrainedModel):
+            return cls._transplant(base, request.sources, is_trainable, request.shared)
+        wants_info = request.base_kwargs.pop("output_loading_info", False)
+        with reading_base(base, request.named_by), built_whole():
+            loaded: Any
+            if is_scaffold:
+                loaded = load_scaffold(base, recipient, **request.base_kwargs)
+            else:
+                loaded = cls.native_auto_class.from_pretrained(
+                    base,
+                    output_loading_info=True,
+                    adapter_kwargs=request.shared,  # else it asks the Hub for an adapter_config.json, come what may
+                    **request.base_kwargs,
+                )
+        native, info = loaded
+        revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
+        subfolder = request.base_kwargs.get("subfolder") or None
+        surgery = Surgery(native, revision, subfolder, is_scaffold)
+        model = cls._transplant(native, request.sources, is_trainable, request.shared, surgery)
+        return (model, info) if wants_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Self:
+        """What the Auto class's `from_config` calls: for a donor's config, base and organ with fresh weights."""
+        if not isinstance(config, DonorConfig):
+            return super()._from_config(config, **kwargs)
+        native = config.native_config("base_config")
+        cls._require_head(native)
+        base = cls.native_auto_class.from_config(native, **kwargs)
+        return cls._transplant(base, [OrganSource(DEFAULT_NAME, DonorModel(copy.deepcopy(config)))], False, {})
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        selected_donors: Sequence[str] | None = None,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> None:
+        """Save organs only: one as a donor repo, several as a composition with a subfolder each.
+
+        Args:
+            save_directory: Folder; created when missing.
+            selected_donors: Names of the organs to save; `None` means all that are loaded.
+            is_main_process: Write on this process.
+            state_dict: The whole model's tensors, when they were gathered elsewhere (as `Trainer` does).
+            push_to_hub: Push afterwards to `repo_id` (default: the folder's name).
+            max_shard_size: Past this size an organ's weights are sharded.
+        """
+        names = self._selected(selected_donors)
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
+        options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **kwargs}
+        save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
+        if push_to_hub:
+            self.push_to_hub(repo_id, selected_donors=names, max_shard_size=max_shard_size, **push_kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        selected_donors: Sequence[str] | None = None,
+        max_shard_size: int | str = "5GB",
+        **options: Unpack[PushOptions],
+    ) -> CommitInfo:
+        """Push the organs and their cards as one commit. Arguments as in `PreTrainedModel.push_to_hub`.
+
+        Raises:
+            NotHFError: The repo holds another kind of model.
+            OSError: The Hub refuses, or cannot be reached; the repo is as it was.
+        """
+        names = self._selected(selected_donors)
+        for config in (self.donor_config[name] for name in names):
+            inherit_license(config, revision=config.base_revision, token=options.get("token"))
+
+        def save(folder: str, repo_id: str) -> None:
+            save_organs(self, self._surgery, names, folder, repo_id=repo_id, max_shard_size=max_shard_size)
+
+        return push_folder(save, repo_id, self.model_tags, **options)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """As in torch; also takes what `save_pretrained` wrote for the one loaded organ: `Trainer` hands it back."""
+        if not state_dict or not all(key.startswith(f"{DonorModel.base_model_prefix}.") for key in state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if len(self._surgery.organs) != 1:
+            raise NotHFError("an organ's checkpoint fits a model with exactly one organ; use load_donor")
+        (organ,) = self._surgery.organs.values()
+        loaded, missing = DonorModel.load_tensors(organ.config, dict(state_dict), partial=not strict)
+        with self._surgery.at_scale_one():
+            for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
+                place = f"{loaded.stack.full_path}.{n}."
+                tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
+                layer.load_state_dict(tensors, strict=False)
+        return _IncompatibleKeys([], [])
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The dynamic class cannot be found by name: pickle the native one and extend it again."""
+        return _revive, type(self).__bases__, self.__dict__
+
+    def _selected(self, donor_names: Sequence[str] | None) -> list[str]:
+        """Names of the organs to save, all that are loaded for `None`."""
+        if names := self._named(list(self.donor_config) if donor_names is None else donor_names):
+            return names
+        raise NotHFError("no organ is loaded or selected; use merge_and_unload() or unload() to save a native model")
+
+    @classmethod
+    def _require_head(cls, config: PreTrainedConfig) -> None:
+        """Refuse a recipient that the other of the two classes is for."""
+        if head_class(config) is cls.native_auto_class:
+            return
+        kind, other = ("an encoder", "MaskedLM") if is_encoder(config) else ("a causal LM", "CausalLM")
+        raise UnsupportedArchitectureError(
+            f"model_type {config.model_type!r} is {kind}; use TransplantedFor{other}, or AutoModelFor{other}"
+        )
+
+    @classmethod
+    def _transplant(
+        cls,
+        base: PreTrainedModel,
+        sources: Sequence[OrganSource],
+        is_trainable: bool,
+        hub_kwargs: Mapping[str, Any],
+        surgery: Surgery | None = None,
+    ) -> Self:
+        """Extend a model in place, freeze it and load organs; undo everything on failure."""
+        fresh = not isinstance(base, Transplanted)
+        if fresh:
+            surgery = surgery or Surgery(base)
+            native: Any = type(base)
+            base.__class__ = _transplanted_class(cast(Any, cls), native)
+            base.requires_grad_(False)
+            # Trainer's card keeps the tags of ours if there is a list to add them to
+            base.model_tags = base.model_tags or []
+            cast(Self, base)._surgery = surgery
+        model = cast(Self, base)
+        before = list(model.donor_config)
+        try:
+            for source in sources:
+                model._load(source, is_trainable, hub_kwargs)
+        except BaseException:
+            for name in [name for name in model.donor_config if name not in before]:
+                model.delete_donor(name)
+            if fresh and not model._surgery.is_scaffold:  # nobody has a hold of that one
+                model.unload()
+            raise
+        return model
+
+
+class TransplantedForCausalLM(Transplanted):
+    """A causal LM with organs. Made by `from_pretrained`, never by its constructor.
+
+    Besides its own methods, an instance is a full model of its native class (`LlamaForCausalLM`, …).
+    """
+
+    native_auto_class = AutoModelForCausalLM
+
+
+class TransplantedForMaskedLM(Transplanted):
+    """A masked LM with organs. Made by `from_pretrained`, never by its constructor.
+
+    Besides its own methods, an instance is a full model of its native class (`BertForMaskedLM`, …).
+    """
+
+    native_auto_class = AutoModelForMaskedLM
+
+
+@functools.cache
+def _transplanted_class(kind: Any, native: Any) -> Any:
+    """The class of a native model with organs; `kind` is one of the two, or a class made here of one of them."""
+    kind = next(each for each in kind.__mro__ if "native_auto_class" in vars(each))
+    names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
+    return type(native.__name__, (kind, native), {**names, "config_class": native.config_class})
+
+
+def _revive(kind: type[Transplanted], native: type) -> Transplanted:
+    cls = _transplanted_class(cast(Any, kind), native)
+    return cls.__new__(cls)

@@ -1,0 +1,115 @@
+"""One organ in a live model: its layers, its place, its scale."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from not_hf.architecture.scaling import scaled_parameters, unscaled
+from not_hf.architecture.twin import meta_twin
+from not_hf.composition.layout import Place
+from not_hf.config import DonorConfig
+
+
+@dataclass
+class Organ:
+    """One loaded organ: its layers, where they go, and whether they stand in the stack now."""
+
+    name: str
+    config: DonorConfig  # position, mode and scale are those in force
+    layers: list[nn.Module]
+    active: bool = True
+    repo: str | None = None  # folder or Hub ID it was loaded from
+    revision: str | None = None  # the commit of that repo
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)  # what the scale multiplies, without it
+
+    @functools.cached_property
+    def native_config(self) -> PreTrainedConfig:
+        """Config of its own layers."""
+        return self.config.native_config()
+
+    @property
+    def place(self) -> Place:
+        """Where it stands, in the recipient's own layers."""
+        return Place(self.name, self.config.position or 0, self.config.mode, len(self.layers))
+
+    def set_trainable(self, is_trainable: bool) -> None:
+        """Freeze the organ, or have learn what learns in native layers: some keep parameters frozen by design."""
+        if not is_trainable:
+            for layer in self.layers:
+                layer.requires_grad_(False)
+            return
+        natives = meta_twin(self.config.native_config("base_config")).layers[slice(*self.config.span)]
+        for layer, native in zip(self.layers, natives, strict=True):
+            flags = {name: parameter.requires_grad for name, parameter in native.named_parameters()}
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(flags[name])
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        """Multiply what each layer writes by `scale` instead of the present one, in place; 1 gives back the weights.
+
+        Raises:
+            NotHFError: The organ was trained at scale 0; nothing is changed.
+        """
+        parameters = dict(scaled_parameters(self.layers))
+        at_one = {name: self.at_scale_one(name, p.detach()) for name, p in parameters.items()}
+        originals = {} if scale == 1 else {name: tensor.clone() for name, tensor in at_one.items()}
+        with _overwriting(parameters.values()):
+            for name, parameter in parameters.items():
+                parameter.copy_(at_one[name] if scale == 1 else originals[name] * scale)
+        self.originals, self.config.scale = originals, scale
+
+    @torch.no_grad()
+    def take_over(self, other: Organ) -> None:
+        """Take another organ's weights into the tensors of this one, in place, and its config but for the place.
+
+        Args:
+            other: At scale 1, and built alike.
+        """
+        scale = self.config.scale
+        ours, theirs = (
+            {f"{n}.{key}": t for n, layer in enumerate(organ.layers) for key, t in layer.state_dict().items()}
+            for organ in (self, other)
+        )
+        originals = {name: theirs[name].clone() for name in self.originals}
+        with _overwriting(ours.values()):
+            for name, tensor in ours.items():
+                tensor.copy_(originals[name] * scale if name in originals else theirs[name])
+        config = copy.copy(other.config)
+        config.position, config.mode, config.scale = self.config.position, self.config.mode, scale
+        self.config, self.originals, self.repo, self.revision = config, originals, other.repo, other.revision
+        self.__dict__.pop("native_config", None)
+
+    def at_scale_one(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """One of the organ's tensors without the scale.
+
+        Args:
+            name: `<layer>.<name below it>`.
+            tensor: Its present value.
+
+        Raises:
+            NotHFError: As in `scaling.unscaled`.
+        """
+        if name not in self.originals:
+            return tensor
+        return unscaled(tensor, self.originals[name].to(tensor.device), self.config.scale)
+
+
+@contextlib.contextmanager
+def _overwriting(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Tensors that are written to inside the block have their values back if it breaks off."""
+    before = [(tensor, tensor.clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, value in before:
+            tensor.copy_(value)
+        raise

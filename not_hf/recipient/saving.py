@@ -1,0 +1,156 @@
+"""Writing a transplanted model's organs: tensors out of the live stack, through a `DonorModel` without memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from not_hf.architecture.upstream import is_partitioned
+from not_hf.cards.common import README
+from not_hf.cards.donor import updated_card
+from not_hf.cards.license import License, joint_license
+from not_hf.composition.sources import composition_config, write_entry
+from not_hf.donor.modeling import DonorModel
+from not_hf.donor.tokenizer import save_local_tokenizer
+from not_hf.donor.vocabulary import VOCABULARY
+from not_hf.errors import NotHFError
+from not_hf.hub.atomic_write import replacing, require_donor_folder
+from not_hf.recipient.organ import Organ
+from not_hf.recipient.surgery import Surgery
+
+
+def organ_tensors(
+    model: PreTrainedModel, surgery: Surgery, name: str, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """An organ's tensors by `DonorModel`'s names, as they are at scale 1.
+
+    Args:
+        model: The transplanted model.
+        surgery: Its organs.
+        name: Which one.
+        state_dict: The whole model's tensors, when they were gathered elsewhere; used where it has the organ's.
+
+    Raises:
+        NotHFError: DeepSpeed has taken the organ apart, and `state_dict` does not have it.
+    """
+    organ, stack = surgery.organs[name], surgery.stack(model)
+    places = {id(layer): n for n, layer in enumerate(stack.layers)}
+    prefix = f"{DonorModel.base_model_prefix}.{stack.path}"
+    tensors: dict[str, torch.Tensor] = {}
+    for n, layer in enumerate(organ.layers):
+        place = f"{stack.full_path}.{places.get(id(layer))}."
+        given = {k.removeprefix(place): v for k, v in (state_dict or {}).items() if k.startswith(place)}
+        if not given and is_partitioned(layer):
+            raise NotHFError(
+                f"organ {name!r} lies in parts on several processes (DeepSpeed ZeRO-3); gather it: set "
+                "stage3_gather_16bit_weights_on_model_save and save with Trainer.save_model, or pass "
+                "state_dict=accelerator.get_state_dict(model)"
+            )
+        tensors |= {
+            f"{prefix}.{n}.{key}": organ.at_scale_one(f"{n}.{key}", _whole(value))
+            for key, value in (given or layer.state_dict()).items()
+        }
+    return tensors
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP keeps in parts is put together, on every process at once; others are what they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_organs(
+    model: PreTrainedModel,
+    surgery: Surgery,
+    names: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    repo_id: str | None = None,
+    is_main_process: bool = True,
+    **kwargs: Any,
+) -> None:
+    """Write one organ as a donor repo, several as a composition with a subfolder each.
+
+    Args:
+        model: The transplanted model.
+        surgery: Its organs.
+        names: Which ones, at least one.
+        folder: Created when missing.
+        state_dict: As in `organ_tensors`.
+        repo_id: For the card, where the folder is going to be pushed to.
+        is_main_process: Write on this process.
+        **kwargs: For `PreTrainedModel.save_pretrained`.
+    """
+    shells = {name: _shell(surgery, surgery.organs[name]) for name in names}
+    states = {name: organ_tensors(model, surgery, name, state_dict) for name in names}
+    for name, shell in shells.items():
+        _require_own(name, states[name], shell)
+    if len(names) == 1:
+        shells[names[0]].save_donor(folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
+        return
+    require_donor_folder(folder)
+    first = shells[names[0]].config  # all name the same base
+    base = (first.base_model_name_or_path, first.base_revision, first.base_subfolder)
+    entries = [write_entry(name, shells[name].config, surgery.organs[name].active, subfolder=name) for name in names]
+    config = composition_config(*base, surgery.base_config, entries)
+    joint_license(License.of(shell.config) for shell in shells.values()).set(config)
+    tensors = [tensor for state in states.values() for tensor in state.values()]
+    num_parameters = sum(tensor.numel() for tensor in tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    card = updated_card(folder, config, num_parameters, size, repo_id)  # raises before anything is written
+    with replacing(folder) as draft:
+        for name, shell in shells.items():
+            place = os.path.join(folder, name)
+            shell.save_donor(place, is_main_process, states[name], draft=os.path.join(draft, name), **kwargs)
+        if is_main_process:
+            config.save_pretrained(draft)
+            card.save(Path(draft, README))
+            save_local_tokenizer(config.base_model_name_or_path, folder, draft)
+
+
+def require_own_modules(surgery: Surgery, organ: Organ) -> None:
+    """Check that an organ's layers are as they were put in.
+
+    Raises:
+        NotHFError: Something was put on top of them.
+    """
+    shell = _shell(surgery, organ)
+    prefix = shell.stack.full_path
+    names = {f"{prefix}.{n}.{key}" for n, layer in enumerate(organ.layers) for key in layer.state_dict()}
+    _require_own(organ.name, names, shell)
+
+
+def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
+    if foreign := sorted(set(keys) ^ shell.state_dict().keys()):
+        raise NotHFError(
+            f"organ {name!r} holds modules that are not its own ({foreign[0]}, …); "
+            "merge or unload what was put on top of it (LoRA?) first"
+        )
+
+
+def _shell(surgery: Surgery, organ: Organ) -> DonorModel:
+    """A `DonorModel` on the meta device, in the organ's dtype, to save the organ's tensors through.
+
+    Its config names the recipient and its vocabulary as the base's, since that is what the organ was used with.
+    """
+    config = copy.deepcopy(organ.config)
+    if name := surgery.base_config.name_or_path:
+        if surgery.base_revision or name != config.base_model_name_or_path:
+            config.base_revision, config.base_subfolder = surgery.base_revision, surgery.base_subfolder
+        config.base_model_name_or_path = name
+        for values in (config.base_config, config.organ_config):
+            assert values is not None  # checked when the organ was loaded
+            values |= {key: getattr(surgery.base_config, key) for key in VOCABULARY if key in values}
+    dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
+    with torch.device("meta"):
+        shell = DonorModel(config)
+    for parameter in shell.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return shell

@@ -1,0 +1,218 @@
+"""The state machine behind a transplanted model: which layers stand in the stack, and everything kept in step with it.
+
+Every change rebuilds the stack from the pristine base and the active organs, so undoing one is exact and several
+organs need no extra code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from not_hf.architecture.devices import execution_device, spliced_device_map
+from not_hf.architecture.differences import layer_differences, native_differences, outer_attributes
+from not_hf.architecture.layers import adopt, forget_capture_hooks
+from not_hf.architecture.quantization import is_quantized
+from not_hf.architecture.splicing import Slot, numbered, set_layer_index, splice_config, spliced_config
+from not_hf.architecture.stack import Stack, find_stack
+from not_hf.architecture.twin import Twin, meta_twin
+from not_hf.composition.layout import arrange
+from not_hf.recipient.organ import Organ
+
+Placed = tuple[nn.Module, Slot]
+
+
+class Surgery:
+    """What a transplanted model remembers of its base, and its organs in load order.
+
+    It hangs on the model as a plain attribute, so that `state_dict`, `parameters` and hooks see the native model only;
+    `deepcopy` and pickle carry it along.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        base_revision: str | None = None,
+        base_subfolder: str | None = None,
+        is_scaffold: bool = False,
+    ) -> None:
+        stack = meta_twin(model.config, type(model)).stack if is_scaffold else find_stack(model)
+        self.native_class = type(model)
+        self._where = (stack.base, stack.path)
+        self.is_scaffold = is_scaffold  # without the base's own layers; places count them all the same
+        self.base_layers: list[nn.Module] = list(self.stack(model).layers)
+        self.base_config = copy.deepcopy(model.config)
+        self.base_revision = base_revision  # commit it was loaded at, where known
+        self.base_subfolder = base_subfolder  # likewise
+        self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.organs: dict[str, Organ] = {}
+        self.disabled = 0
+        self.device_map = copy.copy(getattr(model, "hf_device_map", None))
+        self._packed = self._quantized_layers() if is_quantized(model) else []
+        self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
+        self._base_derived: dict[tuple[str, str], Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is outside of every `disable_donors()` block."""
+        return {**vars(self), "disabled": 0}
+
+    def stack(self, model: PreTrainedModel) -> Stack:
+        """Where the live layers are."""
+        return Stack(model, *self._where)
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the organs in the stack, in load order."""
+        return [] if self.disabled else [name for name, organ in self.organs.items() if organ.active]
+
+    def _chosen(self) -> list[Organ]:
+        return [self.organs[name] for name in self.active]
+
+    def plan(self, organs: Iterable[Organ] | None = None) -> list[Placed]:
+        """The stack, front to back: each layer with its origin.
+
+        Args:
+            organs: In load order; `None` means the active ones.
+
+        Raises:
+            IncompatibleDonorError: Two organs want the same recipient layers.
+        """
+        chosen = {organ.name: organ for organ in (self._chosen() if organs is None else organs)}
+        placed: list[Placed] = []
+        for name, n in arrange(self.base_config.num_hidden_layers, [organ.place for organ in chosen.values()]):
+            if name is not None:
+                placed.append((chosen[name].layers[n], (chosen[name].native_config, n)))
+            elif not self.is_scaffold:
+                placed.append((self.base_layers[n], (self.base_config, n)))
+        return placed
+
+    def twin(self, placed: list[Placed]) -> Twin:
+        """The native model of that stack's config, on the meta device."""
+        return meta_twin(spliced_config(self.base_config, [slot for _, slot in placed]), self.native_class)
+
+    def base_twin(self) -> Twin:
+        """The base's, with all its layers."""
+        return meta_twin(self.base_config, self.native_class)
+
+    def differences(self, placed: list[Placed], as_saved: bool = False) -> list[str]:
+        """In what those layers would differ after saving natively and loading without not_hf.
+
+        Args:
+            placed: A stack, as planned.
+            as_saved: Count what a quantizer made of the recipient's own layers too.
+        """
+        layers = [layer for layer, _ in placed]
+        own = [
+            () if as_saved or c is not self.base_config or not self._packed else self._packed[i]
+            for _, (c, i) in placed
+        ]
+        with numbered(layers):
+            return native_differences(layers, self.twin(placed).layers, own)
+
+    def _quantized_layers(self) -> list[list[str]]:
+        """In what each layer of a quantized base differs from a plain one."""
+        twins = self.base_twin().layers
+        return [layer_differences(layer, twin) for layer, twin in zip(self.base_layers, twins, strict=True)]
+
+    def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
+        """What keeps one organ's weights from going into the tensors of another."""
+        if organ.config.span != other.config.span:
+            return [f"it holds layers {list(other.config.span)}, not {list(organ.config.span)}"]
+        spliced, others = (
+            splice_config(self.base_config, [(each.native_config, n) for n in range(len(each.layers))])
+            for each in (organ, other)
+        )
+        differences = [f"{key} is {others[key]}, not {spliced[key]}" for key in spliced if others[key] != spliced[key]]
+        with numbered(organ.layers), numbered(other.layers):
+            return differences + native_differences(other.layers, organ.layers, there="here")
+
+    @contextlib.contextmanager
+    def changing(self, model: PreTrainedModel) -> Iterator[None]:
+        """Change organs or their flags inside the block; then the stack follows. What fails leaves all as it was."""
+        organs, disabled = dict(self.organs), self.disabled
+        flags = {name: organ.active for name, organ in organs.items()}
+        try:
+            yield
+            self.apply(model)
+        except BaseException:
+            self.organs, self.disabled = organs, disabled
+            for name, organ in organs.items():
+                organ.active = flags[name]
+            self.apply(model)
+            raise
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Make the live model agree with `plan()`. What can refuse is computed first; `changing` undoes the rest."""
+        placed = self.plan()
+        values = splice_config(self.base_config, [slot for _, slot in placed])
+        if not self.active:
+            values = {key: copy.deepcopy(getattr(self.base_config, key)) for key in values}
+        attributes = self._attributes(placed)
+
+        stack, config = self.stack(model), model.config
+        standing = {id(layer) for layer in stack.layers}
+        reference = dict(stack.layers[0].named_modules()) if stack.layers else {}
+        forget_capture_hooks([model, *self.parked(model), *(layer for layer, _ in placed)])
+        for key, value in values.items():
+            setattr(config, key, value)
+        for (path, key), value in attributes.items():
+            setattr(model.get_submodule(path), key, value)
+        for n, (layer, _) in enumerate(placed):
+            set_layer_index(layer, n)
+            if id(layer) not in standing:
+                adopt(layer, config, reference, model.training)
+        stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
+        if self.device_map is not None:
+            vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
+
+    def _device_map(self, placed: list[Placed], path: str) -> dict[str, Any]:
+        """accelerate's map under the numbers that layers have in that stack."""
+        assert self.device_map is not None
+        origins = [
+            i if config is self.base_config else execution_device(layer) or next(layer.parameters()).device
+            for layer, (config, i) in placed
+        ]
+        return spliced_device_map(self.device_map, path, origins) if self.active else dict(self.device_map)
+
+    def _attributes(self, placed: list[Placed]) -> dict[tuple[str, str], Any]:
+        """What model-level attributes derived from the per-layer config must be for that stack.
+
+        Only those that any stack so far has changed; worked out once per stack, since it builds a twin.
+        """
+        signature = "" if not self.active else repr(splice_config(self.base_config, [slot for _, slot in placed]))
+        if signature not in self._derived:
+            base, here = (
+                outer_attributes(twin.model, twin.stack.full_path) for twin in (self.base_twin(), self.twin(placed))
+            )
+            self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
+            self._base_derived.update({key: base[key] for key in self._derived[signature]})
+        return {**self._base_derived, **self._derived[signature]}
+
+    def release(self, model: PreTrainedModel) -> None:
+        """Restore the `requires_grad` flags that the base's parameters had; organs must be out of the stack."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+
+    @contextlib.contextmanager
+    def at_scale_one(self) -> Iterator[None]:
+        """Every organ's own weights inside the block, for what converts or replaces them."""
+        scales = {name: organ.config.scale for name, organ in self.organs.items() if organ.config.scale != 1}
+        try:
+            for name in scales:
+                self.organs[name].rescale(1.0)
+            yield
+        finally:
+            for name, scale in scales.items():
+                self.organs[name].rescale(scale)
+
+    def parked(self, model: PreTrainedModel) -> Iterator[nn.Module]:
+        """Layers that belong to the model but do not stand in the stack now."""
+        standing = {id(layer) for layer in self.stack(model).layers}
+        for layer in (*self.base_layers, *(layer for organ in self.organs.values() for layer in organ.layers)):
+            if id(layer) not in standing:
+                yield layer

@@ -1,0 +1,261 @@
+"""Training text: load it with `datasets`, pack it into blocks of tokens."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase
+
+from not_hf.errors import NotHFError
+
+# suffix -> builder of `datasets`, chosen here because `datasets` would read .md as something else than text
+_BUILDERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def load_text(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    column: str = "text",
+    streaming: bool = False,
+    name: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    sample_by: Literal["line", "paragraph", "document"] = "line",
+) -> Dataset | IterableDataset:
+    """Load text for training or evaluation as a dataset with exactly one column, `text`.
+
+    Rows without text (null or only whitespace: the blank lines of a file) are dropped.
+
+    Args:
+        source: A `.txt`, `.md`, `.jsonl`, `.json`, `.parquet` or `.csv` file, compressed or not, local or a URL;
+            a glob of such files; a folder (files named after a split, such as `test.txt`, belong to that split,
+            every other file to `train`; a folder of `.md` files is all `train`); or a Hub dataset ID.
+        split: Split, or slice of one such as `"train[:90%]"` (not when streaming). A file or a glob has one
+            split, `train`.
+        column: Column that holds the text. Plain text files have `text`.
+        streaming: Read on the fly instead of preparing the whole dataset in the cache first.
+        name: Configuration of a Hub dataset.
+        revision: Branch, tag or commit of a Hub dataset.
+        token: Hub token, `None` for the stored one.
+        sample_by: What one example of a plain text file is: a line without its line break, a paragraph
+            (ended by an empty line; for prose that is wrapped over many lines) or the whole file.
+
+    Returns:
+        A `Dataset`, or an `IterableDataset` when streaming, with the one column `text` (string).
+
+    Raises:
+        NotHFError: The column does not exist or holds no text, a file cannot be read, or its format is unknown.
+        FileNotFoundError: No such file, or no such dataset on the Hub.
+    """
+    source = os.path.expanduser(source)
+    how: dict[str, Any] = {"split": split, "streaming": streaming, "token": token}
+    if sample_by != "line":  # only the text builder knows it; others refuse it
+        how["sample_by"] = sample_by
+    files = _files(source)
+    try:
+        if files is None:
+            dataset = load_dataset(source, name, revision=revision, **how)
+        else:
+            dataset = load_dataset(_builder(files), data_files=files, **how)
+    except (DatasetGenerationError, TypeError) as error:  # an unreadable file; an option its builder does not know
+        raise NotHFError(f"cannot read {source}: {error.__cause__ or error}") from error
+    dataset = _only_column(dataset, column, source)
+    if column != "text":
+        dataset = dataset.rename_column(column, "text")
+    return dataset.filter(_has_text, input_columns="text", batched=True)
+
+
+def pack(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    *,
+    column: str = "text",
+    isolate_documents: bool = False,
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """Tokenize texts, join them into one stream of tokens and cut it into blocks of equal length.
+
+    Each text is tokenized with the tokenizer's own special tokens (a BOS where it adds one) and ended by EOS
+    where the tokenizer has one and did not add it itself. Empty texts give no tokens. Every token is in
+    exactly one block, in order; only the tail of the whole stream that fills no block is dropped.
+
+    Blocks carry `labels`, so plain `transformers.Trainer` trains on every token with `default_data_collator`, which
+    it takes by itself unless it is given a tokenizer (it then pads, and refuses a tokenizer without pad token).
+    `DataCollatorForLanguageModeling(mlm=False)` would mask each EOS for tokenizers that pad with EOS. No
+    `attention_mask`: nothing is padded. Blocks of a `Dataset` are memory-mapped from the cache of `datasets`, and
+    the same call finds them there again. Blocks of an `IterableDataset` are made while reading, are the same, and
+    are one shard: with several dataloader workers one of them tokenizes. Resuming it (`state_dict`) reads the
+    text again from its start, without giving those blocks. Shuffle the blocks rather than the texts.
+
+    With `isolate_documents`, tokens attend to no other document of their block, in models that read this out of
+    `position_ids` that start anew: `require_isolation` tells whether one does. Batches must then
+    have no `attention_mask` (`DataCollatorWithPadding`, which the Trainer takes when it has a tokenizer, adds one)
+    and no other `position_ids` (`DataCollatorWithFlattening` numbers whole blocks): use `default_data_collator`.
+
+    Args:
+        dataset: Texts, from `load_text` or any other with a column of strings.
+        tokenizer: The tokenizer of the model to be trained.
+        block_length: Tokens per block, at least 2.
+        column: Column that holds the text; others are left out.
+        isolate_documents: Add `position_ids` that start anew with every document of a block, and give the first token
+            of each the label -100: nothing it could be predicted from is its own document's.
+        num_proc: Processes that tokenize a `Dataset`; an `IterableDataset` has no use for it.
+
+    Returns:
+        A dataset of the same kind, with `input_ids` and `labels`, equal unless documents are isolated, and then
+        `position_ids`; `(block_length,)` each, int32.
+
+    Raises:
+        NotHFError: `block_length` is below 2, the column does not exist or holds no text, or the text of a
+            `Dataset` fills no block.
+    """
+    if block_length < 2:
+        raise NotHFError(f"block_length is {block_length}; a block needs at least 2 tokens to predict one")
+    texts = _only_column(dataset, column, "the dataset").with_format(None)
+    how: dict[str, Any] = {
+        "batched": True,
+        "input_columns": column,
+        "remove_columns": column,
+        "features": Features(input_ids=List(Value("int32"))),
+        "fn_kwargs": {"tokenizer": tokenizer},
+    }
+    columns = ["input_ids", "labels", *(["position_ids"] if isolate_documents else [])]
+    blocks = {
+        "features": Features(dict.fromkeys(columns, List(Value("int32"), length=block_length))),
+        "gen_kwargs": {"block_length": block_length, "isolate_documents": isolate_documents},
+    }
+    if isinstance(texts, IterableDataset):
+        blocks["gen_kwargs"]["documents"] = texts.map(_tokenize, **how).with_format("arrow")
+        return IterableDataset.from_generator(_blocks, **blocks)
+    documents = texts.map(_tokenize, num_proc=num_proc, desc="Tokenizing", **how).with_format("arrow")
+    if next(_blocks(documents, block_length, isolate_documents), None) is None:
+        raise NotHFError(f"the text has fewer tokens than one block of {block_length}; use a shorter block_length")
+    blocks["gen_kwargs"]["documents"] = documents
+    return Dataset.from_generator(_blocks, **blocks)
+
+
+def _files(source: str) -> list[str] | None:
+    """The files a source names, `None` where `datasets` finds them itself: a folder or a Hub dataset ID."""
+    if "://" in source or os.path.isfile(source):
+        return [source]
+    if os.path.isdir(source):
+        found = [p for p in sorted(Path(source).rglob("*")) if p.name != "README.md" and _suffix(p.name) in _BUILDERS]
+        markdown = [str(p) for p in found if _suffix(p.name) == ".md"]
+        if not found:
+            raise NotHFError(f"no text in {source}; looked for {', '.join(_BUILDERS)}")
+        if len(markdown) <= len(found) - len(markdown):
+            return None
+        if len(markdown) < len(found):
+            raise NotHFError(f"{source} mixes .md with other files; name those to read: {source}/**/*.md")
+        return markdown
+    if glob.has_magic(source):
+        matches = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+        if not matches:
+            raise FileNotFoundError(f"no file matches {source}")
+        return matches
+    if _suffix(source) in _BUILDERS or source.startswith((".", os.sep)) or source.count("/") > 1:
+        raise FileNotFoundError(f"no file or folder {source}; a Hub dataset ID reads owner/name")
+    return None
+
+
+def _suffix(name: str) -> str:
+    """The file's suffix in lower case, that of a compression left out."""
+    name = name.lower()
+    for compressed in _COMPRESSED:
+        name = name.removesuffix(compressed)
+    return os.path.splitext(name)[1]
+
+
+def _builder(files: list[str]) -> str:
+    """The one builder of `datasets` that reads all these files."""
+    suffixes = {_suffix(file) for file in files}
+    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
+    builder = builders.pop()
+    if builder is None or builders:
+        raise NotHFError(
+            f"cannot read {', '.join(sorted(s or 'files without a suffix' for s in suffixes))} as one dataset; "
+            f"give files of one kind out of {', '.join(_BUILDERS)}"
+        )
+    return builder
+
+
+def _only_column(dataset: Any, column: str, source: str) -> Any:
+    """The dataset reduced to a column of strings; refuses one that is not there or holds something else."""
+    example: dict[str, Any] = {}
+    if dataset.features is None:  # a stream tells its columns with its first row
+        example = next(iter(dataset), {})
+        columns = list(example)
+        if not columns:
+            raise NotHFError(f"{source} is empty")
+    else:
+        columns = list(dataset.features)
+    if column not in columns:
+        raise NotHFError(f"{source} has no column {column!r}; choose one of {', '.join(map(repr, columns))}")
+    if dataset.features is None:
+        is_text = isinstance(example[column], str | None)
+        kind = type(example[column]).__name__
+    else:
+        feature = dataset.features[column]
+        kind = getattr(feature, "dtype", type(feature).__name__)
+        is_text = kind in ("string", "large_string")
+    if not is_text:
+        raise NotHFError(f"column {column!r} of {source} holds {kind}, not text")
+    return dataset.select_columns([column])
+
+
+def _has_text(texts: list[str | None]) -> list[bool]:
+    return [text is not None and not text.isspace() and text != "" for text in texts]
+
+
+def _tokenize(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+    """Token ids of each text that has any, ended by EOS."""
+    present = [text for text in texts if text]
+    if not present:
+        return {"input_ids": []}
+    # verbose=False: texts may be longer than the model's context, and the warning's flag would change the
+    # tokenizer's hash, hence miss the cache
+    ids = tokenizer(present, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    if eos is not None:
+        ids = [document if document[-1:] == [eos] else [*document, eos] for document in ids]
+    return {"input_ids": ids}
+
+
+def _blocks(
+    documents: Dataset | IterableDataset, block_length: int, isolate_documents: bool
+) -> Iterator[dict[str, list[int]]]:
+    """Cut the joined documents (Arrow format, `input_ids`) into blocks; what a batch leaves over opens the next."""
+    in_block = np.arange(block_length, dtype=np.int32)
+    rest = np.empty((2, 0), dtype=np.int32)  # tokens, and the position of each in its document
+    # .iter, for iter() would hand a dataloader worker its share of the documents only
+    for batch in documents.iter(batch_size=1000):
+        texts = batch["input_ids"].combine_chunks()
+        ids, lengths = texts.flatten().to_numpy(), np.diff(texts.offsets.to_numpy())
+        in_document = np.arange(len(ids), dtype=np.int32) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        rest = np.concatenate([rest, np.stack([ids, in_document]).astype(np.int32)], axis=1)
+        end = rest.shape[1] // block_length * block_length
+        for block, positions in rest[:, :end].reshape(2, -1, block_length).swapaxes(0, 1):
+            if isolate_documents:
+                positions = np.minimum(positions, in_block)  # a document cut by the block's start begins there
+                labels = np.where(positions == 0, -100, block)
+                yield {"input_ids": block.tolist(), "labels": labels.tolist(), "position_ids": positions.tolist()}
+            else:
+                yield {"input_ids": (ids := block.tolist()), "labels": ids}
+        rest = rest[:, end:]
