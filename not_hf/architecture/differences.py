@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.tables import (
     DENSE_PREFIXES,
-    INDEX_ATTRIBUTES,
     LAYER_INDEX_LISTS,
     LAYERLESS,
     NAMES,
@@ -57,26 +56,22 @@ def outer_attributes(model: PreTrainedModel, stack_path: str) -> dict[tuple[str,
 
 
 def native_differences(
-    layers: Sequence[nn.Module],
-    twin_layers: Sequence[nn.Module],
-    own: Sequence[Collection[str]] | None = None,
-    there: str = "natively",
+    layers: Sequence[nn.Module], twin_layers: Sequence[nn.Module], there: str = "natively"
 ) -> list[str]:
-    """In what live layers differ from those a native model of the same config would have.
+    """In what layers differ from those a native model of the same config would have.
 
     An empty list means: saved with this config and loaded without not_hf, these layers compute the same.
 
     Args:
-        layers: The live ones.
+        layers: Live ones, or those of the twins that they were built in.
         twin_layers: The native ones, or others to compare with.
-        own: For each layer, differences that are its own wherever it stands (a quantizer's modules).
         there: Where the twins are, in words.
     """
     return [
         f"layer {n}{difference}"
         for n, (layer, twin) in enumerate(zip(layers, twin_layers, strict=True))
+        if layer is not twin
         for difference in layer_differences(layer, twin, there)
-        if own is None or difference not in own[n]
     ]
 
 
@@ -128,7 +123,7 @@ def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[nn.Modul
         for name, module in theirs.items():
             mine = _scalars(ours[name])
             for key, value in _scalars(module).items():
-                if key not in INDEX_ATTRIBUTES and key in mine and mine[key] != value:
+                if key in mine and mine[key] != value:
                     setattr(ours[name], key, value)
 
 
@@ -152,11 +147,12 @@ def fingerprint(config: PreTrainedConfig) -> str:
 
 
 def _scalars(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes that a module's class derives from the config, but for the layer's index."""
+    attributes = vars(module)
     return {
         key: value
-        for key, value in vars(module).items()
-        if key not in NOT_DERIVED
-        and isinstance(value, (bool, int, float, str, tuple, type(None)))
+        for key in attributes.keys() - NOT_DERIVED
+        if isinstance(value := attributes[key], (bool, int, float, str, tuple, type(None)))
         and "dropout" not in key
         and not (key == "p" and isinstance(module, nn.Dropout))  # training alone
         and not key.startswith(("_is_hf", "_version", "_output_capturing", "call_super_init", "dump_patches"))

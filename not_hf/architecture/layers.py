@@ -1,71 +1,17 @@
-"""What is done to layers themselves: laying them bare, silencing them, fitting them into another model."""
+"""What is done to layers themselves: silencing them, fitting them into another model, checking their values."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from not_hf.architecture.quantization import computes
-from not_hf.architecture.stack import Stack
 from not_hf.architecture.tables import OUTPUT_PROJECTIONS
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
-
-# modules beside the layers that do not touch hidden states: they say where tokens stand
-POSITIONAL = ("rotary", "rope")
-
-
-class Passthrough(nn.Module):
-    """Stands where a stripped module was: hands hidden states on, answers anything else with a zero."""
-
-    def forward(self, x: Any = None, *args: Any, inputs_embeds: Any = None, **kwargs: Any) -> torch.Tensor:
-        """`x` itself when it is `(batch, seq, hidden)`, else a zero without dimensions.
-
-        Embeddings of encoders are called with no ids, and with the hidden states second or by name.
-        """
-        if x is None:
-            x = next((arg for arg in (inputs_embeds, *args) if isinstance(arg, torch.Tensor)), None)
-        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim > 2:
-            return x
-        return torch.zeros((), device=x.device if isinstance(x, torch.Tensor) else None)
-
-
-def strip_to_layers(stack: Stack) -> None:
-    """Put a `Passthrough` in the place of everything in the base model but its layers and its rotary embeddings."""
-    parent: nn.Module = stack.base_model
-    for step in stack.path.split("."):
-        for name, _ in list(parent.named_children()):
-            if name != step and not any(word in name for word in POSITIONAL):
-                setattr(parent, name, Passthrough())
-        parent = getattr(parent, step)
-
-
-@torch.no_grad()
-def check_bare(organ: nn.Module, stack: Stack, hidden: torch.Tensor) -> None:
-    """Check that a stripped base model is nothing but its layers: without them hidden states go through unchanged.
-
-    Args:
-        organ: Takes `inputs_embeds`.
-        stack: Its layers, left out for the moment.
-        hidden: Any hidden states, `(batch, seq, hidden)`.
-
-    Raises:
-        UnsupportedArchitectureError: Something beside the layers changes hidden states, or cannot do without them.
-    """
-    layers, kind = stack.layers, f"model_type {stack.base_model.config.model_type!r}"
-    modules, layers._modules = layers._modules, {}
-    try:
-        found = organ(inputs_embeds=hidden).last_hidden_state
-    except Exception as error:  # native forwards raise anything on what they do not expect
-        reason = " ".join(str(error).split())[:200]
-        raise UnsupportedArchitectureError(f"layers of {kind} cannot be run without the rest: {reason}") from error
-    finally:
-        layers._modules = modules
-    if not torch.equal(found, hidden):
-        raise UnsupportedArchitectureError(f"{kind} changes hidden states outside of its layers")
+from not_hf.errors import CorruptDonorError
 
 
 def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -81,6 +27,16 @@ def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         branch = "attention" if path and "att" in path[0].lower() else "mlp"
         if any(each in OUTPUT_PROJECTIONS[branch] for each in owners):
             yield name, parameter
+
+
+@contextlib.contextmanager
+def standing(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block other layers stand in the stack."""
+    before, stack._modules = stack._modules, {str(n): layer for n, layer in enumerate(layers)}
+    try:
+        yield
+    finally:
+        stack._modules = before
 
 
 @torch.no_grad()

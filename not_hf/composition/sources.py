@@ -19,7 +19,7 @@ from not_hf.errors import CorruptDonorError, NotHFError
 
 DEFAULT_NAME = "default"  # of an organ that nobody named, as in PEFT
 
-DonorSource = str | os.PathLike[str] | DonorModel
+DonorLike = str | os.PathLike[str] | DonorModel
 
 # What an entry may say, and the types of JSON it says it in; null counts as left out.
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
@@ -50,7 +50,7 @@ class OrganSource:
     """
 
     name: str
-    donor: DonorSource
+    donor: DonorLike
     revision: str | None = None
     subfolder: str | None = None
     position: int | None = None

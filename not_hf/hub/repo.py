@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.utils.hub import resolve_revision
 
@@ -11,6 +12,14 @@ from transformers.utils.hub import resolve_revision
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # what of it holds for several repos: the revision and the subfolder are each repo's own
 SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
+
+
+class Repo(NamedTuple):
+    """A folder or a repo on the Hub, which need not exist."""
+
+    name: str | os.PathLike[str] | None
+    revision: str | None = None
+    subfolder: str | None = None
 
 
 def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
