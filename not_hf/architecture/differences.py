@@ -21,6 +21,7 @@ from not_hf.architecture.tables import (
     PER_LAYER_LISTS,
     PERIODS,
 )
+from not_hf.architecture.upstream import BOOKKEEPING
 from not_hf.errors import UnsupportedArchitectureError
 
 
@@ -159,7 +160,7 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
         and isinstance(value, (bool, int, float, str, tuple, type(None)))
         and "dropout" not in key
         and not (key == "p" and isinstance(module, nn.Dropout))  # training alone
-        and not key.startswith(("_is_hf", "_version", "_output_capturing", "call_super_init", "dump_patches"))
+        and not key.startswith(BOOKKEEPING)
     }
 
 

@@ -73,7 +73,6 @@ NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2
 NOT_DERIVED = vars(nn.Module()).keys() | {
     "gradient_checkpointing",
     "name_or_path",
-    "_attn_implementation",
     "vocab_size",
     "padding_idx",
 }

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from not_hf.architecture.stack import Stack, check_config, find_stack, head_class, is_encoder
 from not_hf.architecture.tables import NAMES
-from not_hf.architecture.upstream import built_whole
+from not_hf.architecture.upstream import attention_of, built_whole
 from not_hf.errors import UnsupportedArchitectureError
 
 
@@ -60,13 +59,13 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
     """
     check_config(config)
     values = {key: value for key, value in config.to_dict().items() if key not in NAMES}
-    key = repr((type(config), config._attn_implementation or "sdpa", sorted(values.items())))
+    key = repr((type(config), attention_of(config) or "sdpa", sorted(values.items())))
     twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin.model))), None)
     if twin is None:
         config = copy.deepcopy(config)
         if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
             config.dtype = getattr(torch, config.dtype)
-        with built_whole(), no_init_weights(), torch.device("meta"):
+        with built_whole(hollow=True), torch.device("meta"):
             twin = Twin(build(model_class or head_class(config).from_config, config))
         _twins.append((key, twin))
     return twin

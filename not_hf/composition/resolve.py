@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.scaling import scale_problem
+from not_hf.architecture.upstream import AUTO_KWARGS, implementations
 from not_hf.composition.layout import Origin, Place, arrange
 from not_hf.composition.sources import DEFAULT_NAME, DonorSource, OrganSource, is_plain_name, read_entries
 from not_hf.config import DonorConfig
@@ -22,8 +23,6 @@ from not_hf.hub.repo import SHARED_KWARGS, resolve_commit
 
 # what else it takes to read a base's config
 CONFIG_KWARGS = ("revision", "subfolder", "gguf_file", "trust_remote_code", "code_revision")
-# what AutoModelForCausalLM and pipelines add for the repo named first, which is not the base
-AUTO_KWARGS = ("_from_auto", "_from_pipeline", "adapter_kwargs")
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,7 @@ def resolve_request(
         # AutoModelForCausalLM has moved those of its arguments that the donor's config also has into that config
         position, mode = place_in_force(wish, donor_config)
         wish = replace(wish, position=position, mode=mode, scale=scale_in_force(wish, donor_config))
-    for key in ("attn_implementation", "experts_implementation"):
-        if (value := getattr(donor_config, f"_{key}")) is not None:
-            kwargs.setdefault(key, value)
+    kwargs = {**implementations(donor_config), **kwargs}
     base = donor_config.base_model_name_or_path
     kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that this one names
     kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": donor_config.base_revision})

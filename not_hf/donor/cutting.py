@@ -17,6 +17,7 @@ from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.upstream import commit_of
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
@@ -149,8 +150,9 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
         if isinstance(config, DonorConfig):
             raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
         stack = meta_twin(config).stack
-        commit = getattr(commit, "resolved", None)
-        opened = StoredBase(name, commit, config, stack.base, stack.path, hub_kwargs, _dequantization(config))
+        opened = StoredBase(
+            name, commit_of(commit), config, stack.base, stack.path, hub_kwargs, _dequantization(config)
+        )
     if getattr(opened.config, "quantization_config", None) is not None and opened.quantization is None:
         raise UnsupportedArchitectureError(
             f"{opened.name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.utils import TensorInfo
 from transformers import PreTrainedModel
 
-from not_hf.architecture.upstream import built_whole
+from not_hf.architecture.upstream import built_whole, forget_conversions, without_load_report
 from not_hf.config import DonorConfig
 from not_hf.errors import CorruptDonorError, some
 from not_hf.hub.checkpoint import FLOAT_DTYPES, View
@@ -60,7 +58,7 @@ def fill(
         config = copy.deepcopy(config)
         config.quantization_config = quantization  # transformers takes it away when it has dequantized
     try:
-        with built_whole(), _without_load_report():
+        with built_whole(), without_load_report():
             loaded: Any = PreTrainedModel.from_pretrained.__func__(  # type: ignore[attr-defined]
                 organ_class,
                 None,
@@ -75,9 +73,7 @@ def fill(
     except RuntimeError as error:  # tensors that cannot be brought into the module's layout
         raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
     organ, info = loaded
-    # Saving would undo these conversions: give dequantized weights the names of quantized ones, and leave experts that
-    # came in one tensor so. Without them an organ is saved in the layout that its architecture has on the Hub.
-    vars(organ).pop("_weight_conversions", None)
+    forget_conversions(organ)  # it is saved in the layout that its architecture has on the Hub
     return organ, info
 
 
@@ -148,18 +144,3 @@ def common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
         if dtype := dtype_of(tensor):
             sizes[dtype] += math.prod(tensor.shape)
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """transformers logs a table of missing and unexpected tensors as a warning; we raise it as one line instead."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

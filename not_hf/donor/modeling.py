@@ -12,7 +12,6 @@ from huggingface_hub import CommitInfo
 from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from not_hf.architecture.differences import config_differences, inherit_attributes, same_modules
@@ -21,7 +20,14 @@ from not_hf.architecture.splicing import set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
-from not_hf.architecture.upstream import built_whole
+from not_hf.architecture.upstream import (
+    AUTO_KWARGS,
+    DelegatesAttention,
+    attention_of,
+    built_whole,
+    set_attention,
+    set_layers,
+)
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import inherit_license
@@ -36,7 +42,7 @@ from not_hf.hub.push import PushOptions, push_folder
 from not_hf.hub.repo import HUB_KWARGS, resolve_commit
 
 
-class DonorModel(PreTrainedModel):
+class DonorModel(DelegatesAttention, PreTrainedModel):
     """One organ: `k` layers of a causal or masked LM, without embeddings, head or final norm.
 
     It is the native base model with everything but its layers taken out, so checkpoints are stored in the layout the
@@ -55,11 +61,6 @@ class DonorModel(PreTrainedModel):
     base_model_prefix = "organ"
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
-    # the organ inside decides what it supports
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: DonorConfig, *args: Any, **kwargs: Any) -> None:
         base, native = config.check()
@@ -69,7 +70,7 @@ class DonorModel(PreTrainedModel):
                 f"donor config: organ_config contradicts layers {config.layers} of base_config: "
                 + "; ".join(contradictions[:5])
             )
-        native._attn_implementation = config._attn_implementation
+        set_attention(native, attention_of(config))
         for key, neutral in NEUTRAL_EMBEDDING.items():
             if hasattr(native, key):
                 setattr(native, key, neutral)
@@ -77,21 +78,21 @@ class DonorModel(PreTrainedModel):
         # in the dtype that is being loaded, not in the one the base's config names
         dtype, span = torch.get_default_dtype(), slice(*config.span)
         hollow = torch.get_default_device().type == "meta"  # to be filled: there is nothing to initialize
-        with built_whole(), no_init_weights() if hollow else contextlib.nullcontext():
+        with built_whole(hollow):
             stack = find_stack(build(head_class(native).from_config, native, dtype=dtype))
         originals = meta_twin(base).layers[span]
         if not same_modules(stack.layers, originals):  # what a layer is made of depends on where it stands
-            base._attn_implementation = config._attn_implementation
+            set_attention(base, attention_of(config))
             with built_whole():
                 whole = find_stack(build(head_class(base).from_config, base, dtype=dtype))
-            stack.layers._modules = {str(n): layer for n, layer in enumerate(list(whole.layers)[span])}
+            set_layers(stack.layers, list(whole.layers)[span])
             for n, layer in enumerate(stack.layers):
                 set_layer_index(layer, n)
                 adopt(layer, native, {}, layer.training)
         inherit_attributes(list(stack.layers), originals)
         strip_to_layers(stack)
         self.organ: PreTrainedModel = stack.base_model
-        config._attn_implementation = self.organ.config._attn_implementation
+        set_attention(config, attention_of(self.organ.config))
         self._stack_path = stack.path
         self.post_init()
 
@@ -211,7 +212,7 @@ class DonorModel(PreTrainedModel):
             UnsupportedArchitectureError: As in `from_base`.
         """
         state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
-        attention = base.config._attn_implementation if isinstance(base, LiveBase) else None
+        attention = attention_of(base.config) if isinstance(base, LiveBase) else None
         organ, _ = cls.load_tensors(
             config,
             state,
@@ -251,7 +252,7 @@ class DonorModel(PreTrainedModel):
         source = os.fspath(pretrained_model_name_or_path)
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         hub_kwargs["revision"] = resolve_commit(source, hub_kwargs)
-        for auto in ("_from_auto", "_from_pipeline", "adapter_kwargs", "trust_remote_code"):
+        for auto in (*AUTO_KWARGS, "trust_remote_code"):
             kwargs.pop(auto, None)
         if not isinstance(config, DonorConfig):
             config = DonorConfig.from_pretrained(config or source, **hub_kwargs)

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from not_hf.architecture.upstream import fetch_file
 from not_hf.errors import CorruptDonorError
 from not_hf.hub.headers import read_header
 
@@ -195,11 +196,6 @@ def _add_variant(name: str, variant: str | None) -> str:
         return name
     stem, _, ending = name.partition(".safetensors")
     return f"{stem}.safetensors.index.{variant}.json" if ending else f"{stem}.{variant}.safetensors"
-
-
-def fetch_file(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:
-    """Local path of a file in a folder or, once fetched, of one on the Hub; `None` when there is none of that name."""
-    return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
 
 def _require_reach(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> None:

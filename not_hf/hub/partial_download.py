@@ -14,8 +14,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from not_hf.architecture.upstream import commit_of, fetch_file
 from not_hf.errors import CorruptDonorError
-from not_hf.hub.checkpoint import choose, fetch_file, open_checkpoint, open_file, read_weight_map
+from not_hf.hub.checkpoint import choose, open_checkpoint, open_file, read_weight_map
 from not_hf.hub.headers import BITS, read_header, read_remote_header
 from not_hf.hub.ranges import Piece, RemoteFile, gather
 
@@ -41,7 +42,7 @@ def open_part(
     if os.path.isdir(source):
         return open_checkpoint(source, wanted, **hub_kwargs)
     repo = os.fspath(source)
-    commit = getattr(hub_kwargs.get("revision"), "resolved", None)
+    commit = commit_of(hub_kwargs.get("revision"))
     fresh = hub_kwargs.get("force_download", False)
     offline = hub_kwargs.get("local_files_only", False) or is_offline_mode()
     if commit and not fresh:

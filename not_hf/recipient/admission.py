@@ -16,7 +16,7 @@ from not_hf.architecture.differences import computing_differences
 from not_hf.architecture.layers import require_finite, settle
 from not_hf.architecture.quantization import computes
 from not_hf.architecture.scaling import require_scalable, scale_problem
-from not_hf.architecture.upstream import is_partitioned
+from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
 from not_hf.composition.resolve import place_in_force, read_config, scale_in_force
 from not_hf.composition.sources import OrganSource, is_plain_name
 from not_hf.config import DonorConfig
@@ -74,7 +74,7 @@ def admit(
     if problem := scale_problem(scale, config.mode):
         raise IncompatibleDonorError(f"organ {name!r}: {problem}")
     layers = _own_layers(model, surgery, source, config, hub_kwargs)
-    organ = Organ(name, config, layers, source.active, repo, getattr(source.revision, "resolved", None))
+    organ = Organ(name, config, layers, source.active, repo, commit_of(source.revision))
     organ.set_trainable(is_trainable)
     if instead_of and (differences := surgery.swap_differences(surgery.organs[instead_of], organ)):
         raise IncompatibleDonorError(f"organ {name!r} cannot be swapped for another kind: {some(differences)}")
@@ -120,7 +120,7 @@ def _own_layers(
             donor,
             config=config,
             dtype=next(p.dtype for p in neighbour.parameters() if computes(p)),
-            attn_implementation=model.config._attn_implementation,
+            attn_implementation=attention_of(model.config),
             revision=source.revision,
             subfolder=source.subfolder or "",
             **hub_kwargs,
@@ -128,6 +128,6 @@ def _own_layers(
         layers, known = list(loaded.stack.layers), {p: p.dtype for p in loaded.parameters()}
     for layer in layers:
         settle(layer, neighbour, device)
-        follow(layer, neighbour, getattr(model, "_skip_keys_device_placement", None))
+        follow(layer, neighbour, keys_left_in_place(model))
     require_finite(layers, source.name, known)
     return layers

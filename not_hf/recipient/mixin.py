@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
 from not_hf.architecture.scaling import require_scalable, scale_problem
+from not_hf.architecture.upstream import forget_conversions
 from not_hf.composition.sources import DonorSource, OrganSource, is_plain_name
 from not_hf.config import DonorConfig
 from not_hf.donor.averaging import combined, combined_config
@@ -257,8 +258,7 @@ class Recipient(_Native):
             surgery.disabled = 0
         for organ in chosen:
             organ.set_trainable(True)
-        # how transformers converted the files it loaded; undoing it would save dequantized weights as quantized ones
-        vars(self).pop("_weight_conversions", None)
+        forget_conversions(self)
         return self._release()
 
     def resize_token_embeddings(

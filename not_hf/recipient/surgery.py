@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, spliced_device_map
 from not_hf.architecture.differences import layer_differences, native_differences, outer_attributes
-from not_hf.architecture.layers import adopt, forget_capture_hooks
+from not_hf.architecture.layers import adopt
 from not_hf.architecture.quantization import is_quantized
 from not_hf.architecture.splicing import Slot, numbered, set_layer_index, splice_config, spliced_config
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import Twin, meta_twin
+from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange
 from not_hf.recipient.organ import Organ
 
@@ -166,7 +167,7 @@ class Surgery:
             set_layer_index(layer, n)
             if id(layer) not in standing:
                 adopt(layer, config, reference, model.training)
-        stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
+        set_layers(stack.layers, (layer for layer, _ in placed))
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
 
