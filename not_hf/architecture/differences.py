@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,23 +25,36 @@ from not_hf.architecture.upstream import BOOKKEEPING
 from not_hf.errors import UnsupportedArchitectureError
 
 
-def config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
-    """What two configs say otherwise, beside names and dtypes."""
+class Difference(NamedTuple):
+    """A config key that has two values."""
+
+    key: str
+    ours: Any
+    theirs: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {self.ours!r}, not {self.theirs!r}"
+
+
+def config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[Difference]:
+    """The keys in which two configs differ, other than names and dtypes."""
     mine, other = ours.to_dict(), theirs.to_dict()
     keys = sorted((mine.keys() | other.keys()) - NAMES)
-    odd = [key for key in keys if not _same(mine.get(key), other.get(key))]
-    return [f"{key} is {mine.get(key)!r}, not {other.get(key)!r}" for key in odd]
+    pairs = [Difference(key, mine.get(key), other.get(key)) for key in keys]
+    return [pair for pair in pairs if not _same(pair.ours, pair.theirs)]
 
 
-def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
-    """The differences of two configs that may change what layers compute: some read the recipient's as they run."""
-    spared = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS, *LAYERLESS}
-    spared |= {ours.attribute_map.get(key, key) for key in spared}
-
-    def counts(key: str) -> bool:
-        return key not in spared and "dropout" not in key and not key.endswith("_token_id")
-
-    return [each for each in config_differences(ours, theirs) if counts(each.partition(" ")[0])]
+def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[Difference]:
+    """The differences of two configs that may change what layers compute: some layers read the recipient's config."""
+    ignored = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS, *LAYERLESS}
+    ignored |= {ours.attribute_map.get(key, key) for key in ignored}
+    return [
+        difference
+        for difference in config_differences(ours, theirs)
+        if difference.key not in ignored
+        and "dropout" not in difference.key
+        and not difference.key.endswith("_token_id")
+    ]
 
 
 def outer_attributes(model: PreTrainedModel, stack_path: str) -> dict[tuple[str, str], Any]:

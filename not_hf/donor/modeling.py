@@ -35,7 +35,7 @@ from not_hf.config import DonorConfig
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
 from not_hf.donor.loading import dtype_of, expert_problems, fill, loading_problems, refuse, tensor_problems
 from not_hf.donor.tokenizer import save_local_tokenizer
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, some
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.hub.checkpoint import open_checkpoint
 from not_hf.hub.push import PushOptions, push_folder
@@ -67,8 +67,7 @@ class DonorModel(DelegatesAttention, PreTrainedModel):
         expected = spliced_config(base, [(base, n) for n in range(*config.span)])
         if contradictions := config_differences(native, expected):
             raise CorruptDonorError(
-                f"donor config: organ_config contradicts layers {config.layers} of base_config: "
-                + "; ".join(contradictions[:5])
+                f"donor config: organ_config contradicts layers {config.layers} of base_config: {some(contradictions)}"
             )
         set_attention(native, attention_of(config))
         for key, neutral in NEUTRAL_EMBEDDING.items():

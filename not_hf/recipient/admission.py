@@ -85,11 +85,11 @@ def admit(
         require_scalable(surgery.stack(model), organ.layers[0])
         organ.rescale(scale)
     if others := computing_differences(organ.native_config, surgery.base_config):
-        logger.warning("organ %r was cut under another config; here its %s", name, some(others))
+        logger.warning("organ %r was cut under another config: %s", name, some(others))
     there = None if isinstance(donor, DonorModel) else Home(donor, source.revision, source.subfolder)
     here = Home(model.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
-    if others := vocabulary_differences(config, model.config, there, here, hub_kwargs.get("cache_dir")):
-        logger.warning("organ %r was made with another vocabulary, and loads all the same: %s", name, some(others))
+    if tokens := vocabulary_differences(config, model.config, there, here, hub_kwargs.get("cache_dir")):
+        logger.warning("organ %r was made with another vocabulary, and loads all the same: %s", name, some(tokens))
     return organ
 
 
