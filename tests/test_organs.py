@@ -30,7 +30,7 @@ from not_hf import (
     TransplantedForCausalLM,
     check_compatibility,
 )
-from not_hf.architecture import twin
+from not_hf.architecture import twin as twins_module
 from not_hf.recipient import surgery as splice
 
 
@@ -390,9 +390,9 @@ def test_a_load_reads_each_tensor_of_an_organ_once_and_builds_two_twins(tmp_path
     tiny_model("llama").save_pretrained(tmp_path / "base")
     DonorModel.from_base(tmp_path / "base", (1, 3)).save_pretrained(tmp_path / "organ")
     twins, read = [], []
-    build, aminmax = twin.build, torch.aminmax
-    monkeypatch.setattr(twin, "_twins", deque(maxlen=4))
-    monkeypatch.setattr(twin, "build", lambda make, config: twins.append(config) or build(make, config))
+    build, aminmax = twins_module.build, torch.aminmax
+    monkeypatch.setattr(twins_module, "_twins", deque(maxlen=4))
+    monkeypatch.setattr(twins_module, "build", lambda make, config: twins.append(config) or build(make, config))
     monkeypatch.setattr(torch, "aminmax", lambda tensor: read.append(tensor) or aminmax(tensor))
     model = TransplantedForCausalLM.from_pretrained(tmp_path / "base", tmp_path / "organ")
     assert sorted(config.num_hidden_layers for config in twins) == [4, 6]

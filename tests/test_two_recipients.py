@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, defau
 from typer.testing import CliRunner
 
 from not_hf import DonorModel, TransplantedForCausalLM, check_compatibility
+from not_hf.architecture.differences import computing_differences, config_differences
 from not_hf.cli import app
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -101,3 +102,10 @@ def test_the_example(fine_tunes, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(EXAMPLES / "two_recipients.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "the organ was last used in" in printed and printed.count("perplexity") == 2
+
+
+def test_differences_of_configs_are_told_by_key_and_value():
+    ours, theirs = (tiny_model("llama", rms_norm_eps=eps, attention_dropout=eps).config for eps in (1e-6, 1e-5))
+    assert {difference.key for difference in config_differences(ours, theirs)} == {"rms_norm_eps", "attention_dropout"}
+    (found,) = computing_differences(ours, theirs)
+    assert found == ("rms_norm_eps", 1e-6, 1e-5) and str(found) == "rms_norm_eps is 1e-06, not 1e-05"

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from not_hf.architecture.quantization import computes
 from not_hf.architecture.tables import OUTPUT_PROJECTIONS
+from not_hf.architecture.upstream import copy_checkpointing
 from not_hf.errors import CorruptDonorError
 
 
@@ -99,19 +100,4 @@ def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn
     for name, module in layer.named_modules():
         if isinstance(vars(module).get("config"), PreTrainedConfig):
             module.config = config
-        neighbour = vars(reference.get(name, module))
-        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-            if key in neighbour:
-                setattr(module, key, neighbour[key])
-            else:
-                vars(module).pop(key, None)
-
-
-def forget_capture_hooks(roots: Iterable[nn.Module]) -> None:
-    """Let transformers install its output-capturing hooks anew: it does so once per model, for the layers of then."""
-    for module in (module for root in roots for module in root.modules()):
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__name__", "") == "output_capturing_hook":
-                del module._forward_hooks[key]
-        if "_output_capturing_hooks_installed" in vars(module):
-            vars(module)["_output_capturing_hooks_installed"] = False
+        copy_checkpointing(module, reference.get(name, module))

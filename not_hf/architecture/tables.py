@@ -74,7 +74,6 @@ NOT_DERIVED = vars(nn.Module()).keys() | {
     *INDEX_ATTRIBUTES,  # set on every splice
     "gradient_checkpointing",
     "name_or_path",
-    "_attn_implementation",
     "vocab_size",
     "padding_idx",
 }

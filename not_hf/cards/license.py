@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from huggingface_hub import metadata_load
 from huggingface_hub.errors import HTTPError
-from transformers.utils import cached_file
 
+from not_hf.architecture.upstream import commit_of, fetch_file
 from not_hf.cards.common import README, hub_id, unite
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def base_license(base: str, **hub_kwargs: Any) -> License:
         return License()
     at_root = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}  # where a repo's card is
     try:
-        path = cached_file(base, README, _raise_exceptions_for_missing_entries=False, **at_root)
+        path = fetch_file(base, README, **at_root)
         stated = (metadata_load(path) if path else None) or {}
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
@@ -105,5 +105,5 @@ def _absolute(link: str | None, base: str, revision: str | None) -> str | None:
         return link
     if os.path.isdir(base):
         return None
-    commit = getattr(revision, "resolved", revision) or "main"
+    commit = commit_of(revision) or revision or "main"
     return f"https://huggingface.co/{base}/blob/{commit}/{posixpath.normpath(link)}"

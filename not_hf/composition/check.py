@@ -110,11 +110,11 @@ def merge_differences(
         recipient: As in `validate`.
     """
     specs = {organ.place.name: organ.spec for organ in organs}
-    base = meta_twin(recipient).layers
-    originals = {name: meta_twin(spec.base).layers[slice(*spec.config.span)] for name, spec in specs.items()}
+    base = meta_twin(recipient).descriptions
+    originals = {name: meta_twin(spec.base).descriptions[slice(*spec.config.span)] for name, spec in specs.items()}
     origins = [(recipient if name is None else specs[name].organ, n) for name, n in stack]
     layers = [(base if name is None else originals[name])[n] for name, n in stack]
-    return native_differences(layers, meta_twin(spliced_config(recipient, origins)).layers)
+    return native_differences(layers, meta_twin(spliced_config(recipient, origins)).descriptions)
 
 
 def header_problems(spec: OrganSpec, headers: Mapping[str, TensorInfo]) -> list[str]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from huggingface_hub import model_info
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 
+from not_hf.architecture.upstream import commit_of, fetch_file
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License, joint_license
@@ -124,7 +125,7 @@ class Plan:
         open_checkpoint(donor, **where)  # raises if they are not whole
         files = checkpoint_files(donor, **where)
         for name in (CONFIG_NAME, README):
-            path = cached_file(donor, name, _raise_exceptions_for_missing_entries=False, **where)
+            path = fetch_file(donor, name, **where)
             files |= {name: path} if path else {}
         return files
 
@@ -245,7 +246,4 @@ def _commit(name: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> s
         return None
     # what is in the cache can be read where the Hub refuses to answer: ask it again, to hear why
     with reaching_hub(f"{name} cannot be read"):
-        return (
-            getattr(revision, "resolved", None)
-            or model_info(name, revision=revision, token=hub_kwargs.get("token")).sha
-        )
+        return commit_of(revision) or model_info(name, revision=revision, token=hub_kwargs.get("token")).sha

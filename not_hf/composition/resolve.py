@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from not_hf.architecture.upstream import AUTO_KWARGS, implementations
 from not_hf.composition.layout import Place
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource, read_entries
 from not_hf.config import DonorConfig, OrganSpec
@@ -18,8 +19,6 @@ from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError, one_line, reading_base
 from not_hf.hub.repo import SHARED_KWARGS, resolve_commit
 
-# what AutoModelForCausalLM and pipelines add for the repo named first, which is not the base
-AUTO_KWARGS = ("_from_auto", "_from_pipeline", "adapter_kwargs")
 # arguments of a model's `from_pretrained` that its config is not to take over, but for those that reach its repo
 _NOT_OF_CONFIG = ("code_revision", "dtype", "quantization_config", "torch_dtype", "trust_remote_code")
 
@@ -130,9 +129,7 @@ def resolve(
         if root.base_model_name_or_path is None:
             raise NotHFError(f"{wish.donor} does not name its base; give it: from_pretrained(base, {wish.donor!r})")
         base = root.base_model_name_or_path
-        for key in ("attn_implementation", "experts_implementation"):
-            if (value := getattr(root, f"_{key}")) is not None:
-                kwargs.setdefault(key, value)
+        kwargs = {**implementations(root), **kwargs}
         kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that it names
         kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": root.base_revision})
         if root.base_subfolder:

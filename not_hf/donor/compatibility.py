@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from not_hf.architecture.differences import computing_differences
+from not_hf.architecture.differences import LayerDescription, computing_differences
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.twin import meta_twin
 from not_hf.config import DonorConfig, OrganSpec
@@ -181,10 +181,15 @@ def _odd_tensors(spec: OrganSpec, config: PreTrainedConfig, position: int, mode:
     rest = position + (k if mode == "replace" else 0)
     own = [(config, n) for n in range(config.num_hidden_layers)]
     origins = [*own[:position], *((spec.organ, n) for n in range(k)), *own[rest:]]
-    natives, originals = meta_twin(spliced_config(config, origins)).tensors, meta_twin(config).tensors
-    built = meta_twin(spec.base).tensors[slice(*spec.config.span)]
+    native, originals = meta_twin(spliced_config(config, origins)).descriptions, meta_twin(config).descriptions
+    built = meta_twin(spec.base).descriptions[slice(*spec.config.span)]
     stack = [*originals[:position], *built, *originals[rest:]]
-    return {key for ours, theirs in zip(stack, natives, strict=True) for key in ours ^ theirs}
+    return {name for ours, theirs in zip(stack, native, strict=True) for name in _tensors(ours) ^ _tensors(theirs)}
+
+
+def _tensors(layer: LayerDescription) -> set[str]:
+    """Names of a layer's parameters, names and shapes of its buffers, which must be long enough."""
+    return layer.parameters.keys() | {f"{name} {shape}" for name, shape in layer.buffers.items()}
 
 
 def _place_problems(k: int, position: Any, mode: str, config: PreTrainedConfig, name: str) -> list[str]:

@@ -18,6 +18,7 @@ from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.upstream import commit_of
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
@@ -171,7 +172,7 @@ def stored_base(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, An
     Raises:
         UnsupportedArchitectureError: It has no stack that can be cut, or it is quantized.
     """
-    stack, commit = meta_twin(config).stack, getattr(hub_kwargs.get("revision"), "resolved", None)
+    stack, commit = meta_twin(config).stack, commit_of(hub_kwargs.get("revision"))
     quantization = _dequantization(config)
     if getattr(config, "quantization_config", None) is not None and quantization is None:
         raise _quantized(name)

@@ -127,7 +127,7 @@ def import_checkpoint(
     file = _fetch(os.fspath(path_or_repo), subfolder, filename, revision=revision, **hub_kwargs)
     name = file if os.path.exists(path_or_repo) else os.path.join(path_or_repo, subfolder or "", filename)
     shapes: dict[str, set[Shape]] = {}
-    for layer in meta_twin(source.config).layers:
+    for layer in meta_twin(source.config).stack.layers:
         for key, tensor in layer.state_dict().items():
             shapes.setdefault(key, set()).add(tuple(tensor.shape))
 

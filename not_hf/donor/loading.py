@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,18 +90,3 @@ def common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
         if dtype := dtype_of(tensor):
             sizes[dtype] += math.prod(tensor.shape)
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
-
-
-@contextlib.contextmanager
-def without_load_report() -> Iterator[None]:
-    """transformers logs a table of missing and unexpected tensors as a warning; we raise it as one line instead."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

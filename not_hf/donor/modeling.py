@@ -13,7 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf.architecture.layers import is_finite, silence
-from not_hf.architecture.upstream import built_whole
+from not_hf.architecture.upstream import (
+    AUTO_KWARGS,
+    attention_of,
+    built_whole,
+    forget_conversions,
+    without_load_report,
+)
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
@@ -23,7 +29,6 @@ from not_hf.donor.loading import (
     loading_problems,
     refuse,
     tensor_problems,
-    without_load_report,
 )
 from not_hf.donor.saving import write_donor
 from not_hf.donor.stripped import StrippedModel
@@ -121,7 +126,7 @@ class DonorModel(StrippedModel):
             UnsupportedArchitectureError: As in `from_base`.
         """
         state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
-        attention = base.config._attn_implementation if isinstance(base, LiveBase) else None
+        attention = attention_of(base.config) if isinstance(base, LiveBase) else None
         organ, _ = cls.load_tensors(
             config.check(),
             state,
@@ -161,7 +166,7 @@ class DonorModel(StrippedModel):
         source = os.fspath(pretrained_model_name_or_path)
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         hub_kwargs["revision"] = resolve_commit(source, hub_kwargs)
-        for auto in ("_from_auto", "_from_pipeline", "adapter_kwargs", "trust_remote_code"):
+        for auto in (*AUTO_KWARGS, "trust_remote_code"):
             kwargs.pop(auto, None)
         if not isinstance(config, DonorConfig):
             config = DonorConfig.from_pretrained(config or source, **hub_kwargs)
@@ -291,9 +296,7 @@ class DonorModel(StrippedModel):
         except RuntimeError as error:  # tensors that cannot be brought into the module's layout
             raise CorruptDonorError(f"{source}: {one_line(error)[:300]}") from error
         organ, info = loaded
-        # Saving would undo these conversions: give dequantized weights the names of quantized ones, and leave experts
-        # that came in one tensor so. Without them an organ is saved in the layout its architecture has on the Hub.
-        vars(organ).pop("_weight_conversions", None)
+        forget_conversions(organ)
         return organ, info
 
     def save_pretrained(  # type: ignore[override]

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from not_hf.architecture.differences import config_differences, inherit_attributes, same_modules
+from not_hf.architecture.differences import config_differences, describe, inherit_attributes, same_modules
 from not_hf.architecture.layers import adopt, standing
 from not_hf.architecture.splicing import set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
-from not_hf.architecture.upstream import built_whole
+from not_hf.architecture.upstream import DelegatesAttention, attention_of, built_whole, set_attention, set_layers
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line, some
 
@@ -26,7 +24,7 @@ from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_l
 POSITIONAL = ("rotary", "rope")
 
 
-class StrippedModel(PreTrainedModel):
+class StrippedModel(DelegatesAttention, PreTrainedModel):
     """The layers of a span in the native base model they were cut from, everything else taken out.
 
     Args:
@@ -43,11 +41,6 @@ class StrippedModel(PreTrainedModel):
     base_model_prefix = "organ"
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
-    # the organ inside decides what it supports
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: DonorConfig, *args: Any, spec: OrganSpec | None = None, **kwargs: Any) -> None:
         spec = spec or config.check()
@@ -56,12 +49,12 @@ class StrippedModel(PreTrainedModel):
             raise CorruptDonorError(
                 f"donor config: organ_config contradicts layers {config.layers} of base_config: {some(contradictions)}"
             )
-        attention = config._attn_implementation  # as asked for; the next line chooses one where nothing was
+        attention = attention_of(config)  # as asked for; the next line chooses one where nothing was
         super().__init__(config, *args, **kwargs)
         stack = _build_layers(spec, attention)
         _strip(stack)
         self.organ: PreTrainedModel = stack.base_model
-        config._attn_implementation = self.organ.config._attn_implementation
+        set_attention(config, attention_of(self.organ.config))
         self._stack_path = stack.path
         self.post_init()
 
@@ -132,22 +125,22 @@ class StrippedModel(PreTrainedModel):
 def _build_layers(spec: OrganSpec, attn_implementation: str | None) -> Stack:
     """The organ's layers in a native model, as they are at their place in the base."""
     native = copy.deepcopy(spec.organ)
-    native._attn_implementation = attn_implementation
+    set_attention(native, attn_implementation)
     for key, neutral in NEUTRAL_EMBEDDING.items():
         if hasattr(native, key):
             setattr(native, key, neutral)
     # in the dtype that is being loaded, not in the one the base's config names
     dtype, span = torch.get_default_dtype(), slice(*spec.config.span)
     hollow = torch.get_default_device().type == "meta"  # to be filled: there is nothing to initialize
-    with built_whole(), no_init_weights() if hollow else contextlib.nullcontext():
+    with built_whole(hollow):
         stack = find_stack(build(head_class(native).from_config, native, dtype=dtype))
-    originals = meta_twin(spec.base).layers[span]
-    if not same_modules(stack.layers, originals):  # what a layer is made of depends on where it stands
+    originals = meta_twin(spec.base).descriptions[span]
+    if not same_modules(map(describe, stack.layers), originals):  # what a layer is made of depends on where it stands
         base = copy.deepcopy(spec.base)
-        base._attn_implementation = attn_implementation
+        set_attention(base, attn_implementation)
         with built_whole():
             whole = find_stack(build(head_class(base).from_config, base, dtype=dtype))
-        stack.layers._modules = {str(n): layer for n, layer in enumerate(list(whole.layers)[span])}
+        set_layers(stack.layers, list(whole.layers)[span])
         for n, layer in enumerate(stack.layers):
             set_layer_index(layer, n)
             adopt(layer, native, {}, layer.training)

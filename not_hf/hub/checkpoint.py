@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from not_hf.architecture.upstream import fetch_file
 from not_hf.errors import CorruptDonorError
 from not_hf.hub.headers import read_header
 
@@ -183,11 +184,6 @@ def file_names(variant: str | None = None) -> tuple[str, str]:
     if variant is None:
         return SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
     return f"model.{variant}.safetensors", f"model.safetensors.index.{variant}.json"
-
-
-def fetch_file(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:
-    """Local path of a file in a folder or, once fetched, of one on the Hub; `None` when there is none of that name."""
-    return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
 
 def _require_reach(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from not_hf.architecture.upstream import commit_of
 from not_hf.errors import CorruptDonorError
 from not_hf.hub.checkpoint import (
     EVERY,
@@ -53,7 +54,7 @@ def open_part(
     if os.path.isdir(source):
         return open_checkpoint(source, wanted, **hub_kwargs)
     repo = os.fspath(source)
-    commit = getattr(hub_kwargs.get("revision"), "resolved", None)
+    commit = commit_of(hub_kwargs.get("revision"))
     fresh = hub_kwargs.get("force_download", False)
     offline = hub_kwargs.get("local_files_only", False) or is_offline_mode()
     if commit and not fresh:

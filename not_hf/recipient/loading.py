@@ -15,7 +15,7 @@ from not_hf.architecture.differences import computing_differences
 from not_hf.architecture.layers import require_finite, settle
 from not_hf.architecture.quantization import computes
 from not_hf.architecture.scaling import require_scalable
-from not_hf.architecture.upstream import is_partitioned
+from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
 from not_hf.composition.check import merge_differences
 from not_hf.composition.layout import StackEntry
 from not_hf.composition.resolve import ResolvedOrgan
@@ -77,19 +77,19 @@ def _load_organ(
     config = copy.deepcopy(spec.config)
     config.position, config.mode, config.scale = int(resolved.place.position), resolved.place.mode, 1.0
     layers = _own_layers(model, surgery, resolved, hub_kwargs)
-    commit = getattr(source.revision, "resolved", None)
+    commit = commit_of(source.revision)
     organ = Organ(resolved.name, config, spec, layers, source.active, repo, commit)
     organ.set_trainable(is_trainable)
     if resolved.scale != 1:
         require_scalable(surgery.stack(model), layers[0])
         organ.rescale(resolved.scale)
     if others := computing_differences(spec.organ, surgery.base_config):
-        logger.warning("organ %r was cut under another config; here its %s", organ.name, some(others))
+        logger.warning("organ %r was cut under another config: %s", organ.name, some(others))
     there = None if repo is None else Repo(repo, source.revision, source.subfolder)
     here = Repo(model.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
-    if others := vocabulary_differences(spec, model.config, there, here, hub_kwargs.get("cache_dir")):
+    if tokens := vocabulary_differences(spec, model.config, there, here, hub_kwargs.get("cache_dir")):
         logger.warning(
-            "organ %r was made with another vocabulary, and loads all the same: %s", organ.name, some(others)
+            "organ %r was made with another vocabulary, and loads all the same: %s", organ.name, some(tokens)
         )
     return organ
 
@@ -118,13 +118,13 @@ def _own_layers(
     else:
         where = {**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
         dtype = next(p.dtype for p in neighbour.parameters() if computes(p))
-        attention = model.config._attn_implementation
+        attention = attention_of(model.config)
         loaded, _ = DonorModel.load_files(
             resolved.spec, str(source.donor), where, dtype, attn_implementation=attention
         )
         layers, known = list(loaded.stack.layers), {p: p.dtype for p in loaded.parameters()}
     for layer in layers:
         settle(layer, neighbour, device)
-        follow(layer, neighbour, getattr(model, "_skip_keys_device_placement", None))
+        follow(layer, neighbour, keys_left_in_place(model))
     require_finite(layers, source.name, known)
     return layers

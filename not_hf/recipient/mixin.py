@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
 from not_hf.architecture.scaling import require_scalable, scale_problem
+from not_hf.architecture.upstream import forget_conversions
 from not_hf.composition.check import validate
 from not_hf.composition.resolve import resolve_organ
 from not_hf.composition.sources import DonorLike, OrganSource, is_plain_name
@@ -266,8 +267,7 @@ class Recipient(_Native):
             surgery.disabled = 0
         for organ in chosen:
             organ.set_trainable(True)
-        # how transformers converted the files it loaded; undoing it would save dequantized weights as quantized ones
-        vars(self).pop("_weight_conversions", None)
+        forget_conversions(self)
         return self._release()
 
     def resize_token_embeddings(

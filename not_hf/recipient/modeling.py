@@ -16,11 +16,10 @@ from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.stack import head_class, is_encoder
-from not_hf.architecture.upstream import built_whole
+from not_hf.architecture.upstream import IncompatibleKeys, built_whole, commit_of
 from not_hf.cards.license import inherit_license
 from not_hf.composition.check import validate
 from not_hf.composition.resolve import Resolved, resolve
@@ -100,7 +99,7 @@ class Transplanted(Recipient):
             surgery = base._surgery
         else:
             commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
-            surgery = Surgery(base, getattr(commit, "resolved", None), subfolder or None, is_scaffold)
+            surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
         organs = load_organs(base, surgery, resolved.organs, stack, is_trainable, resolved.shared)
         model = cls._splice(base, surgery, organs)
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
@@ -169,7 +168,7 @@ class Transplanted(Recipient):
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> _IncompatibleKeys:
+    ) -> IncompatibleKeys:
         """As in torch; also takes what `save_pretrained` wrote for the one loaded organ: `Trainer` hands it back."""
         if not state_dict or not all(key.startswith(f"{DonorModel.base_model_prefix}.") for key in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -182,7 +181,7 @@ class Transplanted(Recipient):
                 place = f"{loaded.stack.full_path}.{n}."
                 tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
                 layer.load_state_dict(tensors, strict=False)
-        return _IncompatibleKeys([], [])
+        return IncompatibleKeys([], [])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The dynamic class cannot be found by name: pickle the native one and extend it again."""

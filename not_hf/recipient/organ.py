@@ -40,7 +40,7 @@ class Organ:
             for layer in self.layers:
                 layer.requires_grad_(False)
             return
-        natives = meta_twin(self.spec.base).layers[slice(*self.config.span)]
+        natives = meta_twin(self.spec.base).stack.layers[slice(*self.config.span)]
         for layer, native in zip(self.layers, natives, strict=True):
             flags = {name: parameter.requires_grad for name, parameter in native.named_parameters()}
             for name, parameter in layer.named_parameters():

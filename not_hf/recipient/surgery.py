@@ -15,11 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, spliced_device_map
-from not_hf.architecture.differences import native_differences, outer_attributes
-from not_hf.architecture.layers import adopt, forget_capture_hooks
+from not_hf.architecture.differences import describe, native_differences
+from not_hf.architecture.layers import adopt
 from not_hf.architecture.splicing import LayerOrigin, set_layer_index, splice_config, spliced_config
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import Twin, meta_twin
+from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange
 from not_hf.recipient.organ import Organ
 
@@ -99,7 +100,7 @@ class Surgery:
 
     def differences(self, placed: list[PlacedLayer]) -> list[str]:
         """In what those live layers would differ after saving natively and loading without not_hf."""
-        return native_differences([layer for layer, _ in placed], self.twin(placed).layers)
+        return native_differences([describe(layer) for layer, _ in placed], self.twin(placed).descriptions)
 
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
         """What keeps one organ's weights from going into the tensors of another."""
@@ -110,7 +111,9 @@ class Surgery:
             for each in (organ, other)
         )
         differences = [f"{key} is {others[key]}, not {spliced[key]}" for key in spliced if others[key] != spliced[key]]
-        return differences + native_differences(other.layers, organ.layers, there="here")
+        return differences + native_differences(
+            [describe(layer) for layer in other.layers], [describe(layer) for layer in organ.layers], there="here"
+        )
 
     @contextlib.contextmanager
     def changing(self, model: PreTrainedModel) -> Iterator[None]:
@@ -147,7 +150,7 @@ class Surgery:
             set_layer_index(layer, n)
             if id(layer) not in standing:
                 adopt(layer, config, reference, model.training)
-        stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
+        set_layers(stack.layers, (layer for layer, _ in placed))
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
 
@@ -167,9 +170,7 @@ class Surgery:
         """
         signature = "" if not self.active else repr(splice_config(self.base_config, [origin for _, origin in placed]))
         if signature not in self._derived:
-            base, here = (
-                outer_attributes(twin.model, twin.stack.full_path) for twin in (self.base_twin(), self.twin(placed))
-            )
+            base, here = (twin.outer_attributes for twin in (self.base_twin(), self.twin(placed)))
             self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
             self._base_derived.update({key: base[key] for key in self._derived[signature]})
         return {**self._base_derived, **self._derived[signature]}

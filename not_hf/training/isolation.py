@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, default_data_collator
 
+from not_hf.architecture.upstream import attention_of
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 
 # Tokens of the two documents in each of two blocks: two, because flash attention tells documents apart in a batch of
@@ -48,7 +49,7 @@ def require_isolation(model: PreTrainedModel, data_collator: Callable[[list], An
             f"{name} drops what keeps documents apart (their position_ids, and no attention_mask); "
             "use data_collator=transformers.default_data_collator"
         )
-    attention = model.config._attn_implementation
+    attention = attention_of(model.config)
     other = "" if attention in ("eager", "sdpa") else 'load it with attn_implementation="sdpa", or '
     raise UnsupportedArchitectureError(
         f"{type(model).__name__} ({attention} attention) does not keep documents apart by their position_ids; "
