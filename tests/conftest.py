@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub import DEFAULT_TOKEN, Hub
+
+from local_hub import DEFAULT_TOKEN, Hub
 
 # huggingface_hub and datasets read these once, when they are imported: so the Hub must be up before that.
 assert "huggingface_hub" not in sys.modules, "HF_ENDPOINT is read when huggingface_hub is imported"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from architectures import tiny_model
-from hub import Hub
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, metadata_load
 from test_card import make_config
 from typer.testing import CliRunner
 
+from local_hub import Hub
 from not_hf import DonorConfig, DonorModel
 from not_hf.cards.donor import donor_card, updated_card
 from not_hf.cli import app

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import tiny_model, tiny_tokenizer
-from hub import Hub
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback
 from typer.testing import CliRunner, Result
 
+from local_hub import Hub
 from not_hf import DonorModel, TransplantedForCausalLM
 from not_hf.cli import app
 from not_hf.errors import NotHFError

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub import Hub
 from huggingface_hub import HfApi
 from test_cli import done, invoke
 from transformers import AutoModelForCausalLM
 
+from local_hub import Hub
 from not_hf import DonorModel, OrganSource, TransplantedForCausalLM, compose
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import tiny_model
-from hub import Hub
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from local_hub import Hub
 from not_hf import (
     CorruptDonorError,
     DonorConfig,

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from hub import Hub
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -21,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
+
+from local_hub import Hub
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo.py"
 VERSE = "And the king said unto the people, Behold, I have seen the work of thine hands, and it is good."

@@ -19,12 +19,12 @@ import pytest
 import torch
 from architectures import tiny_model, tiny_tokenizer
 from checkpoints import write_fp8, write_mxfp4
-from hub import DEFAULT_TOKEN, Fault, Hub
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
+from local_hub import DEFAULT_TOKEN, Fault, Hub
 from not_hf import (
     CorruptDonorError,
     DonorConfig,

@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 
 import pytest
 from architectures import tiny_model
-from hub import Hub, repos
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from test_cli import done, failed, invoke
 
+from local_hub import Hub, repos
 from not_hf import DonorModel, TransplantedForCausalLM, list_donors
 from not_hf.cards.merged import merged_card
 from not_hf.hub.search import DonorInfo

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub import DEFAULT_TOKEN, Fault, FaultHook, Hub, Record
-from hub.card import model_tags
 from huggingface_hub import (
     _CACHED_NO_EXIST,
     CommitOperationAdd,
@@ -34,6 +32,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 from huggingface_hub.utils import build_hf_headers, get_session, paginate
 from safetensors.torch import save_file
+
+from local_hub import DEFAULT_TOKEN, Fault, FaultHook, Hub, Record
+from local_hub.card import model_tags
 
 WEIGHTS = bytes(range(256)) * 40  # 10 kB
 CARD = """---
@@ -578,8 +579,8 @@ def test_xet_round_trip(tmp_path: Path) -> None:
 
 
 def test_command_line_serves_until_killed(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("hub")), "--root", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "local_hub", "--root", str(tmp_path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as process:
         try:
             endpoint = process.stdout.readline().strip()
             assert HfApi(endpoint=endpoint).whoami()["name"] == "me"

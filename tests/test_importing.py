@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
-from hub import Fault, Hub
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import not_hf
+from local_hub import Fault, Hub
 from not_hf import (
     CorruptDonorError,
     DonorConfig,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from architectures import tiny_model
-from hub import Fault, Hub
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
@@ -21,6 +20,7 @@ from huggingface_hub import (
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from local_hub import Fault, Hub
 from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
 from not_hf.cards import common as readme
 from not_hf.cards.license import License, joint_license

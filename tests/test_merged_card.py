@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from architectures import tiny_model
-from hub import Hub
 from huggingface_hub import HfApi, ModelCard
 from test_cli import done, failed
 
+from local_hub import Hub
 from not_hf import DonorModel, TransplantedForCausalLM
 from not_hf.cards import common as readme
 from not_hf.cards.merged import merged_card

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import tiny_model, tiny_tokenizer
-from hub import DEFAULT_TOKEN, Fault, Hub
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from organs import organ, same, with_organs
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
+from local_hub import DEFAULT_TOKEN, Fault, Hub
 from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
 from not_hf.cli import app
 

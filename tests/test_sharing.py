@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import tiny_model
-from hub import Fault, Hub
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from organs import organ, same, with_organs
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
+from local_hub import Fault, Hub
 from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors
 from not_hf.cli import app
 from not_hf.hub.atomic_write import DRAFT

@@ -1,19 +1,18 @@
-"""`python tests/hub --root DIR [--port N] [--xet]`: print the endpoint, serve until killed."""
+"""`python -m local_hub --root DIR [--port N] [--xet]`: print the endpoint, serve until killed."""
 
 import argparse
 import contextlib
-import sys
 import threading
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # a folder run as a script is no package
-
-from hub import Hub  # noqa: E402
+from local_hub import Hub
 
 
 def main() -> None:
     """Serve one folder in the foreground."""
-    parser = argparse.ArgumentParser(prog="hub", description="Serve a small Hugging Face Hub from a folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m local_hub", description="Serve a small Hugging Face Hub from a folder."
+    )
     parser.add_argument("--root", type=Path, required=True, help="folder that holds the repositories")
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
     parser.add_argument("--xet", action="store_true", help="also offer Xet storage")

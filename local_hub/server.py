@@ -23,7 +23,7 @@ from .xorbs import Xorbs
 DEFAULT_USER = "me"
 DEFAULT_TOKEN = "hf_test"
 
-_log = logging.getLogger("hub")
+_log = logging.getLogger("local_hub")
 
 _REPO = "/api/{kind}s/{repo}"
 _GIT = "/{prefix}{repo}.git/info/lfs"
@@ -151,7 +151,7 @@ class Hub:
             secret=secrets.token_bytes(16),
             xorbs=Xorbs(self._root / "xet"),
         )
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="hub", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="local_hub", daemon=True).start()
         return self
 
     def stop(self) -> None:
