@@ -30,8 +30,9 @@ os.environ.update(
 os.environ.pop("HF_HUB_OFFLINE", None)
 
 import torch
-from architectures import tiny_model, tiny_tokenizer
 from huggingface_hub import HfApi
+
+from testing.models import tiny_model, tiny_tokenizer
 
 _connect = socket.socket.connect
 
