@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
-from testing.models import tiny_model
+from testing.models import logits, tiny_model
 
 PROMPT = "w5 w6 w7 w8"
 
@@ -45,11 +45,6 @@ def moved(base: str, **options) -> DonorModel:
         for n, parameter in enumerate(donor.parameters()):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(n)))
     return donor
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(ids).logits
 
 
 def test_auto_config_and_auto_model(where):

@@ -12,15 +12,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from not_hf import DonorModel, TransplantedForCausalLM, UnsupportedArchitectureError
-from testing.models import ARCHITECTURES, OTHERS, enable_checkpointing, tiny_config, tiny_model
+from testing.models import ARCHITECTURES, OTHERS, enable_checkpointing, logits, tiny_config, tiny_model
 
 SPAN = (1, 3)
 every = pytest.mark.parametrize("model_type", ARCHITECTURES)
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids).logits  # (batch, seq, vocab)
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -12,7 +12,6 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -32,15 +31,10 @@ from not_hf import (
     check_compatibility,
 )
 from testing import EXAMPLES
-from testing.models import ENCODERS, PRE_NORM, enable_checkpointing, tiny_config, tiny_model, tiny_tokenizer
+from testing.models import ENCODERS, PRE_NORM, enable_checkpointing, logits, tiny_config, tiny_model, tiny_tokenizer
 
 SPAN = (1, 3)
 every = pytest.mark.parametrize("model_type", ENCODERS)
-
-
-@torch.no_grad()
-def logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    return model(ids, attention_mask=mask).logits  # (batch, seq, vocab)
 
 
 def trained(donor: DonorModel) -> DonorModel:
@@ -129,7 +123,8 @@ def test_padding_is_not_seen_and_both_sides_are(model_type, token_ids):
     mask[:, -3:] = 0
     other = token_ids.clone()
     other[:, -3:] = 7
-    assert torch.equal(logits(model, token_ids, mask)[:, :-3], logits(model, other, mask)[:, :-3])
+    ours, theirs = (logits(model, ids, attention_mask=mask) for ids in (token_ids, other))
+    assert torch.equal(ours[:, :-3], theirs[:, :-3])
     assert not torch.equal(logits(model, token_ids)[:, 0], logits(model, other)[:, 0])
 
 

@@ -12,12 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from not_hf import DonorModel, IncompatibleDonorError, TransplantedForCausalLM, check_compatibility
 from testing.checkpoints import write_mxfp4
-from testing.models import tiny_config, tiny_model
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(ids).logits
+from testing.models import logits, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")

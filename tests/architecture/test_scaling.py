@@ -19,18 +19,8 @@ from not_hf import (
     compose,
 )
 from not_hf.donor.averaging import slerp
-from testing.donors import organ as drawn
-from testing.donors import scaled_by_hand, transplanted
-from testing.models import tiny_model
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(ids).logits
-
-
-def organ(seed: int, layers=(1, 3), model_type: str = "llama", mode: str = "insert", **config) -> DonorModel:
-    return drawn(tiny_model(model_type, **config), seed, layers=layers, mode=mode)
+from testing.donors import organ, same, scaled_by_hand, tiny_organ, transplanted
+from testing.models import logits, tiny_model
 
 
 def weights(model, name="default") -> dict[str, torch.Tensor]:
@@ -38,16 +28,12 @@ def weights(model, name="default") -> dict[str, torch.Tensor]:
     return {f"{n}.{key}": t.clone() for n, layer in enumerate(layers) for key, t in layer.state_dict().items()}
 
 
-def equal(ours: dict, theirs: dict) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
 LINEAR = ("gpt2", "gptj", "opt", "bloom", "falcon", "llama", "mixtral", "qwen3_moe", "gpt_oss", "granite", "cohere")
 
 
 @pytest.mark.parametrize("model_type", LINEAR)
 def test_a_scale_multiplies_what_layers_write_and_comes_off_again(model_type, token_ids, tmp_path):
-    donor = organ(1, model_type=model_type)
+    donor = tiny_organ(1, model_type)
     model = TransplantedForCausalLM.from_pretrained(tiny_model(model_type), donor)
     base, full, before = logits(tiny_model(model_type), token_ids), logits(model, token_ids), weights(model)
     model.set_donor_scale("default", 0.3)
@@ -59,20 +45,20 @@ def test_a_scale_multiplies_what_layers_write_and_comes_off_again(model_type, to
     model.set_donor_scale("default", 0.3)
     assert torch.equal(logits(model, token_ids), scaled)
     model.save_pretrained(tmp_path)
-    assert equal(DonorModel.from_pretrained(tmp_path).state_dict(), donor.state_dict())
+    assert same(DonorModel.from_pretrained(tmp_path).state_dict(), donor.state_dict())
     assert torch.equal(
         logits(TransplantedForCausalLM.from_pretrained(tiny_model(model_type), tmp_path), token_ids), scaled
     )
     merged = copy.deepcopy(model).merge_and_unload()
     assert torch.equal(logits(merged, token_ids), scaled)
     model.set_donor_scale("default", 1)
-    assert equal(weights(model), before) and torch.equal(logits(model, token_ids), full)
+    assert same(weights(model), before) and torch.equal(logits(model, token_ids), full)
     assert model._surgery.organs["default"].originals == {}
 
 
 @pytest.mark.parametrize("model_type", ["olmo2", "gemma2", "gemma3_text"])
 def test_layers_with_a_norm_behind_their_projections_have_no_scale(model_type, token_ids):
-    model = TransplantedForCausalLM.from_pretrained(tiny_model(model_type), organ(1, model_type=model_type))
+    model = TransplantedForCausalLM.from_pretrained(tiny_model(model_type), tiny_organ(1, model_type))
     full = logits(model, token_ids)
     with pytest.raises(UnsupportedArchitectureError, match="a norm undoes it"):
         model.set_donor_scale("default", 0.5)
@@ -97,7 +83,7 @@ def test_an_organ_that_writes_nothing_yet_can_be_scaled(token_ids):
     ],
 )
 def test_what_is_no_scale_is_refused(scale, mode, error, message, token_ids):
-    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(1), mode=mode, position=1)
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1), mode=mode, position=1)
     full = logits(model, token_ids)
     with pytest.raises(error, match=message):
         model.set_donor_scale("default", scale)
@@ -107,22 +93,22 @@ def test_what_is_no_scale_is_refused(scale, mode, error, message, token_ids):
 
 
 def test_a_scaled_organ_follows_dtype_copies_and_switching(token_ids):
-    model = transplanted(("a", organ(1), {"position": 1}), ("b", organ(2), {"position": 3}))
+    model = transplanted(("a", tiny_organ(1), {"position": 1}), ("b", tiny_organ(2), {"position": 3}))
     model.set_donor_scale("a", 0.3)  # exact in no dtype
     model.set_donor("b")
     model.to(torch.bfloat16)
     twin = copy.deepcopy(model)
     twin.set_donor("a")
-    alone = transplanted(("a", organ(1), {"position": 1})).to(torch.bfloat16)
+    alone = transplanted(("a", tiny_organ(1), {"position": 1})).to(torch.bfloat16)
     alone.set_donor_scale("a", 0.3)
     assert torch.equal(logits(twin, token_ids), logits(alone, token_ids))
     twin.set_donor_scale("a", 1)
-    assert equal(weights(twin, "a"), weights(transplanted(("a", organ(1), {})).to(torch.bfloat16), "a"))
+    assert same(weights(twin, "a"), weights(transplanted(("a", tiny_organ(1), {})).to(torch.bfloat16), "a"))
     assert model.donor_config["a"].scale == 0.3
 
 
 def test_training_at_a_scale_keeps_the_scale_out_of_the_weights(token_ids, tmp_path):
-    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(1), is_trainable=True)
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1), is_trainable=True)
     model.set_donor_scale("default", 0.5)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(token_ids, labels=token_ids).loss.backward()
@@ -137,7 +123,7 @@ def test_training_at_a_scale_keeps_the_scale_out_of_the_weights(token_ids, tmp_p
 
 
 def test_an_organ_trained_at_scale_zero_is_not_saved(token_ids, tmp_path):
-    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(1), is_trainable=True)
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1), is_trainable=True)
     model.set_donor_scale("default", 0)
     with torch.no_grad():
         model._surgery.organs["default"].layers[0].mlp.down_proj.weight.add_(1)
@@ -150,8 +136,8 @@ def test_an_organ_trained_at_scale_zero_is_not_saved(token_ids, tmp_path):
 
 def test_scales_travel_in_compositions(token_ids, tmp_path, base_folder):
     base = base_folder("llama")
-    model = TransplantedForCausalLM.from_pretrained(base, organ(1), donor_name="a", position=1)
-    model.load_donor(organ(2), "b", position=3)
+    model = TransplantedForCausalLM.from_pretrained(base, tiny_organ(1), donor_name="a", position=1)
+    model.load_donor(tiny_organ(2), "b", position=3)
     model.set_donor_scale("a", 0.5)
     model.save_pretrained(tmp_path / "both")
     entries = json.loads((tmp_path / "both" / "config.json").read_text())["donors"]
@@ -166,7 +152,7 @@ def test_scales_travel_in_compositions(token_ids, tmp_path, base_folder):
 
 
 def test_a_donor_config_with_a_scale_that_is_none_is_corrupt(tmp_path):
-    organ(1).save_pretrained(tmp_path)
+    tiny_organ(1).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "scale": float("inf")}))
     with pytest.raises(CorruptDonorError, match="scale must be a finite number"):
@@ -178,13 +164,13 @@ def test_a_donor_config_with_a_scale_that_is_none_is_corrupt(tmp_path):
 
 @pytest.mark.parametrize("mode", ["insert", "replace"])
 def test_a_swap_puts_other_weights_into_the_same_tensors(mode, token_ids, tmp_path):
-    a, b = organ(1, mode=mode), organ(2, mode=mode)
+    a, b = tiny_organ(1, mode=mode), tiny_organ(2, mode=mode)
     b.save_pretrained(tmp_path)
-    model = transplanted(("kjv", a, {"position": 1}), ("law", organ(3), {"position": 4}))
+    model = transplanted(("kjv", a, {"position": 1}), ("law", tiny_organ(3), {"position": 4}))
     places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     model.hotswap_donor("kjv", tmp_path)
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
-    expected = transplanted(("kjv", b, {"position": 1}), ("law", organ(3), {"position": 4}))
+    expected = transplanted(("kjv", b, {"position": 1}), ("law", tiny_organ(3), {"position": 4}))
     assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
     assert model.get_donor_status()["kjv"].donor == str(tmp_path)
     model.hotswap_donor("kjv", a)
@@ -193,32 +179,32 @@ def test_a_swap_puts_other_weights_into_the_same_tensors(mode, token_ids, tmp_pa
 
 
 def test_a_swap_keeps_the_place_the_scale_and_the_flags(token_ids):
-    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(1), position=2, is_trainable=True)
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1), position=2, is_trainable=True)
     model.set_donor_scale("default", 0.5)
-    model.hotswap_donor("default", organ(2))
+    model.hotswap_donor("default", tiny_organ(2))
     status = model.get_donor_status()["default"]
     assert (status.position, status.scale) == (2, 0.5)
     assert status.num_trainable_parameters == status.num_parameters
-    expected = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), scaled_by_hand(organ(2), 0.5), position=2)
+    expected = transplanted(("default", scaled_by_hand(tiny_organ(2), 0.5), {"position": 2}))
     assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
     model.set_donor_scale("default", 1)
-    assert equal(weights(model), weights(TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(2))))
+    assert same(weights(model), weights(transplanted(("default", tiny_organ(2), {}))))
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: organ(2, layers=(1, 2)), r"it holds layers \[1, 2\], not \[1, 3\]"),
-        (lambda: organ(2, layers=(0, 2)), r"it holds layers \[0, 2\], not \[1, 3\]"),
-        (lambda: organ(2, model_type="mistral"), "model_type mistral does not fit"),
+        (lambda: tiny_organ(2, layers=(1, 2)), r"it holds layers \[1, 2\], not \[1, 3\]"),
+        (lambda: tiny_organ(2, layers=(0, 2)), r"it holds layers \[0, 2\], not \[1, 3\]"),
+        (lambda: tiny_organ(2, "mistral"), "model_type mistral does not fit"),
         (
-            lambda: organ(2, intermediate_size=40),
+            lambda: organ(tiny_model("llama", intermediate_size=40), 2),
             r"has shape \(32, 40\), here \(32, 48\)",
         ),
     ],
 )
 def test_a_swap_for_another_kind_is_refused_whole(other, message, token_ids):
-    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(1))
+    model = transplanted(("default", tiny_organ(1), {}))
     before = logits(model, token_ids)
     with pytest.raises(IncompatibleDonorError, match=message):
         model.hotswap_donor("default", other())
@@ -227,10 +213,10 @@ def test_a_swap_for_another_kind_is_refused_whole(other, message, token_ids):
 
 @pytest.mark.parametrize("change", ["swap", "scale"])
 def test_a_change_that_breaks_off_leaves_the_weights(change, token_ids, monkeypatch):
-    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(1))
+    model = transplanted(("default", tiny_organ(1), {}))
     model.set_donor_scale("default", 0.5)
     before, held = logits(model, token_ids), model._surgery.organs["default"]
-    other = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(2))._surgery.organs["default"]
+    other = transplanted(("default", tiny_organ(2), {}))._surgery.organs["default"]
     real, calls = torch.Tensor.copy_, []
 
     def breaks_once(self, *args, **kwargs):
@@ -245,14 +231,14 @@ def test_a_change_that_breaks_off_leaves_the_weights(change, token_ids, monkeypa
     monkeypatch.undo()
     assert torch.equal(logits(model, token_ids), before) and held.config.scale == 0.5
     model.set_donor_scale("default", 1)
-    assert equal(weights(model), weights(TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(1))))
+    assert same(weights(model), weights(transplanted(("default", tiny_organ(1), {}))))
 
 
 # ----------------------------------------------------------------------------------------------------- averaging
 
 
 def test_an_average_is_the_weighted_mean_and_waits_to_be_chosen(token_ids):
-    a, b = organ(1, mode="replace"), organ(2, mode="replace")
+    a, b = tiny_organ(1, mode="replace"), tiny_organ(2, mode="replace")
     model = transplanted(("a", a, {}))
     model.set_donor([])
     model.load_donor(b, "b")
@@ -271,14 +257,14 @@ def test_an_average_is_the_weighted_mean_and_waits_to_be_chosen(token_ids):
 
 
 def test_an_average_of_organs_in_training_is_frozen():
-    model = transplanted(("a", organ(1), {"is_trainable": True}), ("b", organ(2), {"is_trainable": True}))
+    model = transplanted(("a", tiny_organ(1), {"is_trainable": True}), ("b", tiny_organ(2), {"is_trainable": True}))
     model.add_weighted_donor(["a", "b"], None, "mean")
     trainable = {name: status.num_trainable_parameters for name, status in model.get_donor_status().items()}
     assert trainable["mean"] == 0 < trainable["a"] == trainable["b"]
 
 
 def test_slerp_keeps_lengths_and_meets_the_ends():
-    a, b = organ(1), organ(2)
+    a, b = tiny_organ(1), tiny_organ(2)
     for weight, end in (([1, 0], a), ([0, 1], b)):
         for name, tensor in average_donors([a, b], weight, "slerp").state_dict().items():
             torch.testing.assert_close(tensor, end.state_dict()[name])
@@ -289,12 +275,12 @@ def test_slerp_keeps_lengths_and_meets_the_ends():
 
 
 def test_averages_count_at_scale_one():
-    model = transplanted(("a", organ(1), {"position": 1}), ("b", organ(2), {"position": 3}))
+    model = transplanted(("a", tiny_organ(1), {"position": 1}), ("b", tiny_organ(2), {"position": 3}))
     model.set_donor_scale("a", 0.5)
     model.add_weighted_donor(["a", "b"], None, "mean", combination_type="slerp")
-    expected = average_donors([organ(1), organ(2)], combination_type="slerp")
+    expected = average_donors([tiny_organ(1), tiny_organ(2)], combination_type="slerp")
     found = {f"{expected.stack.full_path}.{key}": tensor for key, tensor in weights(model, "mean").items()}
-    assert equal(found, expected.state_dict()) and model.donor_config["mean"].scale == 1
+    assert same(found, expected.state_dict()) and model.donor_config["mean"].scale == 1
 
 
 @pytest.mark.parametrize(
@@ -312,21 +298,22 @@ def test_averages_count_at_scale_one():
     ],
 )
 def test_what_cannot_be_averaged_is_refused(names, weight, name, kind, message):
-    model = transplanted(("a", organ(1), {}), ("b", organ(2), {}), ("c", organ(3, layers=(0, 2)), {}))
+    model = transplanted(("a", tiny_organ(1), {}), ("b", tiny_organ(2), {}), ("c", tiny_organ(3, layers=(0, 2)), {}))
     with pytest.raises(NotHFError, match=message):
         model.add_weighted_donor(names, weight, name, kind)
     assert list(model.donor_config) == ["a", "b", "c"]
 
 
 def test_status_tells_where_organs_stand():
-    model = transplanted(("a", organ(1), {"position": 1}), ("b", organ(2), {"position": 1, "mode": "replace"}))
+    b = tiny_organ(2, position=1, mode="replace")
+    model = transplanted(("a", tiny_organ(1), {"position": 1}), ("b", b, {}))
     status = model.get_donor_status()
     assert [(s.active, s.position, s.mode, s.layers) for s in status.values()] == [
         (True, 1, "insert", [1, 2]),
         (True, 1, "replace", [3, 4]),
     ]
     assert status["a"].span == (1, 3) and status["a"].dtypes == ["float32"] and status["a"].devices == ["cpu"]
-    assert status["a"].num_parameters == organ(1).num_parameters() and status["a"].num_trainable_parameters == 0
+    assert status["a"].num_parameters == tiny_organ(1).num_parameters() and status["a"].num_trainable_parameters == 0
     model.set_donor("b")
     assert [(s.active, s.layers) for s in model.get_donor_status().values()] == [(False, []), (True, [1, 2])]
     with model.disable_donors():

@@ -14,7 +14,6 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from local_hub import Hub
 from not_hf import (
@@ -28,26 +27,13 @@ from not_hf import (
     compose,
 )
 from not_hf.architecture.differences import config_differences
-from not_hf.cli import app
 from not_hf.composition.layout import Place, arrange
-from testing.models import tiny_model
+from testing import tree
+from testing.commands import done
+from testing.donors import organ
+from testing.models import logits, tiny_model
 
 PROMPT = "w5 w6 w7 w8"
-
-
-def organ(base: str | Path, seed: int, layers: tuple[int, int] = (1, 3), **options) -> DonorModel:
-    """An organ of a base with weights that no other seed gives."""
-    donor = DonorModel.from_base(base, layers, **options)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in donor.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return donor
-
-
-@torch.no_grad()
-def logits(model, ids) -> torch.Tensor:
-    return model(ids).logits
 
 
 def commit(repo: str) -> str:
@@ -56,11 +42,6 @@ def commit(repo: str) -> str:
 
 def entries(folder: Path) -> list[dict]:
     return json.loads((folder / "config.json").read_text())["donors"]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """What a folder holds, to compare."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def weights_asked_for(hub: Hub) -> list[str]:
@@ -749,7 +730,7 @@ def test_inspect_adds_up_the_organs(base, tmp_path):
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), donor_name="one")
     model.load_donor(organ(base, 2, (0, 1)), "two", position=0)
     model.save_pretrained(tmp_path)
-    found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path), "--json"]).stdout)
+    found = done("inspect", tmp_path)
     organs = [DonorModel.from_pretrained(tmp_path / name) for name in ("one", "two")]
     assert found["num_parameters"] == sum(each.num_parameters() for each in organs)
     assert {tensor["organ"] for tensor in found["tensors"]} == {"one", "two"}

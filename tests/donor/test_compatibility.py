@@ -11,18 +11,12 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
-from typer.testing import CliRunner
 
 from not_hf import DonorModel, TransplantedForCausalLM, check_compatibility
-from not_hf.cli import app
 from testing import EXAMPLES
+from testing.commands import invoke
 from testing.donors import organ
-from testing.models import tiny_model, tiny_tokenizer
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(ids).logits
+from testing.models import logits, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -85,9 +79,9 @@ def test_a_rope_of_another_base_keeps_an_organ_out():
 def test_the_command_line_tells_both(fine_tunes, tmp_path):
     first, second = fine_tunes
     organ(first, 1).save_pretrained(tmp_path / "organ")
-    told = CliRunner().invoke(app, ["check", str(tmp_path / "organ"), str(second)])
+    told = invoke("check", tmp_path / "organ", second)
     assert told.exit_code == 0 and "fits" in told.stdout and "differs: the organ was last used in" in told.stdout
-    found = json.loads(CliRunner().invoke(app, ["check", str(tmp_path / "organ"), str(second), "--json"]).stdout)
+    found = json.loads(invoke("check", tmp_path / "organ", second, "--json").stdout)
     assert found["compatible"] is True and len(found["differences"]) == 1
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import not_hf
 from local_hub import Fault, Hub
@@ -30,8 +30,9 @@ from not_hf import (
     import_checkpoint,
 )
 from not_hf.architecture.stack import find_stack
-from not_hf.cli import app
 from not_hf.donor import pickles
+from testing.commands import invoke, is_one_line
+from testing.donors import same
 from testing.models import tiny_model
 
 MODEL_TYPES = ("gpt2", "llama", "gpt_oss", "mixtral", "qwen3_moe")
@@ -119,22 +120,6 @@ def save(content: object, folder: Path, **options) -> Path:
     return file
 
 
-def same(found: DonorModel, expected: DonorModel) -> bool:
-    """Whether two organs are the same, bit for bit."""
-    ours, theirs = found.state_dict(), expected.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs
-    )
-
-
-def one_line(error: BaseException) -> bool:
-    return "\n" not in str(error) and 10 < len(str(error)) < 800
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
-
-
 @pytest.fixture(scope="module")
 def cut() -> Callable[[str], DonorModel]:
     """What is to come out: the same layers, cut from the trained model."""
@@ -185,7 +170,7 @@ def test_every_layout_gives_the_organ_that_a_cut_gives(layout, model_type, cut, 
     if layout in (*RELATIVE, "module list"):
         with pytest.raises(NotHFError, match=r"layers=\(i, i \+ 2\)") as raised:
             import_checkpoint(file, base)
-        assert one_line(raised.value)
+        assert is_one_line(raised.value)
     else:
         assert import_checkpoint(file, base).config.layers == list(SPAN)
     logits = [
@@ -226,7 +211,7 @@ def test_names_as_on_the_hub(model_type, cut, base_folder, tmp_path):
     ):
         with pytest.raises(CorruptDonorError, match=message) as raised:
             import_checkpoint(save(damaged, tmp_path), base_folder(model_type))
-        assert one_line(raised.value)
+        assert is_one_line(raised.value)
 
 
 def test_experts_by_the_wrong_numbers_are_refused(base_folder, tmp_path):
@@ -378,13 +363,13 @@ BROKEN: dict[str, tuple[Callable[[Layers], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_broken_is_refused_in_one_line(case, base_folder, tmp_path, caplog):
+def test_what_is_broken_is_refused_in_is_one_line(case, base_folder, tmp_path, caplog):
     layout, message = BROKEN[case]
     file = save(layout(layers_of("llama")), tmp_path)
     with pytest.raises(NotHFError, match=message) as raised:
         import_checkpoint(file, base_folder("llama"), SPAN)
     assert isinstance(raised.value, CorruptDonorError) == ("layers=" not in str(raised.value))
-    assert str(file) in str(raised.value) and one_line(raised.value)
+    assert str(file) in str(raised.value) and is_one_line(raised.value)
     assert "LOAD REPORT" not in caplog.text
 
 
@@ -449,7 +434,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(way, base_folder, tmp_p
     HOSTILE[way]({"extra": Hostile(tmp_path / EVIDENCE), "layers": layers_of("llama")}, file)
     with pytest.raises(CorruptDonorError, match=r"would run .*os\.makedirs.*not_hf loads tensors only") as raised:
         import_checkpoint(file, base_folder("llama"), SPAN)
-    assert one_line(raised.value)
+    assert is_one_line(raised.value)
     result = invoke("import", file, base_folder("llama"), "--layers", "1:3", "-o", tmp_path / "out")
     assert (result.exit_code, result.stdout) == (1, "") and "os.makedirs" in result.stderr.splitlines()[-1]
     assert not (tmp_path / EVIDENCE).exists() and not (tmp_path / "out").exists()
@@ -487,7 +472,7 @@ def test_what_is_no_checkpoint_is_refused(case, base_folder, tmp_path):
     make(tmp_path / "donor_layers.pt")
     with pytest.raises(CorruptDonorError, match=message) as raised:
         import_checkpoint(tmp_path, base_folder("llama"), SPAN)
-    assert one_line(raised.value) and str(tmp_path / "donor_layers.pt") in str(raised.value)
+    assert is_one_line(raised.value) and str(tmp_path / "donor_layers.pt") in str(raised.value)
     assert "weights_only" not in str(raised.value)
 
 
@@ -557,7 +542,7 @@ def test_revisions_of_checkpoint_and_base_do_not_mix(hub: Hub, cut, base_folder,
 
 def advised(error: OSError, base: str | Path, folder: Path) -> tuple[DonorModel, Result]:
     """What comes of typing what an error says, in Python and in a shell."""
-    assert one_line(error), error
+    assert is_one_line(error), error
     (call,) = re.findall(r"not_hf\.(import_checkpoint\(.*?\)),", str(error))
     (line,) = re.findall(r"not-hf (import .*)", str(error))
     words = {"BASE": base, "FOLDER": folder}

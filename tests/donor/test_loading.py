@@ -20,6 +20,8 @@ from not_hf import (
     TransplantedForCausalLM,
     check_compatibility,
 )
+from testing import tree
+from testing.commands import is_one_line
 from testing.models import tiny_model
 
 SPAN = (1, 3)
@@ -156,10 +158,6 @@ BROKEN = {
 }
 
 
-def one_line(error: BaseException) -> bool:
-    return "\n" not in str(error) and 10 < len(str(error)) < 600
-
-
 @pytest.mark.parametrize("case", BROKEN)
 @pytest.mark.parametrize("has_organ", [False, True], ids=["native", "transplanted"])
 def test_a_broken_donor_is_refused_and_changes_nothing(case, has_organ, donor_folder, token_ids, caplog):
@@ -175,7 +173,7 @@ def test_a_broken_donor_is_refused_and_changes_nothing(case, has_organ, donor_fo
     with pytest.raises(error, match=message) as raised:
         TransplantedForCausalLM.from_pretrained(model, donor_folder, donor_name="second")
     assert isinstance(raised.value, (ValueError, OSError))
-    assert one_line(raised.value)
+    assert is_one_line(raised.value)
     assert type(model) is native and model.config.to_dict() == config
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     with torch.no_grad():
@@ -204,7 +202,7 @@ def test_an_organ_that_does_not_fit_is_refused(recipient, options, message, soun
         before = model(token_ids).logits
     with pytest.raises(IncompatibleDonorError, match=message) as raised:
         TransplantedForCausalLM.from_pretrained(model, sound, **options)
-    assert one_line(raised.value)
+    assert is_one_line(raised.value)
     assert type(model) is native and model.config.to_dict() == config
     with torch.no_grad():
         assert torch.equal(model(token_ids).logits, before)
@@ -317,11 +315,11 @@ def test_what_no_load_takes_is_not_saved(value, sound, tmp_path):
     model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), sound, donor_name="a", position=1)
     model.load_donor(sound, "b", position=1)
     model.save_pretrained(tmp_path)
-    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    files = tree(tmp_path)
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[0, 0] = value
     for names in (None, ["b"]):
         with pytest.raises(CorruptDonorError, match=r"which no load takes: organ.layers.0.mlp.up_proj"):
             model.save_pretrained(tmp_path, selected_donors=names)
-        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+        assert tree(tmp_path) == files
     model.save_pretrained(tmp_path / "sound", selected_donors=["a"])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
 from testing.donors import organ, same
-from testing.models import VOCAB, tiny_model, tiny_tokenizer
+from testing.models import VOCAB, logits, tiny_model, tiny_tokenizer
 
 T = TransplantedForCausalLM.from_pretrained
 MORE = VOCAB + 5
@@ -25,11 +25,6 @@ def grow(model: PreTrainedModel, size: int = MORE) -> PreTrainedModel:
     torch.manual_seed(7)
     model.resize_token_embeddings(size)
     return model
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids).logits
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transformers import CompileConfig
 from not_hf import TransplantedForCausalLM
 from testing import EXAMPLES
 from testing.donors import organ, transplanted
-from testing.models import tiny_model
+from testing.models import logits, tiny_model
 
 EXAMPLE = EXAMPLES / "fast_generation.py"
 
@@ -31,11 +31,6 @@ def two_organs() -> TransplantedForCausalLM:
     """A llama with organs of two layers each, at different positions."""
     base = tiny_model("llama")
     return transplanted(("kjv", organ(base, 1), {}), ("law", organ(base, 2), {"position": 1}))
-
-
-@torch.no_grad()
-def logits(model: Callable, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids).logits
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text"])

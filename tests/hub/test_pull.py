@@ -16,24 +16,16 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
-from typer.testing import CliRunner
 
 from local_hub import DEFAULT_TOKEN, Fault, Hub
 from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
-from not_hf.cli import app
+from testing.commands import invoke
 from testing.donors import organ, same, with_organs
 from testing.models import tiny_model, tiny_tokenizer
 
 BASE, DONOR = "me/pull-base", "me/pull-organ"
 INSIDE = "organs/kjv"  # a folder within a repo
 T = TransplantedForCausalLM.from_pretrained
-
-
-@pytest.fixture
-def api(hub: Hub) -> Iterator[HfApi]:
-    hub.requests.clear()
-    yield HfApi()
-    hub.fault = None
 
 
 def push_base(seed: int, length: int, **where) -> str:
@@ -410,7 +402,7 @@ def test_a_recipient_may_be_named_otherwise(folder_base, commits, tmp_path):
 @pytest.mark.parametrize("copy", ["folder", "repo"])
 def test_the_command_line_names_the_base_otherwise(copy, folder_base, base_repo, commits, tmp_path):
     out, copied = tmp_path / "organ", str(folder_base) if copy == "folder" else base_repo("llama")
-    done = CliRunner().invoke(app, ["extract", copied, "--layers", "1:3", "--base-name", BASE, "-o", str(out)])
+    done = invoke("extract", copied, "--layers", "1:3", "--base-name", BASE, "-o", out)
     assert done.exit_code == 0, done.stderr
     config = DonorConfig.from_pretrained(out)
     assert (config.base_model_name_or_path, config.base_revision) == (BASE, None)

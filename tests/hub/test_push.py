@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
 
@@ -18,25 +18,18 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from typer.testing import CliRunner
 
-from local_hub import Fault, Hub
+from local_hub import Fault
 from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors
-from not_hf.cli import app
 from not_hf.hub.atomic_write import DRAFT
+from testing import tree
+from testing.commands import invoke
 from testing.donors import organ, same, with_organs
 from testing.models import tiny_model
 
 T = TransplantedForCausalLM.from_pretrained
 SHARDED = {"max_shard_size": "8KB"}
 SINGLE: dict = {}
-
-
-@pytest.fixture
-def api(hub: Hub) -> Iterator[HfApi]:
-    hub.requests.clear()
-    yield HfApi()
-    hub.fault = None
 
 
 numbers = itertools.count()
@@ -46,12 +39,6 @@ numbers = itertools.count()
 def repo_id() -> str:
     """The name of a repo of the test's own, which is not there yet."""
     return f"me/sharing-{next(numbers)}"
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client tries five times before it gives up."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
 @pytest.fixture(scope="module")
@@ -392,13 +379,13 @@ def test_the_command_line_pushes_over_what_is_there(base, api, repo_id, tmp_path
     organ(base, 2).save_pretrained(tmp_path, **SHARDED)
     (tmp_path / f"{DRAFT}x").mkdir()
     (tmp_path / f"{DRAFT}x" / "model.safetensors").write_bytes(b"half")
-    done = CliRunner().invoke(app, ["push", str(tmp_path), repo_id])
+    done = invoke("push", tmp_path, repo_id)
     assert done.exit_code == 0, done.stderr
     assert holds(repo_id, organ(base, 2))
     files = api.list_repo_files(repo_id)
     assert "model.safetensors" not in files and not [path for path in files if "/" in path]
     tiny_model("llama").push_to_hub(other := f"{repo_id}-native")
-    done = CliRunner().invoke(app, ["push", str(tmp_path), other])
+    done = invoke("push", tmp_path, other)
     assert done.exit_code == 1 and f"{other} holds a model of type 'llama'" in done.stderr
 
 
@@ -419,7 +406,7 @@ def test_a_save_that_fails_midway_changes_nothing(base, existed, tmp_path, monke
     folder, first = tmp_path / "deep" / "donor", with_organs(base, 1, 2)
     if existed:
         first.save_pretrained(folder)
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = tree(folder)
     saved = []
 
     def full(tensors: dict, path: str, **kwargs: object) -> None:
@@ -431,7 +418,7 @@ def test_a_save_that_fails_midway_changes_nothing(base, existed, tmp_path, monke
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
     with pytest.raises(OSError, match="No space left"):
         with_organs(base, 1, 2).save_pretrained(folder)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert tree(folder) == before
     assert folder.exists() == existed
 
 
@@ -496,7 +483,7 @@ def test_checkpoints_of_a_trainer_are_not_pushed(base, repo_id, tmp_path):
     organ(base, 1).save_pretrained(tmp_path)
     (tmp_path / "checkpoint-6").mkdir()
     (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"large")
-    result = CliRunner().invoke(app, ["push", str(tmp_path), repo_id])
+    result = invoke("push", tmp_path, repo_id)
     assert result.exit_code == 0, result.stderr
     assert not [file for file in HfApi().list_repo_files(repo_id) if "checkpoint" in file]
 

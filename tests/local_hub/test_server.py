@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -48,13 +48,6 @@ tags: [organ]
 ---
 # Card
 """
-
-
-@pytest.fixture
-def api(hub: Hub) -> Iterator[HfApi]:
-    hub.requests.clear()
-    yield HfApi()
-    hub.fault = None
 
 
 @pytest.fixture
@@ -443,14 +436,6 @@ def test_file_system(api: HfApi, repo: str) -> None:
 
 
 # When things go wrong
-
-
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds the client meant to wait between tries."""
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    return waited
 
 
 def test_rate_limit_is_waited_for(hub: Hub, api: HfApi, repo: str, no_waiting: list[float]) -> None:

@@ -31,29 +31,9 @@ from not_hf import (
 )
 from not_hf.architecture.twin import build
 from not_hf.recipient import surgery
-from testing.models import ARCHITECTURES, tiny_model
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(ids).logits
-
-
-def organ(seed: int, layers=(1, 2), model_type: str = "llama", **options) -> DonorModel:
-    """An organ unlike any other: cut, then moved at random."""
-    donor = DonorModel.from_base(tiny_model(model_type), layers, **options)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in donor.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return donor
-
-
-def transplanted(*donors: tuple[str, DonorModel, dict]) -> TransplantedForCausalLM:
-    model = tiny_model("llama")
-    for name, donor, place in donors:
-        model = TransplantedForCausalLM.from_pretrained(model, donor, donor_name=name, **place)
-    return model
+from testing import tree
+from testing.donors import tiny_organ, transplanted
+from testing.models import ARCHITECTURES, logits, tiny_model
 
 
 def by_hand(slots: list) -> PreTrainedModel:
@@ -67,7 +47,7 @@ def by_hand(slots: list) -> PreTrainedModel:
     return native
 
 
-A, B, C = organ(1), organ(2, layers=(0, 2)), organ(3)
+A, B, C = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2)), tiny_organ(3, layers=(1, 2))
 (a,), (b0, b1), (c,) = (list(donor.stack.layers) for donor in (A, B, C))
 
 
@@ -200,7 +180,7 @@ def test_what_a_model_derives_from_its_layer_types_is_kept_in_step(token_ids):
     before = logits(base, token_ids)
     sliding = DonorModel.from_base(tiny_model("qwen3", **window, layer_types=["sliding_attention"] * 4), (0, 1))
     model = TransplantedForCausalLM.from_pretrained(base, sliding)
-    model.load_donor(organ(5, model_type="qwen3", layers=(0, 1)), "other", position=4)
+    model.load_donor(tiny_organ(5, "qwen3", (0, 1)), "other", position=4)
     assert model.model.has_sliding_layers is True
     assert model.config.layer_types.count("sliding_attention") == 1
     model.set_donor("other")
@@ -327,7 +307,7 @@ def test_a_name_can_be_used_again_for_an_organ_of_another_kind(token_ids):
 
 def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_folder):
     base = base_folder("llama")
-    a, b = (organ(seed, (1, 3)) for seed in (1, 2))
+    a, b = (tiny_organ(seed) for seed in (1, 2))
     model = TransplantedForCausalLM.from_pretrained(base, a, donor_name="a", position=1)
     model.load_donor(b, "b", position=1)
     model.save_pretrained(tmp_path / "both", selected_donors=["b", "a"])
@@ -520,11 +500,11 @@ def test_auto_class_extras(tmp_path, base_folder, token_ids):
 
 def test_an_organ_is_not_saved_over_another_model(tmp_path, token_ids):
     tiny_model("llama").save_pretrained(tmp_path)
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    files = tree(tmp_path)
     model = TransplantedForCausalLM.from_pretrained(tmp_path, A)
     with pytest.raises(NotHFError, match="holds a model of type 'llama'"):
         model.save_pretrained(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert tree(tmp_path) == files
 
 
 def test_a_copy_made_while_disabled_is_enabled(token_ids):
@@ -596,7 +576,7 @@ def test_a_composition_touches_only_its_own_files(tmp_path):
     (tmp_path / "README.md").write_text("---\n: [bad\n---\ntext")
     before = (tmp_path / "a" / "model.safetensors").read_bytes()
     model.delete_donor("a")
-    model.load_donor(organ(9), "a")
+    model.load_donor(tiny_organ(9, layers=(1, 2)), "a")
     with pytest.raises(NotHFError, match="cannot be read"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == before

@@ -18,15 +18,10 @@ from transformers.utils.generic import can_return_loss, find_labels
 from not_hf import DonorModel, TransplantedForCausalLM
 from testing.donors import organ, transplanted
 from testing.launching import answer
-from testing.models import enable_checkpointing, tiny_model
+from testing.models import enable_checkpointing, logits, tiny_model
 
 MODEL_TYPES = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "opt")
 every = pytest.mark.parametrize("model_type", MODEL_TYPES)
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(ids).logits
 
 
 def with_organ(model_type: str = "llama", **options) -> TransplantedForCausalLM:

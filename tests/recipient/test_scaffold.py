@@ -34,11 +34,10 @@ from not_hf import (
 from not_hf.architecture.quantization import is_quantized
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import find_stack, head_class, is_encoder
-from not_hf.training.data import pack
 from not_hf.training.trainer import DonorTrainer
 from testing.checkpoints import write_fp8, write_mxfp4
 from testing.donors import organ, same, scaled_by_hand
-from testing.models import ARCHITECTURES, CHECKPOINTING, ENCODERS, tiny_config, tiny_model, tiny_tokenizer
+from testing.models import ARCHITECTURES, CHECKPOINTING, ENCODERS, logits, tiny_config, tiny_model, tiny_tokenizer
 
 T = TransplantedForCausalLM.from_pretrained
 GENERATE = {"do_sample": False, "max_new_tokens": 6}
@@ -66,11 +65,6 @@ def by_hand(base: PreTrainedModel, *donors: DonorModel) -> PreTrainedModel:
     if native.can_generate():
         native.generation_config = base.generation_config
     return native.eval()
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(ids).logits
 
 
 @pytest.mark.parametrize("model_type", [*ARCHITECTURES, *PLAIN])
@@ -114,13 +108,6 @@ def test_what_is_left_is_that_of_the_base(base_folder, token_ids):
 
 
 # -------------------------------------------------------------- training, saving
-
-
-@pytest.fixture(scope="module")
-def blocks() -> Dataset:
-    """Blocks of 16 tokens, in which every word is followed by the next."""
-    lines = [" ".join(f"w{3 + (start + n) % 90}" for n in range(29)) for start in range(0, 90, 6)]
-    return pack(Dataset.from_dict({"text": lines}), tiny_tokenizer(), block_length=16)
 
 
 def trainer(model, blocks: Dataset, folder: Path, cls=Trainer, **options) -> Trainer:

@@ -4,3 +4,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 EXAMPLES = ROOT / "examples"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its path in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

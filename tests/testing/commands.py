@@ -1,4 +1,4 @@
-"""The `not-hf` commands, run inside of the test process."""
+"""The `not-hf` commands, run inside of the test process, and what errors say."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def failed(*arguments: object) -> str:
     assert line.startswith("error: "), result.stderr
     assert not [other for other in before if "error" in other.lower() or "Traceback" in other], result.stderr
     return line
+
+
+def is_one_line(error: BaseException) -> bool:
+    """Whether an error says something, in one line that can be read."""
+    return "\n" not in str(error) and 10 < len(str(error)) < 800

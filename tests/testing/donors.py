@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from not_hf import DonorModel, TransplantedForCausalLM
 from not_hf.architecture.layers import output_projections
 from testing.models import tiny_model
 
+SPAN = (1, 3)
 
-def organ(base, seed: int, layers=(1, 3), **options) -> DonorModel:
-    """An organ whose every tensor is that seed's own."""
-    donor = DonorModel.from_base(base, layers=layers, **options)
+
+def moved(donor: DonorModel, seed: int) -> DonorModel:
+    """The donor, its every tensor moved as that seed says, so that it matters wherever it stands."""
     with torch.no_grad():
         for n, parameter in enumerate(donor.parameters()):
-            parameter.add_(
-                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + n))
-            )
+            generator = torch.Generator().manual_seed(100 * seed + n)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return donor
+
+
+def organ(base: PreTrainedModel | str | Path, seed: int, layers: tuple[int, int] = SPAN, **options) -> DonorModel:
+    """Layers of a base, every tensor that seed's own."""
+    return moved(DonorModel.from_base(base, layers, **options), seed)
+
+
+def tiny_organ(seed: int, model_type: str = "llama", layers: tuple[int, int] = SPAN, **options) -> DonorModel:
+    """The same of a tiny base."""
+    return organ(tiny_model(model_type), seed, layers, **options)
 
 
 def scaled_by_hand(donor: DonorModel, scale: float) -> DonorModel:
@@ -48,6 +61,12 @@ def with_organs(base: str, *seeds: int) -> TransplantedForCausalLM:
     return model
 
 
-def same(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
-    mine, other = ours.state_dict(), theirs.state_dict()
-    return mine.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
+Tensors = Mapping[str, torch.Tensor]
+
+
+def same(ours: torch.nn.Module | Tensors, theirs: torch.nn.Module | Tensors) -> bool:
+    """Whether two models, or two of what `state_dict` gives, have the same tensors by the same names, bit for bit."""
+    mine, other = (each if isinstance(each, Mapping) else each.state_dict() for each in (ours, theirs))
+    return mine.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in mine.items()
+    )

@@ -25,7 +25,7 @@ from not_hf import (
 )
 from not_hf.architecture.stack import head_class, is_encoder
 from testing.donors import organ, scaled_by_hand
-from testing.models import tiny_model
+from testing.models import logits, tiny_model
 
 Place = tuple[int, int, str]  # seed, position, mode
 
@@ -49,12 +49,6 @@ def _base(model_type: str) -> PreTrainedModel:
 @functools.cache
 def _organ(model_type: str, seed: int) -> DonorModel:
     return organ(_base(model_type), seed)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Scores of the next tokens, `(batch, seq, vocab)`."""
-    return model(ids).logits
 
 
 @dataclass

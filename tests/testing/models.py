@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -176,6 +178,12 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
     if model.can_generate():
         model.generation_config.eos_token_id = None  # greedy runs to the length asked for
     return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Callable, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Scores of the next tokens (of an encoder: of the same), `(batch, seq, vocab)`."""
+    return model(ids, **inputs).logits
 
 
 def enable_checkpointing(model: PreTrainedModel, kwargs: dict | None = None) -> None:

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.training.optimizers import JointOptimizer, MuonWithAdamW
+from testing.donors import same
 from testing.models import tiny_model
 
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
@@ -29,10 +30,6 @@ def transplanted(model_type: str = "llama") -> TransplantedForCausalLM:
 
 def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def steps(model: torch.nn.Module, optimizers: list, token_ids: torch.Tensor, num_steps: int, start: int = 0) -> None:

@@ -12,15 +12,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from not_hf import DonorModel, TransplantedForCausalLM
 from not_hf.recipient.saving import organ_tensors as saved_tensors
-from not_hf.training.data import pack
+from testing.donors import same
 from testing.models import CHECKPOINTING, enable_checkpointing, tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def blocks() -> Dataset:
-    """24 blocks of 16 tokens, in which every word is followed by the next."""
-    lines = [" ".join(f"w{3 + (start + n) % 90}" for n in range(29)) for start in range(0, 90, 6)]
-    return pack(Dataset.from_dict({"text": lines}), tiny_tokenizer(), block_length=16)
 
 
 def trainer(model, blocks: Dataset, folder: Path, **options) -> Trainer:
@@ -54,10 +47,6 @@ def organ_tensors(model: TransplantedForCausalLM) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in saved_tensors(model, model._surgery, "default").items()}
 
 
-def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
 @pytest.mark.parametrize("where", ["folder", "repo"])
 def test_trainer_trains_the_organ_and_saves_only_it(where, blocks, base_folder, base_repo, tmp_path, token_ids):
     base = base_folder("llama") if where == "folder" else base_repo("llama")
@@ -72,7 +61,7 @@ def test_trainer_trains_the_organ_and_saves_only_it(where, blocks, base_folder, 
     assert not any(torch.equal(tensor, before[name]) for name, tensor in organ_tensors(model).items())
 
     saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
-    assert equal(saved, organ_tensors(model))
+    assert same(saved, organ_tensors(model))
     assert sum(t.numel() for t in saved.values()) == model.get_nb_trainable_parameters()[0]
     with torch.no_grad():
         expected = model(token_ids).logits
@@ -93,12 +82,12 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(model_type,
     stopped = trainer(half, blocks, tmp_path / "half")
     stopped.add_callback(Stop())
     stopped.train()
-    assert not equal(organ_tensors(half), organ_tensors(whole))
+    assert not same(organ_tensors(half), organ_tensors(whole))
     fresh = trainable(tiny_model(model_type), model_type)
     resumed = trainer(fresh, blocks, tmp_path / "half")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
-    assert equal(organ_tensors(fresh), organ_tensors(whole))
+    assert same(organ_tensors(fresh), organ_tensors(whole))
 
 
 def test_the_best_model_is_loaded_at_the_end(blocks, tmp_path):
@@ -118,7 +107,7 @@ def test_the_best_model_is_loaded_at_the_end(blocks, tmp_path):
     run.train()
     best = Path(run.state.best_model_checkpoint)
     assert best.name == "checkpoint-2"
-    assert equal(organ_tensors(model), load_file(best / "model.safetensors"))
+    assert same(organ_tensors(model), load_file(best / "model.safetensors"))
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
 
 
@@ -133,10 +122,10 @@ def test_an_organ_of_a_bf16_base_trains_and_loads_in_fp32(blocks, tmp_path):
     run.train()
     saved = DonorModel.from_pretrained(tmp_path / "run" / "checkpoint-6")
     assert {p.dtype for p in saved.parameters()} == {torch.float32} and saved.config.dtype == torch.float32
-    assert equal(saved.state_dict(), organ_tensors(model))
+    assert same(saved.state_dict(), organ_tensors(model))
     before = organ_tensors(model)
     run._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-6"))
-    assert equal(organ_tensors(model), before)
+    assert same(organ_tensors(model), before)
 
 
 def test_gradient_checkpointing_computes_the_same(blocks, tmp_path):
@@ -145,7 +134,7 @@ def test_gradient_checkpointing_computes_the_same(blocks, tmp_path):
     run = trainer(checkpointed, blocks, tmp_path / "checkpointed", **{CHECKPOINTING: True})
     run.train()
     assert all(layer.gradient_checkpointing for layer in checkpointed.model.layers)
-    assert equal(organ_tensors(plain), organ_tensors(checkpointed))
+    assert same(organ_tensors(plain), organ_tensors(checkpointed))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -165,4 +154,4 @@ def test_what_trainer_pushes_is_the_organ(blocks, tmp_path, hub):
     run.train()
     run.push_to_hub()
     pushed = DonorModel.from_pretrained("me/trained-organ")
-    assert equal(pushed.state_dict(), organ_tensors(model))
+    assert same(pushed.state_dict(), organ_tensors(model))
