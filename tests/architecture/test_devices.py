@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.architecture.devices import execution_device, spliced_device_map
 from testing.donors import organ
+from testing.models import tiny_tokenizer
 
 OUTSIDE = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
 ON_DISK = {**OUTSIDE, **{f"model.layers.{n}": "disk" if n in (1, 2) else "cpu" for n in range(4)}}
@@ -116,8 +117,6 @@ def test_pipeline(base_folder, tmp_path):
     base = str(base_folder("llama"))
     spread = WAYS["device_map"](base, str(tmp_path))
     model = TransplantedForCausalLM.from_pretrained(spread, organ(base, 1), position=1)
-    from architectures import tiny_tokenizer
-
     (answer,) = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer())("w5 w6", max_new_tokens=3)
     assert answer["generated_text"].startswith("w5 w6")
 
