@@ -4,7 +4,7 @@
     python examples/demo.py --quick    # the same with fewer steps
     python examples/demo.py --base HuggingFaceTB/SmolLM2-135M-Instruct --text mine.txt --push-to me/my-organ
 
-Read it from `main` downwards. Without `--base` it starts a small Hub on this machine (`tests/hub`), and every
+Read it from `main` downwards. Without `--base` it starts a small Hub on this machine (`local_hub/`), and every
 push and download below goes through it just as it would through huggingface.co. `huggingface_hub` reads the
 Hub's address once, when it is imported; so the functions here import what they use, after the Hub runs.
 """
@@ -170,8 +170,8 @@ def organ_life(options: argparse.Namespace, scratch: Path) -> dict:
 @contextlib.contextmanager
 def local_hub(scratch: Path) -> Iterator[None]:
     """A Hub that lives as long as the `with` block; this process and its children talk to no other."""
-    command = [sys.executable, str(ROOT / "tests" / "hub"), "--root", str(scratch / "hub")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as hub:
+    command = [sys.executable, "-m", "local_hub", "--root", str(scratch / "hub")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as hub:
         try:
             endpoint = hub.stdout.readline().strip()
             if not endpoint:

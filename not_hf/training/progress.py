@@ -1,4 +1,4 @@
-"""How a training goes: one live line while it runs, and a picture of its curves."""
+"""Callbacks that show how training goes: one live line while it runs, and a plot of its curves at the end."""
 
 from __future__ import annotations
 
@@ -25,36 +25,48 @@ if TYPE_CHECKING:
 
 
 class ProgressLine(TrainerCallback):
-    """One line that says how training goes: steps, tokens/s, loss, perplexity of each evaluation set, time left.
+    """Shows training in one line: steps, tokens/s, loss, perplexity of each evaluation set, time left.
 
         step 120/1000 · 3,120 tokens/s · loss 2.913 · perplexity domain 17.42, control 10.45 · 0:12:31 left
 
-    On a terminal it is the last line and kept up to date; where stderr is anything else (a file, a notebook), or
-    transformers' progress bars are turned off, it is printed anew at each log. It stands in for the Trainer's bar:
+    On a terminal the line is updated in place. Where stderr is anything else (a file, a notebook), or transformers'
+    progress bars are turned off, a line is printed at each log. Remove the Trainer's own bar when you add this one.
 
-        trainer = Trainer(..., callbacks=[ProgressLine()])
-        trainer.remove_callback(ProgressCallback)  # with disable_tqdm=True: PrinterCallback
+    Tokens are those that the Trainer counts; `include_num_input_tokens_seen="no"` is changed to `"all"`. tokens/s is
+    measured without the time for evaluating and saving; the time left includes it.
 
-    Tokens are those the Trainer counts; where it was not asked to, `include_num_input_tokens_seen` is set to `"all"`.
-    tokens/s leaves out evaluating and saving, time left does not.
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, ProgressCallback, Trainer, TrainingArguments
+        >>> from not_hf import ProgressLine
+        >>> shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        >>> trainer = Trainer(
+        ...     LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=2)),
+        ...     TrainingArguments(tempfile.mkdtemp(), max_steps=4, logging_steps=2, save_strategy="no"),
+        ...     train_dataset=[{"input_ids": [*range(9)], "labels": [*range(9)]}] * 8,
+        ...     callbacks=[ProgressLine()],
+        ... )
+        >>> trainer.remove_callback(ProgressCallback)
+        >>> trainer.train().global_step  # on stderr: step 2/4 · 3,404 tokens/s · loss 3.91 · 0:00:00 left
+        4
     """
 
     def __init__(self) -> None:
-        self._bar: Any = None  # tqdm, while training on a terminal
-        self._evaluation: Any = None  # tqdm below it, while evaluating
+        self._bar: Any = None  # tqdm; only while training on a terminal
+        self._evaluation: Any = None  # tqdm below the first; only while evaluating
         self._loss: float | None = None
         self._perplexities: dict[str, float] = {}
-        self._rate: float | None = None  # tokens per second, lately
-        self._began = (0.0, 0)  # when (s), at which step
-        self._mark = (0.0, 0)  # when (s), after how many tokens: since then the rate is measured
+        self._rate: float | None = None  # tokens per second since `_mark`
+        self._began = (0.0, 0)  # time (s) and step at the start
+        self._mark = (0.0, 0)  # time (s) and number of tokens from which the rate is measured
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.include_num_input_tokens_seen == "no":
-            args.include_num_input_tokens_seen = "all"  # in every process, since the Trainer gathers the count
+            args.include_num_input_tokens_seen = "all"  # in every process: the Trainer gathers the count
         self._loss, self._rate, self._perplexities = None, None, {}
-        for logs in state.log_history:  # of the checkpoint that training goes on from
+        for logs in state.log_history:  # of the checkpoint that training resumes from
             self._read(logs)
         self._began = time.perf_counter(), state.global_step
         self._set_mark(state)
@@ -121,7 +133,7 @@ class ProgressLine(TrainerCallback):
             self._bar = None
 
     def _read(self, logs: Mapping[str, Any]) -> bool:
-        """Keep what is to be shown of a log; whether there was anything."""
+        """Store the values of a log that are shown; return whether there were any."""
         self._loss = logs.get("loss", self._loss)
         found = dict(_perplexities(logs))
         self._perplexities.update(found)
@@ -136,7 +148,7 @@ class ProgressLine(TrainerCallback):
             self._rate = (state.num_input_tokens_seen - tokens) / (time.perf_counter() - began)
 
     def _line(self, state: TrainerState) -> str:
-        """What is known by now."""
+        """Format what is known so far."""
         parts = [f"step {state.global_step}/{state.max_steps}"]
         if self._rate is not None:
             parts.append(f"{self._rate:,.0f} tokens/s")
@@ -153,7 +165,16 @@ class ProgressLine(TrainerCallback):
 
 
 class TrainingCurve(TrainerCallback):
-    """Draws `training_curve.png` into the output folder when training ends, where matplotlib is installed."""
+    """Plots loss and perplexities into `training_curve.png` in the output folder when training ends.
+
+    Does nothing where matplotlib is not installed. See `plot_training_curve` for what the plot shows.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> from not_hf import DonorTrainer, TrainingCurve
+        >>> def trainer(model, blocks):
+        ...     return DonorTrainer(model, TrainingArguments("run"), train_dataset=blocks, callbacks=[TrainingCurve()])
+    """
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,17 +186,27 @@ class TrainingCurve(TrainerCallback):
 
 
 def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw how a training went: its loss, and below it the perplexity of each evaluation set.
+    """Plot the loss of a training, and below it the perplexity of each evaluation set.
 
-    Over tokens where the Trainer counted them (`include_num_input_tokens_seen`, which `ProgressLine` turns on), and
-    then with the time in training on a second axis; over steps otherwise.
+    The x axis counts tokens where the Trainer counted them (`include_num_input_tokens_seen`, which `DonorTrainer` and
+    `ProgressLine` turn on), with the training time on a second axis. Otherwise it counts steps.
 
     Args:
         log_history: `trainer.state.log_history`, or that of a checkpoint's `trainer_state.json`.
-        path: File to write, `.png` or another suffix that matplotlib knows.
+        path: File to write: `.png`, or another format of matplotlib.
 
     Raises:
-        NotHFError: There is no loss to draw, or matplotlib is not installed.
+        NotHFError: The logs hold no loss, or matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from not_hf import plot_training_curve
+        >>> history = [{"step": 10, "loss": 3.1}, {"step": 20, "loss": 2.9}, {"step": 20, "eval_loss": 2.95}]
+        >>> file = Path(tempfile.mkdtemp(), "curve.png")
+        >>> plot_training_curve(history, file)
+        >>> file.exists()
+        True
     """
     _draw(log_history).savefig(path, dpi=150)
 
@@ -185,15 +216,15 @@ def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
     except ModuleNotFoundError as error:
-        raise NotHFError("a picture of the training needs matplotlib; pip install not_hf[plot]") from error
+        raise NotHFError("plot_training_curve needs matplotlib; pip install not_hf[plot]") from error
 
     training = [logs for logs in log_history if "loss" in logs]
     evaluations = [logs for logs in log_history if any(_perplexities(logs))]
     panels = [logs for logs in (training, evaluations) if logs]
     if not panels:
         raise NotHFError(
-            f"none of {len(log_history)} logs holds a loss to draw; give trainer.state.log_history of a training "
-            "with logging_steps or eval_strategy"
+            f"none of {len(log_history)} logs holds a loss; pass trainer.state.log_history of a training with "
+            "logging_steps or eval_strategy"
         )
     counted = all("num_input_tokens_seen" in logs for logs in (*training, *evaluations))
     unit = "num_input_tokens_seen" if counted else "step"
@@ -216,7 +247,7 @@ def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _draw_perplexities(panel: Axes, evaluations: Sequence[Mapping[str, Any]], unit: str) -> None:
-    """A line for each evaluation set; on a log scale where they are far apart."""
+    """Draw a line for each evaluation set; on a log scale where the values are far apart."""
     from matplotlib.ticker import LogFormatter, LogLocator
 
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -238,12 +269,12 @@ def _draw_perplexities(panel: Axes, evaluations: Sequence[Mapping[str, Any]], un
 
 
 def _draw_clock(panel: Axes, places: Sequence[float], runtimes: Sequence[float]) -> None:
-    """The time in training on the upper side: at these places of the x axis it was so many seconds."""
+    """Draw the training time (s) as an axis on top: `runtimes` were reached at `places` on the x axis."""
     from matplotlib.ticker import MaxNLocator
 
     seconds, earlier = [0.0], 0.0
     for previous, runtime in zip([0.0, *runtimes], runtimes, strict=False):
-        earlier += previous if runtime < previous else 0.0  # training went on from a checkpoint, the clock from zero
+        earlier += previous if runtime < previous else 0.0  # resumed from a checkpoint: the clock starts at zero again
         seconds.append(earlier + runtime)
     total = seconds[-1]
     size, name = (3600, "h") if total >= 7200 else (60, "min") if total >= 120 else (1, "s")
@@ -255,7 +286,7 @@ def _draw_clock(panel: Axes, places: Sequence[float], runtimes: Sequence[float])
 
 
 def _perplexities(logs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name and perplexity of each evaluation set in a log; the name of the only one, `eval_loss`, is empty."""
+    """Yield name and perplexity of each evaluation set in a log; an only set (`eval_loss`) has an empty name."""
     for key, loss in logs.items():
         if match := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
-            yield match[1] or "", math.exp(loss) if loss < 700 else math.inf  # beyond it floats end
+            yield match[1] or "", math.exp(loss) if loss < 700 else math.inf  # above, exp overflows
