@@ -72,9 +72,16 @@ def warn_once(message: str) -> None:
 
 def render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
     """A new card from a file in `templates/`, where `{% call block("name") %}` begins what a later save rewrites."""
-    path = str(Path(__file__).parent / "templates" / template)
-    functions = {"block": _block, "cell": _cell, "linked": _linked, "short_name": short_name, "hub_id": hub_id}
-    return ModelCard.from_template(data, template_path=path, **functions, **values)
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).parent / "templates" / template),
+        block=_block,
+        cell=_cell,
+        linked=_linked,
+        hub_id=hub_id,
+        short_name=short_name,
+        **values,
+    )
 
 
 def _block(name: str, caller: Callable[[], str]) -> str:
@@ -154,7 +161,7 @@ def _update_metadata(old: ModelCardData, new: ModelCardData, facts: str) -> None
     outdated += [DONOR_TAG] if new.library_name != LIBRARY else []
     results = [result for result in old.eval_results or [] if not _is_ours(result, new, facts)]
     results += new.eval_results or []
-    values = {key: value for key, value in new.__dict__.items() if value is not None}
+    values = {key: value for key, value in vars(new).items() if value is not None}
     values |= {
         "tags": [tag for tag in unite(old.tags, new.tags) if tag not in outdated or tag in unite(new.tags)],
         "datasets": unite(old.datasets, new.datasets) or None,
@@ -168,8 +175,7 @@ def _update_metadata(old: ModelCardData, new: ModelCardData, facts: str) -> None
                 "change it in the card's metadata if it no longer holds"
             )
         values = {key: value for key, value in values.items() if not key.startswith("license")}
-    for key, value in values.items():
-        old[key] = value
+    vars(old).update(values)
 
 
 def _is_ours(result: EvalResult, new: ModelCardData, facts: str) -> bool:

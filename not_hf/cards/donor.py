@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -43,12 +42,11 @@ def donor_card(
         repo_id: Where the card will be; with `None` its code runs in the donor's folder.
     """
     base = named_base(config.base_model_name_or_path)
-    base_name = base or short_name(config.base_model_name_or_path)
-    title = short_name(repo_id or f"{base_name}-organ")
+    title = short_name(repo_id) if repo_id else f"{short_name(config.base_model_name_or_path)}-organ"
     task = task_of(config.native_config("base_config")) if config.base_config else "text-generation"
     measured = _measured(config.metrics or {})
-    values = {name: value["after"] for name, value in measured.items() if math.isfinite(value.get("after", math.nan))}
-    results = [_eval_result(name, value, task, config.domain) for name, value in values.items()]
+    finite = {name: value["after"] for name, value in measured.items() if math.isfinite(value.get("after", math.nan))}
+    results = [_eval_result(name, value, task, config.domain) for name, value in finite.items()]
     data = ModelCardData(
         library_name=LIBRARY,
         base_model=base,
@@ -60,20 +58,8 @@ def donor_card(
         eval_results=results or None,
         **License.of(config).metadata(),
     )
-    return render(
-        "donor_card.md",
-        data,
-        title=title,
-        base=base,
-        base_code=json.dumps(base or f"path/to/{base_name}"),
-        donor_code=json.dumps(repo_id or "."),
-        is_folder=repo_id is None,
-        config=config,
-        num_parameters=num_parameters,
-        size=size,
-        picture=_picture(config),
-        measured=measured,
-    )
+    facts = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
+    return render("donor_card.md", data, title=title, repo_id=repo_id, picture=_picture(config), **facts)
 
 
 def updated_card(
