@@ -101,21 +101,22 @@ def test_what_a_card_may_say(licensed, metadata, expected, tmp_path, caplog):
     assert card.get("license") == expected and "license_name" not in card
 
 
-@pytest.mark.parametrize(
-    ("card", "fault"),
-    [
-        *(("a: [", None), ("[1, 2]", None), (b"---\nlicense: \xff\n---\n", None)),
-        *(("license: mit", fault) for fault in (Fault(status=500), Fault(status=403), Fault(truncate=True))),
-    ],
-)
-def test_a_card_that_cannot_be_read_costs_no_organ(hub, licensed, card, fault, monkeypatch, caplog):
-    base = licensed(card)
+@pytest.mark.parametrize("card", ["a: [", "[1, 2]", b"---\nlicense: \xff\n---\n"])
+def test_an_unreadable_card_costs_no_organ(licensed, card, caplog):
+    with caplog.at_level(logging.WARNING, logger="not_hf"):
+        config = DonorModel.from_base(licensed(card), layers=(1, 3)).config
+    assert config.license is None
+    (message,) = caplog.messages
+    assert "is unknown, since its card cannot be read" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("fault", [Fault(status=500), Fault(status=403), Fault(truncate=True)])
+def test_a_card_that_cannot_be_fetched_costs_no_organ(hub, licensed, fault, monkeypatch):
+    base = licensed()
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.fault = lambda method, path, headers: fault if "README.md" in path else None
     assert DonorModel.from_base(base, layers=(1, 3)).config.license is None
     assert asked_for_cards(hub)
-    (message,) = [record.message for record in caplog.records if record.name.startswith("not_hf")]
-    assert "is unknown, since its card cannot be read" in message and "\n" not in message
 
 
 def test_a_folder(base_folder, tmp_path):
@@ -238,3 +239,13 @@ MIT, APACHE, HOUSE = License("mit"), License("apache-2.0"), License("other", "ho
 )
 def test_joint_licence(parts, expected):
     assert joint_license(parts) == expected
+
+
+def test_a_composition_states_the_licences_of_its_organs(base_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    for name, license in (("one", "mit"), ("two", "cc0-1.0")):
+        donor = DonorModel.from_base(base_folder("llama"), layers=(1, 3), license=license)
+        model = TransplantedForCausalLM.from_pretrained(model, donor, donor_name=name)
+    model.save_pretrained(tmp_path)
+    for data in (DonorConfig.from_pretrained(tmp_path), ModelCard.load(tmp_path / "README.md").data):
+        assert data.license == ["mit", "cc0-1.0"]
