@@ -24,7 +24,7 @@ DONOR_TAG = "not-hf"  # of donors only: `list_donors` searches for it
 ADAPTER_TAG = "base_model:adapter:"  # before the Hub ID of the base
 METHOD_TAGS = ("neural-organ-transplantation", "arxiv:2601.13580")  # of everything made with the method
 
-# What not_hf wrote into a card. Cards written before there were checksums have the block "facts" only.
+# A part of a card that not_hf wrote. Cards from before there were checksums have the block "facts" only.
 _BLOCK = re.compile(
     r"<!-- not_hf (?P<name>\w+)(?: (?P<checksum>\w+))?:.*?-->(?P<body>.*?)<!-- /not_hf (?P=name) -->", re.DOTALL
 )
@@ -72,16 +72,9 @@ def warn_once(message: str) -> None:
 
 def render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
     """A new card from a file in `templates/`, where `{% call block("name") %}` begins what a later save rewrites."""
-    return ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).parent / "templates" / template),
-        block=_block,
-        cell=_cell,
-        linked=_linked,
-        hub_id=hub_id,
-        short_name=short_name,
-        **values,
-    )
+    path = str(Path(__file__).parent / "templates" / template)
+    values |= {"block": _block, "cell": _cell, "linked": _linked, "hub_id": hub_id, "short_name": short_name}
+    return ModelCard.from_template(data, template_path=path, **values)
 
 
 def _block(name: str, caller: Callable[[], str]) -> str:
