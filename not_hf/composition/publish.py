@@ -11,7 +11,7 @@ from typing import Unpack
 from huggingface_hub import CommitInfo
 
 from not_hf.cards.common import README
-from not_hf.cards.donor import pushed_card
+from not_hf.cards.donor import updated_card
 from not_hf.cards.license import inherit_license
 from not_hf.composition.resolve import resolve_donor
 from not_hf.composition.sources import OrganSource
@@ -55,7 +55,7 @@ def push_donor(
 
     def save(target: str, repo_id: str) -> None:
         readme = Path(target, README)  # the one that is published, if any
-        card = pushed_card(folder, readme, config, num_parameters, size, repo_id)
+        card = updated_card(folder, config, num_parameters, size, repo_id, published=readme)
         ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", "checkpoint-*", *ignore)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
         if config.license != stated:
