@@ -6,8 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+# huggingface_hub is imported where it is needed: `not-hf --help` comes past here, and is to be quick
 
 
 class NotHFError(ValueError):
@@ -39,6 +38,8 @@ def reaching_hub(what: str) -> Iterator[None]:
     Args:
         what: What could not be done, for the error.
     """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
     try:
         yield
     except HfHubHTTPError:  # an answer, and an OSError
@@ -78,6 +79,9 @@ def reading_base(base: str, donor: str | None) -> Iterator[None]:
 
 
 def _require_hub_id(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -193,12 +193,12 @@ def _measure(folder: Path, base: str | None, texts: Iterable[str]) -> None:
 
 def _checkpoint(folder: Path, resume: bool) -> str | None:
     """The last checkpoint in the folder, which must be there to resume; those of an earlier run go otherwise."""
-    from not_hf.training.trainer import last_whole_checkpoint
+    from not_hf.training.trainer import last_complete_checkpoint
 
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    checkpoint = last_whole_checkpoint(folder)
+    checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
         raise NotHFError(f"no checkpoint in {folder} to resume from; leave out --resume")
     return checkpoint
