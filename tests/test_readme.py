@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import not_hf
 from not_hf import DonorModel, load_text, pack
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(not_hf.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WRITTEN_FOR_PEOPLE = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")]
 WITH_EXAMPLES = [path for path in sorted((ROOT / "not_hf").rglob("*.py")) if ">>>" in path.read_text("utf-8")]
