@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from not_hf.architecture.quantization import computes
 from not_hf.architecture.tables import OUTPUT_PROJECTIONS
 from not_hf.architecture.upstream import copy_checkpointing
 from not_hf.errors import CorruptDonorError
@@ -45,6 +44,11 @@ def silence(layer: nn.Module) -> None:
     """Zero what the layer writes to the residual stream."""
     for _, parameter in output_projections(layer):
         parameter.zero_()
+
+
+def computes(parameter: torch.Tensor) -> bool:
+    """Whether a parameter's dtype is one that layers compute in: packed integers and 8-bit floats are storage."""
+    return parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def settle(layer: nn.Module, neighbour: nn.Module, device: torch.device | None = None) -> None:
@@ -97,7 +101,7 @@ def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn
         training: The recipient's mode.
     """
     layer.train(training)
-    for name, module in layer.named_modules():
+    for module in layer.modules():
         if isinstance(vars(module).get("config"), PreTrainedConfig):
-            module.config = config
-        copy_checkpointing(module, reference.get(name, module))
+            vars(module)["config"] = config
+    copy_checkpointing(layer, reference)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from not_hf.architecture.layers import computes
 from not_hf.architecture.upstream import can_dequantize, tables_of
 from not_hf.errors import NotHFError
 
@@ -22,11 +23,6 @@ def is_quantized(model: nn.Module) -> bool:
     if any(_is_packed(parameter) or not computes(parameter) for parameter in model.parameters()):
         return True
     return getattr(model, "hf_quantizer", None) is not None and quantization_name(model) != "gguf"
-
-
-def computes(parameter: torch.Tensor) -> bool:
-    """Whether a parameter's dtype is one that layers compute in: packed integers and 8-bit floats are storage."""
-    return parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def quantization_name(model: nn.Module) -> str:

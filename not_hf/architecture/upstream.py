@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,15 +20,31 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
+from transformers.utils.hub import resolve_revision
 
 # ------------------------------------------------------------------ calls of `from_pretrained`
 
 # What the Auto classes and pipelines add to a user's keyword arguments, for the repo that was named first.
 AUTO_KWARGS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs")
+# How a repo, and a folder in it, is reached.
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# What of it holds for several repos: a revision and a subfolder are one repo's own.
+SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
+
+
+def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
+    """Pin a revision to its commit, so that everything read from the repo is of one state."""
+    return resolve_revision(
+        source,
+        hub_kwargs.get("revision"),
+        token=hub_kwargs.get("token"),
+        local_files_only=hub_kwargs.get("local_files_only", False),
+        cache_dir=hub_kwargs.get("cache_dir"),
+    )
 
 
 def commit_of(revision: str | None) -> str | None:
-    """The commit of a revision that `transformers.utils.hub.resolve_revision` has resolved, `None` for any other."""
+    """The commit of a revision that `resolve_commit` has resolved, `None` for any other."""
     return getattr(revision, "resolved", None)
 
 
@@ -153,13 +169,15 @@ def tables_of(module: nn.Module) -> list[dict[str, Any]]:
     return [module._modules, module._parameters, module._buffers]
 
 
-def copy_checkpointing(module: nn.Module, neighbour: nn.Module) -> None:
-    """Have a module use gradient checkpointing as its neighbour does."""
-    for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-        if key in vars(neighbour):
-            setattr(module, key, vars(neighbour)[key])
-        else:
-            vars(module).pop(key, None)
+def copy_checkpointing(layer: nn.Module, reference: Mapping[str, nn.Module]) -> None:
+    """Have a layer use gradient checkpointing as another one does, whose modules are given by name."""
+    for name, module in layer.named_modules():
+        neighbour = vars(reference.get(name, module))
+        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if key in neighbour:
+                setattr(module, key, neighbour[key])
+            else:
+                vars(module).pop(key, None)
 
 
 def forget_capture_hooks(roots: Iterable[nn.Module]) -> None:
@@ -178,9 +196,9 @@ def forget_capture_hooks(roots: Iterable[nn.Module]) -> None:
 # ------------------------------------------------------------------ models that accelerate dispatched
 
 
-def dispatch_hook(module: nn.Module) -> Any:
-    """accelerate's hook of a module, `None` when it has none."""
-    return getattr(module, "_hf_hook", None)
+def dispatch_hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks of a module and of all modules in it."""
+    return [hook for each in module.modules() if (hook := getattr(each, "_hf_hook", None)) is not None]
 
 
 def keys_left_in_place(model: PreTrainedModel) -> Any:

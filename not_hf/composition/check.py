@@ -15,16 +15,16 @@ from not_hf.architecture.differences import native_differences
 from not_hf.architecture.scaling import scale_problem
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.twin import meta_twin
-from not_hf.composition.layout import Place, StackEntry, arrange
+from not_hf.architecture.upstream import SHARED_KWARGS, resolve_commit
+from not_hf.composition.layout import Place, StackEntry, arrange, is_plain_name, require_distinct
 from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
-from not_hf.composition.sources import DEFAULT_NAME, OrganSource, is_plain_name, require_distinct
+from not_hf.composition.sources import DEFAULT_NAME, OrganSource
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.compatibility import Mismatches, mismatches, recipient_differences
 from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError
 from not_hf.hub.partial_download import list_tensors
-from not_hf.hub.repo import SHARED_KWARGS, resolve_commit
 
 
 class PlacedOrgan(Protocol):
@@ -86,7 +86,7 @@ def stack_problems(
     for organ in organs:
         prefix, place = f"organ {organ.name!r}: " if len(organs) > 1 else "", organ.place
         found = mismatches(organ.spec, recipient, organ.source.position, place.mode)
-        if problem := scale_problem(organ.source.scale, place.mode):
+        if organ.scale != 1 and (problem := scale_problem(organ.scale, place.mode)):
             found.append(problem)
         problems += [f"{prefix}{problem}" for problem in found]
     if not problems:

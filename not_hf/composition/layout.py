@@ -1,11 +1,12 @@
-"""The placing rule: where organs stand among a recipient's own layers. Numbers alone: no model is needed to plan."""
+"""What organs are called, and where they stand among a recipient's own layers. No model is needed to plan that."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from not_hf.errors import IncompatibleDonorError
+from not_hf.errors import IncompatibleDonorError, NotHFError
 
 
 class Place(NamedTuple):
@@ -27,6 +28,17 @@ class StackEntry(NamedTuple):
 
     organ: str | None  # its name, `None` for the recipient
     layer: int  # of the organ, or of the recipient
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether an organ may be called so: it becomes the name of a folder."""
+    return isinstance(name, str) and bool(name.strip()) and not set(name) & set("./\\")
+
+
+def require_distinct(names: Sequence[str], where: str = "", error: type[NotHFError] = NotHFError) -> None:
+    """Raise `error` if two organs have one name."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise error(f"{where}several organs are named {twice[0]!r}; give each a name of its own")
 
 
 def arrange(num_layers: int, places: Sequence[Place]) -> list[StackEntry]:

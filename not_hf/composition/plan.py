@@ -15,14 +15,14 @@ from huggingface_hub import model_info
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from not_hf.architecture.upstream import commit_of, fetch_file
+from not_hf.architecture.upstream import SHARED_KWARGS, commit_of, fetch_file, resolve_commit
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License, joint_license
 from not_hf.composition.check import header_problems, validate
-from not_hf.composition.layout import StackEntry
+from not_hf.composition.layout import StackEntry, require_distinct
 from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
-from not_hf.composition.sources import OrganSource, composition_config, require_distinct, write_entry
+from not_hf.composition.sources import OrganSource, composition_config, write_entry
 from not_hf.config import DonorConfig
 from not_hf.donor.loading import refuse
 from not_hf.donor.modeling import DonorModel
@@ -31,7 +31,6 @@ from not_hf.errors import NotHFError, reaching_hub
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.hub.checkpoint import checkpoint_files, open_checkpoint
 from not_hf.hub.partial_download import list_tensors
-from not_hf.hub.repo import SHARED_KWARGS, resolve_commit
 
 
 @dataclass(frozen=True)

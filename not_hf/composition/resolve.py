@@ -10,14 +10,13 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from not_hf.architecture.upstream import AUTO_KWARGS, implementations
+from not_hf.architecture.upstream import AUTO_KWARGS, SHARED_KWARGS, implementations, resolve_commit
 from not_hf.composition.layout import Place
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource, read_entries
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import has_adapters
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError, one_line, reading_base
-from not_hf.hub.repo import SHARED_KWARGS, resolve_commit
 
 # arguments of a model's `from_pretrained` that its config is not to take over, but for those that reach its repo
 _NOT_OF_CONFIG = ("code_revision", "dtype", "quantization_config", "torch_dtype", "trust_remote_code")

@@ -13,9 +13,8 @@ from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.twin import meta_twin
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.vocabulary import vocabulary_differences
+from not_hf.donor.vocabulary import Repo, vocabulary_differences
 from not_hf.errors import UnsupportedArchitectureError
-from not_hf.hub.repo import Repo
 
 # What the recipient computes once for all its layers, or allocates in its caches: an organ must agree on it.
 SHARED_GEOMETRY = (

@@ -18,12 +18,11 @@ from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import meta_twin
-from not_hf.architecture.upstream import commit_of
+from not_hf.architecture.upstream import HUB_KWARGS, commit_of, resolve_commit
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
 from not_hf.hub.partial_download import open_part
-from not_hf.hub.repo import HUB_KWARGS, resolve_commit
 
 Span = tuple[int, int]  # half-open, in layers
 

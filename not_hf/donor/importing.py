@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.upstream import SHARED_KWARGS
 from not_hf.donor.cutting import Span, cut_config, open_base
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.pickles import read_tensors
 from not_hf.errors import CorruptDonorError, NotHFError
 from not_hf.hub.checkpoint import FLOAT_DTYPES
-from not_hf.hub.repo import SHARED_KWARGS
 
 DONOR_LAYERS = "donor_layers.pt"  # what the paper's author calls the file
 # Buffers that layers of older releases of transformers held, and that are computed now; a causal mask was a `bias`.

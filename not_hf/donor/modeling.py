@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from not_hf.architecture.layers import is_finite, silence
 from not_hf.architecture.upstream import (
     AUTO_KWARGS,
+    HUB_KWARGS,
     attention_of,
     built_whole,
     forget_conversions,
+    resolve_commit,
     without_load_report,
 )
 from not_hf.cards.license import inherit_license
@@ -35,7 +37,6 @@ from not_hf.donor.stripped import StrippedModel
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line
 from not_hf.hub.checkpoint import open_checkpoint
 from not_hf.hub.push import PushOptions, push_folder
-from not_hf.hub.repo import HUB_KWARGS, resolve_commit
 
 
 class DonorModel(StrippedModel):

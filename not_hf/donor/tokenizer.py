@@ -9,10 +9,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-from not_hf.architecture.upstream import AUTO_KWARGS
+from not_hf.architecture.upstream import AUTO_KWARGS, HUB_KWARGS
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError, reading_base
-from not_hf.hub.repo import HUB_KWARGS
 
 
 class DonorTokenizer:

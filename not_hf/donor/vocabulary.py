@@ -9,17 +9,25 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from not_hf.config import OrganSpec
-from not_hf.hub.repo import Repo
 
 # Config keys that name tokens. Padding is left out: it is attended to by nothing, and often set as an afterthought.
 TOKEN_IDS = ("bos_token_id", "eos_token_id")
 VOCABULARY = ("vocab_size", *TOKEN_IDS)
 _PADDED_TO = (8, 16, 32, 64, 128, 256)
+
+
+class Repo(NamedTuple):
+    """A folder or a repo on the Hub."""
+
+    name: str | os.PathLike[str] | None
+    revision: str | None = None
+    subfolder: str | None = None
 
 
 def vocabulary_differences(

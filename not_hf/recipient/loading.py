@@ -12,17 +12,15 @@ from transformers import PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, follow
 from not_hf.architecture.differences import computing_differences
-from not_hf.architecture.layers import require_finite, settle
-from not_hf.architecture.quantization import computes
+from not_hf.architecture.layers import computes, require_finite, settle
 from not_hf.architecture.scaling import require_scalable
 from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
 from not_hf.composition.check import merge_differences
 from not_hf.composition.layout import StackEntry
 from not_hf.composition.resolve import ResolvedOrgan
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.vocabulary import vocabulary_differences
+from not_hf.donor.vocabulary import Repo, vocabulary_differences
 from not_hf.errors import NotHFError, some
-from not_hf.hub.repo import Repo
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
 

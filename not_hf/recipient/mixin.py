@@ -15,8 +15,9 @@ from not_hf.architecture.quantization import dequantized, is_quantized, quantiza
 from not_hf.architecture.scaling import require_scalable, scale_problem
 from not_hf.architecture.upstream import forget_conversions
 from not_hf.composition.check import validate
+from not_hf.composition.layout import is_plain_name
 from not_hf.composition.resolve import resolve_organ
-from not_hf.composition.sources import DonorLike, OrganSource, is_plain_name
+from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.averaging import combined, combined_config
 from not_hf.errors import IncompatibleDonorError, NotHFError, some

@@ -15,10 +15,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.stack import find_stack
 from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.upstream import HUB_KWARGS
 from not_hf.donor.cutting import StoredBase, stored_base
 from not_hf.donor.loading import common_dtype
 from not_hf.errors import NotHFError
-from not_hf.hub.repo import HUB_KWARGS
 
 # Arguments of `from_pretrained` that choose or convert whole files; here a few tensors of plain ones are read.
 _OF_WHOLE_FILES = ("gguf_file", "key_mapping", "quantization_config", "variant")

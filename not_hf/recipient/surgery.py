@@ -141,7 +141,7 @@ class Surgery:
         stack, config = self.stack(model), model.config
         standing = {id(layer) for layer in stack.layers}
         reference = dict(stack.layers[0].named_modules()) if stack.layers else {}
-        forget_capture_hooks([model, *self.parked(model), *(layer for layer, _ in placed)])
+        forget_capture_hooks([model, *self.parked(model), *[layer for layer, _ in placed]])
         for key, value in values.items():
             setattr(config, key, value)
         for (path, key), value in attributes.items():
@@ -150,7 +150,7 @@ class Surgery:
             set_layer_index(layer, n)
             if id(layer) not in standing:
                 adopt(layer, config, reference, model.training)
-        set_layers(stack.layers, (layer for layer, _ in placed))
+        set_layers(stack.layers, [layer for layer, _ in placed])
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
 
