@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from huggingface_hub.utils import TensorInfo
@@ -13,17 +13,30 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import native_differences
 from not_hf.architecture.scaling import scale_problem
-from not_hf.architecture.splicing import spliced_config
-from not_hf.architecture.twin import meta_twin
 from not_hf.architecture.upstream import SHARED_KWARGS, resolve_commit
-from not_hf.composition.layout import Place, StackEntry, arrange, is_plain_name, require_distinct
+from not_hf.composition.layout import Place, StackEntry, arrange, require_free_names
 from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
 from not_hf.composition.sources import DEFAULT_NAME, OrganSource
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.donor.compatibility import Mismatches, mismatches, recipient_differences
+from not_hf.donor.compatibility import (
+    Mismatches,
+    config_mismatches,
+    describe_stack,
+    mismatches,
+    name_of,
+    odd_tensors,
+    place_problems,
+    recipient_differences,
+    structure_problems,
+)
 from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError
+from not_hf.errors import (
+    CorruptDonorError,
+    IncompatibleDonorError,
+    NotHFError,
+    UnsupportedArchitectureError,
+)
 from not_hf.hub.partial_download import list_tensors
 
 
@@ -43,9 +56,28 @@ class PlacedOrgan(Protocol):
         """Whether it stands in the stack."""
 
 
-def validate(
-    organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[PlacedOrgan] = ()
-) -> list[StackEntry]:
+class Fit(NamedTuple):
+    """What configs tell of organs in a recipient."""
+
+    problems: list[str]  # what keeps them out
+    stack: list[StackEntry]  # that the active organs make of the recipient, if nothing does
+    differences: list[str]  # in what a native model of that stack would compute otherwise: no merge will hold them
+
+
+def validate(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[PlacedOrgan] = ()) -> Fit:
+    """`examine`, but what keeps the organs out is raised.
+
+    Raises:
+        NotHFError: As in `examine`.
+        IncompatibleDonorError: With every problem.
+    """
+    fit = examine(organs, recipient, loaded)
+    if fit.problems:
+        raise IncompatibleDonorError("; ".join(fit.problems))
+    return fit
+
+
+def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[PlacedOrgan] = ()) -> Fit:
     """Check everything that configs tell of organs that are to go into a recipient.
 
     Args:
@@ -53,68 +85,39 @@ def validate(
         recipient: Native config of a model without organs.
         loaded: Organs that are there already.
 
-    Returns:
-        The stack that the active organs make of the recipient.
-
     Raises:
-        NotHFError: A name is not plain, or there twice.
-        IncompatibleDonorError: With every mismatch of every organ, or the first overlap of two.
+        NotHFError: A name is not plain, or taken.
     """
-    if problems := stack_problems(organs, recipient, loaded):
-        raise IncompatibleDonorError("; ".join(problems))
-    return _arranged([*loaded, *organs], recipient)
+    require_free_names([organ.name for organ in organs], [organ.place.name for organ in loaded])
 
+    def told(organ: ResolvedOrgan, problems: Iterable[str]) -> list[str]:
+        return [f"organ {organ.name!r}: {problem}" if len(organs) > 1 else problem for problem in problems]
 
-def stack_problems(
-    organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[PlacedOrgan] = ()
-) -> list[str]:
-    """Every mismatch of every organ with a recipient, or the first overlap of two. Arguments as in `validate`.
-
-    Raises:
-        NotHFError: A name is not plain, or there twice.
-    """
-    taken = {organ.place.name for organ in loaded}
-    for organ in organs:
-        if not is_plain_name(organ.name):
-            raise NotHFError(
-                f"donor_name {organ.name!r} is not a plain name, without dots and slashes; choose another"
-            )
-        if organ.name in taken:
-            raise NotHFError(f"donor_name {organ.name!r} is taken; choose another")
-    require_distinct([organ.name for organ in organs])
     problems = []
     for organ in organs:
-        prefix, place = f"organ {organ.name!r}: " if len(organs) > 1 else "", organ.place
-        found = mismatches(organ.spec, recipient, organ.source.position, place.mode)
-        if organ.scale != 1 and (problem := scale_problem(organ.scale, place.mode)):
-            found.append(problem)
-        problems += [f"{prefix}{problem}" for problem in found]
-    if not problems:
-        try:
-            _arranged([*loaded, *organs], recipient)
-        except IncompatibleDonorError as error:
-            problems.append(str(error))
-    return problems
-
-
-def merge_differences(
-    stack: Sequence[StackEntry], organs: Iterable[PlacedOrgan], recipient: PreTrainedConfig
-) -> list[str]:
-    """In what the layers of a stack differ from those a native model of as many would have, from configs alone.
-
-    An empty list means that organs can be merged into a native model; others work, but only here.
-
-    Args:
-        stack: As `validate` returned it.
-        organs: The organs in it.
-        recipient: As in `validate`.
-    """
-    specs = {organ.place.name: organ.spec for organ in organs}
-    base = meta_twin(recipient).descriptions
-    originals = {name: meta_twin(spec.base).descriptions[slice(*spec.config.span)] for name, spec in specs.items()}
-    origins = [(recipient if name is None else specs[name].organ, n) for name, n in stack]
-    layers = [(base if name is None else originals[name])[n] for name, n in stack]
-    return native_differences(layers, meta_twin(spliced_config(recipient, origins)).descriptions)
+        place: tuple[Any, str] = (organ.source.position, organ.place.mode)
+        if config_mismatches(organ.spec, recipient) or place_problems(organ.spec, recipient, *place):
+            problems += told(organ, mismatches(organ.spec, recipient, *place))
+        elif not organ.active:  # the others are looked at together
+            problems += told(organ, structure_problems(organ.spec, recipient, *place))
+        if organ.scale != 1 and (problem := scale_problem(organ.scale, organ.place.mode)):
+            problems += told(organ, [problem])
+    if problems:
+        return Fit(problems, [], [])
+    try:
+        active = [organ for organ in (*loaded, *organs) if organ.active]
+        stack = arrange(recipient.num_hidden_layers, [organ.place for organ in active])
+        specs = {organ.place.name: organ.spec for organ in active}
+        built, native = describe_stack([(specs[name] if name else None, n) for name, n in stack], recipient)
+    except IncompatibleDonorError as error:
+        return Fit([str(error)], [], [])
+    except UnsupportedArchitectureError as error:
+        return Fit([f"{name_of(recipient)} cannot take these layers: {error}"], [], [])
+    if odd_tensors(built, native):  # of which organ?
+        for organ in organs:
+            place = (organ.place.position, organ.place.mode)
+            problems += told(organ, structure_problems(organ.spec, recipient, *place))
+    return Fit(problems, stack, native_differences(built, native))
 
 
 def header_problems(spec: OrganSpec, headers: Mapping[str, TensorInfo]) -> list[str]:
@@ -229,7 +232,7 @@ def recipient_problems(
         (organ,) = organs
         position = organ.source.position if position is None else position
         organs = [replace(organ, source=replace(organ.source, position=position, mode=mode or organ.source.mode))]
-    problems, differences = stack_problems(organs, recipient), []
+    problems, differences = examine(organs, recipient).problems, []
     for each in surveyed:
         prefix = f"organ {each.organ.name!r}: " if len(surveyed) > 1 else ""
         found = [each.unreadable] if each.unreadable else header_problems(each.organ.spec, each.tensors)
@@ -237,7 +240,3 @@ def recipient_problems(
         others = recipient_differences(each.organ.spec, recipient, hub_kwargs.get("cache_dir"))
         differences += [f"{prefix}{other}" for other in others]
     return Mismatches(problems, () if problems else differences)
-
-
-def _arranged(organs: Iterable[PlacedOrgan], recipient: PreTrainedConfig) -> list[StackEntry]:
-    return arrange(recipient.num_hidden_layers, [organ.place for organ in organs if organ.active])

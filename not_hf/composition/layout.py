@@ -41,6 +41,20 @@ def require_distinct(names: Sequence[str], where: str = "", error: type[NotHFErr
         raise error(f"{where}several organs are named {twice[0]!r}; give each a name of its own")
 
 
+def require_free_names(names: Sequence[str], taken: Sequence[str]) -> None:
+    """Check the names that organs are to have in a model.
+
+    Raises:
+        NotHFError: One is not plain, taken, or there twice.
+    """
+    for name in names:
+        if not is_plain_name(name):
+            raise NotHFError(f"donor_name {name!r} is not a plain name, without dots and slashes; choose another")
+        if name in taken:
+            raise NotHFError(f"donor_name {name!r} is taken; choose another")
+    require_distinct(names)
+
+
 def arrange(num_layers: int, places: Sequence[Place]) -> list[StackEntry]:
     """The stack that organs make of a recipient, front to back.
 

@@ -170,7 +170,7 @@ def compose(
     revision = resolve_commit(base, {**hub_kwargs, "revision": base_revision})
     where = {**hub_kwargs, "revision": revision, "subfolder": base_subfolder or ""}
     base_config, _ = read_base_config(base, None, where)
-    stack = validate(organs, base_config)
+    stack = validate(organs, base_config).stack
     planned = [_planned(organ, hub_kwargs) for organ in organs]
     return Plan(base, _commit(base, revision, hub_kwargs), base_subfolder, base_config, planned, stack, hub_kwargs)
 

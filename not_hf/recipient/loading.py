@@ -15,8 +15,6 @@ from not_hf.architecture.differences import computing_differences
 from not_hf.architecture.layers import computes, require_finite, settle
 from not_hf.architecture.scaling import require_scalable
 from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
-from not_hf.composition.check import merge_differences
-from not_hf.composition.layout import StackEntry
 from not_hf.composition.resolve import ResolvedOrgan
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
@@ -31,7 +29,7 @@ def load_organs(
     model: PreTrainedModel,
     surgery: Surgery,
     organs: Sequence[ResolvedOrgan],
-    stack: Sequence[StackEntry],
+    differences: Sequence[str],
     is_trainable: bool,
     hub_kwargs: Mapping[str, Any],
 ) -> list[Organ]:
@@ -41,7 +39,7 @@ def load_organs(
         model: The recipient; it is not changed.
         surgery: Its organs so far.
         organs: In load order.
-        stack: The layers that the model is going to have, as `validate` returned them.
+        differences: Why they cannot be merged into a native model, as `validate` found out.
         is_trainable: Make their parameters trainable.
         hub_kwargs: How their repos are reached.
 
@@ -55,9 +53,7 @@ def load_organs(
         OSError: A file cannot be read.
     """
     loaded = [_load_organ(model, surgery, each, is_trainable, hub_kwargs) for each in organs]
-    if surgery.is_scaffold:
-        return loaded
-    if differences := merge_differences(stack, [*surgery.organs.values(), *loaded], surgery.base_config):
+    if differences and not surgery.is_scaffold:
         names = ", ".join(repr(organ.name) for organ in loaded)
         logger.warning("organ %s works here but cannot be merged into a native model: %s", names, some(differences))
     return loaded

@@ -15,7 +15,7 @@ from not_hf.architecture.quantization import dequantized, is_quantized, quantiza
 from not_hf.architecture.scaling import require_scalable, scale_problem
 from not_hf.architecture.upstream import forget_conversions
 from not_hf.composition.check import validate
-from not_hf.composition.layout import is_plain_name
+from not_hf.composition.layout import require_free_names
 from not_hf.composition.resolve import resolve_organ
 from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.config import DonorConfig
@@ -72,8 +72,8 @@ class Recipient(_Native):
         """
         surgery = self._surgery
         organ = resolve_organ(OrganSource(donor_name, donor, revision, subfolder, position, mode), hub_kwargs)
-        stack = validate([organ], surgery.base_config, list(surgery.organs.values()))
-        (loaded,) = load_organs(self, surgery, [organ], stack, is_trainable, hub_kwargs)
+        fit = validate([organ], surgery.base_config, list(surgery.organs.values()))
+        (loaded,) = load_organs(self, surgery, [organ], fit.differences, is_trainable, hub_kwargs)
         with surgery.changing(self):
             surgery.organs[donor_name] = loaded
 
@@ -157,8 +157,8 @@ class Recipient(_Native):
         require_own_modules(surgery, old)
         place = (old.config.position, old.config.mode, 1.0, old.active)
         organ = resolve_organ(OrganSource(name, donor, revision, subfolder, *place), hub_kwargs)
-        stack = validate([organ], surgery.base_config, [each for each in surgery.organs.values() if each is not old])
-        (new,) = load_organs(self, surgery, [organ], stack, False, hub_kwargs)
+        validate([organ], surgery.base_config, [each for each in surgery.organs.values() if each is not old])
+        (new,) = load_organs(self, surgery, [organ], [], False, hub_kwargs)
         if differences := surgery.swap_differences(old, new):
             raise IncompatibleDonorError(f"organ {name!r} cannot be swapped for another kind: {some(differences)}")
         old.take_over(new)
@@ -185,8 +185,7 @@ class Recipient(_Native):
         """
         surgery, unknown = self._surgery, [name for name in donors if name not in self._surgery.organs]
         self._named(unknown)
-        if not is_plain_name(donor_name) or donor_name in surgery.organs:
-            raise NotHFError(f"donor_name {donor_name!r} is taken or not a plain name; choose another")
+        require_free_names([donor_name], list(surgery.organs))
         chosen = [surgery.organs[name] for name in donors]
         for organ in chosen:
             require_own_modules(surgery, organ)

@@ -92,7 +92,7 @@ class Transplanted(Recipient):
         resolved = resolve(pretrained_model_name_or_path, donor, wish, config, base_kwargs)
         live = resolved.base if isinstance(resolved.base, PreTrainedModel) else None
         present = list(live._surgery.organs.values()) if isinstance(live, Transplanted) else []
-        stack = validate(resolved.organs, resolved.base_config, present)
+        fit = validate(resolved.organs, resolved.base_config, present)
         cls._require_head(resolved.base_config)
         base, info = cls._load_base(resolved, is_scaffold) if live is None else (live, None)
         if isinstance(base, Transplanted):
@@ -100,7 +100,7 @@ class Transplanted(Recipient):
         else:
             commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
             surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
-        organs = load_organs(base, surgery, resolved.organs, stack, is_trainable, resolved.shared)
+        organs = load_organs(base, surgery, resolved.organs, fit.differences, is_trainable, resolved.shared)
         model = cls._splice(base, surgery, organs)
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
@@ -209,7 +209,7 @@ class Transplanted(Recipient):
         base, kwargs = str(resolved.base), {**resolved.base_kwargs, "output_loading_info": True}
         with reading_base(base, resolved.named_by), built_whole():
             if is_scaffold:
-                return load_scaffold(base, resolved.base_config, **kwargs)
+                return load_scaffold(base, **kwargs)
             # without adapter_kwargs the Auto class asks the Hub for an adapter_config.json, come what may
             return cls.native_auto_class.from_pretrained(base, adapter_kwargs=resolved.shared, **kwargs)
 
