@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,8 +13,8 @@ from transformers import PreTrainedConfig
 from not_hf.architecture.quantization import computes
 from not_hf.architecture.stack import Stack
 from not_hf.architecture.tables import OUTPUT_PROJECTIONS
-from not_hf.architecture.upstream import copy_checkpointing
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
+from not_hf.architecture.upstream import copy_checkpointing, swapped_layers
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line
 
 # modules beside the layers that do not touch hidden states: they say where tokens stand
 POSITIONAL = ("rotary", "rope")
@@ -56,15 +57,13 @@ def check_bare(organ: nn.Module, stack: Stack, hidden: torch.Tensor) -> None:
     Raises:
         UnsupportedArchitectureError: Something beside the layers changes hidden states, or cannot do without them.
     """
-    layers, kind = stack.layers, f"model_type {stack.base_model.config.model_type!r}"
-    modules, layers._modules = layers._modules, {}
+    kind = f"model_type {stack.base_model.config.model_type!r}"
     try:
-        found = organ(inputs_embeds=hidden).last_hidden_state
+        with swapped_layers(stack.layers, []):
+            found = organ(inputs_embeds=hidden).last_hidden_state
     except Exception as error:  # native forwards raise anything on what they do not expect
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UnsupportedArchitectureError(f"layers of {kind} cannot be run without the rest: {reason}") from error
-    finally:
-        layers._modules = modules
     if not torch.equal(found, hidden):
         raise UnsupportedArchitectureError(f"{kind} changes hidden states outside of its layers")
 
@@ -145,3 +144,15 @@ def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn
         if isinstance(vars(module).get("config"), PreTrainedConfig):
             module.config = config
         copy_checkpointing(module, reference.get(name, module))
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode inside the block; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -148,6 +148,17 @@ def set_layers(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> None:
     stack._modules = {str(n): layer for n, layer in enumerate(layers)}
 
 
+@contextlib.contextmanager
+def swapped_layers(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Have a list hold other layers inside the block."""
+    before = stack._modules
+    set_layers(stack, layers)
+    try:
+        yield
+    finally:
+        stack._modules = before
+
+
 def tables_of(module: nn.Module) -> list[dict[str, Any]]:
     """The dicts in which torch keeps a module's children, parameters and buffers."""
     return [module._modules, module._parameters, module._buffers]

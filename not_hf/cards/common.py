@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, one_line
 
 LIBRARY = "not_hf"
 README = "README.md"
@@ -113,7 +113,7 @@ def load(path: str | os.PathLike[str]) -> ModelCard:
         AttributeError,
         yaml.YAMLError,
     ) as error:  # of another shape
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise NotHFError(f"{path} has metadata that cannot be read ({reason}); mend or remove it") from error
 
 

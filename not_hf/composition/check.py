@@ -17,7 +17,7 @@ from not_hf.donor.compatibility import Mismatches, recipient_differences
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError
 from not_hf.hub.partial_download import list_tensors
-from not_hf.hub.repo import SHARED_KWARGS
+from not_hf.hub.repo import require_known
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ def survey(
         NotHFError: A config is not what it is taken for, or not in order.
         OSError: A config or a header cannot be read.
     """
-    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
+    require_known(hub_kwargs)
     wish = pin(OrganSource(DEFAULT_NAME, os.fspath(donor), revision, subfolder), hub_kwargs)
     root = read_config(wish, hub_kwargs)
     organs = []

@@ -29,7 +29,7 @@ from not_hf.errors import NotHFError, reaching_hub
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.hub.checkpoint import checkpoint_files, open_checkpoint
 from not_hf.hub.partial_download import list_tensors
-from not_hf.hub.repo import SHARED_KWARGS, resolve_commit
+from not_hf.hub.repo import require_known, resolve_commit
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,7 @@ def compose(
         NotHFError: Names are not distinct, or the donors do not agree on a base.
         OSError: A repo cannot be read.
     """
-    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
+    require_known(hub_kwargs)
     wishes = [_wish(donor, hub_kwargs) for donor in ([donors] if isinstance(donors, str) else donors)]
     if not wishes:
         raise NotHFError("name at least one donor to compose")

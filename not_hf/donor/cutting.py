@@ -23,7 +23,7 @@ from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
 from not_hf.hub.checkpoint import layer_pattern, renumber_layers
 from not_hf.hub.partial_download import open_part
-from not_hf.hub.repo import HUB_KWARGS, resolve_commit
+from not_hf.hub.repo import HUB_KWARGS, require_known, resolve_commit
 
 Span = tuple[int, int]  # half-open, in layers
 
@@ -142,8 +142,7 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
         except TypeError as error:
             kind = type(base).__name__
             raise NotHFError(f"a base is a folder, a Hub ID or a model of transformers, not a {kind}") from error
-        if unknown := sorted(hub_kwargs.keys() - set(HUB_KWARGS)):
-            raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+        require_known(hub_kwargs, HUB_KWARGS)
         commit = resolve_commit(name, hub_kwargs)
         hub_kwargs["revision"] = commit
         config = AutoConfig.from_pretrained(name, **hub_kwargs)

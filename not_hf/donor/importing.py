@@ -22,7 +22,7 @@ from not_hf.donor.modeling import DonorModel
 from not_hf.donor.pickles import read_tensors
 from not_hf.errors import CorruptDonorError, NotHFError
 from not_hf.hub.checkpoint import FLOAT_DTYPES
-from not_hf.hub.repo import SHARED_KWARGS
+from not_hf.hub.repo import require_known
 
 DONOR_LAYERS = "donor_layers.pt"  # what the paper's author calls the file
 # Buffers that layers of older releases of transformers held, and that are computed now; a causal mask was a `bias`.
@@ -116,8 +116,7 @@ def import_checkpoint(
         UnsupportedArchitectureError: As in `DonorModel.from_base`.
         OSError: The file or the base's config cannot be read.
     """
-    if unknown := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+    require_known(hub_kwargs)
     base_kwargs = {} if isinstance(base, PreTrainedModel) else dict(hub_kwargs)
     if base_revision is not None:
         base_kwargs["revision"] = base_revision

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from not_hf.architecture.upstream import built_whole, forget_conversions, without_load_report
 from not_hf.config import DonorConfig
-from not_hf.errors import CorruptDonorError, some
+from not_hf.errors import CorruptDonorError, one_line, some
 from not_hf.hub.checkpoint import FLOAT_DTYPES, View
 
 _EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.+)")
@@ -71,7 +71,7 @@ def fill(
                 **kwargs,
             )
     except RuntimeError as error:  # tensors that cannot be brought into the module's layout
-        raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+        raise CorruptDonorError(f"{source}: {one_line(error, 300)}") from error
     organ, info = loaded
     forget_conversions(organ)  # it is saved in the layout that its architecture has on the Hub
     return organ, info

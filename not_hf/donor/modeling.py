@@ -35,7 +35,7 @@ from not_hf.config import DonorConfig
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
 from not_hf.donor.loading import dtype_of, expert_problems, fill, loading_problems, refuse, tensor_problems
 from not_hf.donor.tokenizer import save_local_tokenizer
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, some
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line, some
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.hub.checkpoint import open_checkpoint
 from not_hf.hub.push import PushOptions, push_folder
@@ -419,7 +419,7 @@ def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:
         with torch.no_grad():
             silent = torch.equal(organ(inputs_embeds=hidden).last_hidden_state, hidden)
     except Exception as error:  # native forwards raise anything on what they do not expect
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UnsupportedArchitectureError(f"an organ of these layers cannot be run alone: {reason}") from error
     if not silent:
         raise UnsupportedArchitectureError(

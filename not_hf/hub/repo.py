@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers.utils.hub import resolve_revision
@@ -11,6 +11,16 @@ from transformers.utils.hub import resolve_revision
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # what of it holds for several repos: the revision and the subfolder are each repo's own
 SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
+
+
+def require_known(kwargs: Collection[str], known: Collection[str] = SHARED_KWARGS) -> None:
+    """Check the keyword arguments that say how a repo is reached.
+
+    Raises:
+        TypeError: Naming those that are not known.
+    """
+    if unknown := sorted(set(kwargs) - set(known)):
+        raise TypeError(f"unexpected arguments: {', '.join(unknown)}; expected are {', '.join(known)}")
 
 
 def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:

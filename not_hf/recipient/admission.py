@@ -24,7 +24,7 @@ from not_hf.donor.compatibility import mismatches
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.vocabulary import Home, vocabulary_differences
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
-from not_hf.hub.repo import SHARED_KWARGS, resolve_commit
+from not_hf.hub.repo import require_known, resolve_commit
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
 
@@ -58,8 +58,7 @@ def admit(
         CorruptDonorError: Its files are off.
         OSError: They cannot be read.
     """
-    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
+    require_known(hub_kwargs)
     name, donor = source.name, source.donor
     repo = None if isinstance(donor, DonorModel) else str(donor)
     if not is_plain_name(name) or (name in surgery.organs and name != instead_of):
