@@ -56,7 +56,7 @@ def _check_length(length: int, size: int, where: str) -> None:
         raise CorruptDonorError(f"{where} is not a whole safetensors file")
 
 
-def _parse(text: bytes, size: int, where: str) -> dict[str, TensorInfo]:
+def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorInfo]:
     """What a header says; `data_offsets` are made to count from the file's beginning.
 
     Strict as safetensors is: the tensors lie one after the other and fill the file, each as long as its shape and
