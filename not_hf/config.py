@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line
 from not_hf.registration import register_models
 from not_hf.version import __version__
 
@@ -101,7 +101,7 @@ class DonorConfig(PreTrainedConfig):
         try:
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, TypeError, AttributeError, IndexError, KeyError) as error:
-            raise CorruptDonorError(f"donor config.json: {_one_line(error)}") from error
+            raise CorruptDonorError(f"donor config.json: {one_line(error, 300)}") from error
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, but the keys that place an organ are written even where they are the default."""
@@ -138,9 +138,9 @@ class DonorConfig(PreTrainedConfig):
                 raise UnsupportedArchitectureError(
                     f"this transformers release does not know model_type {model_type!r}; upgrade transformers"
                 ) from error
-            raise CorruptDonorError(f"donor config has an unusable {which}: {_one_line(error)}") from error
+            raise CorruptDonorError(f"donor config has an unusable {which}: {one_line(error, 300)}") from error
         except Exception as error:  # a native config may raise anything on values of a wrong type
-            raise CorruptDonorError(f"donor config has an unusable {which}: {_one_line(error)}") from error
+            raise CorruptDonorError(f"donor config has an unusable {which}: {one_line(error, 300)}") from error
 
     def check(self) -> OrganSpec:
         """Check that the config agrees with itself.
@@ -199,7 +199,3 @@ class OrganSpec:
     def num_layers(self) -> int:
         """Number of layers in the organ."""
         return self.config.num_organ_layers
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -48,9 +48,9 @@ def reaching_hub(what: str) -> Iterator[None]:
         raise ConnectionError(f"{what}, the Hub cannot be reached: {one_line(error)}") from error
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind, if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """What an error says, in one line of at most `limit` characters; its class, if it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:limit]
 
 
 @contextlib.contextmanager
@@ -71,10 +71,9 @@ def reading_base(base: str, donor: str | None) -> Iterator[None]:
     except OSError as error:
         if donor is None:
             raise
-        reason = " ".join(str(error).split())
         raise OSError(
-            f"{donor} names {base} as its base, which cannot be read: {reason} – to use a copy of your own, name it: "
-            f"TransplantedForCausalLM.from_pretrained(base, {donor!r}), AutoTokenizer.from_pretrained(base)"
+            f"{donor} names {base} as its base, which cannot be read: {one_line(error)} – to use a copy of your own, "
+            f"name it: TransplantedForCausalLM.from_pretrained(base, {donor!r}), AutoTokenizer.from_pretrained(base)"
         ) from error
 
 

@@ -29,16 +29,6 @@ def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-@contextlib.contextmanager
-def standing(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block other layers stand in the stack."""
-    before, stack._modules = stack._modules, {str(n): layer for n, layer in enumerate(layers)}
-    try:
-        yield
-    finally:
-        stack._modules = before
-
-
 @torch.no_grad()
 def silence(layer: nn.Module) -> None:
     """Zero what the layer writes to the residual stream."""
@@ -105,3 +95,15 @@ def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn
         if isinstance(vars(module).get("config"), PreTrainedConfig):
             vars(module)["config"] = config
     copy_checkpointing(layer, reference)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode inside the block; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

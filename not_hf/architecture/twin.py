@@ -16,7 +16,7 @@ from not_hf.architecture.differences import LayerDescription, describe, outer_at
 from not_hf.architecture.stack import Stack, check_config, find_stack, head_class, is_encoder
 from not_hf.architecture.tables import NAMES
 from not_hf.architecture.upstream import attention_of, built_whole
-from not_hf.errors import UnsupportedArchitectureError
+from not_hf.errors import UnsupportedArchitectureError, one_line
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig,
     try:
         return constructor(config, **kwargs)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         kind = "masked" if is_encoder(config) else "causal"
         raise UnsupportedArchitectureError(
-            f"no {kind} LM can be built from model_type {config.model_type!r}: {reason}"
+            f"no {kind} LM can be built from model_type {config.model_type!r}: {one_line(error, 300)}"
         ) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,16 @@ AUTO_KWARGS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs")
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What of it holds for several repos: a revision and a subfolder are one repo's own.
 SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
+
+
+def require_known(kwargs: Collection[str], known: Collection[str] = SHARED_KWARGS) -> None:
+    """Check the keyword arguments that say how a repo is reached.
+
+    Raises:
+        TypeError: Naming those that are not known.
+    """
+    if unknown := sorted(set(kwargs) - set(known)):
+        raise TypeError(f"unexpected arguments: {', '.join(unknown)}; expected are {', '.join(known)}")
 
 
 def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
@@ -162,6 +172,17 @@ def implementations(config: PreTrainedConfig) -> dict[str, str]:
 def set_layers(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> None:
     """Make `layers` the content of a list, in one assignment that cannot fail halfway."""
     stack._modules = {str(n): layer for n, layer in enumerate(layers)}
+
+
+@contextlib.contextmanager
+def swapped_layers(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Have a list hold other layers inside the block."""
+    before = stack._modules
+    set_layers(stack, layers)
+    try:
+        yield
+    finally:
+        stack._modules = before
 
 
 def tables_of(module: nn.Module) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, one_line
 
 LIBRARY = "not_hf"
 README = "README.md"
@@ -144,7 +144,7 @@ def _load(path: str | os.PathLike[str]) -> ModelCard:
             raise ValueError("tags and datasets must be lists")
         return card
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # from metadata of another shape
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise NotHFError(f"{path} has metadata that cannot be read ({reason}); correct or remove it") from error
 
 

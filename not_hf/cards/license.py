@@ -14,6 +14,7 @@ from huggingface_hub.errors import HTTPError
 
 from not_hf.architecture.upstream import commit_of, fetch_file
 from not_hf.cards.common import README, hub_id, unite
+from not_hf.errors import one_line
 
 if TYPE_CHECKING:
     from not_hf.config import DonorConfig
@@ -56,7 +57,7 @@ def base_license(base: str, **hub_kwargs: Any) -> License:
         path = fetch_file(base, README, **hub_kwargs)
         card = (metadata_load(path) if path else None) or {}
     except (OSError, ValueError, HTTPError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         logger.warning("the licence of %s is unknown, since its card cannot be read: %s", base, reason)
         return License()
     license = card.get("license")

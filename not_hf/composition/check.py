@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import native_differences
 from not_hf.architecture.scaling import scale_problem
-from not_hf.architecture.upstream import SHARED_KWARGS, resolve_commit
+from not_hf.architecture.upstream import require_known, resolve_commit
 from not_hf.composition.layout import Place, StackEntry, arrange, require_free_names
 from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
 from not_hf.composition.sources import DEFAULT_NAME, OrganSource
@@ -163,8 +163,7 @@ def survey(
         NotHFError: A config is not what it is taken for, or not in order.
         OSError: A config or a header cannot be read.
     """
-    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
+    require_known(hub_kwargs)
     root, resolved = resolve_donor(OrganSource(DEFAULT_NAME, os.fspath(donor), revision, subfolder), hub_kwargs)
     organs = []
     for organ in resolved:

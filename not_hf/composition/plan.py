@@ -15,7 +15,7 @@ from huggingface_hub import model_info
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from not_hf.architecture.upstream import SHARED_KWARGS, commit_of, fetch_file, resolve_commit
+from not_hf.architecture.upstream import commit_of, fetch_file, require_known, resolve_commit
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License, joint_license
@@ -152,8 +152,7 @@ def compose(
         NotHFError: Names are not distinct, or the donors do not agree on a base.
         OSError: A repo cannot be read.
     """
-    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
+    require_known(hub_kwargs)
     wishes = [_wish(donor) for donor in ([donors] if isinstance(donors, str) else donors)]
     if not wishes:
         raise NotHFError("name at least one donor to compose")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from not_hf.architecture.upstream import AUTO_KWARGS, SHARED_KWARGS, implementations, resolve_commit
+from not_hf.architecture.upstream import AUTO_KWARGS, SHARED_KWARGS, implementations, require_known, resolve_commit
 from not_hf.composition.layout import Place
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource, read_entries
 from not_hf.config import DonorConfig, OrganSpec
@@ -201,8 +201,7 @@ def resolve_donor(
 
 def resolve_organ(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> ResolvedOrgan:
     """A donor that is one organ; arguments and errors as in `resolve_donor`."""
-    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
+    require_known(hub_kwargs)
     source = _pin(source, hub_kwargs)
     return _in_force(source, _read_config(source, hub_kwargs))
 

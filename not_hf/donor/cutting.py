@@ -18,7 +18,7 @@ from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import meta_twin
-from not_hf.architecture.upstream import HUB_KWARGS, commit_of, resolve_commit
+from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, resolve_commit
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
@@ -156,8 +156,7 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
     except TypeError as error:
         kind = type(base).__name__
         raise NotHFError(f"a base is a folder, a Hub ID or a model of transformers, not a {kind}") from error
-    if unknown := sorted(hub_kwargs.keys() - set(HUB_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+    require_known(hub_kwargs, HUB_KWARGS)
     hub_kwargs["revision"] = resolve_commit(name, hub_kwargs)
     config = AutoConfig.from_pretrained(name, **hub_kwargs)
     if isinstance(config, DonorConfig):

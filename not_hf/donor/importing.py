@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from not_hf.architecture.twin import meta_twin
-from not_hf.architecture.upstream import SHARED_KWARGS
+from not_hf.architecture.upstream import require_known
 from not_hf.donor.cutting import Span, cut_config, open_base
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.pickles import read_tensors
@@ -116,8 +116,7 @@ def import_checkpoint(
         UnsupportedArchitectureError: As in `DonorModel.from_base`.
         OSError: The file or the base's config cannot be read.
     """
-    if unknown := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+    require_known(hub_kwargs)
     base_kwargs = {} if isinstance(base, PreTrainedModel) else dict(hub_kwargs)
     if base_revision is not None:
         base_kwargs["revision"] = base_revision

@@ -295,7 +295,7 @@ class DonorModel(StrippedModel):
                     **kwargs,
                 )
         except RuntimeError as error:  # tensors that cannot be brought into the module's layout
-            raise CorruptDonorError(f"{source}: {one_line(error)[:300]}") from error
+            raise CorruptDonorError(f"{source}: {one_line(error, 300)}") from error
         organ, info = loaded
         forget_conversions(organ)
         return organ, info
@@ -351,7 +351,7 @@ class DonorModel(StrippedModel):
         try:
             silent = torch.equal(self(inputs_embeds=hidden).last_hidden_state, hidden)
         except Exception as error:  # native forwards raise anything on what they do not expect
-            reason = one_line(error)[:200]
+            reason = one_line(error, 200)
             raise UnsupportedArchitectureError(f"an organ of these layers cannot be run alone: {reason}") from error
         if not silent:
             raise UnsupportedArchitectureError(

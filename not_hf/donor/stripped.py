@@ -11,12 +11,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from not_hf.architecture.differences import config_differences, describe, inherit_attributes, same_modules
-from not_hf.architecture.layers import adopt, standing
+from not_hf.architecture.layers import adopt
 from not_hf.architecture.splicing import set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
-from not_hf.architecture.upstream import DelegatesAttention, attention_of, built_whole, set_attention, set_layers
+from not_hf.architecture.upstream import (
+    DelegatesAttention,
+    attention_of,
+    built_whole,
+    set_attention,
+    set_layers,
+    swapped_layers,
+)
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line, some
 
@@ -112,11 +119,11 @@ class StrippedModel(DelegatesAttention, PreTrainedModel):
         """
         kind = f"model_type {self.organ.config.model_type!r}"
         try:
-            with standing(self.stack.layers, []):
+            with swapped_layers(self.stack.layers, []):
                 found = self(inputs_embeds=hidden).last_hidden_state
         except Exception as error:  # native forwards raise anything on what they do not expect
             raise UnsupportedArchitectureError(
-                f"layers of {kind} cannot be run without the rest: {one_line(error)[:200]}"
+                f"layers of {kind} cannot be run without the rest: {one_line(error, 200)}"
             ) from error
         if not torch.equal(found, hidden):
             raise UnsupportedArchitectureError(f"{kind} changes hidden states outside of its layers")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, default_data_collator
 
+from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.upstream import attention_of
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 
@@ -70,17 +71,11 @@ def _leaks(model: PreTrainedModel, data_collator: Callable[[list], Any], **optio
     input_ids = batch.pop("input_ids")
     if input_ids.numel() != sum(map(sum, _LENGTHS)):  # padded
         return True
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # dropout would do no harm, but a router's noise may
-    try:
-        with torch.enable_grad():
-            embeddings = model.get_input_embeddings()(input_ids).detach().requires_grad_()
-            outputs = model(inputs_embeds=embeddings, **batch, **options)[0].flatten(0, 1)  # (tokens, vocab)
-            document = outputs[-_LENGTHS[-1][-1] :].float()
-            # in a random direction: after a norm, sums and squares are constant
-            direction = torch.randn(document.shape, generator=random).to(document.device)
-            (gradient,) = torch.autograd.grad((document * direction).sum(), embeddings)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.enable_grad():  # dropout would do no harm, but a router's noise may
+        embeddings = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+        outputs = model(inputs_embeds=embeddings, **batch, **options)[0].flatten(0, 1)  # (tokens, vocab)
+        document = outputs[-_LENGTHS[-1][-1] :].float()
+        # in a random direction: after a norm, sums and squares are constant
+        direction = torch.randn(document.shape, generator=random).to(document.device)
+        (gradient,) = torch.autograd.grad((document * direction).sum(), embeddings)
     return bool(gradient.flatten(0, 1)[: -len(document)].any())

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.stack import Stack
+from not_hf.architecture.upstream import swapped_layers
 from not_hf.errors import UnsupportedArchitectureError
 
 
@@ -88,15 +90,10 @@ class PartialForward:
             n: At least 1; the number of layers leaves norm and head only.
             hidden: Input of layer `n`, `(batch, seq, hidden)`.
         """
-        layers = self.stack.layers
-        before = layers._modules
         skipped = [SkippedLayer(self._tuple_length) for _ in range(n)]
         skipped[-1].hidden = hidden
-        layers._modules = {**before, **{str(i): each for i, each in enumerate(skipped)}}
-        try:
+        with swapped_layers(self.stack.layers, [*skipped, *list(self.stack.layers)[n:]]):
             yield
-        finally:
-            layers._modules = before
 
     @contextlib.contextmanager
     def capturing_last(self) -> Iterator[list[torch.Tensor]]:
@@ -127,22 +124,21 @@ class PartialForward:
         """Find out what layers return, and check that a pass in two parts equals a whole one."""
         model, layers = self.model, self.stack.layers
         ids = torch.arange(4, device=model.device)[None]  # (batch=1, seq=4)
-        modes = {module: module.training for module in model.modules()}
         returned: list[Any] = []
         handle = layers[0].register_forward_hook(lambda layer, args, output: returned.append(output))
         try:
-            model.eval()
-            whole = model(input_ids=ids, use_cache=False).logits
-            self._tuple_length = len(returned[0]) if isinstance(returned[0], tuple) else None
-            n = max(1, len(layers) // 2)
-            hidden = self.run_to(n, {"input_ids": ids}) if n < len(layers) else None
-            if hidden is not None:
-                with self.running_from(n, hidden):
-                    parts = model(input_ids=ids, use_cache=False).logits
-                torch.testing.assert_close(parts, whole)
-            with self.capturing_last() as last:
-                model(input_ids=ids, use_cache=False)
-            torch.testing.assert_close(self.head(last[0][0])[None], whole)
+            with eval_mode(model):
+                whole = model(input_ids=ids, use_cache=False).logits
+                self._tuple_length = len(returned[0]) if isinstance(returned[0], tuple) else None
+                n = max(1, len(layers) // 2)
+                hidden = self.run_to(n, {"input_ids": ids}) if n < len(layers) else None
+                if hidden is not None:
+                    with self.running_from(n, hidden):
+                        parts = model(input_ids=ids, use_cache=False).logits
+                    torch.testing.assert_close(parts, whole)
+                with self.capturing_last() as last:
+                    model(input_ids=ids, use_cache=False)
+                torch.testing.assert_close(self.head(last[0][0])[None], whole)
         except AssertionError as error:
             kind = f"model_type {model.config.model_type!r}"
             raise UnsupportedArchitectureError(
@@ -150,5 +146,3 @@ class PartialForward:
             ) from error
         finally:
             handle.remove()
-            for module, mode in modes.items():
-                module.training = mode

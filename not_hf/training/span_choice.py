@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator
 
+from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.quantization import is_quantized, quantization_name
 from not_hf.architecture.stack import find_stack, is_encoder
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
@@ -144,20 +145,18 @@ def _stride(parameter: torch.Tensor) -> int:
 def _only_layers_learn(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
     """No dropout, and gradients for the layers alone; all is put back, gradients that were there too."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval().requires_grad_(False)
+        model.requires_grad_(False)
         for layer in layers:
             layer.requires_grad_(True)
         for parameter, _, _ in before:
             parameter.grad = None
-        yield
+        with eval_mode(model):
+            yield
     finally:
         for parameter, requires_grad, gradient in before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
 
 
 def _batches(data: Any, num_batches: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
