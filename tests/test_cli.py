@@ -359,7 +359,7 @@ def test_several_organs_in_one_folder(hub: Hub, base, donor, tmp_path):
     assert [entry["name"] for entry in done("inspect", tmp_path / "both")["config"]["donors"]] == ["one", "two"]
     done("push", tmp_path / "both", "me/cli-both")
     assert "two/model.safetensors" in HfApi().list_repo_files("me/cli-both")
-    assert "several organs" in failed("train", tmp_path / "both", "--data", donor, "-o", tmp_path / "out")
+    assert "several donors" in failed("train", tmp_path / "both", "--data", donor, "-o", tmp_path / "out")
     assert done("merge", tmp_path / "both", "-o", tmp_path / "merged")["num_layers"] == 8
 
 

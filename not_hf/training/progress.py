@@ -1,60 +1,63 @@
-"""How a training goes: one live line while it runs, and a picture of its curves."""
+"""A callback that shows how training goes, in one live line."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from not_hf.errors import NotHFError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 class ProgressLine(TrainerCallback):
-    """One line that says how training goes: steps, tokens/s, loss, perplexity of each evaluation set, time left.
+    """Shows training in one line: steps, tokens/s, loss, perplexity of each evaluation set, time left.
 
         step 120/1000 · 3,120 tokens/s · loss 2.913 · perplexity domain 17.42, control 10.45 · 0:12:31 left
 
-    On a terminal it is the last line and kept up to date; where stderr is anything else (a file, a notebook), or
-    transformers' progress bars are turned off, it is printed anew at each log. It stands in for the Trainer's bar:
+    On a terminal the line is updated in place. Where stderr is anything else (a file, a notebook), or transformers'
+    progress bars are turned off, a line is printed at each log. Remove the Trainer's own bar when you add this one.
 
-        trainer = Trainer(..., callbacks=[ProgressLine()])
-        trainer.remove_callback(ProgressCallback)  # with disable_tqdm=True: PrinterCallback
+    Tokens are those that the Trainer counts; `include_num_input_tokens_seen="no"` is changed to `"all"`. tokens/s is
+    measured without the time for evaluating and saving; the time left includes it.
 
-    Tokens are those the Trainer counts; where it was not asked to, `include_num_input_tokens_seen` is set to `"all"`.
-    tokens/s leaves out evaluating and saving, time left does not.
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, ProgressCallback, Trainer, TrainingArguments
+        >>> from not_hf import ProgressLine
+        >>> shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        >>> trainer = Trainer(
+        ...     LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=2)),
+        ...     TrainingArguments(tempfile.mkdtemp(), max_steps=4, logging_steps=2, save_strategy="no"),
+        ...     train_dataset=[{"input_ids": [*range(9)], "labels": [*range(9)]}] * 8,
+        ...     callbacks=[ProgressLine()],
+        ... )
+        >>> trainer.remove_callback(ProgressCallback)
+        >>> trainer.train().global_step  # on stderr: step 2/4 · 3,404 tokens/s · loss 3.91 · 0:00:00 left
+        4
     """
 
     def __init__(self) -> None:
-        self._bar: Any = None  # tqdm, while training on a terminal
-        self._evaluation: Any = None  # tqdm below it, while evaluating
+        self._bar: Any = None  # tqdm; only while training on a terminal
+        self._evaluation: Any = None  # tqdm below the first; only while evaluating
         self._loss: float | None = None
         self._perplexities: dict[str, float] = {}
-        self._rate: float | None = None  # tokens per second, lately
-        self._began = (0.0, 0)  # when (s), at which step
-        self._mark = (0.0, 0)  # when (s), after how many tokens: since then the rate is measured
+        self._rate: float | None = None  # tokens per second since `_mark`
+        self._began = (0.0, 0)  # time (s) and step at the start
+        self._mark = (0.0, 0)  # time (s) and number of tokens from which the rate is measured
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.include_num_input_tokens_seen == "no":
-            args.include_num_input_tokens_seen = "all"  # in every process, since the Trainer gathers the count
+            args.include_num_input_tokens_seen = "all"  # in every process: the Trainer gathers the count
         self._loss, self._rate, self._perplexities = None, None, {}
-        for logs in state.log_history:  # of the checkpoint that training goes on from
+        for logs in state.log_history:  # of the checkpoint that training resumes from
             self._read(logs)
         self._began = time.perf_counter(), state.global_step
         self._set_mark(state)
@@ -121,9 +124,9 @@ class ProgressLine(TrainerCallback):
             self._bar = None
 
     def _read(self, logs: Mapping[str, Any]) -> bool:
-        """Keep what is to be shown of a log; whether there was anything."""
+        """Store the values of a log that are shown; return whether there were any."""
         self._loss = logs.get("loss", self._loss)
-        found = dict(_perplexities(logs))
+        found = dict(perplexities(logs))
         self._perplexities.update(found)
         return "loss" in logs or bool(found)
 
@@ -136,7 +139,7 @@ class ProgressLine(TrainerCallback):
             self._rate = (state.num_input_tokens_seen - tokens) / (time.perf_counter() - began)
 
     def _line(self, state: TrainerState) -> str:
-        """What is known by now."""
+        """Format what is known so far."""
         parts = [f"step {state.global_step}/{state.max_steps}"]
         if self._rate is not None:
             parts.append(f"{self._rate:,.0f} tokens/s")
@@ -152,110 +155,8 @@ class ProgressLine(TrainerCallback):
         return " · ".join(parts)
 
 
-class TrainingCurve(TrainerCallback):
-    """Draws `training_curve.png` into the output folder when training ends, where matplotlib is installed."""
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        drawable = any("loss" in logs or any(_perplexities(logs)) for logs in state.log_history)
-        if state.is_world_process_zero and drawable and find_spec("matplotlib"):
-            os.makedirs(str(args.output_dir), exist_ok=True)
-            plot_training_curve(state.log_history, os.path.join(str(args.output_dir), "training_curve.png"))
-
-
-def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw how a training went: its loss, and below it the perplexity of each evaluation set.
-
-    Over tokens where the Trainer counted them (`include_num_input_tokens_seen`, which `ProgressLine` turns on), and
-    then with the time in training on a second axis; over steps otherwise.
-
-    Args:
-        log_history: `trainer.state.log_history`, or that of a checkpoint's `trainer_state.json`.
-        path: File to write, `.png` or another suffix that matplotlib knows.
-
-    Raises:
-        NotHFError: There is no loss to draw, or matplotlib is not installed.
-    """
-    _draw(log_history).savefig(path, dpi=150)
-
-
-def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
-    except ModuleNotFoundError as error:
-        raise NotHFError("a picture of the training needs matplotlib; pip install not_hf[plot]") from error
-
-    training = [logs for logs in log_history if "loss" in logs]
-    evaluations = [logs for logs in log_history if any(_perplexities(logs))]
-    panels = [logs for logs in (training, evaluations) if logs]
-    if not panels:
-        raise NotHFError(
-            f"none of {len(log_history)} logs holds a loss to draw; give trainer.state.log_history of a training "
-            "with logging_steps or eval_strategy"
-        )
-    counted = all("num_input_tokens_seen" in logs for logs in (*training, *evaluations))
-    unit = "num_input_tokens_seen" if counted else "step"
-
-    figure = Figure(figsize=(7, 1.2 + 2.4 * len(panels)), layout="constrained")
-    axes = list(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0])
-    if training:
-        axes[0].plot([logs[unit] for logs in training], [logs["loss"] for logs in training], color="0.35", linewidth=1)
-        axes[0].set_ylabel("training loss (nats per token)")
-    if evaluations:
-        _draw_perplexities(axes[-1], evaluations, unit)
-    for panel in axes:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("tokens" if counted else "steps")
-    axes[-1].xaxis.set_major_formatter(EngFormatter(sep=" " if counted else ""))
-    if counted and (clock := [logs for logs in log_history if unit in logs and "train_runtime" in logs]):
-        _draw_clock(axes[0], [logs[unit] for logs in clock], [logs["train_runtime"] for logs in clock])
-    return figure
-
-
-def _draw_perplexities(panel: Axes, evaluations: Sequence[Mapping[str, Any]], unit: str) -> None:
-    """A line for each evaluation set; on a log scale where they are far apart."""
-    from matplotlib.ticker import LogFormatter, LogLocator
-
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for logs in evaluations:
-        for name, value in _perplexities(logs):
-            curves.setdefault(name, []).append((logs[unit], value))
-    for name, points in curves.items():
-        first, last = points[0][1], points[-1][1]
-        label = f"{name or 'held-out'}: {first:,.2f} → {last:,.2f}"
-        panel.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1.5)
-    values = [value for points in curves.values() for _, value in points if math.isfinite(value)]
-    if values and max(values) > 3 * min(values):
-        panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
-        panel.minorticks_off()
-    panel.set_ylabel("perplexity")
-    panel.legend(frameon=False, fontsize="small")
-
-
-def _draw_clock(panel: Axes, places: Sequence[float], runtimes: Sequence[float]) -> None:
-    """The time in training on the upper side: at these places of the x axis it was so many seconds."""
-    from matplotlib.ticker import MaxNLocator
-
-    seconds, earlier = [0.0], 0.0
-    for previous, runtime in zip([0.0, *runtimes], runtimes, strict=False):
-        earlier += previous if runtime < previous else 0.0  # training went on from a checkpoint, the clock from zero
-        seconds.append(earlier + runtime)
-    total = seconds[-1]
-    size, name = (3600, "h") if total >= 7200 else (60, "min") if total >= 120 else (1, "s")
-    steps = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, total / size)
-    ticks = [tick for tick in steps if 0 <= tick * size <= total]
-    clock = panel.secondary_xaxis("top")
-    clock.set_xticks(list(np.interp(np.multiply(ticks, size), seconds, [0, *places])), [f"{tick:g}" for tick in ticks])
-    clock.set_xlabel(f"time in training ({name})")
-
-
-def _perplexities(logs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name and perplexity of each evaluation set in a log; the name of the only one, `eval_loss`, is empty."""
+def perplexities(logs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield name and perplexity of each evaluation set in a log; an only set (`eval_loss`) has an empty name."""
     for key, loss in logs.items():
         if match := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
-            yield match[1] or "", math.exp(loss) if loss < 700 else math.inf  # beyond it floats end
+            yield match[1] or "", math.exp(loss) if loss < 700 else math.inf  # above, exp overflows
