@@ -46,6 +46,7 @@ class TrainingCurve(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Write the plot."""
         drawable = any("loss" in logs or any(perplexities(logs)) for logs in state.log_history)
         if state.is_world_process_zero and drawable and find_spec("matplotlib"):
             os.makedirs(str(args.output_dir), exist_ok=True)

@@ -54,6 +54,7 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Start the line."""
         if args.include_num_input_tokens_seen == "no":
             args.include_num_input_tokens_seen = "all"  # in every process: the Trainer gathers the count
         self._loss, self._rate, self._perplexities = None, None, {}
@@ -71,6 +72,7 @@ class ProgressLine(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Update the line on a terminal."""
         if self._bar is not None:
             self._measure(state)
             self._bar.set_description_str(self._line(state), refresh=False)
@@ -84,6 +86,7 @@ class ProgressLine(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Show the values of a log."""
         if logs is None or not self._read(logs):
             return
         if "loss" in logs:
@@ -97,6 +100,7 @@ class ProgressLine(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Show the progress of an evaluation on a terminal."""
         if self._bar is None:
             return
         if self._evaluation is None:
@@ -108,17 +112,20 @@ class ProgressLine(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """End the progress of an evaluation."""
         if self._evaluation is not None:
             self._evaluation.close()
             self._evaluation = None
         self._set_mark(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave the time for saving out of the rate."""
         self._set_mark(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """End the line."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
