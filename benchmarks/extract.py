@@ -4,7 +4,7 @@
     python benchmarks/extract.py --experts  # a Qwen3-MoE of 8 layers with 64 experts each, which are fused when loaded
     python benchmarks/extract.py --quick    # a Llama of 8 small layers
 
-The model lies on a small Hub on this machine (`tests/hub`), which counts the bytes that it serves. Each way runs in a
+The model lies on a small Hub on this machine (`local_hub/`), which counts the bytes that it serves. Each way runs in a
 process of its own with an empty cache, which first does the same with a tiny model, so that neither imports nor their
 memory count. Peak memory is the kernel's (VmHWM, Linux only), reset before and read after.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "full": {"vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 24},
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def compare(shape: str) -> dict[str, Any]:
     """Run every way against one Hub and put the numbers side by side."""
-    from hub import DEFAULT_TOKEN, Hub
+    from local_hub import DEFAULT_TOKEN, Hub
 
     with tempfile.TemporaryDirectory() as scratch, Hub(Path(scratch, "hub")) as hub:
         os.environ.update(

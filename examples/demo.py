@@ -4,7 +4,7 @@
     python examples/demo.py --quick    # the same with fewer steps
     python examples/demo.py --base HuggingFaceTB/SmolLM2-135M-Instruct --text mine.txt --push-to me/my-organ
 
-Read it from `main` downwards. Without `--base` it starts a small Hub on this machine (`tests/hub`), and every
+Read it from `main` downwards. Without `--base` it starts a small Hub on this machine (`local_hub/`), and every
 push and download below goes through it just as it would through huggingface.co. `huggingface_hub` reads the
 Hub's address once, when it is imported; so the functions here import what they use, after the Hub runs.
 """
@@ -125,7 +125,7 @@ def organ_life(options: argparse.Namespace, scratch: Path) -> dict:
         tokens_here = [greedy(model, tokenizer, prompt, options.new_tokens) for prompt in options.prompts]
 
     with stage("Merge the organ into the base"):
-        from not_hf.cards.merged import merged_card
+        from not_hf import merged_card
 
         merged = options.output / "merged"
         model = TransplantedForCausalLM.from_pretrained(organ_id)  # as anybody gets it
@@ -170,8 +170,8 @@ def organ_life(options: argparse.Namespace, scratch: Path) -> dict:
 @contextlib.contextmanager
 def local_hub(scratch: Path) -> Iterator[None]:
     """A Hub that lives as long as the `with` block; this process and its children talk to no other."""
-    command = [sys.executable, str(ROOT / "tests" / "hub"), "--root", str(scratch / "hub")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as hub:
+    command = [sys.executable, "-m", "local_hub", "--root", str(scratch / "hub")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as hub:
         try:
             endpoint = hub.stdout.readline().strip()
             if not endpoint:
@@ -245,7 +245,7 @@ def prepare_text(base: str, options: argparse.Namespace) -> tuple:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from not_hf.training.data import load_text, pack
+    from not_hf import load_text, pack
 
     documents = load_text(options.text) if options.text else Dataset.from_dict({"text": bible_chapters()})
     documents = documents.shuffle(seed=0)

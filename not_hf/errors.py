@@ -25,10 +25,10 @@ class CorruptDonorError(NotHFError):
     """A donor's files or config contradict themselves or cannot be read."""
 
 
-def some(problems: Sequence[str]) -> str:
-    """The first few of a list of problems, in one line."""
+def some(problems: Sequence[object]) -> str:
+    """The first five problems of a list, in one line."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return "; ".join(problems[:5]) + more
+    return "; ".join(map(str, problems[:5])) + more
 
 
 @contextlib.contextmanager

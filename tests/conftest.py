@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub import DEFAULT_TOKEN, Hub
+
+from local_hub import DEFAULT_TOKEN, Hub
 
 # huggingface_hub and datasets read these once, when they are imported: so the Hub must be up before that.
 assert "huggingface_hub" not in sys.modules, "HF_ENDPOINT is read when huggingface_hub is imported"
@@ -29,8 +30,11 @@ os.environ.update(
 os.environ.pop("HF_HUB_OFFLINE", None)
 
 import torch
-from architectures import tiny_model, tiny_tokenizer
+from datasets import Dataset
 from huggingface_hub import HfApi
+
+from not_hf.training.data import pack
+from testing.models import tiny_model, tiny_tokenizer
 
 _connect = socket.socket.connect
 
@@ -50,6 +54,22 @@ def hub() -> Iterator[Hub]:
     yield _HUB
     _HUB.stop()
     _FOLDER.cleanup()
+
+
+@pytest.fixture
+def api(hub: Hub) -> Iterator[HfApi]:
+    """A client of the Hub, whose record of requests is empty and which does not fail any more afterwards."""
+    hub.requests.clear()
+    yield HfApi()
+    hub.fault = None
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were to be waited between tries, and were not."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    return waited
 
 
 @pytest.fixture(scope="session")
@@ -85,3 +105,10 @@ def base_repo(hub: Hub, base_folder: Callable[[str], Path]) -> Callable[[str], s
         return made[model_type]
 
     return repo
+
+
+@pytest.fixture(scope="session")
+def blocks() -> Dataset:
+    """24 blocks of 16 tokens, in which every word is followed by the next."""
+    lines = [" ".join(f"w{3 + (start + n) % 90}" for n in range(29)) for start in range(0, 90, 6)]
+    return pack(Dataset.from_dict({"text": lines}), tiny_tokenizer(), block_length=16)

@@ -32,7 +32,7 @@ def inspect(
     config, organs = survey(donor, **given(revision=revision, subfolder=subfolder, token=token))
     tensors: list[dict[str, Any]] = [
         {
-            **({"organ": organ.source.name} if config.donors else {}),
+            **({"organ": organ.organ.name} if config.donors else {}),
             "name": name,
             "shape": list(tensor.shape),
             "dtype": tensor.dtype,

@@ -18,6 +18,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm
 
+from not_hf.architecture.upstream import commit_of
 from not_hf.errors import one_line, reaching_hub
 
 PARTS = 64  # into which what is wanted is cut, within the next two bounds
@@ -45,7 +46,7 @@ class RemoteFile:
         Raises:
             OSError: As in `hf_hub_download`: there is no such repo, revision or file, or no access to it.
         """
-        revision = getattr(revision, "resolved", revision)
+        revision = commit_of(revision) or revision
         url = hf_hub_url(repo_id, path, revision=revision)
         with reaching_hub(f"{repo_id}/{path} cannot be read"):
             found = get_hf_file_metadata(url, token=token, library_name="not_hf", retry_on_errors=True)

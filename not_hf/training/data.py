@@ -38,7 +38,7 @@ def load_text(
     token: str | bool | None = None,
     sample_by: Literal["line", "paragraph", "document"] = "line",
 ) -> Dataset | IterableDataset:
-    """Load text for training or evaluation as a dataset with exactly one column, `text`.
+    r"""Load text for training or evaluation as a dataset with exactly one column, `text`.
 
     Rows without text (null or whitespace, such as the blank lines of a file) are dropped.
 
@@ -68,7 +68,7 @@ def load_text(
         >>> from pathlib import Path
         >>> from not_hf import load_text
         >>> file = Path(tempfile.mkdtemp(), "verses.txt")
-        >>> _ = file.write_text("In the beginning\\n\\nwas the word\\n")
+        >>> _ = file.write_text("In the beginning\n\nwas the word\n")
         >>> load_text(file)["text"][:]
         ['In the beginning', 'was the word']
     """

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, default_data_collator
 
+from not_hf.architecture.upstream import attention_of
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 
 # Lengths of the documents in each block of the test batch. Two blocks, because flash attention separates documents
@@ -56,7 +57,7 @@ def require_isolation(model: PreTrainedModel, data_collator: Callable[[list], An
             f"{name} does not keep the position_ids of documents, or adds an attention_mask; "
             "use data_collator=transformers.default_data_collator"
         )
-    attention = model.config._attn_implementation
+    attention = attention_of(model.config)
     other = "" if attention in ("eager", "sdpa") else 'load it with attn_implementation="sdpa", or '
     raise UnsupportedArchitectureError(
         f"{type(model).__name__} ({attention} attention) does not isolate documents by their position_ids; "

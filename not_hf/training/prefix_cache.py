@@ -15,6 +15,7 @@ from torch import nn
 
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
+from not_hf.architecture.upstream import attention_of
 from not_hf.errors import NotHFError
 from not_hf.training.partial_forward import PartialForward
 from not_hf.training.row_store import RowStore
@@ -131,7 +132,7 @@ def _key(model: Any, below: Sequence[nn.Module], entry: int, dtype: torch.dtype,
     config = model.config
     about = {
         "layers": fingerprint(spliced_config(config, [(config, n) for n in range(entry)])),
-        "attention": config._attn_implementation,
+        "attention": attention_of(config),
         "dtype": str(dtype),
         "mixed_precision": mixed_precision,
         "device": model.device.type,

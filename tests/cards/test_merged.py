@@ -1,0 +1,144 @@
+"""The card of a merged model: a plain transformers model that says what it was made of."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+
+from local_hub import Hub
+from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf.cards import common as readme
+from not_hf.cards.merged import merged_card
+from testing.commands import done, failed
+from testing.models import tiny_model
+
+TAGS = ["merge", "neural-organ-transplantation", "arxiv:2601.13580"]
+
+
+@pytest.fixture(scope="module")
+def recipient(hub: Hub, base_folder) -> str:
+    """A tiny llama on the Hub that is under a licence."""
+    repo = HfApi().create_repo("me/merge-base").repo_id
+    HfApi().upload_folder(repo_id=repo, folder_path=base_folder("llama"))
+    HfApi().upload_file(repo_id=repo, path_in_repo="README.md", path_or_fileobj=b"---\nlicense: mit\n---\n")
+    return repo
+
+
+@pytest.fixture(scope="module")
+def organ(recipient: str) -> str:
+    """Layers 1 and 2 of it, on the Hub."""
+    donor = DonorModel.from_base(recipient, layers=(1, 3))
+    donor.config.datasets = ["me/kjv", "verses.txt"]
+    donor.push_to_hub("me/merge-organ")
+    return "me/merge-organ"
+
+
+def commit(repo: str) -> str:
+    return HfApi().model_info(repo).sha
+
+
+def rows(card: ModelCard) -> list[str]:
+    return re.findall(r"^\| .* \|$", card.text, re.MULTILINE)
+
+
+def test_merge_writes_a_card(recipient, organ, tmp_path):
+    out = tmp_path / "merged"
+    done("merge", organ, "-o", out)
+    card = ModelCard.load(out / "README.md")
+    card.validate()
+    assert str(ModelCard(str(card))) == str(card)
+    assert card.data.to_dict() == {
+        "base_model": [recipient, organ],
+        "datasets": ["me/kjv"],
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "tags": TAGS,
+        "base_model_relation": "merge",
+    }
+    assert "# merge-base-merged" in card.text
+    linked = "[me/{0}](https://huggingface.co/me/{0})"
+    assert f"| Recipient | {linked.format('merge-base')} at `{commit(recipient)}` |" in rows(card)
+    assert "| Layers | 6; the recipient has 4 |" in rows(card)
+    organ_row = f"| default | {linked.format('merge-organ')} | `{commit(organ)}` | `[1, 3)` of "
+    assert organ_row + f"{linked.format('merge-base')} | 3 | `insert` |" in rows(card)
+    assert not re.search(r"\n{3,}|[{%]%|%}|\bNone\b", card.text)
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    code = f"import sys; sys.modules['not_hf'] = None\n{snippet}"  # it needs no not_hf
+    shown = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("In the beginning")
+
+
+def test_the_commit_is_the_one_that_was_loaded(recipient, organ, tmp_path):
+    first = commit(organ)
+    HfApi().upload_file(repo_id=organ, path_in_repo="NOTES.md", path_or_fileobj=b"later")
+    model = TransplantedForCausalLM.from_pretrained(recipient, organ, donor_revision=first, position=0, mode="replace")
+    text = merged_card(model, tmp_path).text
+    assert f"`{first}`" in text and commit(organ) not in text
+    assert "| 0 | `replace` |" in text and "| Layers | 4; the recipient has 4 |" in text
+
+
+def test_what_is_not_on_the_hub_is_left_out_with_a_warning(recipient, organ, base_folder, tmp_path, caplog):
+    readme.warn_once.cache_clear()
+    folder = tmp_path / "organ"
+    DonorModel.from_pretrained(organ).save_pretrained(folder)
+    local_organ = merged_card(TransplantedForCausalLM.from_pretrained(recipient, folder), tmp_path / "out")
+    assert local_organ.data.base_model == [recipient]
+    local_base = merged_card(TransplantedForCausalLM.from_pretrained(base_folder("llama"), organ), tmp_path / "out")
+    assert local_base.data.base_model == [organ]
+    assert local_base.data.license is None  # nobody knows that of the recipient
+    neither = merged_card(
+        TransplantedForCausalLM.from_pretrained(tiny_model("llama"), DonorModel.from_pretrained(folder)), tmp_path
+    )
+    assert not {"base_model", "base_model_relation"} & neither.data.to_dict().keys()
+    for path in (folder, base_folder("llama")):
+        assert (
+            len([line for line in caplog.messages if "names no base_model" in line and repr(str(path)) in line]) == 1
+        )
+    for card in (local_organ, local_base, neither):
+        assert str(tmp_path) not in str(card)
+        card.validate()
+
+
+def test_several_organs(recipient, organ, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(recipient, organ, donor_name="one")
+    law = DonorModel.from_base(recipient, layers=(0, 1), license="cc0-1.0")
+    law.push_to_hub("me/merge-law")
+    model.load_donor("me/merge-law", "two", position=0)
+    model.load_donor(organ, "parked", position=4)
+    model.set_donor(["one", "two"])
+    card = merged_card(model, tmp_path)
+    assert card.data.base_model == [recipient, organ, "me/merge-law"]
+    assert card.data.license == ["mit", "cc0-1.0"]
+    assert "with 2 *organs* merged into it" in card.text
+    assert [row.split(" | ")[0] for row in rows(card)[-2:]] == ["| one", "| two"]  # the active ones
+
+    model.push_to_hub("me/merge-both", selected_donors=["one", "two"])
+    done("merge", "me/merge-both", "-o", tmp_path / "both")
+    card = ModelCard.load(tmp_path / "both" / "README.md")
+    assert card.data.base_model == [recipient, "me/merge-both"]
+    assert card.text.count(f"`{commit('me/merge-both')}`") == 2
+
+
+def test_a_card_that_is_there_is_updated(organ, tmp_path):
+    readme = tmp_path / "README.md"
+    DonorModel.from_pretrained(organ).save_pretrained(tmp_path)  # a donor's card, of all things
+    readme.write_text(readme.read_text().replace("- not-hf", "- bible\n- not-hf") + "\nBy hand.\n")
+    done("merge", organ, "-o", tmp_path, "--force")
+    card = ModelCard.load(readme)
+    assert "By hand." in card.text and "## How it was made" in card.text and "## What it is" not in card.text
+    assert "# merge-base-merged" in card.text and "check_compatibility" not in card.text
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["bible", *TAGS[1:], "merge"]  # neither a donor's nor an adapter's
+
+
+def test_a_broken_card_stops_the_merge_before_anything_is_written(organ, tmp_path):
+    (tmp_path / "README.md").write_text("---\na: [\n---\n")
+    assert "metadata that cannot be read" in failed("merge", organ, "-o", tmp_path, "--force")
+    assert [Path(file).name for file in tmp_path.iterdir()] == ["README.md"]

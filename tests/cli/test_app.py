@@ -1,0 +1,424 @@
+"""The command line: results on stdout, failures in one line on stderr, examples that run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback, TrainerCallback
+from transformers.integrations import integration_utils
+from typer.testing import CliRunner
+
+from local_hub import Hub
+from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf.cli import app
+from not_hf.errors import NotHFError
+from testing.commands import done, failed, invoke
+from testing.models import tiny_model, tiny_tokenizer
+
+COMMANDS = (
+    *("extract", "import", "train", "eval", "generate", "inspect", "check"),
+    *("push", "search", "transplant", "merge"),
+)
+PROMPT = "w5 w6 w7"
+
+
+def example(command: str) -> list[str]:
+    """The example as `--help` shows it."""
+    (line,) = re.findall(r"Example: (not-hf .*?)\s*$", invoke(command, "--help").stdout, re.MULTILINE)
+    return shlex.split(line)[1:]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text in which every word is followed by the next: 8 lines of 40 tokens, EOS included."""
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text("\n".join(" ".join(f"w{3 + (7 * line + n) % 90}" for n in range(39)) for line in range(8)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model("llama").bfloat16().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def donor(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers 1 and 2 of the base, inserted before layer 3, with other weights."""
+    folder = tmp_path_factory.mktemp("donor")
+    organ = DonorModel.from_base(base, layers=(1, 3))
+    with torch.no_grad():
+        for parameter in organ.parameters():
+            parameter.mul_(3)
+    organ.save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+def test_the_examples_in_help_run_one_after_the_other(hub: Hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = Path("openai-community/gpt2")
+    tiny_model("gpt2", n_layer=8, n_positions=1024).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    for name, length in (("kjv.txt", 1100), ("held-out.txt", 100)):
+        Path(name).write_text("\n".join(f"w{3 + n % 90} w{4 + n % 80}" for n in range(length // 2)))
+    torch.save(DonorModel.from_base(base, (4, 7)).stack.layers.state_dict(), "donor_layers.pt")
+    for command in COMMANDS:
+        result = invoke(*example(command))
+        assert result.exit_code == 0, (command, result.stderr)
+        assert result.stdout.strip(), command
+    assert HfApi().model_info("me/gpt2-kjv").private
+    assert AutoModelForCausalLM.from_pretrained("gpt2-kjv-merged").config.n_layer == 11
+
+
+@pytest.mark.parametrize("module", [["-m", "not_hf.cli"], ["-c", "from not_hf.cli import app; app()"]])
+def test_it_runs_as_a_program(module):
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *module, *arguments], capture_output=True, text=True)
+
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert re.findall(r"^│ (\w+) ", shown.stdout, re.MULTILINE) == list(COMMANDS)
+    wrong = run("push", "nowhere", "me/nothing")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr == "error: no folder nowhere; name one that holds a donor\n"
+
+
+def test_help_needs_no_slow_import():
+    slow = "{'torch', 'transformers', 'datasets', 'evaluate', 'huggingface_hub'} & set(sys.modules)"
+    code = f"import sys, not_hf.cli; print(sorted({slow}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "extract BASE -o OUT",
+        "extract BASE --layers 1-3 -o OUT",
+        "extract BASE --layers a:b -o OUT",
+        "extract BASE --layers 1:3 --mode beside -o OUT",
+        "extract BASE --layers 1:3 --position -1 -o OUT",
+        "train DONOR -o OUT",
+        "train DONOR --data TEXT --streaming -o OUT",
+        "train DONOR --data TEXT --block-length 1 -o OUT",
+        "eval DONOR",
+        "generate DONOR",
+        "inspect",
+        "check DONOR",
+        "push DONOR",
+        "merge DONOR",
+        "search --limit 0",
+        "transmogrify",
+    ],
+)
+def test_wrong_usage_is_2(arguments, tmp_path):
+    result = invoke(*arguments.replace("OUT", str(tmp_path / "out")).split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage: " in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("extract me/no-such-model --layers 1:3 -o OUT", "me/no-such-model is not"),
+        ("extract BASE --layers 3:9 -o OUT", "0 <= i < j <= 4"),
+        ("extract BASE --layers 1:3 --position 5 -o OUT", "position must be between 0 and 4"),
+        ("extract BASE --layers 1:3 -o TEXT", "is a file"),
+        ("extract BASE --layers 1:3 -o DONOR", "is not empty"),
+        ("train DONOR --data missing.txt -o OUT", "missing.txt"),
+        ("train DONOR --data TEXT --column body -o OUT", "no column 'body'"),
+        ("train DONOR --data TEXT --block-length 65 -o OUT", "--block-length 64"),
+        ("train DONOR --data TEXT --resume -o OUT", "no checkpoint in"),
+        ("train DONOR --data TEXT -o DONOR", "is not empty"),
+        ("train BASE --data TEXT -o OUT", "is not a donor"),
+        ("eval DONOR --data missing.txt", "missing.txt"),
+        ("eval me/no-such-model --data TEXT", "me/no-such-model is not"),
+        ("generate DONOR w5 --chat", "chat_template"),
+        ("generate BASE w5 --compare", "no organ to compare"),
+        ("inspect BASE", "is not a donor"),
+        ("push OUT me/nothing", "no folder"),
+        ("push BASE me/nothing", "is not a donor"),
+        ("push DONOR me/nothing --token hf_wrong", "401"),
+        ("merge BASE -o OUT", "is not a donor"),
+        ("merge DONOR -o DONOR", "is not empty"),
+    ],
+)
+def test_a_failure_is_1_and_one_line(arguments, reason, base, donor, words, hub, tmp_path):
+    names = {"BASE": base, "DONOR": donor, "TEXT": words, "OUT": tmp_path / "out"}
+    before = sorted(donor.iterdir())
+    assert reason in failed(*(names.get(argument, argument) for argument in arguments.split()))
+    assert not (tmp_path / "out").exists()
+    assert sorted(donor.iterdir()) == before
+
+
+def test_a_failure_while_writing_leaves_nothing(base, tmp_path, monkeypatch):
+    def fill_the_disk(self, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(DonorModel, "save_pretrained", fill_the_disk)
+    assert "No space left" in failed("extract", base, "--layers", "1:3", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_where_it_failed(base):
+    for flags, variables in ((["--debug"], {}), ([], {"NOT_HF_DEBUG": "1"})):
+        result = CliRunner(env=variables).invoke(app, ["inspect", str(base), *flags])
+        assert isinstance(result.exception, NotHFError)
+
+
+# ------------------------------------------------------------------------------------------- one by one
+
+
+def test_extract(base, tmp_path):
+    out = tmp_path / "organ"
+    shown = done("extract", base, "--layers", "1:3", "--mode", "replace", "--init", "identity", "-o", out)
+    organ = DonorModel.from_pretrained(out)
+    expected = {"layers": [1, 3], "position": 1, "mode": "replace", "init": "identity", "dtype": "bfloat16"}
+    assert {key: shown[key] for key in expected} == expected
+    assert shown["num_parameters"] == organ.num_parameters()
+    assert not organ.stack.layers[0].self_attn.o_proj.weight.any()
+
+    assert "is not empty" in failed("extract", base, "--layers", "0:1", "-o", out)
+    assert DonorModel.from_pretrained(out).config.layers == [1, 3]
+    shown = done("extract", base, "--layers", "0:1", "--dtype", "float32", "--position", "4", "-o", out, "--force")
+    assert (shown["layers"], shown["position"], shown["dtype"]) == ([0, 1], 4, "float32")
+    assert len(DonorModel.from_pretrained(out).stack.layers) == 1
+
+
+TRAINING = ("--block-length", "16", "--batch-size", "4", "--lr", "0.01", "--warmup", "0")
+
+
+def test_train_and_eval(base, donor, words, tmp_path):
+    out = tmp_path / "trained"
+    shown = done(
+        "train",
+        donor,
+        "--data",
+        words,
+        "--eval-data",
+        words,
+        "-o",
+        out,
+        "--epochs",
+        "8",
+        "--domain",
+        "words",
+        *TRAINING,
+    )
+    tokens = 8 * 20 * 16  # 8 lines of 40 tokens are 20 blocks
+    assert (shown["steps"], shown["tokens_seen"]) == (40, tokens)
+    config = DonorModel.from_pretrained(out).config
+    assert (config.tokens_seen, config.datasets, config.domain) == (tokens, ["words.txt"], "words")
+    assert config.metrics == shown["metrics"]
+    assert config.metrics["perplexity"]["after"] < 0.9 * config.metrics["perplexity"]["before"]
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert not (out / "checkpoints").exists()
+    assert "words.txt" in (out / "README.md").read_text()
+
+    # what the card says is what anybody measures
+    measured = done("eval", out, "--data", words)
+    assert measured["perplexity"] == config.metrics["perplexity"]["after"]
+    assert measured["perplexity_without_organ"] == config.metrics["perplexity"]["before"]
+    assert done("eval", base, "--data", words)["perplexity"] == measured["perplexity_without_organ"]
+    only = done("eval", donor, "--base", base, "--data", words, "--no-without-organ")
+    assert only["perplexity"] > measured["perplexity"]
+    assert only["perplexity_without_organ"] is None
+
+
+def test_a_training_shows_a_line_and_leaves_a_plot(donor, words, tmp_path):
+    arguments = ("--max-steps", "10", "--control-data", words, "--eval-steps", "5", *TRAINING)
+    result = invoke("train", donor, "--data", words, "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    assert lines[0].startswith("step 0/10 · perplexity control ") and lines[-1].startswith("step 10/10 · ")
+    assert "train_runtime" not in result.stdout + result.stderr  # the Trainer's own bar would print it
+    assert (tmp_path / "out" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Diary(TrainerCallback):
+    """A tracker that writes into the Trainer's output folder, as TensorBoard's does."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        folder = Path(args.output_dir, "runs")
+        folder.mkdir(exist_ok=True)
+        with (folder / "diary.jsonl").open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def test_a_tracker_is_told_and_keeps_its_logs(donor, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "diary", Diary)
+    arguments = ("train", donor, "--data", words, "-o", tmp_path / "out", *TRAINING)
+    done(*arguments, "--max-steps", "20", "--report-to", "diary")
+    logs = [json.loads(line) for line in (tmp_path / "out" / "runs" / "diary.jsonl").read_text().splitlines()]
+    assert [(log["step"], "loss" in log) for log in logs] == [(10, True), (20, True), (20, False)]
+    done(*arguments, "--max-steps", "10", "--report-to", "diary", "--force")  # into the same folder
+    assert len((tmp_path / "out" / "runs" / "diary.jsonl").read_text().splitlines()) == 2
+    assert "nobody is not supported, only " in failed(*arguments, "--report-to", "nobody", "--force")
+
+
+def test_trackio(donor, words, tmp_path):
+    pytest.importorskip("trackio")
+    arguments = ("--max-steps", "10", "--report-to", "trackio", *TRAINING)
+    shown = done("train", donor, "--data", words, "-o", tmp_path / "out", *arguments)
+
+    def ask(*question: str) -> dict:
+        command = [sys.executable, "-m", "trackio.cli", *question, "--project", "huggingface", "--json"]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    (run,) = ask("list", "runs")["runs"]
+    (loss,) = ask("get", "metric", "--run", run, "--metric", "train/loss")["values"]
+    assert loss["value"] == pytest.approx(shown["train_loss"])
+
+
+@pytest.mark.parametrize("more", [(), ("--streaming", "--gradient-checkpointing")])
+def test_an_interrupted_training_resumes(more, donor, words, tmp_path, monkeypatch):
+    arguments = ("train", donor, "--data", words, "--max-steps", "4", "--save-steps", "2", *TRAINING, *more)
+    done(*arguments, "-o", tmp_path / "whole")
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise RuntimeError("power cut")
+        return step_end(self, args, state, control, **kwargs)
+
+    step_end = DefaultFlowCallback.on_step_end
+    with monkeypatch.context() as patch:
+        patch.setattr(DefaultFlowCallback, "on_step_end", interrupt)
+        assert "RuntimeError: power cut (--debug" in failed(*arguments, "-o", tmp_path / "half")
+    assert [file.name for file in (tmp_path / "half").glob("*/*")] == ["checkpoint-2"]
+    assert done(*arguments, "-o", tmp_path / "half", "--resume")["steps"] == 4
+    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
+    untrained = load_file(donor / "model.safetensors")
+    assert all(torch.equal(tensor, half[name]) for name, tensor in whole.items())
+    assert not any(torch.equal(tensor, untrained[name]) for name, tensor in whole.items())
+
+
+def test_generate(base, donor, tmp_path):
+    def greedy(model) -> str:
+        inputs = AutoTokenizer.from_pretrained(base)(PROMPT, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        return AutoTokenizer.from_pretrained(base).decode(output, skip_special_tokens=True)
+
+    with_organ = greedy(AutoModelForCausalLM.from_pretrained(donor))
+    without = greedy(AutoModelForCausalLM.from_pretrained(base))
+    assert with_organ != without
+    shown = done("generate", donor, PROMPT, "--max-new-tokens", "6", "--compare")
+    assert (shown["text"], shown["text_without_organ"]) == (with_organ, without)
+    assert invoke("generate", base, PROMPT, "--max-new-tokens", "6").stdout == f"{PROMPT}{without}\n"
+
+    chatty = tmp_path / "chatty"
+    DonorModel.from_pretrained(donor).save_pretrained(chatty)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for message in messages %}w9 {{ message.content }} w8{% endfor %}"
+    tokenizer.save_pretrained(chatty)
+    plain = done("generate", chatty, f"w9 {PROMPT} w8")["text"]
+    assert done("generate", chatty, PROMPT, "--chat")["text"] == plain
+
+
+def test_push_and_inspect(hub: Hub, donor, tmp_path):
+    folder = tmp_path / "organ"
+    DonorModel.from_pretrained(donor).save_pretrained(folder)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "optimizer.pt").write_bytes(b"no")
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nBy hand.\n")
+    shown = done("push", folder, "me/cli-organ", "--private", "--commit-message", "An organ")
+    assert (shown["repo_id"], shown["pull_request"]) == ("me/cli-organ", None)
+    assert HfApi().model_info("me/cli-organ").private
+    assert HfApi().list_repo_commits("me/cli-organ")[0].title == "An organ"
+    assert set(HfApi().list_repo_files("me/cli-organ")) - {".gitattributes"} == {
+        file.name for file in folder.iterdir() if file.is_file()
+    }
+    assert "By hand." in Path(hf_hub_download("me/cli-organ", "README.md")).read_text()
+    (folder / "NOTES.md").write_text("More.")
+    assert done("push", folder, "me/cli-organ", "--create-pr")["pull_request"].endswith("/1")
+    done("push", folder, "me/cli-organ", "--revision", "v2")
+    assert "v2" in [branch.name for branch in HfApi().list_repo_refs("me/cli-organ").branches]
+
+    hub.requests.clear()
+    here, there = done("inspect", folder), done("inspect", "me/cli-organ")
+    read = [record.bytes for record in hub.requests if "safetensors" in record.path and record.method == "GET"]
+    assert sum(read) < (folder / "model.safetensors").stat().st_size / 2
+    assert here["tensors"] == there["tensors"]
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor["name"]: tensor["shape"] for tensor in here["tensors"]} == {
+        name: list(tensor.shape) for name, tensor in tensors.items()
+    }
+    assert {tensor["dtype"] for tensor in here["tensors"]} == {"BF16"}
+    assert here["num_parameters"] == sum(tensor.numel() for tensor in tensors.values()) == here["size"] // 2
+    assert (
+        here["fingerprint"] == here["config"]["fingerprint"] == DonorModel.from_pretrained(folder).config.fingerprint
+    )
+    table = invoke("inspect", folder).stdout
+    assert all(name in table for name in tensors)
+    assert here["fingerprint"] in table
+
+
+def test_a_damaged_organ_is_not_pushed(hub: Hub, donor, tmp_path):
+    folder = tmp_path / "organ"
+    DonorModel.from_pretrained(donor).save_pretrained(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "not a whole safetensors file" in failed("push", folder, "me/cli-damaged")
+    assert not HfApi().repo_exists("me/cli-damaged")
+
+
+def test_several_organs_in_one_folder(hub: Hub, base, donor, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="one")
+    model.load_donor(donor, "two", position=0)
+    model.save_pretrained(tmp_path / "both")
+    assert [entry["name"] for entry in done("inspect", tmp_path / "both")["config"]["donors"]] == ["one", "two"]
+    done("push", tmp_path / "both", "me/cli-both")
+    assert "two/model.safetensors" in HfApi().list_repo_files("me/cli-both")
+    assert "several donors" in failed("train", tmp_path / "both", "--data", donor, "-o", tmp_path / "out")
+    assert done("merge", tmp_path / "both", "-o", tmp_path / "merged")["num_layers"] == 8
+
+
+def test_check(base, donor, tmp_path):
+    assert done("check", donor, base) == {
+        "donor": str(donor),
+        "recipient": str(base),
+        "compatible": True,
+        "mismatches": [],
+        "differences": [],
+    }
+    assert invoke("check", donor, base, "--position", "0").stdout == f"{donor} fits {base}\n"
+    other = tmp_path / "other"
+    tiny_model("llama", hidden_size=64, num_key_value_heads=4).save_pretrained(other)
+    result = invoke("check", donor, other, "--position", "9", "--json")
+    mismatches = json.loads(result.stdout)["mismatches"]
+    assert [key in line for key, line in zip(("hidden", "key_value", "position 9"), mismatches, strict=True)] == [
+        True
+    ] * 3
+    assert (result.exit_code, result.stderr) == (1, f"error: {donor} does not fit {other}: 3 mismatches\n")
+    assert invoke("check", donor, other, "--position", "9").stdout.splitlines() == mismatches
+
+
+def test_merge(base, donor, tmp_path, token_ids):
+    out = tmp_path / "merged"
+    shown = done("merge", donor, "--base", base, "-o", out, "--max-shard-size", "20KB")
+    assert (shown["architecture"], shown["num_layers"]) == ("LlamaForCausalLM", 6)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert not isinstance(merged, TransplantedForCausalLM)
+    with torch.no_grad():
+        expected = TransplantedForCausalLM.from_pretrained(base, donor)(token_ids).logits
+        assert torch.equal(merged(token_ids).logits, expected)
+    assert (
+        AutoTokenizer.from_pretrained(out)(PROMPT)["input_ids"]
+        == AutoTokenizer.from_pretrained(base)(PROMPT)["input_ids"]
+    )

@@ -1,0 +1,96 @@
+"""An organ that was trained in one recipient works in another fine-tune of the same architecture."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+from not_hf import DonorModel, TransplantedForCausalLM, check_compatibility
+from testing import EXAMPLES
+from testing.commands import invoke
+from testing.donors import organ
+from testing.models import logits, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def fine_tunes(tmp_path) -> tuple[Path, Path]:
+    """Two models of one architecture and vocabulary with other weights."""
+    for seed, name in enumerate(("first", "second")):
+        tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path / "first", tmp_path / "second"
+
+
+def test_trained_in_one_and_loaded_by_id_into_another(fine_tunes, token_ids, tmp_path, hub):
+    first, second = fine_tunes
+    blocks = [{"input_ids": row, "labels": row} for row in torch.randint(3, 90, (8, 16))]
+    donor = DonorModel.from_base(first, (1, 3), mode="replace")
+    model = TransplantedForCausalLM.from_pretrained(first, donor, is_trainable=True)
+    arguments = TrainingArguments(
+        tmp_path / "run", max_steps=4, report_to="none", use_cpu=True, save_strategy="no", learning_rate=1e-2
+    )
+    Trainer(model, arguments, train_dataset=blocks, data_collator=default_data_collator).train()
+    model.push_to_hub("me/two-recipients")
+
+    found = check_compatibility("me/two-recipients", second)
+    assert found == [] and found.differences == [f"the organ was last used in {first}, this is {second}"]
+    there = TransplantedForCausalLM.from_pretrained(second, "me/two-recipients")
+    by_hand = AutoModelForCausalLM.from_pretrained(second)
+    for n in (1, 2):
+        by_hand.model.layers[n].load_state_dict(model.model.layers[n].state_dict())
+    assert torch.equal(logits(there, token_ids), logits(by_hand, token_ids))
+    with there.disable_donors():
+        assert torch.equal(logits(there, token_ids), logits(AutoModelForCausalLM.from_pretrained(second), token_ids))
+    assert HfApi().repo_exists("me/two-recipients")
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"rms_norm_eps": 1e-4}, "there, rms_norm_eps is 1e-06, not 0.0001 here"),
+        ({"hidden_act": "gelu"}, "there, hidden_act is 'silu', not 'gelu' here"),
+        ({"vocab_size": 128}, "vocab_size is 128 here, 96 there"),
+        ({"eos_token_id": 7}, "eos_token_id is 7 here, 2 there"),
+    ],
+)
+def test_what_differs_is_told_and_keeps_nothing_out(other, difference, token_ids, caplog):
+    recipient = tiny_model("llama", **other)
+    donor = organ(tiny_model("llama"), 1)
+    found = check_compatibility(donor, recipient)
+    assert found == [] and difference in found.differences
+    model = TransplantedForCausalLM.from_pretrained(recipient, donor)
+    assert logits(model, token_ids).isfinite().all() and "organ 'default' was" in caplog.text
+
+
+def test_a_rope_of_another_base_keeps_an_organ_out():
+    """The recipient computes its rotary embedding once for all layers, so an organ cannot have another."""
+    recipient = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    found = check_compatibility(organ(tiny_model("llama"), 1), recipient)
+    assert "rope_parameters" in found[0] and found.differences == []
+
+
+def test_the_command_line_tells_both(fine_tunes, tmp_path):
+    first, second = fine_tunes
+    organ(first, 1).save_pretrained(tmp_path / "organ")
+    told = invoke("check", tmp_path / "organ", second)
+    assert told.exit_code == 0 and "fits" in told.stdout and "differs: the organ was last used in" in told.stdout
+    found = json.loads(invoke("check", tmp_path / "organ", second, "--json").stdout)
+    assert found["compatible"] is True and len(found["differences"]) == 1
+
+
+def test_the_example(fine_tunes, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("w3 w4 w5 w6 w7\n" * 60)
+    first, second = map(str, fine_tunes)
+    command = ["--first", first, "--second", second, "--text", str(tmp_path / "text.txt"), "--layers", "1", "3"]
+    monkeypatch.setattr(sys, "argv", ["two_recipients.py", *command, "--steps", "2", "--block-length", "16"])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "two_recipients.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "the organ was last used in" in printed and printed.count("perplexity") == 2

@@ -1,0 +1,161 @@
+"""torch.compile and torch.export of transplanted models: one graph, and never that of another stack."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers import CompileConfig
+
+from not_hf import TransplantedForCausalLM
+from testing import EXAMPLES
+from testing.donors import organ, transplanted
+from testing.models import logits, tiny_model
+
+EXAMPLE = EXAMPLES / "fast_generation.py"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Graphs and their counts are the process's, not the test's."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def two_organs() -> TransplantedForCausalLM:
+    """A llama with organs of two layers each, at different positions."""
+    base = tiny_model("llama")
+    return transplanted(("kjv", organ(base, 1), {}), ("law", organ(base, 2), {"position": 1}))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text"])
+def test_one_graph_without_breaks(model_type, token_ids):
+    base = tiny_model(model_type)
+    found = torch._dynamo.explain(TransplantedForCausalLM.from_pretrained(base, organ(base, 1)))(token_ids)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_logits_are_those_of_the_model(token_ids, backend):
+    model = two_organs()
+    expected = logits(model, token_ids)
+    assert torch.equal(logits(torch.compile(model, backend=backend, fullgraph=True), token_ids), expected)
+
+
+@pytest.mark.slow
+def test_inductor(token_ids):
+    model = two_organs()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(logits(compiled, token_ids), logits(model, token_ids), rtol=1e-4, atol=1e-4)
+    model.hotswap_donor("kjv", organ(tiny_model("llama"), 3))
+    torch.testing.assert_close(logits(compiled, token_ids), logits(model, token_ids), rtol=1e-4, atol=1e-4)
+
+
+def in_place(model: torch.nn.Module, backend: Callable) -> Callable:
+    model.compile(backend=backend, fullgraph=True)
+    return model
+
+
+COMPILED = {
+    "model.compile()": in_place,
+    "torch.compile(model)": lambda model, backend: torch.compile(model, backend=backend, fullgraph=True),
+    "torch.compile(model.forward)": lambda model, backend: torch.compile(
+        model.forward, backend=backend, fullgraph=True
+    ),
+}
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_a_compiled_model_follows_its_organs(token_ids, way):
+    plain, model, counter = two_organs(), two_organs(), CompileCounter()
+    compiled = COMPILED[way](model, counter)
+    seen = []
+    for names in (["kjv", "law"], ["kjv"], ["law"], [], ["kjv", "law"], ["law"]):
+        for each in (plain, model):
+            each.set_donor(names)
+        seen.append(logits(compiled, token_ids))
+        assert torch.equal(seen[-1], logits(plain, token_ids)), names
+        with plain.disable_donors(), model.disable_donors():
+            assert torch.equal(logits(compiled, token_ids), logits(plain, token_ids)), names
+    assert len({tuple(each.flatten().tolist()) for each in seen}) == 4  # of as many choices
+    assert counter.frame_count <= 4  # a graph per choice at most; a depth that was seen before costs none
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_weights_change_without_recompiling(token_ids, way):
+    plain, model, counter = two_organs(), two_organs(), CompileCounter()
+    compiled = COMPILED[way](model, counter)
+    before, graphs = logits(compiled, token_ids), counter.frame_count
+    other = organ(tiny_model("llama"), 5)
+    changes = (
+        lambda each: each.hotswap_donor("kjv", other),
+        lambda each: each.set_donor_scale("kjv", 0.5),
+        lambda each: each.set_donor_scale("kjv", 1.0),
+    )
+    for change in changes:
+        for each in (plain, model):
+            change(each)
+        after = logits(compiled, token_ids)
+        assert torch.equal(after, logits(plain, token_ids)) and not torch.equal(after, before)
+        before = after
+    assert counter.frame_count == graphs == 1
+
+
+@pytest.mark.parametrize(("way", "end"), [*zip(COMPILED, ["delete_donor", "unload", "merge_and_unload"], strict=True)])
+def test_a_compiled_model_outlives_its_organs(token_ids, way, end):
+    plain, model = two_organs(), two_organs()
+    compiled = COMPILED[way](model, CompileCounter())
+    before = logits(compiled, token_ids)
+    for each in (plain, model):
+        getattr(each, end)(*(["kjv"] if end == "delete_donor" else []))
+    after = logits(compiled, token_ids)
+    assert torch.equal(after, logits(plain, token_ids))
+    assert torch.equal(after, before) == (end == "merge_and_unload")
+
+
+def test_generating_with_a_static_cache_compiles_once_for_all_swaps(token_ids):
+    plain, model, graphs = two_organs(), two_organs(), []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    how = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=count)
+    how._compile_all_devices = True  # transformers compiles on accelerators only, otherwise
+    options = {"max_new_tokens": 6, "do_sample": False}
+    outs = []
+    for seed in (1, 5, 6):
+        for each in (plain, model):
+            each.hotswap_donor("kjv", organ(tiny_model("llama"), seed))
+        outs.append(model.generate(token_ids, cache_implementation="static", compile_config=how, **options))
+        assert outs[-1].tolist() == plain.generate(token_ids, **options).tolist()
+    assert len({str(out.tolist()) for out in outs}) == 3
+    assert len(graphs) == 1
+
+
+def test_an_exported_program_is_the_model_of_then(token_ids):
+    model = two_organs()
+    expected = logits(model, token_ids)
+    program = torch.export.export(model, (), {"input_ids": token_ids, "use_cache": False}, strict=False)
+    model.unload()
+    found = program.module()(input_ids=token_ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_example(base_folder, tmp_path, monkeypatch, capsys):
+    base = str(base_folder("llama"))
+    for seed in (1, 2):
+        organ(base, seed).save_pretrained(tmp_path / str(seed))
+    arguments = [str(tmp_path / "1"), "--swap", str(tmp_path / "2"), "--backend", "eager", "--prompt", "w5 w6 w7"]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments, "--tokens", "5"])
+    capsys.readouterr()
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assisted, first, second, graphs = capsys.readouterr().out.splitlines()
+    assert assisted == f"assisted by its base: {first}"
+    assert second != first
+    assert graphs.endswith(", after the swap 0 more") and not graphs.startswith("graphs: 0,")

@@ -1,0 +1,43 @@
+"""`DonorTrainer` on two CPU processes (gloo): DDP and FSDP2, by torchrun and by accelerate."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from testing.launching import EXAMPLE, ON_CPU, TORCHRUN, accelerate, difference, train
+
+MODES = {
+    "ddp-torchrun": ([*TORCHRUN, EXAMPLE], ["--cpu", "--cache-prefix"]),
+    "ddp": ([*accelerate("ddp.yaml"), EXAMPLE], ["--cpu"]),
+    "fsdp2": ([*accelerate("fsdp2.yaml"), ON_CPU, EXAMPLE], []),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(base_folder, tmp_path_factory):
+    """What one process with the same global batch makes, and the organ before the first step."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    train([EXAMPLE], base_folder("llama"), output, "--cpu", batch_size=4)
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_make_what_one_does_and_resume(mode, base_folder, alone, tmp_path):
+    launcher, options = MODES[mode]
+    run = tmp_path / "run"
+    train(launcher, base_folder("llama"), run, *options)
+    assert difference(run / "organ", alone / "organ") < 1e-4  # losses are summed in another order
+    assert difference(run / "organ", run / "checkpoint-2") > 1e-3
+    # FSDP ran where it was meant to: only then accelerate writes the whole model beside the organ
+    assert (run / "checkpoint-2" / "pytorch_model_fsdp.bin").exists() == (mode == "fsdp2")
+    assert not [path for path in run.rglob("*") if "draft" in path.name]
+
+    # stopped after two steps: what a killed run leaves behind
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copytree(run / "checkpoint-2", half / "checkpoint-2")
+    train(launcher, base_folder("llama"), half, *options, "--resume")
+    assert difference(half / "organ", run / "organ") < 1e-6

@@ -1,0 +1,106 @@
+"""PEFT's LoRA on top of a transplanted model: saved, reloaded, folded in; wrapped recipients are refused."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+
+from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from testing import EXAMPLES
+from testing.donors import organ
+from testing.models import tiny_model
+
+LORA = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def saved(base_folder, tmp_path):
+    """Base, the folders of an organ and of a LoRA on top of it, and the model they are from."""
+    base = base_folder("llama")
+    organ(base, 1).save_pretrained(tmp_path / "organ")
+    lora = get_peft_model(TransplantedForCausalLM.from_pretrained(base, tmp_path / "organ"), LORA).eval()
+    lora.save_pretrained(tmp_path / "lora")
+    return base, tmp_path / "organ", tmp_path / "lora", lora
+
+
+@torch.no_grad()
+def test_organ_first_then_the_adapter_gives_the_same_model(saved, token_ids):
+    base, organ_folder, adapter, lora = saved
+    again = PeftModel.from_pretrained(TransplantedForCausalLM.from_pretrained(base, organ_folder), adapter)
+    assert torch.equal(again(token_ids).logits, lora(token_ids).logits)
+    names = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert names == str(base)
+    without = AutoPeftModelForCausalLM.from_pretrained(adapter)  # what docs/compatibility/peft-trl.md warns of
+    assert not torch.allclose(without(token_ids).logits, lora(token_ids).logits, atol=1e-3)
+
+
+@torch.no_grad()
+def test_lora_folds_into_the_organ(saved, tmp_path, token_ids):
+    _, organ_folder, _, lora = saved
+    expected = lora(token_ids).logits
+    model = lora.get_base_model()
+    with pytest.raises(NotHFError, match="merge or unload"):
+        model.save_pretrained(tmp_path / "folded")
+    merged = lora.merge_and_unload()
+    assert merged is model and torch.allclose(merged(token_ids).logits, expected, atol=1e-5)
+    merged.save_pretrained(tmp_path / "folded")
+    before, after = (DonorModel.from_pretrained(folder).state_dict() for folder in (organ_folder, tmp_path / "folded"))
+    changed = {name.split(".")[-2] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"q_proj", "down_proj"}
+
+
+@torch.no_grad()
+def test_lora_stays_with_its_layers_when_organs_are_switched(saved, token_ids):
+    *_, lora = saved
+    expected = lora(token_ids).logits
+    model = lora.get_base_model()
+    bare = get_peft_model(tiny_model("llama"), LORA)
+    with model.disable_donors():
+        switched = lora(token_ids).logits
+        inside = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert inside.keys() == {
+        name.removeprefix("base_model.model.") for name, _ in bare.named_parameters() if "lora_" in name
+    }
+    assert not torch.allclose(switched, expected, atol=1e-3)
+    assert torch.equal(lora(token_ids).logits, expected)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "inner", "injected"])
+def test_a_recipient_or_a_base_with_adapters_is_refused(how, token_ids):
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (1, 3))
+    wrapped = inject_adapter_in_model(LORA, base) if how == "injected" else get_peft_model(base, LORA)
+    recipient = wrapped.get_base_model() if how == "inner" else wrapped
+    with torch.no_grad():
+        before = recipient(token_ids).logits
+    with pytest.raises(NotHFError, match=r"has adapters or is wrapped; merge or unload"):
+        TransplantedForCausalLM.from_pretrained(recipient, donor)
+    with pytest.raises(NotHFError, match="not a PeftModel" if how == "wrapped" else "merge or unload .* then cut"):
+        DonorModel.from_base(recipient, (1, 3))
+    with torch.no_grad():
+        assert torch.equal(recipient(token_ids).logits, before)
+
+
+def test_organs_under_lora_are_not_averaged(token_ids):
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (1, 3))
+    model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="a")
+    model.load_donor(donor, "b")
+    get_peft_model(model, LORA)
+    with pytest.raises(NotHFError, match="modules that are not its own"):
+        model.add_weighted_donor(["a", "b"], None, "mean")
+    assert list(model.donor_config) == ["a", "b"]
+
+
+def test_the_example_runs(base_folder, tmp_path, monkeypatch, capsys):
+    example = EXAMPLES / "lora_on_organ.py"
+    options = ["--base", str(base_folder("llama")), "--layers", "1", "3", "--prompt", "w5 w6 w7 w8"]
+    monkeypatch.setattr(sys, "argv", [str(example), *options, "--output", str(tmp_path)])
+    runpy.run_path(str(example), run_name="__main__")
+    assert "loss after reloading" in capsys.readouterr().out
+    assert DonorModel.from_pretrained(tmp_path / "folded").config.layers == [1, 3]

@@ -1,0 +1,107 @@
+"""`transformers serve` and `transformers chat` with an organ: a server process, HTTP, real clients."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from not_hf import TransplantedForCausalLM
+from testing import EXAMPLES
+from testing.donors import organ
+
+SERVE = EXAMPLES / "serve.py"
+CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+PROMPT = "w5 w6 w7"
+
+pytestmark = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=["organ", "merged"])
+def served(request, base_folder, tmp_path_factory) -> Iterator[tuple[str, str, str]]:
+    """Address of a server, the model it serves, and what that model makes of the prompt.
+
+    The organ goes through our example, the merged model through plain `transformers serve`.
+    """
+    base, folder = str(base_folder("llama")), str(tmp_path_factory.mktemp(request.param))
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = CHAT
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=6, do_sample=False)
+    command = [sys.executable, str(SERVE)]
+    if request.param == "merged":
+        model.merge_and_unload().save_pretrained(folder)
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    port = free_port()
+    command += [folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(address, server)
+        yield address, folder, tokenizer.decode(out[0, ids.shape[1] :])
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+
+
+def wait_for(address: str, server: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert server.poll() is None, server.communicate()[0]
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            return
+        except urllib.error.URLError:
+            time.sleep(0.3)
+    pytest.fail(f"no answer from {address} in {seconds} s")
+
+
+def test_the_openai_client(served):
+    from openai import OpenAI
+
+    address, name, expected = served
+    client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=60)
+    assert [model.id for model in client.models.list()] == [name]
+    options = {"model": name, "max_tokens": 6, "temperature": 0}
+    assert client.completions.create(prompt=PROMPT, **options).choices[0].text.strip() == expected
+    messages = [{"role": "user", "content": PROMPT}]
+    answer = client.chat.completions.create(messages=messages, **options)
+    assert answer.choices[0].message.content.strip() == expected
+    stream = client.chat.completions.create(messages=messages, stream=True, **options)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(pieces).strip() == expected and len(pieces) > 1
+
+
+def test_transformers_chat(served):
+    address, name, expected = served
+    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", name, address]
+    command += ["max_new_tokens=6", "do_sample=False"]
+    typed = f"{PROMPT}\nn\n!exit\n"  # the n: not to go on past the six tokens
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert expected in " ".join(done.stdout.split())
+
+
+def test_plain_serve_does_not_find_the_class():
+    """Why there is an example: when this fails, `python -m not_hf.run transformers.cli.transformers serve` will do."""
+    source = Path(importlib.util.find_spec("transformers.cli.serving.model_manager").origin).read_text("utf-8")
+    assert "getattr(transformers, config.architectures[0])" in source

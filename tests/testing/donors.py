@@ -1,0 +1,72 @@
+"""Organs and models with organs that tell each other apart, for tests that move them about."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf.architecture.layers import output_projections
+from testing.models import tiny_model
+
+SPAN = (1, 3)
+
+
+def moved(donor: DonorModel, seed: int) -> DonorModel:
+    """The donor, its every tensor moved as that seed says, so that it matters wherever it stands."""
+    with torch.no_grad():
+        for n, parameter in enumerate(donor.parameters()):
+            generator = torch.Generator().manual_seed(100 * seed + n)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return donor
+
+
+def organ(base: PreTrainedModel | str | Path, seed: int, layers: tuple[int, int] = SPAN, **options) -> DonorModel:
+    """Layers of a base, every tensor that seed's own."""
+    return moved(DonorModel.from_base(base, layers, **options), seed)
+
+
+def tiny_organ(seed: int, model_type: str = "llama", layers: tuple[int, int] = SPAN, **options) -> DonorModel:
+    """The same of a tiny base."""
+    return organ(tiny_model(model_type), seed, layers, **options)
+
+
+def scaled_by_hand(donor: DonorModel, scale: float) -> DonorModel:
+    """A copy whose layers write `scale` times as much."""
+    twin = copy.deepcopy(donor)
+    with torch.no_grad():
+        for layer in twin.stack.layers:
+            for _, parameter in output_projections(layer):
+                parameter.mul_(scale)
+    return twin
+
+
+def transplanted(*donors: tuple[str, DonorModel, dict]) -> TransplantedForCausalLM:
+    """A tiny llama with organs: the name of each, the organ, and where it goes."""
+    model = tiny_model("llama")
+    for name, donor, place in donors:
+        model = TransplantedForCausalLM.from_pretrained(model, donor, donor_name=name, **place)
+    return model
+
+
+def with_organs(base: str, *seeds: int) -> TransplantedForCausalLM:
+    """The base with an organ per seed."""
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, seeds[0]), donor_name=f"organ{seeds[0]}")
+    for seed in seeds[1:]:
+        model.load_donor(organ(base, seed), f"organ{seed}")
+    return model
+
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def same(ours: torch.nn.Module | Tensors, theirs: torch.nn.Module | Tensors) -> bool:
+    """Whether two models, or two of what `state_dict` gives, have the same tensors by the same names, bit for bit."""
+    mine, other = (each if isinstance(each, Mapping) else each.state_dict() for each in (ours, theirs))
+    return mine.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in mine.items()
+    )

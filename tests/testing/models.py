@@ -1,0 +1,216 @@
+"""Tiny configs of every architecture in the matrix, rich enough that layers differ and mistakes show."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+from not_hf.architecture.stack import head_class
+
+VOCAB = 96
+NUM_LAYERS = 4
+
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+_GPT = {"n_embd": 32, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 64}
+_NEOX = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+ARCHITECTURES: dict[str, dict] = {
+    "gpt2": _GPT,
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": NUM_LAYERS,
+        "num_heads": 4,
+        "intermediate_size": 48,
+        "attention_types": [[["global", "local"], NUM_LAYERS // 2]],
+        "window_size": 4,
+        "max_position_embeddings": 64,
+    },
+    "gpt_neox": _NEOX,
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 16,
+        "max_position_embeddings": 64,
+    },
+    "bloom": {"hidden_size": 32, "n_layer": NUM_LAYERS, "n_head": 4},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4},
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": 6},
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3_moe": {
+        **_LLAMA,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 2,
+    },
+    "gemma2": {**_LLAMA, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **_LLAMA,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
+    },
+    "phi3": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "olmo2": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "gpt_oss": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "smollm3": {**{k: v for k, v in _LLAMA.items() if k != "head_dim"}, "no_rope_layers": [1, 0, 1, 1]},
+    "stablelm": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "starcoder2": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "cohere": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "granite": {
+        **{k: v for k, v in _LLAMA.items() if k != "head_dim"},
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+}
+
+# More of them, by the same rule and with no data of their own; what fits of this goes into each config.
+OTHERS = (
+    *("arcee", "biogpt", "codegen", "cohere2", "diffllama", "dots1", "ernie4_5", "exaone4", "gemma", "glm4"),
+    *("gpt_bigcode", "helium", "hunyuan_v1_dense", "lfm2", "mpt", "nemotron", "olmo", "olmo3", "olmoe"),
+    *("persimmon", "phi", "qwen2_moe", "seed_oss", "xglm"),
+)
+_WIDTHS = ("n_embd", "d_model")
+_DEPTHS = ("n_layer", "n_layers", "num_layers")
+_HEADS = ("n_head", "n_heads", "attention_heads")
+_INNER = ("n_inner", "ffn_dim")
+_LENGTHS = ("n_positions", "max_seq_len")
+_FOURS = ("rotary_dim", "num_experts", "n_routed_experts")
+_TWOS = ("num_experts_per_tok", "n_group")
+_ONES = ("topk_group", "n_shared_experts", "first_k_dense_replace")
+_ANY = {
+    **_LLAMA,
+    **dict.fromkeys(_WIDTHS, 32),
+    **dict.fromkeys(_DEPTHS, NUM_LAYERS),
+    **dict.fromkeys(_HEADS, 4),
+    **dict.fromkeys(_INNER, 48),
+    **dict.fromkeys(_LENGTHS, 64),
+    **dict.fromkeys(_FOURS, 4),
+    **dict.fromkeys(_TWOS, 2),
+    **dict.fromkeys(_ONES, 1),
+    **{"sliding_window": 6, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+}
+
+# Encoders: masked LMs, whose layers see both sides.
+_BERT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+PRE_NORM = ("eurobert", "megatron-bert", "modernbert", "roberta-prelayernorm")  # the others: norm after the sum
+ENCODERS: dict[str, dict] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "modernbert": {**_BERT, "local_attention": 6, "global_attn_every_n_layers": 2},
+    "camembert": _BERT,
+    "data2vec-text": _BERT,
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": NUM_LAYERS, "n_heads": 4, "max_position_embeddings": 64},
+    "electra": {**_BERT, "embedding_size": 16},
+    "ernie": _BERT,
+    "eurobert": {**_BERT, "head_dim": 8, "num_key_value_heads": 2},
+    "megatron-bert": _BERT,
+    "roberta-prelayernorm": _BERT,
+    "xlm-roberta": _BERT,
+}
+
+# Refused with a reason: a recurrent state, and an encoder-decoder.
+REFUSED: dict[str, dict] = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
+    "t5": {"d_model": 32, "num_layers": NUM_LAYERS, "num_heads": 4},
+}
+
+
+def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
+    """The tiny config of an architecture, with token ids inside the vocabulary."""
+    own = {**ARCHITECTURES, **ENCODERS, **REFUSED}.get(model_type)
+    if own is None:
+        known = AutoConfig.for_model(model_type)
+        own = {key: value for key, value in _ANY.items() if hasattr(known, key)}
+    special = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return AutoConfig.for_model(model_type, **{**special, **own, **overrides})
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A tiny causal LM (of an encoder: masked LM) in eval mode, every parameter random, norms and biases too."""
+    torch.manual_seed(seed)
+    config = tiny_config(model_type, **overrides)
+    model = head_class(config).from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name.lower() or "ln_" in name else 0.15 * noise)
+    model.tie_weights()
+    if model.can_generate():
+        model.generation_config.eos_token_id = None  # greedy runs to the length asked for
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Callable, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Scores of the next tokens (of an encoder: of the same), `(batch, seq, vocab)`."""
+    return model(ids, **inputs).logits
+
+
+def enable_checkpointing(model: PreTrainedModel, kwargs: dict | None = None) -> None:
+    """Turn gradient checkpointing on, under the name that transformers 5.23 gave it or the one it had before."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs)
+
+
+# the same for TrainingArguments
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+
+
+@functools.cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word: the special ones, then `w3`, `w4`, … to the end of the tiny vocabulary."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, VOCAB - 1)), "<mask>"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+        model_max_length=64,
+    )

@@ -1,0 +1,491 @@
+"""`DonorTrainer` gives what `Trainer` gives, and computes less for it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import IterableDataset
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainingArguments
+
+from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf.training.trainer import DonorTrainer, last_complete_checkpoint
+from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
+
+ARCHITECTURES = ["bloom", "cohere", "gemma2", "gpt_neox", "gpt2", "granite", "llama", "opt", "phi3", "qwen3"]
+EXPERTS = ["gpt_oss", "mixtral", "qwen3_moe"]
+
+
+def rows(count: int = 10, length: int = 16, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 90, (count, length), generator=generator)
+    return [{"input_ids": each, "labels": each.clone()} for each in ids]
+
+
+def recipient(model_type: str = "llama", span: tuple[int, int] = (2, 3), **options: Any) -> TransplantedForCausalLM:
+    torch.manual_seed(0)
+    base = tiny_model(model_type)
+    donor = DonorModel.from_base(base, span, **{"mode": "replace", **options})
+    return TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
+
+
+def made(model: Any, folder: Path, data: Any = None, cls: type[Trainer] = DonorTrainer, **options: Any) -> Trainer:
+    """A trainer; options of `TrainingArguments` and of the trainer may come in one."""
+    known = TrainingArguments.__dataclass_fields__
+    arguments = {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **{key: value for key, value in options.items() if key in known},
+    }
+    rest = {key: value for key, value in options.items() if key not in known}
+    if cls is DonorTrainer and rest.get("cache_prefix"):
+        rest.setdefault("prefix_dir", folder / "prefixes")
+    arguments = TrainingArguments(str(folder / "run"), **arguments)
+    return cls(model, arguments, train_dataset=rows() if data is None else data, **rest)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def organ(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trained(
+    folder: Path, model: Any = None, *args: Any, **options: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    model = recipient() if model is None else model
+    trainer = made(model, folder, *args, **options)
+    trainer.train()
+    return losses(trainer), organ(model)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert ours[0] == theirs[0]
+    assert all(torch.equal(tensor, theirs[1][name]) for name, tensor in ours[1].items())
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
+    assert ours[0] == pytest.approx(theirs[0], abs=tolerance)
+    for name, tensor in ours[1].items():
+        torch.testing.assert_close(tensor, theirs[1][name], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES + EXPERTS)
+def test_cached_and_uncached_train_the_same_organ(model_type, tmp_path):
+    cached, plain = (
+        trained(tmp_path / str(cache), recipient(model_type), cache_prefix=cache) for cache in (True, False)
+    )
+    # with experts, rounding depends on which tokens come together
+    (assert_close if model_type in EXPERTS else assert_same)(cached, plain)
+    assert plain[0][-1] < plain[0][0]
+
+
+@pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *EXPERTS} - {"gpt2", "opt"}))  # those have dropout
+def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
+    plain = trained(tmp_path / "a", recipient(model_type), cls=Trainer)
+    assert_same(trained(tmp_path / "b", recipient(model_type), head_chunk=0), plain)
+    # Adam turns the rounding of a gradient near zero into a step
+    chunked = trained(tmp_path / "c", recipient(model_type), head_chunk=7)
+    assert chunked[0] == pytest.approx(plain[0], abs=1e-4)
+
+
+def test_the_prefix_is_run_once_for_each_row_and_not_at_all_in_the_next_run(tmp_path):
+    def rows_through_the_first_layer() -> int:
+        model, seen = recipient(), []
+        trainer = made(model, tmp_path, cache_prefix=True, num_train_epochs=4)
+        model.model.layers[0].register_forward_hook(lambda layer, args, output: seen.append(args[0].shape))
+        trainer.train()
+        return sum(batch for batch, seq, _ in seen if seq == 16)  # not those of the probes
+
+    assert rows_through_the_first_layer() == 10
+    assert rows_through_the_first_layer() == 0
+
+
+def test_an_organ_that_is_inserted_starts_at_its_position(tmp_path):
+    options = {"mode": "insert", "init": "identity", "position": 3}
+    assert_same(
+        trained(tmp_path / "a", recipient(**options), cache_prefix=True), trained(tmp_path / "b", recipient(**options))
+    )
+
+
+def test_dropout_of_the_organ_stays_and_that_below_it_is_off(tmp_path):
+    model = recipient("gpt2")
+    seen: dict[int, list[bool]] = {1: [], 2: []}
+    for n, modes in seen.items():
+        dropout = model.transformer.h[n].mlp.dropout
+        dropout.register_forward_hook(lambda module, args, output, modes=modes: modes.append(module.training))
+    made(model, tmp_path, max_steps=1).train()
+    assert not any(seen[1]) and seen[2][-1]
+    assert model.transformer.training and not model.transformer.drop.training
+
+
+def test_padding_on_the_right_is_not_kept(tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.padding_side = "right"
+    texts = [{"input_ids": each["input_ids"][: 4 + n].tolist()} for n, each in enumerate(rows())]
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        padded = DataCollatorWithPadding(tokenizer)(batch)
+        return {**padded, "labels": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)}
+
+    plain = trained(tmp_path / "a", data=texts, data_collator=collate)
+    cached = made(model := recipient(), tmp_path / "b", texts, data_collator=collate, cache_prefix=True)
+    cached.train()
+    assert_close((losses(cached), organ(model)), plain, 1e-3)
+    assert len(cached._stack.prefix.rows) == 10  # whatever length their batches had
+    size = sum(file.stat().st_size for file in (tmp_path / "b/prefixes").glob("*/*.rows"))
+    assert size == sum(range(4, 14)) * 32 * 4
+
+
+def test_what_is_kept_in_bfloat16_is_half_as_large_and_nearly_the_same(tmp_path):
+    plain = trained(tmp_path / "a")
+    rounded = trained(tmp_path / "b", cache_prefix=True, prefix_dtype=torch.bfloat16)
+    assert rounded[0] != plain[0] and rounded[0] == pytest.approx(plain[0], abs=2e-2)
+    assert sum(file.stat().st_size for file in (tmp_path / "b/prefixes").glob("*/*.rows")) == 10 * 16 * 32 * 2
+    # what is computed is rounded too: a second run, all from the cache, is the same run
+    assert_same(trained(tmp_path / "b", cache_prefix=True, prefix_dtype=torch.bfloat16), rounded)
+
+
+def test_bf16_autocast(tmp_path):
+    plain = trained(tmp_path / "a", cls=Trainer, bf16=True)
+    ours = trained(tmp_path / "b", bf16=True)
+    cached = trained(tmp_path / "c", bf16=True, cache_prefix=True)
+    assert_same(cached, ours)
+    assert ours[0] == pytest.approx(plain[0], abs=5e-2)
+
+
+def test_weights_position_and_precision_have_caches_of_their_own(tmp_path):
+    def keys(**options: Any) -> str:
+        model = options.pop("model", None) or recipient()
+        trainer = made(model, tmp_path, cache_prefix=True, max_steps=1, **options)
+        trainer.train()
+        return trainer._stack.prefix.key
+
+    other = recipient()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    above = recipient()
+    with torch.no_grad():
+        above.model.layers[3].mlp.up_proj.weight[0, 0] += 1e-3
+    eager = recipient()
+    eager.set_attn_implementation("eager")
+    first = keys()
+    assert keys() == first == keys(model=above)
+    others = [
+        keys(model=other),
+        keys(model=recipient(span=(3, 4))),
+        keys(bf16=True),
+        keys(prefix_dtype=torch.bfloat16),
+        keys(model=eager),
+    ]
+    assert len({first, *others}) == 6
+
+
+def test_a_cache_that_takes_nothing_trains_the_same(tmp_path):
+    assert_same(trained(tmp_path / "a", cache_prefix=True, max_prefix_bytes=0), trained(tmp_path / "b"))
+
+
+def test_evaluation_uses_the_cache_and_gives_the_loss_of_trainer(tmp_path):
+    held_out = {"domain": rows(4, seed=1), "control": rows(4, seed=2)}
+    plain = made(recipient(), tmp_path, cls=Trainer, eval_dataset=held_out).evaluate()
+    trainer = made(recipient(), tmp_path, eval_dataset=held_out, cache_prefix=True)
+    for _ in range(2):
+        found = trainer.evaluate()
+        for name in held_out:
+            assert found[f"eval_{name}_loss"] == pytest.approx(plain[f"eval_{name}_loss"], abs=1e-5)
+    assert trainer._stack.prefix.rows.hits == 8
+
+
+def test_evaluating_in_another_dtype(tmp_path):
+    """`bf16_full_eval` casts the model for evaluation; what was kept for float32 is not used then."""
+    options = {"eval_dataset": rows(4, seed=1), "bf16_full_eval": True}
+    expected = made(recipient(), tmp_path, cls=Trainer, **options).evaluate()["eval_loss"]
+    trainer = made(recipient(), tmp_path, cache_prefix=True, **options)
+    trainer.train()
+    trainer.model.load_state_dict(recipient().state_dict())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=2e-2)
+
+
+def test_a_model_made_anew_for_each_training(tmp_path):
+    trainer = made(None, tmp_path, model_init=lambda: recipient(), cache_prefix=True)
+    trainer.train()
+    first = losses(trainer)
+    trainer.train()
+    assert losses(trainer)[-len(first) :] == first
+
+
+def test_logits_are_there_for_whoever_asks(tmp_path):
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        return {"mean": float(np.mean(prediction.predictions))}
+
+    found = [
+        made(recipient(), tmp_path, cls=cls, eval_dataset=rows(4), compute_metrics=compute_metrics, **options)
+        for cls, options in ((Trainer, {}), (DonorTrainer, {"cache_prefix": True}))
+    ]
+    assert found[0].evaluate()["eval_mean"] == found[1].evaluate()["eval_mean"]
+    assert np.array_equal(found[0].predict(rows(4)).predictions, found[1].predict(rows(4)).predictions)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"gradient_accumulation_steps": 2},
+        {CHECKPOINTING: True},
+        {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.pow(2).mean()},
+        {"max_grad_norm": 0.01, "lr_scheduler_type": "cosine", "warmup_steps": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_trainer_can_do_is_done(options, tmp_path):
+    plain = trained(tmp_path / "a", cls=Trainer, **options)
+    assert_same(trained(tmp_path / "b", head_chunk=0, cache_prefix=True, **options), plain)
+    assert trained(tmp_path / "c", cache_prefix=True, **options)[0] == pytest.approx(plain[0], abs=1e-4)
+
+
+def test_streams_and_early_stopping(tmp_path):
+    def stream() -> IterableDataset:
+        return IterableDataset.from_generator(lambda: iter(rows()))
+
+    options = {
+        "max_steps": 40,
+        "eval_dataset": {"domain": rows(4, seed=5)},
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_domain_loss",
+        "callbacks": [EarlyStoppingCallback(2)],
+    }
+    trainer = made(recipient(), tmp_path, stream(), cache_prefix=True, **options)
+    trainer.train()
+    assert trainer.state.global_step < 40
+    best = trainer.evaluate()["eval_domain_loss"]
+    assert best == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+class MostLogits(TorchDispatchMode):
+    """For how many tokens at once there were logits, at most."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.tokens = vocab, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            of_tokens = isinstance(each, torch.Tensor) and each.ndim and each.shape[-1] == self.vocab
+            if of_tokens and each.untyped_storage().nbytes() >= each.nbytes:  # else a view of the head, expanded
+                self.tokens = max(self.tokens, each.numel() // self.vocab)
+        return out
+
+
+@pytest.mark.parametrize("chunk", [40, 0])
+def test_logits_of_all_tokens_are_never_in_memory(chunk, tmp_path):
+    trainer = made(recipient(), tmp_path, head_chunk=chunk)
+    batch = {key: torch.stack([each[key] for each in rows(8)]) for key in ("input_ids", "labels")}
+    trainer.compute_loss(trainer.model, dict(batch))
+    with MostLogits(trainer.model.config.vocab_size) as most:
+        trainer.training_step(trainer.model, dict(batch), num_items_in_batch=120)
+    assert most.tokens == (chunk or 8 * 16)  # the transposed head is of 32 rows
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("options", [{}, {"mode": "insert", "position": 3}])
+def test_kl_holds_the_model_to_its_base(options, cache, tmp_path):
+    model = recipient(**options)
+    with torch.no_grad():
+        for parameter in organ_parameters(model):
+            parameter.mul_(1.5)
+    batch = {key: torch.stack([each[key] for each in rows(2)]) for key in ("input_ids", "labels")}
+    model.train()
+    trainer = made(model, tmp_path, kl_weight=0.7, head_chunk=5, cache_prefix=cache)
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    logits = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    with model.disable_donors(), torch.no_grad():
+        expected = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+    kl = functional.kl_div(logits.log_softmax(-1), expected, reduction="batchmean", log_target=True)
+    by_hand = functional.cross_entropy(logits, batch["labels"][:, 1:].flatten()) + 0.7 * kl
+    by_hand.backward()
+    assert kl > 0.001
+    assert loss.item() == pytest.approx(by_hand.item(), abs=1e-5)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+
+
+def organ_parameters(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_kl_keeps_what_the_base_says(tmp_path):
+    drift = {}
+    for weight in (0.0, 20.0):
+        model = recipient()
+        ids = torch.stack([each["input_ids"] for each in rows(4, seed=9)])
+        before = model(ids).logits.log_softmax(-1)
+        made(model, tmp_path / str(weight), kl_weight=weight, num_train_epochs=6).train()
+        drift[weight] = (model(ids).logits.log_softmax(-1) - before).abs().mean().item()
+    assert drift[20.0] < 0.7 * drift[0.0]
+
+
+def test_a_compiled_model(tmp_path):
+    plain = trained(tmp_path / "a")
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "num_train_epochs": 3}
+    assert trained(tmp_path / "b", cache_prefix=True, **options)[0] == pytest.approx(plain[0], abs=1e-4)
+
+
+def test_lora_on_an_organ(tmp_path):
+    lora = LoraConfig(target_modules=["q_proj", "up_proj"], layers_to_transform=[2], r=4)
+    models = [get_peft_model(recipient(), copy.deepcopy(lora)) for _ in range(2)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    ours = trained(tmp_path / "a", models[0], cache_prefix=True)
+    assert ours[0] == pytest.approx(trained(tmp_path / "b", models[1], cls=Trainer)[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_callbacks_are_those_of_trainer(disable_tqdm, tmp_path):
+    options = {"disable_tqdm": disable_tqdm, "callbacks": [EarlyStoppingCallback(2)]}
+    ours, theirs = (
+        [type(each) for each in made(recipient(), tmp_path, cls=cls, **options).callback_handler.callbacks]
+        for cls in (DonorTrainer, Trainer)
+    )
+    assert ours == theirs and EarlyStoppingCallback in ours
+
+
+def test_how_many_tokens_an_organ_has_seen(tmp_path):
+    model = recipient()
+    model.donor_config["default"].tokens_seen = 1000
+    trainer = made(model, tmp_path, max_steps=4)
+    trainer.train()
+    trainer.save_model(tmp_path / "organ")
+    assert DonorModel.from_pretrained(tmp_path / "organ").config.tokens_seen == 1000 + (4 + 4 + 2 + 4) * 16
+
+
+def test_a_push_keeps_the_organ_s_card(hub, tmp_path):
+    trainer = made(recipient(), tmp_path, max_steps=1, hub_model_id="me/pushed-by-donor-trainer")
+    trainer.train()
+    trainer.push_to_hub()
+    loaded = DonorModel.from_pretrained("me/pushed-by-donor-trainer")
+    expected = organ(trainer.model)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.values(), strict=True))
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load("me/pushed-by-donor-trainer")
+    assert "not-hf" in card.data.tags and "from_pretrained" in card.text
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (lambda: recipient(span=(0, 1)), {"cache_prefix": True}, "the first layer is trainable"),
+        (lambda: recipient().requires_grad_(False), {"cache_prefix": True}, "no layer is trainable"),
+        (lambda: with_trainable_embeddings(), {"cache_prefix": True}, "everything below the organ frozen"),
+        (lambda: tiny_model("llama"), {"kl_weight": 1.0}, "needs a model with organs"),
+        (recipient, {"kl_weight": -1.0}, "0 or more"),
+        (recipient, {"kl_weight": 1.0, "head_chunk": 0}, "chunked loss"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(model, options, message, tmp_path):
+    model = model()
+    model.train()
+    batch = {key: torch.stack([each[key] for each in rows(2)]) for key in ("input_ids", "labels")}
+    with pytest.raises(NotHFError, match=message):
+        made(model, tmp_path, **options).compute_loss(model, batch)
+    layers = model.model.layers
+    assert not any(type(layer).__name__ == "SkippedLayer" for layer in layers)
+
+
+def with_trainable_embeddings() -> TransplantedForCausalLM:
+    model = recipient()
+    model.get_input_embeddings().requires_grad_(True)
+    return model
+
+
+def test_an_error_in_a_step_leaves_the_model_as_it_was(tmp_path):
+    model = recipient()
+    ids = rows(1)[0]["input_ids"][None]
+    trainer = made(model, tmp_path, cache_prefix=True)
+    trainer.compute_loss(model.train(), {"input_ids": ids, "labels": ids})
+    before = list(model.model.layers)
+    with pytest.raises(IndexError):
+        trainer.compute_loss(model, {"input_ids": ids, "labels": ids + 1000})
+    assert list(model.model.layers) == before
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in before)
+
+
+# The process that the next test kills: every save of it is slow enough to be hit in the middle.
+_KILLED = """
+import sys, time
+from pathlib import Path
+import test_trainer as t
+from transformers import TrainerCallback
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        print("step", state.global_step, flush=True)
+        time.sleep(0.05)
+
+folder = Path(sys.argv[1])
+trainer = t.made(t.recipient("gpt2"), folder, cache_prefix=True, callbacks=[Slow()], **t.KILLED)
+trainer.train(resume_from_checkpoint=t.last_complete_checkpoint(folder / "run"))
+trainer.save_model(folder / "organ")
+"""
+KILLED = {"num_train_epochs": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "seed": 3}
+
+
+def test_killed_anywhere_and_resumed_gives_the_same_organ(tmp_path):
+    """A process killed at several moments, checkpoints half written among them; with dropout in the organ."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", _KILLED, str(tmp_path / "killed")]
+    for delay in (0.0, 0.06, 0.13):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        steps = 0
+        for line in process.stdout:
+            steps += line.startswith("step")
+            if steps == 3:
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+                break
+        assert process.wait(60) == -9
+    newest = max((tmp_path / "killed/run").glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
+    state = newest / "trainer_state.json"
+    state.write_text(state.read_text()[:40] if state.exists() else "{")  # the last one as if cut short
+    assert last_complete_checkpoint(tmp_path / "killed/run") != str(newest)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    trainer = made(recipient("gpt2"), tmp_path / "whole", cache_prefix=True, **KILLED)
+    trainer.train()
+    expected = organ(trainer.model)
+    found = DonorModel.from_pretrained(tmp_path / "killed/organ")
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.values(), strict=True))
+
+
+def test_nothing_to_resume_from(tmp_path):
+    with pytest.raises(NotHFError, match="no complete checkpoint"):
+        made(recipient(), tmp_path).train(resume_from_checkpoint=True)
