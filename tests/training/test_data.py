@@ -113,7 +113,7 @@ def test_load_text_says_what_is_wrong(folder, tmp_path, streaming):
 
     with pytest.raises(NotHFError, match="no column 'text'; choose one of 'verse', 'number'"):
         load(folder / "verses.jsonl")
-    with pytest.raises(NotHFError, match=r"column 'number' of .* holds int64, not text"):
+    with pytest.raises(NotHFError, match=r"column 'number' of .* must hold strings, got int64"):
         load(folder / "verses.jsonl", column="number")
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*gone\.txt"):
         load(folder / "gone.txt")
@@ -124,7 +124,7 @@ def test_load_text_says_what_is_wrong(folder, tmp_path, streaming):
     (tmp_path / "scan.pdf").write_bytes(b"%PDF")
     with pytest.raises(NotHFError, match=r"cannot read \.pdf"):
         load(tmp_path / "scan.pdf")
-    with pytest.raises(NotHFError, match=r"no text in .*; looked for \.txt"):
+    with pytest.raises(NotHFError, match=r"no text files in .*; expected \.txt"):
         load(tmp_path)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(NotHFError, match=r"empty\.txt"):
@@ -242,7 +242,7 @@ def test_pack_says_what_is_wrong(tokenizer):
     texts = Dataset.from_dict({"body": ["a", "b"]})
     with pytest.raises(NotHFError, match="the text has fewer tokens than one block of 5"):
         pack(texts, tokenizer, 5, column="body")
-    with pytest.raises(NotHFError, match="block_length is 1"):
+    with pytest.raises(NotHFError, match="block_length must be at least 2, got 1"):
         pack(texts, tokenizer, 1, column="body")
     for dataset in (texts, IterableDataset.from_generator(lambda: iter([{"body": "a"}]))):
         with pytest.raises(NotHFError, match="the dataset has no column 'text'; choose one of 'body'"):

@@ -368,6 +368,16 @@ def test_lora_on_an_organ(tmp_path):
     assert ours[0] == pytest.approx(trained(tmp_path / "b", models[1], cls=Trainer)[0], abs=1e-4)
 
 
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_callbacks_are_those_of_trainer(disable_tqdm, tmp_path):
+    options = {"disable_tqdm": disable_tqdm, "callbacks": [EarlyStoppingCallback(2)]}
+    ours, theirs = (
+        [type(each) for each in made(recipient(), tmp_path, cls=cls, **options).callback_handler.callbacks]
+        for cls in (DonorTrainer, Trainer)
+    )
+    assert ours == theirs and EarlyStoppingCallback in ours
+
+
 def test_how_many_tokens_an_organ_has_seen(tmp_path):
     model = recipient()
     model.donor_config["default"].tokens_seen = 1000
