@@ -1,4 +1,4 @@
-"""In what configs and layers differ: what the guard before a merge, and every check of an organ, goes by."""
+"""How configs and layers differ: the basis of the guard before a merge and of every check of an organ."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ def native_differences(
     own: Sequence[Collection[str]] | None = None,
     there: str = "natively",
 ) -> list[str]:
-    """In what live layers differ from those a native model of the same config would have.
+    """How live layers differ from those of a native model of the same config.
 
     An empty list means: saved with this config and loaded without not_hf, these layers compute the same.
 
     Args:
-        layers: The live ones.
-        twin_layers: The native ones, or others to compare with.
-        own: For each layer, differences that are its own wherever it stands (a quantizer's modules).
-        there: Where the twins are, in words.
+        layers: The live layers.
+        twin_layers: The native layers, or others to compare with.
+        own: For each layer, differences to ignore, since it has them at any position (a quantizer's modules).
+        there: Where the twins are, for the messages.
     """
     return [
         f"layer {n}{difference}"
@@ -95,7 +95,7 @@ def native_differences(
 
 
 def layer_differences(layer: nn.Module, twin: nn.Module, there: str = "natively") -> list[str]:
-    """In what one layer differs from a native one; each reads on after the layer's name."""
+    """How a layer differs from a native one; each text continues the layer's name."""
     differences: list[str] = []
     ours, theirs = dict(layer.named_modules()), dict(twin.named_modules())
     if shape_of(layer) != shape_of(twin):
@@ -124,20 +124,20 @@ def same_modules(layers: Iterable[nn.Module], others: Iterable[nn.Module]) -> bo
 
 
 def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[nn.Module]) -> None:
-    """Give layers the plain attributes that their originals have because of where they stand in the base.
+    """Give layers the plain attributes that their originals have because of their position in the base.
 
     Args:
         layers: Layers of an organ, built as the first ones of a shorter model.
         originals: The same layers of the base, on the meta device.
 
     Raises:
-        UnsupportedArchitectureError: At their new place they are built of other modules or shapes.
+        UnsupportedArchitectureError: At their new position they have other modules or shapes.
     """
     for layer, original in zip(layers, originals, strict=True):
         ours, theirs = dict(layer.named_modules()), dict(original.named_modules())
         if not same_modules([layer], [original]):
             raise UnsupportedArchitectureError(
-                "these layers are built otherwise at another place of the stack; cut a span that does not depend on it"
+                "these layers have other modules or shapes at another position; cut a span that does not depend on it"
             )
         for name, module in theirs.items():
             mine = _scalars(ours[name])
@@ -152,7 +152,7 @@ def shape_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def fingerprint(config: PreTrainedConfig) -> str:
-    """SHA-256 of what a config says about its layers: equal for two fine-tunes of one model."""
+    """SHA-256 of the config keys that concern layers: equal for two fine-tunes of one model."""
     ignored = NAMES | {
         "vocab_size",
         "bos_token_id",
@@ -172,7 +172,7 @@ def _scalars(module: nn.Module) -> dict[str, Any]:
         if key not in NOT_DERIVED
         and isinstance(value, (bool, int, float, str, tuple, type(None)))
         and "dropout" not in key
-        and not (key == "p" and isinstance(module, nn.Dropout))  # training alone
+        and not (key == "p" and isinstance(module, nn.Dropout))  # for training only
         and not key.startswith(BOOKKEEPING)
     }
 
@@ -186,7 +186,7 @@ def _tensor_differences(where: str, ours: dict[str, Any], theirs: dict[str, Any]
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two values are one; floats as far as float32 tells them apart, since GGUF files hold them so."""
+    """Whether two values are equal; floats in the precision of float32, in which GGUF files store them."""
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=2**-24)
     return bool(ours == theirs)

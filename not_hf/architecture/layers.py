@@ -1,4 +1,4 @@
-"""What is done to layers themselves: laying them bare, silencing them, fitting them into another model."""
+"""Operations on layers: stripping a model to them, silencing them, fitting them into another model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from not_hf.architecture.tables import OUTPUT_PROJECTIONS
 from not_hf.architecture.upstream import copy_checkpointing, swapped_layers
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line
 
-# modules beside the layers that do not touch hidden states: they say where tokens stand
+# Modules outside the layers that encode positions and do not touch hidden states
 POSITIONAL = ("rotary", "rope")
 
 
 class Passthrough(nn.Module):
-    """Stands where a stripped module was: hands hidden states on, answers anything else with a zero."""
+    """Replaces a stripped module: returns hidden states as they are, and a zero for anything else."""
 
     def forward(self, x: Any = None, *args: Any, inputs_embeds: Any = None, **kwargs: Any) -> torch.Tensor:
-        """`x` itself when it is `(batch, seq, hidden)`, else a zero without dimensions.
+        """`x` itself if it is `(batch, seq, hidden)`, else a zero without dimensions.
 
-        Embeddings of encoders are called with no ids, and with the hidden states second or by name.
+        Embeddings of encoders are called without ids, and with the hidden states second or by name.
         """
         if x is None:
             x = next((arg for arg in (inputs_embeds, *args) if isinstance(arg, torch.Tensor)), None)
@@ -36,7 +36,7 @@ class Passthrough(nn.Module):
 
 
 def strip_to_layers(stack: Stack) -> None:
-    """Put a `Passthrough` in the place of everything in the base model but its layers and its rotary embeddings."""
+    """Replace everything in the base model except its layers and rotary embeddings by a `Passthrough`."""
     parent: nn.Module = stack.base_model
     for step in stack.path.split("."):
         for name, _ in list(parent.named_children()):
@@ -47,15 +47,15 @@ def strip_to_layers(stack: Stack) -> None:
 
 @torch.no_grad()
 def check_bare(organ: nn.Module, stack: Stack, hidden: torch.Tensor) -> None:
-    """Check that a stripped base model is nothing but its layers: without them hidden states go through unchanged.
+    """Check that a stripped base model consists of its layers alone: without them, it returns hidden states unchanged.
 
     Args:
-        organ: Takes `inputs_embeds`.
-        stack: Its layers, left out for the moment.
+        organ: A model that takes `inputs_embeds`.
+        stack: Its layers, left out during the check.
         hidden: Any hidden states, `(batch, seq, hidden)`.
 
     Raises:
-        UnsupportedArchitectureError: Something beside the layers changes hidden states, or cannot do without them.
+        UnsupportedArchitectureError: The rest changes hidden states, or does not run without the stripped modules.
     """
     kind = f"model_type {stack.base_model.config.model_type!r}"
     try:
@@ -91,12 +91,12 @@ def silence(layer: nn.Module) -> None:
 
 
 def settle(layer: nn.Module, neighbour: nn.Module, device: torch.device | None = None) -> None:
-    """Move a layer to where a layer of the recipient is: device, dtype of each parameter.
+    """Give a layer the device of a layer of the recipient and, parameter by parameter, its dtype.
 
     Args:
         layer: The layer.
-        neighbour: The recipient's. Where its parameter is packed, ours takes the dtype that the layer computes in.
-        device: Where the neighbour runs, when its weights rest elsewhere.
+        neighbour: The recipient's layer. Instead of a packed dtype, the one that it computes in is taken.
+        device: Where the neighbour runs, if its weights are elsewhere.
     """
     theirs = {name: p for name, p in neighbour.named_parameters() if computes(p)}
     fallback = next(iter(theirs.values()))
@@ -109,20 +109,20 @@ def settle(layer: nn.Module, neighbour: nn.Module, device: torch.device | None =
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity, found without a second tensor of its size."""
+    """Whether a tensor holds neither NaN nor infinity; computed without a second tensor of its size."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
 
 
 def require_finite(layers: Iterable[nn.Module], name: str, known: Mapping[nn.Parameter, torch.dtype]) -> None:
-    """Check what layers hold, after they have taken the recipient's dtype.
+    """Check that the values of layers are finite, after a cast to the recipient's dtype.
 
     Args:
         layers: Of an organ.
         name: Of the organ.
-        known: Parameters that were finite before, each with the dtype it had then.
+        known: Parameters that were finite before the cast, each with its dtype then.
 
     Raises:
-        CorruptDonorError: Naming the first tensor that holds NaN or infinity.
+        CorruptDonorError: With the name of the first tensor that holds NaN or infinity.
     """
     for n, layer in enumerate(layers):
         for key, parameter in layer.named_parameters():
@@ -131,13 +131,13 @@ def require_finite(layers: Iterable[nn.Module], name: str, known: Mapping[nn.Par
 
 
 def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn.Module], training: bool) -> None:
-    """Give a layer that enters a stack what its neighbours have: the config, train mode, gradient checkpointing.
+    """Give a layer that enters a stack the config, train mode and gradient checkpointing of its neighbours.
 
     Args:
         layer: The layer.
         config: The recipient's.
-        reference: A layer that stood in the stack so far, as modules by name.
-        training: The recipient's mode.
+        reference: A layer that is in the stack already, as modules by name.
+        training: Whether the recipient is in train mode.
     """
     layer.train(training)
     for name, module in layer.named_modules():

@@ -1,4 +1,4 @@
-"""How a config, and what layers know of their place, change when layers move."""
+"""Splicing: how the config, and the indices that layers store, change when layers move."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def splice_config(base: PreTrainedConfig, slots: Sequence[Slot]) -> dict[str, An
     for key in LAYER_INDEX_LISTS:
         if _is_list(base, key):
             values[key] = [n for n, (config, i) in enumerate(slots) if i in getattr(config, key)]
-    if "attention_layers" in values and _is_list(base, "attention_types"):  # gpt_neo writes the list run-length coded
+    if "attention_layers" in values and _is_list(base, "attention_types"):  # gpt_neo run-length encodes the list
         values["attention_types"] = [[list(values["attention_layers"]), 1]]
     if getattr(base, "decoder_sparse_step", None) is not None and "mlp_only_layers" in values:
-        # layer i is sparse when step divides i + 1, unless listed: say the same with step 1 and the list alone
+        # layer i is sparse if step divides i + 1, unless it is listed: the same with step 1 and the list alone
         values["mlp_only_layers"] = [
             n
             for n, (config, i) in enumerate(slots)
@@ -58,14 +58,14 @@ def spliced_config(base: PreTrainedConfig, slots: Sequence[Slot]) -> PreTrainedC
 
 
 def set_layer_index(layer: nn.Module, index: int) -> None:
-    """Tell a layer and every module in it that it stands at `index` of the stack."""
+    """Set the index in the stack that a layer and the modules in it store."""
     for module, name in _index_holders(layer):
         setattr(module, name, index)
 
 
 @contextlib.contextmanager
 def numbered(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Number layers from 0 for a while."""
+    """Number layers from 0 inside the block."""
     before = [(module, name, vars(module)[name]) for layer in layers for module, name in _index_holders(layer)]
     try:
         for n, layer in enumerate(layers):

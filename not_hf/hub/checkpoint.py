@@ -18,9 +18,9 @@ from not_hf.architecture.upstream import fetch_file
 from not_hf.errors import CorruptDonorError
 from not_hf.hub.headers import read_header
 
-# safetensors names of the dtypes a trained weight may have, and what torch calls them
+# The dtypes that trained weights may have: safetensors' names, and torch's
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# those of quantized ones too
+# The dtypes that a file may hold
 DTYPES = FLOAT_DTYPES | {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 DTYPES |= {
     f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
@@ -30,10 +30,10 @@ DTYPES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "
 
 @dataclass(frozen=True)
 class View:
-    """A tensor in a safetensors file, read through a memory map when it is indexed, as slices of `safe_open` are.
+    """A tensor in a safetensors file, memory-mapped when it is indexed, as slices of `safe_open` are.
 
-    Each has a map of its own. In one for all, every tensor that is kept would keep the memory of those that were only
-    read to be converted (the experts of a Mixtral, which a model has in one tensor).
+    Each view has a memory map of its own. With one map per file, every tensor that is kept would hold on to the memory
+    of those that were only read to be converted (the experts of a Mixtral, which transformers fuses into one tensor).
     """
 
     path: str
@@ -44,11 +44,11 @@ class View:
     end: int
 
     def get_dtype(self) -> str:
-        """As of `safe_open(...).get_slice`: transformers asks lazy tensors so, when it dequantizes them."""
+        """As in `safe_open(...).get_slice`; transformers calls it on lazy tensors that it dequantizes."""
         return self.dtype
 
     def get_shape(self) -> list[int]:
-        """As of `safe_open(...).get_slice`."""
+        """As in `safe_open(...).get_slice`."""
         return self.shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -59,15 +59,15 @@ class View:
             return torch.empty(self.shape, dtype=dtype)[index]
         if _identity(self.path) != self.identity:
             raise CorruptDonorError(f"{self.path} was written to while it was read; try again")
-        # a private copy, page by page, of what is written to; it keeps no file open
+        # copy-on-write, and it keeps no file open
         mapped = torch.from_file(self.path, shared=False, size=self.end, dtype=torch.uint8).untyped_storage()
-        own = mapped[self.start :]  # by the size of its storage a tensor weighs when it is saved in shards
-        if self.start % dtype.itemsize:  # such files exist; views of them do not
+        own = mapped[self.start :]  # saving in shards counts the size of the storage
+        if self.start % dtype.itemsize:  # such files exist, and torch refuses such views
             own = own.clone()
         return torch.empty(0, dtype=dtype, device="cpu").set_(own).reshape(self.shape)[index]
 
 
-Handle = TypeVar("Handle")  # what stands for a file: its local path, or a file on the Hub
+Handle = TypeVar("Handle")  # a local path, or a file on the Hub
 
 
 def open_checkpoint(
@@ -80,7 +80,7 @@ def open_checkpoint(
 
     Args:
         source: Local folder or Hub ID holding `model.safetensors` or a sharded checkpoint with its index.
-        wanted: Says by name which tensors are needed; of a sharded checkpoint only their files are fetched.
+        wanted: Tells by name which tensors are needed; of a sharded checkpoint only the files with them are fetched.
         variant: As in transformers: `model.<variant>.safetensors`.
         hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, … as in transformers.
 
@@ -134,7 +134,7 @@ def renumber_layers(
         Tensors by name below the base model (`layers.0.…`), and which layers of the span have any.
 
     Raises:
-        CorruptDonorError: One of them is there twice.
+        CorruptDonorError: The checkpoint holds a tensor twice.
     """
     pattern = layer_pattern(prefix, path)
     kept: dict[str, Any] = {}
@@ -162,11 +162,11 @@ def choose(
     variant: str | None = None,
     **hub_kwargs: Any,
 ) -> Iterator[tuple[str, Any]]:
-    """The wanted tensors of a checkpoint in one file or in several with an index.
+    """The wanted tensors of a checkpoint, which is one file or several with an index.
 
     Args:
-        find: Gives what stands for a file, `None` when there is none of that name.
-        read: Gives the tensors in it by name.
+        find: Finds a file by its name; `None` if there is none.
+        read: Gives the tensors in a file, by name.
     """
     whole, sharded = (_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if (single := find(whole)) is not None:
@@ -199,7 +199,7 @@ def _add_variant(name: str, variant: str | None) -> str:
 
 
 def _require_reach(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> None:
-    """Raise `OSError` for a file that was not found merely because the Hub could not be asked for it."""
+    """Raise `OSError` if a file was not found only because the Hub could not be asked for it."""
     try:
         found = cached_file(source, file, **hub_kwargs)
     except OSError as error:
@@ -217,7 +217,7 @@ def open_file(path: str) -> dict[str, Any]:
     """A view of each tensor in one safetensors file, by name.
 
     Raises:
-        CorruptDonorError: It is truncated or none.
+        CorruptDonorError: It is truncated, or not a safetensors file.
     """
     identity = _identity(path)
     header = read_header(path)
@@ -234,7 +234,7 @@ def read_weight_map(index: str) -> dict[str, str]:
     """Which file holds which tensor, from the index of a sharded checkpoint.
 
     Raises:
-        CorruptDonorError: It is no index, or names files elsewhere.
+        CorruptDonorError: It is not an index, or names files in other folders.
     """
     try:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]

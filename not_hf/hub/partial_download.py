@@ -1,4 +1,4 @@
-"""No more of a checkpoint on the Hub than is needed: its headers, or the bytes of a few tensors."""
+"""Partial downloads of a checkpoint on the Hub: its headers, or the bytes of a few tensors."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from not_hf.hub.ranges import Piece, RemoteFile, gather
 def open_part(
     source: str | os.PathLike[str], wanted: Callable[[str], bool], name: str, **hub_kwargs: Any
 ) -> dict[str, Any]:
-    """As `open_checkpoint`, but of files on the Hub only the bytes of the wanted tensors are fetched.
+    """As `open_checkpoint`, but from the Hub only the bytes of the wanted tensors are fetched.
 
     They are kept in the assets cache of `huggingface_hub`, by repo and commit, and not fetched again. Files that the
-    Hub cache holds anyway are read there.
+    Hub cache holds already are read there.
 
     Args:
         source: Local folder or Hub ID.
-        wanted: Says by name which tensors are needed.
-        name: What to call this choice of tensors in the cache.
+        wanted: Tells by name which tensors are needed.
+        name: Name of this choice of tensors in the cache.
         hub_kwargs: As in `open_checkpoint`; a `revision` that is resolved to its commit costs no request.
 
     Raises:
@@ -50,7 +50,7 @@ def open_part(
         if part.exists():
             try:
                 return open_file(str(part))
-            except CorruptDonorError:  # the disk, or somebody else
+            except CorruptDonorError:  # damaged on disk
                 if offline:
                     raise
                 fresh = True
@@ -118,7 +118,7 @@ def _located(file: RemoteFile) -> dict[str, tuple[RemoteFile, TensorInfo]]:
 
 
 def _part_file(repo: str, commit: str, name: str, hub_kwargs: Mapping[str, Any]) -> Path:
-    """Where a part of a checkpoint is kept, in the folder for what libraries make of files on the Hub."""
+    """Where a part of a checkpoint is cached: in the folder for what libraries derive from files on the Hub."""
     cache, subfolder = hub_kwargs.get("cache_dir"), hub_kwargs.get("subfolder") or ""
     assets = Path(cache, "not_hf-assets") if cache else Path(constants.HF_ASSETS_CACHE, "not_hf")
     if subfolder:  # any text, of any length
@@ -127,7 +127,7 @@ def _part_file(repo: str, commit: str, name: str, hub_kwargs: Mapping[str, Any])
 
 
 def _is_cached(repo: str, wanted: Callable[[str], bool], commit: str | None, hub_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the Hub cache holds the files of all wanted tensors, which it then does whole."""
+    """Whether the Hub cache holds every file that holds a wanted tensor."""
 
     def path(file: str) -> str | None:
         found = try_to_load_from_cache(repo, _inner(file, hub_kwargs), hub_kwargs.get("cache_dir"), revision=commit)
@@ -140,13 +140,13 @@ def _is_cached(repo: str, wanted: Callable[[str], bool], commit: str | None, hub
 
 
 def _assemble(tensors: Mapping[str, tuple[RemoteFile, TensorInfo]]) -> tuple[bytes, list[Piece]]:
-    """Header of a safetensors file of these tensors, and which bytes follow it."""
+    """The header of a safetensors file of these tensors, and the pieces that follow it."""
 
     def place(item: tuple[str, tuple[RemoteFile, TensorInfo]]) -> tuple[int, str, tuple[int, int]]:
         _, (file, info) = item
         return -BITS[info.dtype], file.url, info.data_offsets
 
-    # those of wide dtypes first, so that each begins at a multiple of its width; else in the order they are read
+    # wide dtypes first, so that every tensor is aligned; otherwise in the order of the source
     ordered = sorted(tensors.items(), key=place)
     header: dict[str, dict[str, Any]] = {}
     offsets: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""How a repo on the Hub is reached: the keyword arguments of `from_pretrained` for it, and its revision pinned."""
+"""Access to a repo on the Hub: the keyword arguments of `from_pretrained` for it, and pinning its revision."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers.utils.hub import resolve_revision
 
-# how a repo, and a folder in it, is reached; named as in transformers
+# Where a repo and a folder in it are, and how to reach them; named as in transformers
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# what of it holds for several repos: the revision and the subfolder are each repo's own
+# Those that several repos share; each has its own revision and subfolder
 SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
 
 
@@ -24,7 +24,7 @@ def require_known(kwargs: Collection[str], known: Collection[str] = SHARED_KWARG
 
 
 def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
-    """Pin a revision to its commit once, so that everything read from the repo is of one state."""
+    """Resolve a revision to its commit once, so that all files read from the repo are of one commit."""
     return resolve_revision(
         source,
         hub_kwargs.get("revision"),
