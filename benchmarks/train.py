@@ -289,7 +289,7 @@ def read_blocks(name: str, tokenizer: Any, block: int, most: int, part: str, see
     import torch
     from datasets import Dataset, disable_progress_bars
 
-    from not_hf.training.data import pack
+    from not_hf import pack
 
     disable_progress_bars()
     places = {"choose": (1,), "test": (0,), "train": range(2, 10)}[part]

@@ -125,7 +125,7 @@ def organ_life(options: argparse.Namespace, scratch: Path) -> dict:
         tokens_here = [greedy(model, tokenizer, prompt, options.new_tokens) for prompt in options.prompts]
 
     with stage("Merge the organ into the base"):
-        from not_hf.cards.merged import merged_card
+        from not_hf import merged_card
 
         merged = options.output / "merged"
         model = TransplantedForCausalLM.from_pretrained(organ_id)  # as anybody gets it
@@ -245,7 +245,7 @@ def prepare_text(base: str, options: argparse.Namespace) -> tuple:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from not_hf.training.data import load_text, pack
+    from not_hf import load_text, pack
 
     documents = load_text(options.text) if options.text else Dataset.from_dict({"text": bible_chapters()})
     documents = documents.shuffle(seed=0)

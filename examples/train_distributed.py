@@ -16,8 +16,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, TrainingArguments
 
-from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM
-from not_hf.training.data import load_text, pack
+from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM, load_text, pack
 
 
 def main() -> None:

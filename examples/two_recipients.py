@@ -1,6 +1,6 @@
-"""One organ, two recipients: trained in one model, used in another fine-tune of the same architecture.
+r"""One organ, two recipients: trained in one model, used in another fine-tune of the same architecture.
 
-python examples/two_recipients.py --first HuggingFaceTB/SmolLM2-135M --second HuggingFaceTB/SmolLM2-135M-Instruct \\
+python examples/two_recipients.py --first HuggingFaceTB/SmolLM2-135M --second HuggingFaceTB/SmolLM2-135M-Instruct \
     --text my.txt --layers 20 23
 """
 
@@ -10,8 +10,7 @@ import argparse
 
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
-from not_hf import DonorModel, TransplantedForCausalLM, check_compatibility, perplexity
-from not_hf.training.data import load_text, pack
+from not_hf import DonorModel, TransplantedForCausalLM, check_compatibility, load_text, pack, perplexity
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from not_hf.hub.search import list_donors
     from not_hf.recipient.modeling import TransplantedForCausalLM, TransplantedForMaskedLM
     from not_hf.recipient.reference import reference_model
+    from not_hf.training.curve import TrainingCurve, plot_training_curve
     from not_hf.training.data import load_text, pack
     from not_hf.training.isolation import require_isolation
     from not_hf.training.optimizers import MuonWithAdamW
-    from not_hf.training.progress import ProgressLine, TrainingCurve, plot_training_curve
+    from not_hf.training.progress import ProgressLine
     from not_hf.training.span_choice import choose_span
     from not_hf.training.trainer import DonorTrainer
 
@@ -40,7 +41,7 @@ _LAZY = {
     "MuonWithAdamW": "not_hf.training.optimizers",
     "OrganSource": "not_hf.composition.sources",
     "ProgressLine": "not_hf.training.progress",
-    "TrainingCurve": "not_hf.training.progress",
+    "TrainingCurve": "not_hf.training.curve",
     "TransplantedForCausalLM": "not_hf.recipient.modeling",
     "TransplantedForMaskedLM": "not_hf.recipient.modeling",
     "average_donors": "not_hf.donor.averaging",
@@ -54,7 +55,7 @@ _LAZY = {
     "merged_card": "not_hf.cards.merged",
     "pack": "not_hf.training.data",
     "perplexity": "not_hf.evaluation.perplexity",
-    "plot_training_curve": "not_hf.training.progress",
+    "plot_training_curve": "not_hf.training.curve",
     "push_donor": "not_hf.composition.publish",
     "reference_model": "not_hf.recipient.reference",
     "require_isolation": "not_hf.training.isolation",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line
 from not_hf.registration import register_models
 from not_hf.version import __version__
 
@@ -100,7 +101,7 @@ class DonorConfig(PreTrainedConfig):
         try:
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, TypeError, AttributeError, IndexError, KeyError) as error:
-            raise CorruptDonorError(f"donor config.json: {_one_line(error)}") from error
+            raise CorruptDonorError(f"donor config.json: {one_line(error, 300)}") from error
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, but the keys that place an organ are written even where they are the default."""
@@ -137,19 +138,19 @@ class DonorConfig(PreTrainedConfig):
                 raise UnsupportedArchitectureError(
                     f"this transformers release does not know model_type {model_type!r}; upgrade transformers"
                 ) from error
-            raise CorruptDonorError(f"donor config has an unusable {which}: {_one_line(error)}") from error
+            raise CorruptDonorError(f"donor config has an unusable {which}: {one_line(error, 300)}") from error
         except Exception as error:  # a native config may raise anything on values of a wrong type
-            raise CorruptDonorError(f"donor config has an unusable {which}: {_one_line(error)}") from error
+            raise CorruptDonorError(f"donor config has an unusable {which}: {one_line(error, 300)}") from error
 
-    def check(self) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    def check(self) -> OrganSpec:
         """Check that the config agrees with itself.
 
         Returns:
-            The native configs of the base and of the organ, which it takes to tell.
+            The config with the native configs it stands for.
 
         Raises:
             CorruptDonorError: One line naming the first contradiction.
-            NotHFError: It lists organs and is none itself.
+            NotHFError: It lists organs and is not an organ itself.
         """
         if self.donors is not None:
             raise NotHFError(
@@ -177,8 +178,24 @@ class DonorConfig(PreTrainedConfig):
             )
         if type(self.position) is not int or self.position < 0:
             raise CorruptDonorError(f"donor config position must be an integer >= 0, got {self.position!r}")
-        return base, organ
+        return OrganSpec(self, base, organ)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+@dataclass(frozen=True)
+class OrganSpec:
+    """A donor's config that agrees with itself, and the native configs it stands for, which nobody changes.
+
+    Args:
+        config: Of the donor.
+        base: Native config of the model that the layers were cut from.
+        organ: The same, reduced to the span.
+    """
+
+    config: DonorConfig
+    base: PreTrainedConfig
+    organ: PreTrainedConfig
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers in the organ."""
+        return self.config.num_organ_layers

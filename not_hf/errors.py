@@ -6,8 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+# huggingface_hub is imported where it is needed: `not-hf --help` comes past here, and is to be quick
 
 
 class NotHFError(ValueError):
@@ -26,10 +25,10 @@ class CorruptDonorError(NotHFError):
     """A donor's files or config contradict themselves or cannot be read."""
 
 
-def some(problems: Sequence[str]) -> str:
-    """The first few of a list of problems, in one line."""
+def some(problems: Sequence[object]) -> str:
+    """The first five problems of a list, in one line."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return "; ".join(problems[:5]) + more
+    return "; ".join(map(str, problems[:5])) + more
 
 
 @contextlib.contextmanager
@@ -39,6 +38,8 @@ def reaching_hub(what: str) -> Iterator[None]:
     Args:
         what: What could not be done, for the error.
     """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
     try:
         yield
     except HfHubHTTPError:  # an answer, and an OSError
@@ -47,9 +48,9 @@ def reaching_hub(what: str) -> Iterator[None]:
         raise ConnectionError(f"{what}, the Hub cannot be reached: {one_line(error)}") from error
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind, if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """What an error says, in one line of at most `limit` characters; its class, if it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:limit]
 
 
 @contextlib.contextmanager
@@ -70,14 +71,16 @@ def reading_base(base: str, donor: str | None) -> Iterator[None]:
     except OSError as error:
         if donor is None:
             raise
-        reason = " ".join(str(error).split())
         raise OSError(
-            f"{donor} names {base} as its base, which cannot be read: {reason} – to use a copy of your own, name it: "
-            f"TransplantedForCausalLM.from_pretrained(base, {donor!r}), AutoTokenizer.from_pretrained(base)"
+            f"{donor} names {base} as its base, which cannot be read: {one_line(error)} – to use a copy of your own, "
+            f"name it: TransplantedForCausalLM.from_pretrained(base, {donor!r}), AutoTokenizer.from_pretrained(base)"
         ) from error
 
 
 def _require_hub_id(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -9,6 +9,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from torch import nn
 
+from not_hf.architecture.upstream import dispatch_hooks
+
 DeviceMap = dict[str, Any]  # accelerate's: module name to "cpu", "disk", a device or its index
 
 
@@ -54,8 +56,7 @@ def spliced_device_map(device_map: DeviceMap, path: str, origins: Sequence[int |
 
 
 def _align_hooks(layer: nn.Module) -> Iterator[AlignDevicesHook]:
-    for module in layer.modules():
-        hook: Any = getattr(module, "_hf_hook", None)
+    for hook in dispatch_hooks(layer):
         for one in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
             if isinstance(one, AlignDevicesHook) and one.execution_device is not None:
                 yield one

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
+from not_hf.architecture.stack import Stack
 from not_hf.architecture.tables import (
     DENSE_PREFIXES,
-    INDEX_ATTRIBUTES,
     LAYER_INDEX_LISTS,
     LAYERLESS,
     NAMES,
@@ -21,120 +21,133 @@ from not_hf.architecture.tables import (
     PER_LAYER_LISTS,
     PERIODS,
 )
+from not_hf.architecture.upstream import BOOKKEEPING
 from not_hf.errors import UnsupportedArchitectureError
 
 
-def config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
-    """What two configs say otherwise, beside names and dtypes."""
+class Difference(NamedTuple):
+    """A config key that has two values."""
+
+    key: str
+    ours: Any
+    theirs: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {self.ours!r}, not {self.theirs!r}"
+
+
+def config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[Difference]:
+    """The keys in which two configs differ, other than names and dtypes."""
     mine, other = ours.to_dict(), theirs.to_dict()
     keys = sorted((mine.keys() | other.keys()) - NAMES)
-    odd = [key for key in keys if not _same(mine.get(key), other.get(key))]
-    return [f"{key} is {mine.get(key)!r}, not {other.get(key)!r}" for key in odd]
+    pairs = [Difference(key, mine.get(key), other.get(key)) for key in keys]
+    return [pair for pair in pairs if not _same(pair.ours, pair.theirs)]
 
 
-def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
-    """The differences of two configs that may change what layers compute: some read the recipient's as they run."""
-    spared = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS, *LAYERLESS}
-    spared |= {ours.attribute_map.get(key, key) for key in spared}
+def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[Difference]:
+    """The differences of two configs that may change what layers compute: some layers read the recipient's config."""
+    ignored = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS, *LAYERLESS}
+    ignored |= {ours.attribute_map.get(key, key) for key in ignored}
+    return [
+        difference
+        for difference in config_differences(ours, theirs)
+        if difference.key not in ignored
+        and "dropout" not in difference.key
+        and not difference.key.endswith("_token_id")
+    ]
 
-    def counts(key: str) -> bool:
-        return key not in spared and "dropout" not in key and not key.endswith("_token_id")
 
-    return [each for each in config_differences(ours, theirs) if counts(each.partition(" ")[0])]
+class LayerDescription(NamedTuple):
+    """What a layer is built of. Two layers of equal descriptions and values compute the same."""
+
+    parameters: dict[str, tuple[int, ...]]  # shapes by name
+    buffers: dict[str, tuple[int, ...]]
+    modules: dict[str, type]  # classes by name
+    attributes: dict[tuple[str, str], Any]  # plain ones that a class derives from its config, by module and name
 
 
-def outer_attributes(model: PreTrainedModel, stack_path: str) -> dict[tuple[str, str], Any]:
-    """Plain attributes of the modules outside the stack (`has_sliding_layers`), by module name and attribute.
+def describe(layer: nn.Module) -> LayerDescription:
+    """Describe a layer."""
+    modules = dict(layer.named_modules())
+    return LayerDescription(
+        {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()},
+        {name: tuple(tensor.shape) for name, tensor in layer.named_buffers()},
+        {name: type(module) for name, module in modules.items()},
+        {(name, key): value for name, module in modules.items() for key, value in _derived(module).items()},
+    )
+
+
+def outer_attributes(stack: Stack) -> dict[tuple[str, str], Any]:
+    """Plain attributes of the modules outside a stack (`has_sliding_layers`), by module name and attribute.
 
     A native `__init__` derives some of them from the per-layer config, so they change when layers do.
     """
-    return {
-        (name, key): value
-        for name, module in model.named_modules()
-        if not f"{name}.".startswith(f"{stack_path}.")
-        for key, value in _scalars(module).items()
-    }
+    outside = stack.model.named_modules(memo={stack.layers})  # what is in the memo is passed over
+    return {(name, key): value for name, module in outside for key, value in _derived(module).items()}
 
 
 def native_differences(
-    layers: Sequence[nn.Module],
-    twin_layers: Sequence[nn.Module],
-    own: Sequence[Collection[str]] | None = None,
-    there: str = "natively",
+    layers: Sequence[LayerDescription], natives: Sequence[LayerDescription], there: str = "natively"
 ) -> list[str]:
-    """In what live layers differ from those a native model of the same config would have.
+    """In what layers differ from those a native model of the same config would have.
 
     An empty list means: saved with this config and loaded without not_hf, these layers compute the same.
 
     Args:
-        layers: The live ones.
-        twin_layers: The native ones, or others to compare with.
-        own: For each layer, differences that are its own wherever it stands (a quantizer's modules).
-        there: Where the twins are, in words.
+        layers: Of a stack with organs.
+        natives: Of the native model, or others to compare with.
+        there: Where the others are, in words.
     """
     return [
         f"layer {n}{difference}"
-        for n, (layer, twin) in enumerate(zip(layers, twin_layers, strict=True))
-        for difference in layer_differences(layer, twin, there)
-        if own is None or difference not in own[n]
+        for n, (layer, native) in enumerate(zip(layers, natives, strict=True))
+        if layer != native
+        for difference in _layer_differences(layer, native, there)
     ]
 
 
-def layer_differences(layer: nn.Module, twin: nn.Module, there: str = "natively") -> list[str]:
-    """In what one layer differs from a native one; each reads on after the layer's name."""
-    differences: list[str] = []
-    ours, theirs = dict(layer.named_modules()), dict(twin.named_modules())
-    if shape_of(layer) != shape_of(twin):
-        differences += _tensor_differences("", shape_of(layer), shape_of(twin), there)
-    for name in ours.keys() & theirs.keys():
-        mine, native = _scalars(ours[name]), _scalars(theirs[name])
-        where = f" {name}".rstrip()
-        if type(ours[name]) is not type(theirs[name]):
-            differences.append(f"{where} is {type(ours[name]).__name__}, {there} {type(theirs[name]).__name__}")
-        differences += [
-            f"{where}.{key} is {mine[key]!r}, {there} {native[key]!r}"
-            for key in sorted(mine.keys() & native.keys())
-            if not _same(mine[key], native[key])
-        ]
-    return differences
+def _layer_differences(ours: LayerDescription, theirs: LayerDescription, there: str) -> Iterator[str]:
+    """In what one layer differs from another; each reads on after the layer's name."""
+    mine, native = ours.parameters | ours.buffers, theirs.parameters | theirs.buffers
+    for name in sorted(mine.keys() | native.keys()):
+        if mine.get(name) != native.get(name):
+            yield f" {name} has shape {mine.get(name)}, {there} {native.get(name)}"
+    for name in sorted(ours.modules.keys() & theirs.modules.keys()):
+        if ours.modules[name] is not theirs.modules[name]:
+            yield f"{_below(name)} is {ours.modules[name].__name__}, {there} {theirs.modules[name].__name__}"
+    for name, key in sorted(ours.attributes.keys() & theirs.attributes.keys()):
+        if not _same(value := ours.attributes[name, key], other := theirs.attributes[name, key]):
+            yield f"{_below(name)}.{key} is {value!r}, {there} {other!r}"
 
 
-def same_modules(layers: Iterable[nn.Module], others: Iterable[nn.Module]) -> bool:
+def _below(name: str) -> str:
+    return f" {name}" if name else ""
+
+
+def same_modules(layers: Iterable[LayerDescription], others: Iterable[LayerDescription]) -> bool:
     """Whether layers are built of modules of the same classes and shapes."""
-    return all(
-        {name: type(module) for name, module in layer.named_modules()}
-        == {name: type(module) for name, module in other.named_modules()}
-        and shape_of(layer) == shape_of(other)
-        for layer, other in zip(layers, others, strict=True)
-    )
+    return all(ours[:3] == theirs[:3] for ours, theirs in zip(layers, others, strict=True))
 
 
-def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[nn.Module]) -> None:
+def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[LayerDescription]) -> None:
     """Give layers the plain attributes that their originals have because of where they stand in the base.
 
     Args:
         layers: Layers of an organ, built as the first ones of a shorter model.
-        originals: The same layers of the base, on the meta device.
+        originals: The same layers of the base.
 
     Raises:
         UnsupportedArchitectureError: At their new place they are built of other modules or shapes.
     """
     for layer, original in zip(layers, originals, strict=True):
-        ours, theirs = dict(layer.named_modules()), dict(original.named_modules())
-        if not same_modules([layer], [original]):
+        description = describe(layer)
+        if not same_modules([description], [original]):
             raise UnsupportedArchitectureError(
                 "these layers are built otherwise at another place of the stack; cut a span that does not depend on it"
             )
-        for name, module in theirs.items():
-            mine = _scalars(ours[name])
-            for key, value in _scalars(module).items():
-                if key not in INDEX_ATTRIBUTES and key in mine and mine[key] != value:
-                    setattr(ours[name], key, value)
-
-
-def shape_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter and buffer below `layer`."""
-    return {name: tuple(tensor.shape) for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
+        for (name, key), value in original.attributes.items():
+            if description.attributes.get((name, key), value) != value:
+                setattr(layer.get_submodule(name), key, value)
 
 
 def fingerprint(config: PreTrainedConfig) -> str:
@@ -151,24 +164,17 @@ def fingerprint(config: PreTrainedConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _scalars(module: nn.Module) -> dict[str, Any]:
+def _derived(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes that a module's class derives from the config, but for the layer's index."""
+    attributes = vars(module)
     return {
         key: value
-        for key, value in vars(module).items()
-        if key not in NOT_DERIVED
-        and isinstance(value, (bool, int, float, str, tuple, type(None)))
+        for key in attributes.keys() - NOT_DERIVED
+        if isinstance(value := attributes[key], (bool, int, float, str, tuple, type(None)))
         and "dropout" not in key
         and not (key == "p" and isinstance(module, nn.Dropout))  # training alone
-        and not key.startswith(("_is_hf", "_version", "_output_capturing", "call_super_init", "dump_patches"))
+        and not key.startswith(BOOKKEEPING)
     }
-
-
-def _tensor_differences(where: str, ours: dict[str, Any], theirs: dict[str, Any], there: str) -> list[str]:
-    return [
-        f"{where} {name} has shape {ours.get(name)}, {there} {theirs.get(name)}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
 
 
 def _same(ours: Any, theirs: Any) -> bool:

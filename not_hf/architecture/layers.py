@@ -1,71 +1,17 @@
-"""What is done to layers themselves: laying them bare, silencing them, fitting them into another model."""
+"""What is done to layers themselves: silencing them, fitting them into another model, checking their values."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from not_hf.architecture.quantization import computes
-from not_hf.architecture.stack import Stack
 from not_hf.architecture.tables import OUTPUT_PROJECTIONS
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
-
-# modules beside the layers that do not touch hidden states: they say where tokens stand
-POSITIONAL = ("rotary", "rope")
-
-
-class Passthrough(nn.Module):
-    """Stands where a stripped module was: hands hidden states on, answers anything else with a zero."""
-
-    def forward(self, x: Any = None, *args: Any, inputs_embeds: Any = None, **kwargs: Any) -> torch.Tensor:
-        """`x` itself when it is `(batch, seq, hidden)`, else a zero without dimensions.
-
-        Embeddings of encoders are called with no ids, and with the hidden states second or by name.
-        """
-        if x is None:
-            x = next((arg for arg in (inputs_embeds, *args) if isinstance(arg, torch.Tensor)), None)
-        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim > 2:
-            return x
-        return torch.zeros((), device=x.device if isinstance(x, torch.Tensor) else None)
-
-
-def strip_to_layers(stack: Stack) -> None:
-    """Put a `Passthrough` in the place of everything in the base model but its layers and its rotary embeddings."""
-    parent: nn.Module = stack.base_model
-    for step in stack.path.split("."):
-        for name, _ in list(parent.named_children()):
-            if name != step and not any(word in name for word in POSITIONAL):
-                setattr(parent, name, Passthrough())
-        parent = getattr(parent, step)
-
-
-@torch.no_grad()
-def check_bare(organ: nn.Module, stack: Stack, hidden: torch.Tensor) -> None:
-    """Check that a stripped base model is nothing but its layers: without them hidden states go through unchanged.
-
-    Args:
-        organ: Takes `inputs_embeds`.
-        stack: Its layers, left out for the moment.
-        hidden: Any hidden states, `(batch, seq, hidden)`.
-
-    Raises:
-        UnsupportedArchitectureError: Something beside the layers changes hidden states, or cannot do without them.
-    """
-    layers, kind = stack.layers, f"model_type {stack.base_model.config.model_type!r}"
-    modules, layers._modules = layers._modules, {}
-    try:
-        found = organ(inputs_embeds=hidden).last_hidden_state
-    except Exception as error:  # native forwards raise anything on what they do not expect
-        reason = " ".join(str(error).split())[:200]
-        raise UnsupportedArchitectureError(f"layers of {kind} cannot be run without the rest: {reason}") from error
-    finally:
-        layers._modules = modules
-    if not torch.equal(found, hidden):
-        raise UnsupportedArchitectureError(f"{kind} changes hidden states outside of its layers")
+from not_hf.architecture.upstream import copy_checkpointing
+from not_hf.errors import CorruptDonorError
 
 
 def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -88,6 +34,11 @@ def silence(layer: nn.Module) -> None:
     """Zero what the layer writes to the residual stream."""
     for _, parameter in output_projections(layer):
         parameter.zero_()
+
+
+def computes(parameter: torch.Tensor) -> bool:
+    """Whether a parameter's dtype is one that layers compute in: packed integers and 8-bit floats are storage."""
+    return parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def settle(layer: nn.Module, neighbour: nn.Module, device: torch.device | None = None) -> None:
@@ -140,22 +91,19 @@ def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn
         training: The recipient's mode.
     """
     layer.train(training)
-    for name, module in layer.named_modules():
+    for module in layer.modules():
         if isinstance(vars(module).get("config"), PreTrainedConfig):
-            module.config = config
-        neighbour = vars(reference.get(name, module))
-        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-            if key in neighbour:
-                setattr(module, key, neighbour[key])
-            else:
-                vars(module).pop(key, None)
+            vars(module)["config"] = config
+    copy_checkpointing(layer, reference)
 
 
-def forget_capture_hooks(roots: Iterable[nn.Module]) -> None:
-    """Let transformers install its output-capturing hooks anew: it does so once per model, for the layers of then."""
-    for module in (module for root in roots for module in root.modules()):
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__name__", "") == "output_capturing_hook":
-                del module._forward_hooks[key]
-        if "_output_capturing_hooks_installed" in vars(module):
-            vars(module)["_output_capturing_hooks_installed"] = False
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode inside the block; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.base import HfQuantizer
 
+from not_hf.architecture.layers import computes
+from not_hf.architecture.upstream import can_dequantize, tables_of
 from not_hf.errors import NotHFError
 
 
@@ -22,11 +23,6 @@ def is_quantized(model: nn.Module) -> bool:
     if any(_is_packed(parameter) or not computes(parameter) for parameter in model.parameters()):
         return True
     return getattr(model, "hf_quantizer", None) is not None and quantization_name(model) != "gguf"
-
-
-def computes(parameter: torch.Tensor) -> bool:
-    """Whether a parameter's dtype is one that layers compute in: packed integers and 8-bit floats are storage."""
-    return parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def quantization_name(model: nn.Module) -> str:
@@ -63,12 +59,11 @@ def dequantized(model: PreTrainedModel) -> Iterator[None]:
         )
     config = vars(model.config)
     saved = [(attributes, dict(attributes)) for attributes in (config, vars(model))]
-    tables = ("_modules", "_parameters", "_buffers")
-    saved += [(table, dict(table)) for module in model.modules() for table in (vars(module)[key] for key in tables)]
+    saved += [(table, dict(table)) for module in model.modules() for table in tables_of(module)]
     quantizer: Any = getattr(model, "hf_quantizer", None)
     name = quantization_name(model)
     try:
-        if quantizer is not None and type(quantizer)._dequantize is not HfQuantizer._dequantize:
+        if can_dequantize(quantizer):
             model.dequantize()
         elif (_unpack(model) or name == "gguf") and quantizer is not None:
             quantizer.remove_quantization_config(model)
@@ -87,15 +82,17 @@ def _unpack(model: nn.Module) -> bool:
     """Have tensors that are packed by their class give themselves out plain, in plain modules; whether any did."""
     found = False
     for path, module in list(model.named_modules()):
-        packed = {key: p for key, p in module._parameters.items() if p is not None and _is_packed(p)}
+        parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        packed = {key: parameter for key, parameter in parameters.items() if _is_packed(parameter)}
         if packed and isinstance(module, nn.Linear) and type(module) is not nn.Linear:  # quanto's
             with torch.device("meta"):
                 plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            plain._parameters.update(module._parameters)
+            for key, parameter in parameters.items():
+                plain.register_parameter(key, parameter)
             model.set_submodule(path, plain.train(module.training))
             module = plain
         for key, parameter in packed.items():
-            module._parameters[key] = nn.Parameter(parameter.dequantize().to(parameter.dtype))
+            module.register_parameter(key, nn.Parameter(parameter.dequantize().to(parameter.dtype)))
             found = True
     return found
 

@@ -13,6 +13,7 @@ from torch import nn
 from not_hf.architecture.devices import execution_device
 from not_hf.architecture.layers import output_projections
 from not_hf.architecture.stack import Stack
+from not_hf.architecture.upstream import swapped_layers
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 
 
@@ -105,16 +106,15 @@ def _layer_call(stack: Stack, probe: nn.Module) -> tuple[tuple[Any, ...], dict[s
         raise _CalledError(args, kwargs)
 
     hook = probe.register_forward_pre_hook(catch, with_kwargs=True)
-    base, layers = stack.base_model, stack.layers
+    base = stack.base_model
     embeddings: Any = base.get_input_embeddings()
     device = execution_device(embeddings) or embeddings.weight.device
-    modules, layers._modules = layers._modules, {"0": probe}
     try:
-        base(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)
+        with swapped_layers(stack.layers, [probe]):
+            base(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)
     except _CalledError as called:
         return called.args
     finally:
-        layers._modules = modules
         hook.remove()
     raise UnsupportedArchitectureError(f"model_type {base.config.model_type!r} does not run its layers")
 

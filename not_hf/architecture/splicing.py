@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,47 +11,47 @@ from transformers import PreTrainedConfig
 
 from not_hf.architecture.tables import DENSE_PREFIXES, INDEX_ATTRIBUTES, LAYER_INDEX_LISTS, PER_LAYER_LISTS
 
-Slot = tuple[PreTrainedConfig, int]  # a layer's origin: the config of its own model and its index there
+LayerOrigin = tuple[PreTrainedConfig, int]  # the config of a layer's own model, and its index there
 
 
-def splice_config(base: PreTrainedConfig, slots: Sequence[Slot]) -> dict[str, Any]:
-    """The config values that change when a model of config `base` gets the layers `slots`, in order.
+def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dict[str, Any]:
+    """The config values that change when a model of config `base` gets the layers `origins`, in order.
 
     Args:
         base: Config of the model that receives the layers; it is not changed.
-        slots: For each layer of the new stack, where it comes from.
+        origins: For each layer of the new stack, where it comes from.
 
     Returns:
         New values by attribute name, for `num_hidden_layers` and every per-layer rule that `base` has.
     """
-    values: dict[str, Any] = {"num_hidden_layers": len(slots)}
+    values: dict[str, Any] = {"num_hidden_layers": len(origins)}
     for key in PER_LAYER_LISTS:
         if _is_list(base, key) and len(getattr(base, key)) == base.num_hidden_layers:
-            values[key] = [getattr(config, key)[i] for config, i in slots]
+            values[key] = [getattr(config, key)[i] for config, i in origins]
     for key in LAYER_INDEX_LISTS:
         if _is_list(base, key):
-            values[key] = [n for n, (config, i) in enumerate(slots) if i in getattr(config, key)]
+            values[key] = [n for n, (config, i) in enumerate(origins) if i in getattr(config, key)]
     if "attention_layers" in values and _is_list(base, "attention_types"):  # gpt_neo writes the list run-length coded
         values["attention_types"] = [[list(values["attention_layers"]), 1]]
     if getattr(base, "decoder_sparse_step", None) is not None and "mlp_only_layers" in values:
         # layer i is sparse when step divides i + 1, unless listed: say the same with step 1 and the list alone
         values["mlp_only_layers"] = [
             n
-            for n, (config, i) in enumerate(slots)
+            for n, (config, i) in enumerate(origins)
             if (i + 1) % (config.decoder_sparse_step or 1) or i in config.mlp_only_layers
         ]
         values["decoder_sparse_step"] = 1
     for key in DENSE_PREFIXES:
         if getattr(base, key, None) is not None:
-            dense = [i < getattr(config, key) for config, i in slots]
+            dense = [i < getattr(config, key) for config, i in origins]
             values[key] = dense.index(False) if False in dense else len(dense)
     return values
 
 
-def spliced_config(base: PreTrainedConfig, slots: Sequence[Slot]) -> PreTrainedConfig:
-    """A copy of `base` that describes the layers `slots`."""
+def spliced_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> PreTrainedConfig:
+    """A copy of `base` that describes the layers `origins`."""
     config = copy.deepcopy(base)
-    for key, value in splice_config(base, slots).items():
+    for key, value in splice_config(base, origins).items():
         setattr(config, key, value)
     return config
 
@@ -61,19 +60,6 @@ def set_layer_index(layer: nn.Module, index: int) -> None:
     """Tell a layer and every module in it that it stands at `index` of the stack."""
     for module, name in _index_holders(layer):
         setattr(module, name, index)
-
-
-@contextlib.contextmanager
-def numbered(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Number layers from 0 for a while."""
-    before = [(module, name, vars(module)[name]) for layer in layers for module, name in _index_holders(layer)]
-    try:
-        for n, layer in enumerate(layers):
-            set_layer_index(layer, n)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 def _index_holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from not_hf.architecture.tables import SHARED_STATE
+from not_hf.architecture.upstream import is_recurrent
 from not_hf.errors import UnsupportedArchitectureError
 
 
@@ -50,7 +51,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
     config = model.config
     check_config(config)
     kind = f"model_type {config.model_type!r}"
-    if getattr(model, "_is_stateful", False):
+    if is_recurrent(model):
         raise UnsupportedArchitectureError(f"{kind} carries a recurrent state that has no place in a KV cache")
     num_layers = getattr(config, "num_hidden_layers", None)
     paths = [

@@ -71,9 +71,9 @@ NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2
 
 # What every module has, and what is set by the user or the loader: neither comes from the config.
 NOT_DERIVED = vars(nn.Module()).keys() | {
+    *INDEX_ATTRIBUTES,  # set on every splice
     "gradient_checkpointing",
     "name_or_path",
-    "_attn_implementation",
     "vocab_size",
     "padding_idx",
 }

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
+from not_hf.architecture.differences import LayerDescription, describe, outer_attributes
 from not_hf.architecture.stack import Stack, check_config, find_stack, head_class, is_encoder
 from not_hf.architecture.tables import NAMES
-from not_hf.architecture.upstream import built_whole
-from not_hf.errors import UnsupportedArchitectureError
+from not_hf.architecture.upstream import attention_of, built_whole
+from not_hf.errors import UnsupportedArchitectureError, one_line
 
 
 @dataclass(frozen=True)
@@ -27,27 +26,23 @@ class Twin:
     model: PreTrainedModel
 
     @functools.cached_property
-    def layers(self) -> list[nn.Module]:
-        """Those of its stack.
+    def stack(self) -> Stack:
+        """Where its layers are.
 
         Raises:
             UnsupportedArchitectureError: As in `find_stack`.
         """
-        return list(self.stack.layers)
-
-    @functools.cached_property
-    def stack(self) -> Stack:
-        """Where its layers are; raises as `find_stack` does."""
         return find_stack(self.model)
 
     @functools.cached_property
-    def tensors(self) -> list[frozenset[str]]:
-        """Of each layer: names of its parameters, names and shapes of its buffers, which must be long enough."""
-        return [
-            frozenset(name for name, _ in layer.named_parameters())
-            | {f"{name} {tuple(buffer.shape)}" for name, buffer in layer.named_buffers()}
-            for layer in self.layers
-        ]
+    def descriptions(self) -> list[LayerDescription]:
+        """What each of its layers is built of; raises as `stack` does."""
+        return [describe(layer) for layer in self.stack.layers]
+
+    @functools.cached_property
+    def outer_attributes(self) -> dict[tuple[str, str], Any]:
+        """Plain attributes of the modules outside its stack; raises as `stack` does."""
+        return outer_attributes(self.stack)
 
 
 def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Twin:
@@ -60,13 +55,13 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
     """
     check_config(config)
     values = {key: value for key, value in config.to_dict().items() if key not in NAMES}
-    key = repr((type(config), config._attn_implementation or "sdpa", sorted(values.items())))
+    key = repr((type(config), attention_of(config) or "sdpa", sorted(values.items())))
     twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin.model))), None)
     if twin is None:
         config = copy.deepcopy(config)
         if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
             config.dtype = getattr(torch, config.dtype)
-        with built_whole(), no_init_weights(), torch.device("meta"):
+        with built_whole(hollow=True), torch.device("meta"):
             twin = Twin(build(model_class or head_class(config).from_config, config))
         _twins.append((key, twin))
     return twin
@@ -80,8 +75,7 @@ def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig,
     try:
         return constructor(config, **kwargs)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         kind = "masked" if is_encoder(config) else "causal"
         raise UnsupportedArchitectureError(
-            f"no {kind} LM can be built from model_type {config.model_type!r}: {reason}"
+            f"no {kind} LM can be built from model_type {config.model_type!r}: {one_line(error, 300)}"
         ) from error

@@ -1,31 +1,227 @@
-"""DeepSpeed ZeRO-3: its parameters are empty tensors whose values lie in parts on other processes."""
+"""Every private name of transformers, accelerate, DeepSpeed and torch that not_hf relies on.
+
+Read this file against their changelogs when one of them releases: nothing else in the package calls or sets a private
+name of theirs. Two kinds stay where they are used: methods that a subclass overrides (`_from_config`, `_apply`), and
+config keys, which are data (`tables.py`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
+from transformers.utils.hub import resolve_revision
+
+# ------------------------------------------------------------------ calls of `from_pretrained`
+
+# What the Auto classes and pipelines add to a user's keyword arguments, for the repo that was named first.
+AUTO_KWARGS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs")
+# How a repo, and a folder in it, is reached.
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# What of it holds for several repos: a revision and a subfolder are one repo's own.
+SHARED_KWARGS = tuple(key for key in HUB_KWARGS if key not in ("revision", "subfolder"))
+
+
+def require_known(kwargs: Collection[str], known: Collection[str] = SHARED_KWARGS) -> None:
+    """Check the keyword arguments that say how a repo is reached.
+
+    Raises:
+        TypeError: Naming those that are not known.
+    """
+    if unknown := sorted(set(kwargs) - set(known)):
+        raise TypeError(f"unexpected arguments: {', '.join(unknown)}; expected are {', '.join(known)}")
+
+
+def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
+    """Pin a revision to its commit, so that everything read from the repo is of one state."""
+    return resolve_revision(
+        source,
+        hub_kwargs.get("revision"),
+        token=hub_kwargs.get("token"),
+        local_files_only=hub_kwargs.get("local_files_only", False),
+        cache_dir=hub_kwargs.get("cache_dir"),
+    )
+
+
+def commit_of(revision: str | None) -> str | None:
+    """The commit of a revision that `resolve_commit` has resolved, `None` for any other."""
+    return getattr(revision, "resolved", None)
+
+
+def fetch_file(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:
+    """Local path of a file in a folder or, once fetched, of one on the Hub; `None` when there is none of that name."""
+    return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+
+# ------------------------------------------------------------------ building and loading models
 
 
 @contextlib.contextmanager
-def built_whole() -> Iterator[None]:
-    """Models built inside the block are whole on each process, even where transformers would partition them at once.
+def built_whole(hollow: bool = False) -> Iterator[None]:
+    """Models built inside the block are whole on each process, also where transformers would partition them at once.
 
-    DeepSpeed partitions them when training begins; until then organs can be checked and put in.
+    DeepSpeed ZeRO-3 partitions them when training begins; until then organs can be checked and put in.
+
+    Args:
+        hollow: Do not initialize parameters: they are on the meta device, or filled afterwards.
     """
     reference: Any = deepspeed._hf_deepspeed_config_weak_ref
     config = None if reference is None else reference()
     deepspeed.unset_hf_deepspeed_config()
     try:
-        yield
+        with no_init_weights() if hollow else contextlib.nullcontext():
+            yield
     finally:
         if config is not None:
             deepspeed.set_hf_deepspeed_config(config)
 
 
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Suppress the table of missing and unexpected tensors that transformers logs as a warning after loading."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def forget_conversions(model: nn.Module) -> None:
+    """Save a model in the layout of its modules, whatever conversions transformers made when it loaded the weights.
+
+    `save_pretrained` would undo them by name: dequantized weights would get the names of quantized ones, and experts
+    that came in one tensor would stay so.
+    """
+    vars(model).pop("_weight_conversions", None)
+
+
+IncompatibleKeys = _IncompatibleKeys  # what `nn.Module.load_state_dict` returns
+
+
+# ------------------------------------------------------------------ what a model is
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether a model carries a recurrent state from token to token."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
 def is_partitioned(module: nn.Module) -> bool:
-    """Whether DeepSpeed has taken a module's parameters apart."""
+    """Whether DeepSpeed ZeRO-3 has partitioned a module: its parameters are empty, their values on all processes."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
+def can_dequantize(quantizer: HfQuantizer | None) -> bool:
+    """Whether `model.dequantize()` of transformers undoes what a quantizer did."""
+    return quantizer is not None and type(quantizer)._dequantize is not HfQuantizer._dequantize
+
+
+# Attributes that libraries set on modules begin with one of these; they say nothing about what a module computes.
+BOOKKEEPING = ("_attn_implementation", "_is_hf", "_output_capturing", "_version", "call_super_init", "dump_patches")
+
+
+# ------------------------------------------------------------------ attention
+
+
+class DelegatesAttention:
+    """For a model that wraps another one, which decides which attention implementations there are."""
+
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The attention implementation that a config names; `None` until a model of it is built."""
+    return config._attn_implementation
+
+
+def set_attention(config: PreTrainedConfig, implementation: str | None) -> None:
+    """Have a config name an attention implementation."""
+    config._attn_implementation = implementation
+
+
+def implementations(config: PreTrainedConfig) -> dict[str, str]:
+    """The implementations that a config names, as keyword arguments of `from_pretrained`."""
+    named = {
+        "attn_implementation": config._attn_implementation,
+        "experts_implementation": config._experts_implementation,
+    }
+    return {key: value for key, value in named.items() if value is not None}
+
+
+# ------------------------------------------------------------------ modules that enter, leave or change
+
+
+def set_layers(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> None:
+    """Make `layers` the content of a list, in one assignment that cannot fail halfway."""
+    stack._modules = {str(n): layer for n, layer in enumerate(layers)}
+
+
+@contextlib.contextmanager
+def swapped_layers(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Have a list hold other layers inside the block."""
+    before = stack._modules
+    set_layers(stack, layers)
+    try:
+        yield
+    finally:
+        stack._modules = before
+
+
+def tables_of(module: nn.Module) -> list[dict[str, Any]]:
+    """The dicts in which torch keeps a module's children, parameters and buffers."""
+    return [module._modules, module._parameters, module._buffers]
+
+
+def copy_checkpointing(layer: nn.Module, reference: Mapping[str, nn.Module]) -> None:
+    """Have a layer use gradient checkpointing as another one does, whose modules are given by name."""
+    for name, module in layer.named_modules():
+        neighbour = vars(reference.get(name, module))
+        for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            if key in neighbour:
+                setattr(module, key, neighbour[key])
+            else:
+                vars(module).pop(key, None)
+
+
+def forget_capture_hooks(roots: Iterable[nn.Module]) -> None:
+    """Remove the hooks that record hidden states and attentions; transformers installs them anew when it needs them.
+
+    It does so once per model, for the layers that the model has then.
+    """
+    for module in (module for root in roots for module in root.modules()):
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                del module._forward_hooks[key]
+        if "_output_capturing_hooks_installed" in vars(module):
+            vars(module)["_output_capturing_hooks_installed"] = False
+
+
+# ------------------------------------------------------------------ models that accelerate dispatched
+
+
+def dispatch_hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks of a module and of all modules in it."""
+    return [hook for each in module.modules() if (hook := getattr(each, "_hf_hook", None)) is not None]
+
+
+def keys_left_in_place(model: PreTrainedModel) -> Any:
+    """Names of the arguments that accelerate does not move between devices, such as the cache."""
+    return getattr(model, "_skip_keys_device_placement", None)

@@ -1,4 +1,4 @@
-"""What all cards have in common: they name only what is on the Hub, and keep what people wrote into the one before."""
+"""What all cards share: they name only what is on the Hub, and a later save keeps what people wrote."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ import functools
 import logging
 import os
 import re
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, one_line
 
 LIBRARY = "not_hf"
 README = "README.md"
-DONOR_TAG = "not-hf"  # of donors alone: `list_donors` goes by it
+DONOR_TAG = "not-hf"  # of donors only: `list_donors` searches for it
 ADAPTER_TAG = "base_model:adapter:"  # before the Hub ID of the base
 METHOD_TAGS = ("neural-organ-transplantation", "arxiv:2601.13580")  # of everything made with the method
 
-_FACTS = re.compile(r"<!-- not_hf facts:.*?<!-- /not_hf facts -->", re.DOTALL)
-_LICENSE = ("license", "license_name", "license_link")
+# A part of a card that not_hf wrote. Cards from before there were checksums have the block "facts" only.
+_BLOCK = re.compile(
+    r"<!-- not_hf (?P<name>\w+)(?: (?P<checksum>\w+))?:.*?-->(?P<body>.*?)<!-- /not_hf (?P=name) -->", re.DOTALL
+)
 
 logger = logging.getLogger(__name__)
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` when it can be a Hub ID and is nothing local."""
+    """`name` if it can be a Hub ID and no file or folder here has that name."""
     if not name or os.path.exists(name):
         return None
     try:
@@ -40,126 +44,136 @@ def hub_id(name: str | None) -> str | None:
 
 
 def named_base(name: str | None) -> str | None:
-    """`hub_id`, with a warning that a card leaves out what is not on the Hub."""
-    found = hub_id(name)
-    if name and found is None:
+    """`hub_id`, with a warning if the card cannot name the base."""
+    if name and not hub_id(name):
         warn_once(
             f"the model card names no base_model: {name!r} is not a Hub ID; "
             "use its Hub ID if people are to find your work by it"
         )
-    return found
+    return hub_id(name)
 
 
 def short_name(name: str | None) -> str:
-    """The last part of a Hub ID or of a path, which is nobody's business."""
+    """The last part of a Hub ID or of a path; the rest of a path is private."""
     return os.path.basename(os.path.normpath(name or "an unnamed model"))
 
 
-def linked(name: str | None) -> str:
-    """A link to what is on the Hub, else its `short_name`."""
-    found = hub_id(name)
-    return f"[{found}](https://huggingface.co/{found})" if found else f"`{short_name(name)}`"
-
-
-def cell(value: object) -> str:
-    """One line without a column separator, for a table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-@functools.cache  # once each: training saves often
-def warn_once(message: str) -> None:
-    """Log a warning that would be repeated at every save."""
-    logger.warning(message)
-
-
-def updated(path: str | os.PathLike[str], card: ModelCard) -> ModelCard:
-    """`card`, or the one that is at `path` already, brought up to it. Nothing is written.
-
-    A card that is there keeps its text, its metadata with unknown keys and their order, its licence and its line
-    ends. Only the facts between the two `not_hf facts` comments are rewritten, our metadata keys are set, and tags,
-    datasets and results united.
-
-    Raises:
-        NotHFError: Its metadata cannot be read.
-    """
-    if not os.path.exists(path):
-        return card
-    existing = load(path)
-    facts, new_facts = _FACTS.search(existing.text), _FACTS.search(card.text)
-    _update(cast(ModelCardData, existing.data), cast(ModelCardData, card.data), facts.group() if facts else "")
-    if facts and new_facts:
-        line_end = "\r\n" if "\r\n" in facts.group() else "\n"
-        text = new_facts.group().replace("\n", line_end)
-        existing.text = existing.text[: facts.start()] + text + existing.text[facts.end() :]
-    return existing
-
-
-def load(path: str | os.PathLike[str]) -> ModelCard:
-    """The card at `path`.
-
-    Raises:
-        NotHFError: Its metadata cannot be read.
-    """
-    try:
-        # as bytes, to keep its line ends; ModelCard.load has taken a byte order mark for text
-        card = ModelCard(Path(path).read_bytes().decode("utf-8-sig"))
-        for key in ("tags", "datasets"):
-            if not isinstance(card.data.get(key, []), str | list):
-                raise ValueError(f"{key} must be a list")
-        return card
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        yaml.YAMLError,
-    ) as error:  # of another shape
-        reason = " ".join(str(error).split())[:200]
-        raise NotHFError(f"{path} has metadata that cannot be read ({reason}); mend or remove it") from error
-
-
-def without_facts(text: str) -> str:
-    """What of a card's text is its author's to change, with plain line ends."""
-    return _FACTS.sub("", text.replace("\r\n", "\n")).strip()
-
-
 def unite(*lists: str | list[str] | None) -> list[str]:
-    """What is in any of the lists, once each, in order; a lone string is a list of one."""
+    """The items of all lists, once each, in order; a string is a list of one."""
     listed = ([some] if isinstance(some, str) else some or [] for some in lists)
     return list(dict.fromkeys(str(item) for some in listed for item in some if item is not None))
 
 
-def _update(old: ModelCardData, ours: ModelCardData, facts: str) -> None:
-    """Bring metadata up to ours, keeping what people wrote into it; `facts` are those that the card had so far."""
-    tags = unite(old.tags)
-    if ours.base_model:
-        # those of the base it had before go
-        tags = [tag for tag in tags if not tag.startswith("base_model:") or tag in unite(ours.tags)]
-    if ours.library_name != LIBRARY:
-        tags = [tag for tag in tags if tag != DONOR_TAG]
-    results = [result for result in old.eval_results or [] if not _outdated(result, ours, facts)]
-    results += ours.eval_results or []
-    merged = {
-        "tags": unite(tags, ours.tags),
-        "datasets": unite(old.datasets, ours.datasets) or None,
+@functools.cache  # training saves often
+def warn_once(message: str) -> None:
+    """Log a warning the first time only."""
+    logger.warning(message)
+
+
+def render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
+    """A new card from a file in `templates/`, where `{% call block("name") %}` begins what a later save rewrites."""
+    path = str(Path(__file__).parent / "templates" / template)
+    values |= {"block": _block, "cell": _cell, "linked": _linked, "hub_id": hub_id, "short_name": short_name}
+    return ModelCard.from_template(data, template_path=path, **values)
+
+
+def _block(name: str, caller: Callable[[], str]) -> str:
+    body = re.sub(r"\n{3,}", "\n\n", caller().strip())
+    mark = f"{name} {_checksum(body)}: rewritten at every save until somebody edits it"
+    if name == "facts":
+        mark = "facts: what stands between these two comments is rewritten at every save"
+    return f"<!-- not_hf {mark} -->\n\n{body}\n\n<!-- /not_hf {name} -->"
+
+
+def _cell(value: object) -> str:
+    """One line without a column separator, for a table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _linked(name: str | None) -> str:
+    """A link if `name` is on the Hub, else its `short_name`."""
+    return f"[{name}](https://huggingface.co/{name})" if hub_id(name) else f"`{short_name(name)}`"
+
+
+def _checksum(text: str) -> str:
+    """Of the words, whatever the line ends."""
+    return f"{zlib.crc32(' '.join(text.split()).encode()):08x}"
+
+
+def _is_edited(block: re.Match[str]) -> bool:
+    return block["checksum"] is not None and block["checksum"] != _checksum(block["body"])
+
+
+def updated(path: str | os.PathLike[str], new: ModelCard) -> ModelCard:
+    """`new`, or the card at `path` brought up to date with it. Nothing is written.
+
+    In the text, the blocks that not_hf wrote are rewritten, unless somebody edited them; "facts" always is. The rest
+    stays. In the metadata our keys are set, and tags, datasets and results united. Other keys, the order of the keys,
+    the licence and the line ends stay.
+
+    Raises:
+        NotHFError: The metadata of the card at `path` cannot be read.
+    """
+    if not os.path.exists(path):
+        return new
+    card = _load(path)
+    blocks = {block["name"]: block.group().replace("\r\n", "\n") for block in _BLOCK.finditer(new.text)}
+    facts = "".join(block.group() for block in _BLOCK.finditer(card.text) if block["name"] == "facts")
+
+    def rewritten(block: re.Match[str]) -> str:
+        if block["name"] not in blocks or _is_edited(block):
+            return block.group()
+        return blocks[block["name"]].replace("\n", "\r\n" if "\r\n" in block.group() else "\n")
+
+    card.text = _BLOCK.sub(rewritten, card.text) if card.text.strip() else new.text
+    _update_metadata(cast(ModelCardData, card.data), cast(ModelCardData, new.data), facts)
+    return card
+
+
+def has_own_text(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a card at `path` with text that people wrote."""
+    text = _load(path).text if os.path.exists(path) else ""
+    return bool(_BLOCK.sub(lambda block: block.group() if _is_edited(block) else "", text).strip())
+
+
+def _load(path: str | os.PathLike[str]) -> ModelCard:
+    try:
+        # ModelCard.load of huggingface_hub 2.2 takes a byte order mark for text
+        card = ModelCard(Path(path).read_bytes().decode("utf-8-sig"))
+        if not all(isinstance(card.data.get(key, []), str | list) for key in ("tags", "datasets")):
+            raise ValueError("tags and datasets must be lists")
+        return card
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # from metadata of another shape
+        reason = one_line(error, 200)
+        raise NotHFError(f"{path} has metadata that cannot be read ({reason}); correct or remove it") from error
+
+
+def _update_metadata(old: ModelCardData, new: ModelCardData, facts: str) -> None:
+    """Set our keys in the metadata of a card whose block "facts" is given."""
+    outdated = [tag for tag in unite(old.tags) if tag.startswith("base_model:")] if new.base_model else []
+    outdated += [DONOR_TAG] if new.library_name != LIBRARY else []
+    results = [result for result in old.eval_results or [] if not _is_ours(result, new, facts)]
+    results += new.eval_results or []
+    values = {key: value for key, value in vars(new).items() if value is not None}
+    values |= {
+        "tags": [tag for tag in unite(old.tags, new.tags) if tag not in outdated or tag in unite(new.tags)],
+        "datasets": unite(old.datasets, new.datasets) or None,
         "eval_results": results or None,
-        # of the model-index, which goes with its last result
-        "model_name": (old.model_name or ours.model_name) if results else None,
+        "model_name": (old.model_name or new.model_name) if results else None,  # part of the model-index
     }
-    if old.get("license"):
-        if ours.license and ours.license != old.license:
+    if old.license:
+        if new.license and new.license != old.license:
             warn_once(
-                f"the card keeps the licence it has, {old.license!r}, not {ours.license!r}; "
+                f"the card keeps the licence it has, {old.license!r}, not {new.license!r}; "
                 "change it in the card's metadata if it no longer holds"
             )
-        merged |= {key: old.get(key) for key in _LICENSE}
-    for key, value in {**ours.__dict__, **merged}.items():
-        if value is not None or key in merged:
-            old[key] = value
+        values = {key: value for key, value in values.items() if not key.startswith("license")}
+    vars(old).update(values)
 
 
-def _outdated(result: EvalResult, ours: ModelCardData, facts: str) -> bool:
-    """Whether we wrote a result: it is measured anew, or among the numbers that the card's facts gave so far."""
-    if any(result.is_equal_except_value(other) for other in ours.eval_results or []):
+def _is_ours(result: EvalResult, new: ModelCardData, facts: str) -> bool:
+    """Whether we wrote a result: it was measured again, or its number is among the card's facts."""
+    if any(result.is_equal_except_value(other) for other in new.eval_results or []):
         return True
     if not isinstance(result.metric_value, int | float):
         return False

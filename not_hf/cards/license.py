@@ -11,39 +11,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from huggingface_hub import metadata_load
 from huggingface_hub.errors import HTTPError
-from transformers.utils import cached_file
 
+from not_hf.architecture.upstream import commit_of, fetch_file
 from not_hf.cards.common import README, hub_id, unite
+from not_hf.errors import one_line
 
 if TYPE_CHECKING:
     from not_hf.config import DonorConfig
-
-# what a card that cannot be fetched or parsed raises
-_UNREADABLE = (OSError, ValueError, HTTPError, yaml.YAMLError)
 
 logger = logging.getLogger(__name__)
 
 
 class License(NamedTuple):
-    """A licence in the words of cards: the Hub's identifiers of it, and what `other` stands for."""
+    """A licence as cards and configs state it."""
 
-    id: str | list[str] | None = None
-    name: str | None = None
-    link: str | None = None
+    license: str | list[str] | None = None  # the Hub's identifiers
+    license_name: str | None = None  # what `other` stands for
+    license_link: str | None = None
 
     @classmethod
     def of(cls, config: DonorConfig) -> License:
-        """The one that an organ's config states."""
+        """The one that a donor's config states."""
         return cls(config.license, config.license_name, config.license_link)
 
     def set(self, config: DonorConfig) -> None:
-        """State it in an organ's config."""
+        """State it in a donor's config."""
         config.license, config.license_name, config.license_link = self
 
     def metadata(self) -> dict[str, Any]:
-        """What a card says; a name and a link stand only beside `other`."""
-        named = {"license_name": self.name, "license_link": self.link}
-        return {"license": self.id, **(named if self.id == "other" else {})}
+        """For a card, where a name and a link stand only beside `other`."""
+        return self._asdict() if self.license == "other" else {"license": self.license}
 
 
 def base_license(base: str, **hub_kwargs: Any) -> License:
@@ -55,28 +52,27 @@ def base_license(base: str, **hub_kwargs: Any) -> License:
     """
     if not (os.path.isdir(base) or hub_id(base)):
         return License()
-    at_root = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}  # where a repo's card is
+    hub_kwargs.pop("subfolder", None)  # the card of a repo is at its root
     try:
-        path = cached_file(base, README, _raise_exceptions_for_missing_entries=False, **at_root)
-        stated = (metadata_load(path) if path else None) or {}
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
+        path = fetch_file(base, README, **hub_kwargs)
+        card = (metadata_load(path) if path else None) or {}
+    except (OSError, ValueError, HTTPError, yaml.YAMLError) as error:
+        reason = one_line(error, 200)
         logger.warning("the licence of %s is unknown, since its card cannot be read: %s", base, reason)
         return License()
-    identifier = stated.get("license")
-    listed = identifier if isinstance(identifier, list) else [identifier]
-    if not listed or not all(isinstance(item, str) for item in listed):
+    license = card.get("license")
+    if not license or not all(isinstance(name, str) for name in (license if isinstance(license, list) else [license])):
         return License()
-    if identifier != "other":
-        return License(identifier)
-    name, link = (text if isinstance(text := stated.get(f"license_{key}"), str) else None for key in ("name", "link"))
-    return License(identifier, name, _absolute(link, base, hub_kwargs.get("revision")))
+    if license != "other":
+        return License(license)
+    name, link = (text if isinstance(text := card.get(f"license_{key}"), str) else None for key in ("name", "link"))
+    return License(license, name, link and _absolute(link, base, hub_kwargs.get("revision")))
 
 
 def organ_license(config: DonorConfig, **hub_kwargs: Any) -> License:
-    """The licence that an organ's config states, else its base's. Arguments as in `base_license`.
+    """The licence that a donor's config states, else its base's. Arguments as in `base_license`.
 
-    The organs of a composition need not be of its base: it has the licence that its config states, or none.
+    The organs of a composition may have other bases: it has the licence that its config states, or none.
     """
     if config.license is None and config.donors is None and config.base_model_name_or_path:
         return base_license(config.base_model_name_or_path, **hub_kwargs)
@@ -84,26 +80,26 @@ def organ_license(config: DonorConfig, **hub_kwargs: Any) -> License:
 
 
 def inherit_license(config: DonorConfig, **hub_kwargs: Any) -> None:
-    """Fill in the base's licence where an organ's config states none. Arguments as in `base_license`."""
+    """State `organ_license` in a donor's config."""
     organ_license(config, **hub_kwargs).set(config)
 
 
 def joint_license(parts: Iterable[License]) -> License:
-    """The licence of what is made of several parts: those of all of them; unknown when one is."""
-    first, *others = parts
-    if all(other == first for other in others):
-        return first
-    if any(part.id is None for part in (first, *others)):
+    """The licence of what is made of several parts: those of all of them, unknown if one is."""
+    parts = list(parts)
+    if all(part == parts[0] for part in parts):
+        return parts[0]
+    if any(part.license is None for part in parts):
         return License()
-    ids = unite(first.id, *(other.id for other in others))
+    ids = unite(*(part.license for part in parts))
     return License(ids if len(ids) > 1 else ids[0])
 
 
-def _absolute(link: str | None, base: str, revision: str | None) -> str | None:
-    """A link that leads somewhere from another repo too; `None` for one into a local folder."""
-    if link is None or "://" in link:
+def _absolute(link: str, base: str, revision: str | None) -> str | None:
+    """A link that works from another repo too; `None` for one into a local folder."""
+    if "://" in link:
         return link
     if os.path.isdir(base):
         return None
-    commit = getattr(revision, "resolved", revision) or "main"
+    commit = commit_of(revision) or revision or "main"
     return f"https://huggingface.co/{base}/blob/{commit}/{posixpath.normpath(link)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,8 +17,12 @@ Base = Annotated[
 ]
 Position = Annotated[
     int | None,
-    typer.Option("--position", min=0, help="Where the organ goes, in the recipient's own layers.", show_default=False),
+    typer.Option("--position", min=0, help="Place of the organ among the recipient's layers.", show_default=False),
 ]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.", show_default="main")
+]
+Subfolder = Annotated[str | None, typer.Option("--subfolder", help="Folder within the repo.", show_default=False)]
 Token = Annotated[str | None, typer.Option("--token", help="Hub token.", show_default="the stored one")]
 
 Data = Annotated[
@@ -33,5 +37,27 @@ Column = Annotated[str, typer.Option("--column", help="Column that holds the tex
 Split = Annotated[str, typer.Option("--split", help="Split, or slice of one: 'train[:90%]'.")]
 
 Mode = Literal["insert", "replace"]
-Init = Literal["copy", "identity"]
+CutMode = Annotated[
+    Mode, typer.Option("--mode", help="Insert the organ before layer `position`, or replace layers from there on.")
+]
+Init = Annotated[
+    Literal["copy", "identity"],
+    typer.Option("--init", help="Keep the layers as they are, or make an inserted organ start as an exact no-op."),
+]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def parse_span(layers: str) -> tuple[int, int]:
+    """Read `I:J` as two integers."""
+    first, colon, last = layers.partition(":")
+    try:
+        if colon:
+            return int(first), int(last)
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{layers!r} is not a span I:J of two integers, such as 4:7", param_hint="--layers")
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Select the options that are not `None`."""
+    return {key: value for key, value in options.items() if value is not None}

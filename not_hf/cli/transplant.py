@@ -1,4 +1,4 @@
-"""The command `transplant`: a composition of several organs, written from their names."""
+"""`not-hf transplant`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from not_hf.cli.options import Force, Token
-from not_hf.cli.run import Result, command, facts, output_folder
+from not_hf.cli.app import Result, command, facts, output_folder
+from not_hf.cli.options import Force, Token, given
 
 if TYPE_CHECKING:
+    from not_hf import OrganSource
     from not_hf.composition.plan import Plan
-    from not_hf.composition.sources import OrganSource
 
 _KEYS = ("name", "position", "mode", "scale", "revision", "subfolder", "active")
 
@@ -27,28 +27,26 @@ def transplant(
         typer.Argument(metavar="NAME", help="Recipient, then donors: folders or Hub IDs.", show_default=False),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
-    embed: Annotated[
-        bool, typer.Option("--embed", help="Copy donors from the Hub in, instead of listing them at their commits.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written; read no weights.")] = False,
+    embed: Annotated[bool, typer.Option("--embed", help="Also copy donors on the Hub into the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
     token: Token = None,
     force: Force = False,
 ) -> Result:
-    """Write a composition: a folder that puts several organs into a recipient in one go. No weights are loaded.
+    """Write a composition: a folder that lists several donors and puts them into a recipient. Loads no weights.
 
-    Donors from the Hub are listed by reference, pinned to the commits they are at now; local ones are copied in.
-    Without a recipient, it is the base that the donors were cut from.
+    Donors on the Hub are listed by ID, pinned to their current commits; local ones are copied in. The recipient may be
+    left out: then it is the base that the donors were cut from.
 
-    What differs from a donor's own config stands after it, with commas and without spaces: name=NAME, position=N,
-    mode=insert or mode=replace, scale=NUMBER, revision=BRANCH, subfolder=PATH, active=no. A recipient takes
-    revision=BRANCH.
+    A donor's own config is overridden by options after its name, with commas and without spaces: name=NAME,
+    position=N, mode=insert or mode=replace, scale=NUMBER, revision=BRANCH, subfolder=PATH, active=no. A recipient
+    takes revision=BRANCH only.
     """
     sources = [_source(text) for text in names]
     if output is None and not dry_run:
-        raise typer.BadParameter("needed, unless with --dry-run", param_hint="--output")
-    from not_hf.composition.plan import compose
+        raise typer.BadParameter("is required without --dry-run", param_hint="--output")
+    from not_hf import compose
 
-    hub = {} if token is None else {"token": token}
+    hub = given(token=token)
     base, donors = _split(sources, hub)
     if dry_run or output is None:
         plan = compose(donors, *base, **hub)
@@ -61,38 +59,36 @@ def transplant(
 
 
 def _source(text: str) -> OrganSource:
-    """The donor, or recipient, that one argument names."""
-    from not_hf.composition.sources import OrganSource
+    """Read the donor, or recipient, that one argument names."""
+    from not_hf import OrganSource
 
     parts = text.split(",")
-    folders = [
-        n for n in range(1, len(parts) + 1) if os.path.isdir(",".join(parts[:n]))
-    ]  # their names may hold commas
-    end = max(folders, default=1)
-    donor, given = ",".join(parts[:end]), dict[str, Any]()
+    # the name of a folder may contain commas
+    end = max((n for n in range(1, len(parts) + 1) if os.path.isdir(",".join(parts[:n]))), default=1)
+    donor, options = ",".join(parts[:end]), dict[str, Any]()
     for option in parts[end:]:
         key, _, value = option.partition("=")
         if key not in _KEYS or not value:
-            _refuse(text, f"{option!r} is not KEY=VALUE with a key of {', '.join(_KEYS)}")
-        if key in given:
+            _refuse(text, f"{option!r} is not KEY=VALUE, where KEY is one of {', '.join(_KEYS)}")
+        if key in options:
             _refuse(text, f"{key} is given twice")
-        given[key] = value
+        options[key] = value
     if not donor:
-        _refuse(text, "it names no folder or Hub ID")
-    if "position" in given:
-        if not given["position"].isdecimal():
-            _refuse(text, f"position {given['position']!r} is not a number from 0")
-        given["position"] = int(given["position"])
-    if "scale" in given:
+        _refuse(text, "no folder or Hub ID before the comma")
+    if "position" in options:
+        if not options["position"].isdecimal():
+            _refuse(text, f"position {options['position']!r} must be a whole number from 0")
+        options["position"] = int(options["position"])
+    if "scale" in options:
         try:
-            given["scale"] = float(given["scale"])
+            options["scale"] = float(options["scale"])
         except ValueError:
-            _refuse(text, f"scale {given['scale']!r} is not a number")
-    if given.get("mode", "insert") not in ("insert", "replace"):
-        _refuse(text, f"mode {given['mode']!r} is neither insert nor replace")
-    if given.get("active", "yes") not in ("yes", "no"):
-        _refuse(text, f"active {given['active']!r} is neither yes nor no")
-    return OrganSource(**{"name": "", "donor": donor, **given, "active": given.get("active") != "no"})
+            _refuse(text, f"scale {options['scale']!r} must be a number")
+    if options.get("mode", "insert") not in ("insert", "replace"):
+        _refuse(text, f"mode {options['mode']!r} must be insert or replace")
+    if options.get("active", "yes") not in ("yes", "no"):
+        _refuse(text, f"active {options['active']!r} must be yes or no")
+    return OrganSource(**{"name": "", "donor": donor, **options, "active": options.get("active") != "no"})
 
 
 def _refuse(text: str, reason: str) -> None:
@@ -100,7 +96,7 @@ def _refuse(text: str, reason: str) -> None:
 
 
 def _split(sources: list[OrganSource], hub: dict[str, Any]) -> tuple[tuple[Any, ...], list[OrganSource]]:
-    """The recipient and its revision if the first one is no donor, and the donors."""
+    """Separate the recipient and its revision, if the first source is no donor, from the donors."""
     from transformers import AutoConfig
 
     from not_hf import DonorConfig, OrganSource
@@ -110,14 +106,14 @@ def _split(sources: list[OrganSource], hub: dict[str, Any]) -> tuple[tuple[Any, 
     if isinstance(AutoConfig.from_pretrained(name, **where), DonorConfig):
         return (), sources
     if first != OrganSource("", name, first.revision):
-        _refuse(name, "it is a recipient, not a donor, and takes a revision only")
+        _refuse(name, "the recipient takes a revision only")
     if len(sources) == 1:
-        _refuse(name, "it is a recipient; name the donors to put into it")
+        _refuse(name, "this is the recipient; name the donors after it")
     return (name, first.revision), sources[1:]
 
 
 def _described(plan: Plan, embed: bool) -> dict[str, Any]:
-    """A plan as data."""
+    """Present a plan for `--json`."""
     entries = plan.config(embed).donors or []
     cut_from = {organ.name: organ.config.span[0] for organ in plan.organs}
     organs = [
@@ -147,7 +143,7 @@ def _described(plan: Plan, embed: bool) -> dict[str, Any]:
 
 
 def _view(data: dict[str, Any], dry_run: bool, output: Path | None) -> Group:
-    """A plan as tables: the organs, then the stack with a row per layer."""
+    """Present a plan for people: a table of the organs, then one of the stack with a row per layer."""
     organs = Table("organ", "from", "commit", "goes", "layers", "parameters", "size")
     for entry in data["donors"]:
         source = "/".join(filter(None, (entry["source"], entry["source_subfolder"])))

@@ -1,38 +1,156 @@
-"""Does a donor fit a recipient, and are its files in order? Found out before any weights are downloaded."""
+"""Do organs fit a recipient, and are their files in order? Found out from configs and headers, without weights."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from huggingface_hub.utils import TensorInfo
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from not_hf.composition.resolve import Request, expand, pin, read_config, stack_problems
+from not_hf.architecture.differences import native_differences
+from not_hf.architecture.scaling import scale_problem
+from not_hf.architecture.upstream import require_known, resolve_commit
+from not_hf.composition.layout import Place, StackEntry, arrange, require_free_names
+from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
 from not_hf.composition.sources import DEFAULT_NAME, OrganSource
-from not_hf.config import DonorConfig
-from not_hf.donor.compatibility import Mismatches, recipient_differences
+from not_hf.config import DonorConfig, OrganSpec
+from not_hf.donor.compatibility import (
+    Mismatches,
+    config_mismatches,
+    describe_stack,
+    mismatches,
+    name_of,
+    odd_tensors,
+    place_problems,
+    recipient_differences,
+    structure_problems,
+)
+from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import CorruptDonorError, NotHFError
+from not_hf.errors import (
+    CorruptDonorError,
+    IncompatibleDonorError,
+    NotHFError,
+    UnsupportedArchitectureError,
+)
 from not_hf.hub.partial_download import list_tensors
-from not_hf.hub.repo import SHARED_KWARGS
+
+
+class PlacedOrgan(Protocol):
+    """An organ and its place, whether it is loaded already or not."""
+
+    @property
+    def place(self) -> Place:
+        """Where it goes."""
+
+    @property
+    def spec(self) -> OrganSpec:
+        """What its donor's config says."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it stands in the stack."""
+
+
+class Fit(NamedTuple):
+    """What configs tell of organs in a recipient."""
+
+    problems: list[str]  # what keeps them out
+    stack: list[StackEntry]  # that the active organs make of the recipient, if nothing does
+    differences: list[str]  # in what a native model of that stack would compute otherwise: no merge will hold them
+
+
+def validate(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[PlacedOrgan] = ()) -> Fit:
+    """`examine`, but what keeps the organs out is raised.
+
+    Raises:
+        NotHFError: As in `examine`.
+        IncompatibleDonorError: With every problem.
+    """
+    fit = examine(organs, recipient, loaded)
+    if fit.problems:
+        raise IncompatibleDonorError("; ".join(fit.problems))
+    return fit
+
+
+def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[PlacedOrgan] = ()) -> Fit:
+    """Check everything that configs tell of organs that are to go into a recipient.
+
+    Args:
+        organs: In load order.
+        recipient: Native config of a model without organs.
+        loaded: Organs that are there already.
+
+    Raises:
+        NotHFError: A name is not plain, or taken.
+    """
+    require_free_names([organ.name for organ in organs], [organ.place.name for organ in loaded])
+
+    def told(organ: ResolvedOrgan, problems: Iterable[str]) -> list[str]:
+        return [f"organ {organ.name!r}: {problem}" if len(organs) > 1 else problem for problem in problems]
+
+    problems = []
+    for organ in organs:
+        place: tuple[Any, str] = (organ.source.position, organ.place.mode)
+        if config_mismatches(organ.spec, recipient) or place_problems(organ.spec, recipient, *place):
+            problems += told(organ, mismatches(organ.spec, recipient, *place))
+        elif not organ.active:  # the others are looked at together
+            problems += told(organ, structure_problems(organ.spec, recipient, *place))
+        if organ.scale != 1 and (problem := scale_problem(organ.scale, organ.place.mode)):
+            problems += told(organ, [problem])
+    if problems:
+        return Fit(problems, [], [])
+    try:
+        active = [organ for organ in (*loaded, *organs) if organ.active]
+        stack = arrange(recipient.num_hidden_layers, [organ.place for organ in active])
+        specs = {organ.place.name: organ.spec for organ in active}
+        built, native = describe_stack([(specs[name] if name else None, n) for name, n in stack], recipient)
+    except IncompatibleDonorError as error:
+        return Fit([str(error)], [], [])
+    except UnsupportedArchitectureError as error:
+        return Fit([f"{name_of(recipient)} cannot take these layers: {error}"], [], [])
+    if odd_tensors(built, native):  # of which organ?
+        for organ in organs:
+            place = (organ.place.position, organ.place.mode)
+            problems += told(organ, structure_problems(organ.spec, recipient, *place))
+    return Fit(problems, stack, native_differences(built, native))
+
+
+def header_problems(spec: OrganSpec, headers: Mapping[str, TensorInfo]) -> list[str]:
+    """What is wrong with a donor's weights as far as the headers of its files tell; the weights are not read.
+
+    Args:
+        spec: What the organ is.
+        headers: What `list_tensors` gives for it.
+
+    Returns:
+        One line for each tensor that is missing, unexpected, mis-shaped, empty or not floating-point.
+    """
+    problems = tensor_problems(headers) + expert_problems(headers)
+    hollow = {name: torch.empty(each.shape, dtype=dtype_of(each), device="meta") for name, each in headers.items()}
+    try:
+        _, info = DonorModel.fill(spec, hollow, source="the checkpoint", device_map="meta")
+    except CorruptDonorError as error:
+        return problems or [str(error)]
+    return [*problems, *(problem for problem in loading_problems(info) if problem not in problems)]
 
 
 @dataclass(frozen=True)
-class Surveyed:
+class SurveyedOrgan:
     """One organ of a donor, as far as its config and the headers of its files tell."""
 
-    source: OrganSource
-    config: DonorConfig
+    organ: ResolvedOrgan
     tensors: Mapping[str, TensorInfo]
     unreadable: str | None = None  # why there are no tensors
 
 
 def survey(
     donor: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None, **hub_kwargs: Any
-) -> tuple[DonorConfig, list[Surveyed]]:
+) -> tuple[DonorConfig, list[SurveyedOrgan]]:
     """A donor's config and its organs, of which a composition has several. No weights are read.
 
     Args:
@@ -45,18 +163,15 @@ def survey(
         NotHFError: A config is not what it is taken for, or not in order.
         OSError: A config or a header cannot be read.
     """
-    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
-    wish = pin(OrganSource(DEFAULT_NAME, os.fspath(donor), revision, subfolder), hub_kwargs)
-    root = read_config(wish, hub_kwargs)
+    require_known(hub_kwargs)
+    root, resolved = resolve_donor(OrganSource(DEFAULT_NAME, os.fspath(donor), revision, subfolder), hub_kwargs)
     organs = []
-    for source in expand(wish, root, hub_kwargs):
-        where = {**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
-        config = read_config(source, hub_kwargs)
+    for organ in resolved:
+        where = {**hub_kwargs, "revision": organ.source.revision, "subfolder": organ.source.subfolder or ""}
         try:
-            organs.append(Surveyed(source, config, list_tensors(str(source.donor), **where)))
+            organs.append(SurveyedOrgan(organ, list_tensors(str(organ.source.donor), **where)))
         except CorruptDonorError as error:
-            organs.append(Surveyed(source, config, {}, str(error)))
+            organs.append(SurveyedOrgan(organ, {}, str(error)))
     return root, organs
 
 
@@ -98,25 +213,29 @@ def check_donor(
 
 
 def recipient_problems(
-    organs: Sequence[Surveyed],
+    surveyed: Sequence[SurveyedOrgan],
     recipient: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel,
     position: int | None = None,
     mode: str | None = None,
     **hub_kwargs: Any,
 ) -> Mismatches:
     """What `check_donor` lists, of organs that were surveyed. Arguments as there."""
-    if not isinstance(recipient, PreTrainedConfig):
-        base = recipient if isinstance(recipient, PreTrainedModel) else os.fspath(recipient)
-        recipient = Request(base, hub_kwargs, []).base_config()
-    placed = [
-        (replace(organ.source, position=position, mode=mode) if len(organs) == 1 else organ.source, organ.config)
-        for organ in organs
-    ]
-    problems, differences = stack_problems(placed, recipient), []
-    for organ in organs:
-        prefix = f"organ {organ.source.name!r}: " if len(organs) > 1 else ""
-        found = [organ.unreadable] if organ.unreadable else DonorModel.header_problems(organ.config, organ.tensors)
+    if isinstance(recipient, PreTrainedModel):
+        recipient = getattr(recipient, "base_config", recipient.config)
+    elif not isinstance(recipient, PreTrainedConfig):
+        name = os.fspath(recipient)
+        revision = resolve_commit(name, hub_kwargs)
+        recipient, _ = read_base_config(name, None, {**hub_kwargs, "revision": revision})
+    organs = [each.organ for each in surveyed]
+    if len(organs) == 1:
+        (organ,) = organs
+        position = organ.source.position if position is None else position
+        organs = [replace(organ, source=replace(organ.source, position=position, mode=mode or organ.source.mode))]
+    problems, differences = examine(organs, recipient).problems, []
+    for each in surveyed:
+        prefix = f"organ {each.organ.name!r}: " if len(surveyed) > 1 else ""
+        found = [each.unreadable] if each.unreadable else header_problems(each.organ.spec, each.tensors)
         problems += [f"{prefix}{problem}" for problem in found]
-        others = recipient_differences(organ.config, recipient, hub_kwargs.get("cache_dir"))
+        others = recipient_differences(each.organ.spec, recipient, hub_kwargs.get("cache_dir"))
         differences += [f"{prefix}{other}" for other in others]
     return Mismatches(problems, () if problems else differences)

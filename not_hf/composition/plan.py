@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -12,14 +13,16 @@ from typing import Any
 
 from huggingface_hub import model_info
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 
+from not_hf.architecture.upstream import commit_of, fetch_file, require_known, resolve_commit
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License, joint_license
-from not_hf.composition.layout import Origin
-from not_hf.composition.resolve import Request, expand, pin, place_in_force, read_config, require_stack, scale_in_force
-from not_hf.composition.sources import OrganSource, composition_config, require_distinct, write_entry
+from not_hf.composition.check import header_problems, validate
+from not_hf.composition.layout import StackEntry, require_distinct
+from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
+from not_hf.composition.sources import OrganSource, composition_config, write_entry
 from not_hf.config import DonorConfig
 from not_hf.donor.loading import refuse
 from not_hf.donor.modeling import DonorModel
@@ -28,7 +31,6 @@ from not_hf.errors import NotHFError, reaching_hub
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.hub.checkpoint import checkpoint_files, open_checkpoint
 from not_hf.hub.partial_download import list_tensors
-from not_hf.hub.repo import SHARED_KWARGS, resolve_commit
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Plan:
     base_subfolder: str | None
     base_config: PreTrainedConfig
     organs: Sequence[PlannedOrgan]
-    stack: Sequence[Origin]
+    stack: Sequence[StackEntry]
     hub_kwargs: Mapping[str, Any] = field(repr=False)  # with the token
 
     def config(self, embed: bool = False) -> DonorConfig:
@@ -122,7 +124,7 @@ class Plan:
         open_checkpoint(donor, **where)  # raises if they are not whole
         files = checkpoint_files(donor, **where)
         for name in (CONFIG_NAME, README):
-            path = cached_file(donor, name, _raise_exceptions_for_missing_entries=False, **where)
+            path = fetch_file(donor, name, **where)
             files |= {name: path} if path else {}
         return files
 
@@ -150,46 +152,47 @@ def compose(
         NotHFError: Names are not distinct, or the donors do not agree on a base.
         OSError: A repo cannot be read.
     """
-    if odd := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(odd)}")
-    wishes = [_wish(donor, hub_kwargs) for donor in ([donors] if isinstance(donors, str) else donors)]
+    require_known(hub_kwargs)
+    wishes = [_wish(donor) for donor in ([donors] if isinstance(donors, str) else donors)]
     if not wishes:
         raise NotHFError("name at least one donor to compose")
-    read = [(wish, read_config(wish, hub_kwargs)) for wish in wishes]
+    read = [(wish, *resolve_donor(wish, hub_kwargs)) for wish in wishes]
     base_subfolder = None
     if base is None:
-        base, base_revision, base_subfolder = _common_base(read, base_revision)
+        base, base_revision, base_subfolder = _common_base([(wish, config) for wish, config, _ in read], base_revision)
     else:
         _require_repo(base, base_revision)
-    sources = [source for wish, config in read for source in _organs(wish, config, hub_kwargs)]
-    require_distinct([source.name for source in sources])
+    organs = [organ for wish, config, found in read for organ in _named(wish, config, found, hub_kwargs)]
+    require_distinct([organ.name for organ in organs])
 
     base = os.fspath(base)
     revision = resolve_commit(base, {**hub_kwargs, "revision": base_revision})
-    base_kwargs = {**hub_kwargs, "revision": revision, "subfolder": base_subfolder or ""}
-    base_config = Request(base, base_kwargs, []).base_config()
-    configs = [read_config(source, hub_kwargs) for source in sources]
-    stack = require_stack(list(zip(sources, configs, strict=True)), base_config)
-    organs = []
-    for source, config in zip(sources, configs, strict=True):
-        config.position, config.mode = place_in_force(source, config)
-        config.scale = scale_in_force(source, config)
-        where = {"revision": source.revision, "subfolder": source.subfolder or ""}
-        tensors = list_tensors(str(source.donor), **hub_kwargs, **where)
-        refuse(str(source.donor), DonorModel.header_problems(config, tensors))
-        sizes = [tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values()]
-        num_parameters = sum(tensor.parameter_count for tensor in tensors.values())
-        organs.append(PlannedOrgan(source, config, num_parameters, sum(sizes)))
-    return Plan(base, _commit(base, revision, hub_kwargs), base_subfolder, base_config, organs, stack, hub_kwargs)
+    where = {**hub_kwargs, "revision": revision, "subfolder": base_subfolder or ""}
+    base_config, _ = read_base_config(base, None, where)
+    stack = validate(organs, base_config).stack
+    planned = [_planned(organ, hub_kwargs) for organ in organs]
+    return Plan(base, _commit(base, revision, hub_kwargs), base_subfolder, base_config, planned, stack, hub_kwargs)
 
 
-def _wish(donor: str | os.PathLike[str] | OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
-    """A donor as it was asked for, pinned to a commit."""
+def _planned(organ: ResolvedOrgan, hub_kwargs: Mapping[str, Any]) -> PlannedOrgan:
+    """An organ whose headers were found to be in order."""
+    source, config = organ.source, copy.copy(organ.spec.config)
+    config.position, config.mode, config.scale = int(organ.place.position), organ.place.mode, organ.scale
+    where = {"revision": source.revision, "subfolder": source.subfolder or ""}
+    tensors = list_tensors(str(source.donor), **hub_kwargs, **where)
+    refuse(str(source.donor), header_problems(organ.spec, tensors))
+    sizes = [tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values()]
+    num_parameters = sum(tensor.parameter_count for tensor in tensors.values())
+    return PlannedOrgan(source, config, num_parameters, sum(sizes))
+
+
+def _wish(donor: str | os.PathLike[str] | OrganSource) -> OrganSource:
+    """A donor as it was asked for."""
     wish = donor if isinstance(donor, OrganSource) else OrganSource("", donor)
     if isinstance(wish.donor, DonorModel):
         raise NotHFError("compose takes donors by name; save the DonorModel first, then give its folder")
     _require_repo(wish.donor, wish.revision)
-    return pin(replace(wish, donor=os.fspath(wish.donor)), hub_kwargs)
+    return replace(wish, donor=os.fspath(wish.donor))
 
 
 def _require_repo(name: str | os.PathLike[str], revision: str | None) -> None:
@@ -198,16 +201,20 @@ def _require_repo(name: str | os.PathLike[str], revision: str | None) -> None:
         raise NotHFError(f"{name} is a folder and has no revision {revision!r}; leave it out, or name a repo")
 
 
-def _organs(wish: OrganSource, config: DonorConfig, hub_kwargs: Mapping[str, Any]) -> Iterator[OrganSource]:
+def _named(
+    wish: OrganSource, config: DonorConfig, organs: Sequence[ResolvedOrgan], hub_kwargs: Mapping[str, Any]
+) -> Iterator[ResolvedOrgan]:
     """The organs that a donor stands for, each with a name and its commit."""
     if config.donors is not None and (wish.name or not wish.active):
         raise NotHFError(
             f"{wish.donor} is a composition whose organs have their names; give its organs one by one to change that"
         )
-    for source in expand(wish, config, hub_kwargs):
+    for organ in organs:
+        source = organ.source
         last = os.path.basename(os.path.abspath(source.subfolder or str(source.donor)))
         name = source.name or re.sub(r"[^\w-]", "-", last)
-        yield replace(source, name=name, revision=_commit(str(source.donor), source.revision, hub_kwargs))
+        commit = _commit(str(source.donor), source.revision, hub_kwargs)
+        yield replace(organ, source=replace(source, name=name, revision=commit))
 
 
 def _common_base(
@@ -237,7 +244,4 @@ def _commit(name: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> s
         return None
     # what is in the cache can be read where the Hub refuses to answer: ask it again, to hear why
     with reaching_hub(f"{name} cannot be read"):
-        return (
-            getattr(revision, "resolved", None)
-            or model_info(name, revision=revision, token=hub_kwargs.get("token")).sha
-        )
+        return commit_of(revision) or model_info(name, revision=revision, token=hub_kwargs.get("token")).sha

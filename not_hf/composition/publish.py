@@ -11,11 +11,10 @@ from typing import Unpack
 from huggingface_hub import CommitInfo
 
 from not_hf.cards.common import README
-from not_hf.cards.donor import pushed_card
+from not_hf.cards.donor import updated_card
 from not_hf.cards.license import inherit_license
-from not_hf.composition.resolve import expand
+from not_hf.composition.resolve import resolve_donor
 from not_hf.composition.sources import OrganSource
-from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError
 from not_hf.hub.atomic_write import DRAFT
@@ -42,8 +41,8 @@ def push_donor(
     folder, token = Path(folder), options.get("token")
     if not folder.is_dir():
         raise NotHFError(f"no folder {folder}; name one that holds a donor")
-    config = DonorConfig.from_pretrained(folder)
-    sources = expand(OrganSource("", folder), config, {} if token is None else {"token": token})
+    config, organs = resolve_donor(OrganSource("", folder), {} if token is None else {"token": token})
+    sources = [organ.source for organ in organs]
     for source in sources:
         if source.is_local and source.donor != folder:
             raise NotHFError(f"organ {source.name!r} lies in {source.donor}, a folder of this machine; copy it in")
@@ -56,7 +55,7 @@ def push_donor(
 
     def save(target: str, repo_id: str) -> None:
         readme = Path(target, README)  # the one that is published, if any
-        card = pushed_card(folder, readme, config, num_parameters, size, repo_id)
+        card = updated_card(folder, config, num_parameters, size, repo_id, published=readme)
         ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", "checkpoint-*", *ignore)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
         if config.license != stated:

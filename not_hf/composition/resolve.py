@@ -1,4 +1,4 @@
-"""Which repos a call means: a base and a donor, a donor that names its base, a composition of several organs."""
+"""Resolving a call: names become pinned repos with their configs, each of which is read once."""
 
 from __future__ import annotations
 
@@ -10,67 +10,80 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from not_hf.architecture.scaling import scale_problem
-from not_hf.composition.layout import Origin, Place, arrange
-from not_hf.composition.sources import DEFAULT_NAME, DonorSource, OrganSource, is_plain_name, read_entries
-from not_hf.config import DonorConfig
-from not_hf.donor.compatibility import mismatches
+from not_hf.architecture.upstream import AUTO_KWARGS, SHARED_KWARGS, implementations, require_known, resolve_commit
+from not_hf.composition.layout import Place
+from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource, read_entries
+from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import has_adapters
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError, one_line, reading_base
-from not_hf.hub.repo import SHARED_KWARGS, resolve_commit
+from not_hf.errors import CorruptDonorError, NotHFError, one_line, reading_base
 
-# what else it takes to read a base's config
-CONFIG_KWARGS = ("revision", "subfolder", "gguf_file", "trust_remote_code", "code_revision")
-# what AutoModelForCausalLM and pipelines add for the repo named first, which is not the base
-AUTO_KWARGS = ("_from_auto", "_from_pipeline", "adapter_kwargs")
+# arguments of a model's `from_pretrained` that its config is not to take over, but for those that reach its repo
+_NOT_OF_CONFIG = ("code_revision", "dtype", "quantization_config", "torch_dtype", "trust_remote_code")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What `TransplantedForCausalLM.from_pretrained` was asked for: a recipient, and organs to put into it."""
+class ResolvedOrgan:
+    """One organ: its repo pinned, its config read and checked.
 
-    base: str | PreTrainedModel
-    base_kwargs: dict[str, Any] = field(repr=False)  # with the token
-    sources: list[OrganSource]
-    named_by: str | None = None  # the donor that names the recipient, when the user does not
+    Args:
+        source: Where it comes from and goes; revision, position, mode and scale are those in force.
+        spec: What its donor's config says.
+    """
+
+    source: OrganSource
+    spec: OrganSpec
 
     @property
-    def shared(self) -> dict[str, Any]:
-        """How repos are reached, for base and donors alike."""
-        return {key: value for key, value in self.base_kwargs.items() if key in SHARED_KWARGS}
+    def name(self) -> str:
+        """What it is called in the model."""
+        return self.source.name
 
-    def base_config(self) -> PreTrainedConfig:
-        """The native config of the recipient, without organs."""
-        if isinstance(self.base, PreTrainedModel):
-            return getattr(self.base, "base_config", self.base.config)
-        given = {key: value for key, value in self.base_kwargs.items() if key in (*SHARED_KWARGS, *CONFIG_KWARGS)}
-        config = self.base_kwargs.get("config")
-        if not isinstance(config, PreTrainedConfig):
-            with reading_base(self.base, self.named_by):
-                config = AutoConfig.from_pretrained(config or self.base, **given)
-        if isinstance(config, DonorConfig):
-            raise NotHFError(f"{self.base} is a donor, not a recipient; name the base first, then the donor")
-        return config
+    @property
+    def active(self) -> bool:
+        """Whether it stands in the stack after loading."""
+        return self.source.active
 
+    @property
+    def scale(self) -> float:
+        """Of what its layers write to the residual stream."""
+        return 1.0 if self.source.scale is None else self.source.scale
 
-def read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorConfig:
-    """The config of a donor model, folder or Hub ID."""
-    if isinstance(source.donor, DonorModel):
-        return source.donor.config
-    return DonorConfig.from_pretrained(
-        source.donor, **{**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
-    )
+    @property
+    def place(self) -> Place:
+        """Where it goes, in the recipient's own layers."""
+        return Place(self.name, self.source.position or 0, self.source.mode or "insert", self.spec.num_layers)
 
 
-def resolve_request(
+@dataclass(frozen=True)
+class Resolved:
+    """What `TransplantedForCausalLM.from_pretrained` was asked for: a recipient, and organs to put into it.
+
+    Args:
+        base: The recipient: folder, Hub ID or live model.
+        base_config: Its native config, without organs.
+        base_kwargs: For its `from_pretrained`; the revision is pinned, and the config is among them.
+        organs: In load order.
+        shared: How repos are reached, for base and donors alike.
+        named_by: The donor that names the recipient, when the user does not.
+    """
+
+    base: str | PreTrainedModel
+    base_config: PreTrainedConfig
+    base_kwargs: dict[str, Any] = field(repr=False)  # with the token
+    organs: Sequence[ResolvedOrgan]
+    shared: dict[str, Any] = field(repr=False)
+    named_by: str | None = None
+
+
+def resolve(
     first: str | os.PathLike[str] | PreTrainedModel,
-    donor: DonorSource | None,
+    donor: DonorLike | None,
     wish: OrganSource,
     config: PreTrainedConfig | None,
     base_kwargs: Mapping[str, Any],
-) -> Request:
-    """Tell base from donor in the forms that `TransplantedForCausalLM.from_pretrained` takes.
+) -> Resolved:
+    """Tell base from donor in the forms that `TransplantedForCausalLM.from_pretrained` takes, and read their configs.
 
     Args:
         first: Its first argument: the recipient, or the donor repo when `donor` is `None`.
@@ -81,8 +94,8 @@ def resolve_request(
 
     Raises:
         NotHFError: No donor is named, or a donor names no base.
-        CorruptDonorError: A composition is not in order.
-        OSError: A donor's config cannot be read.
+        CorruptDonorError: A donor's config contradicts itself, or a composition is not in order.
+        OSError: A config cannot be read.
     """
     if isinstance(first, nn.Module) and (not isinstance(first, PreTrainedModel) or has_adapters(first)):
         raise NotHFError(
@@ -91,47 +104,129 @@ def resolve_request(
         )
     kwargs = {key: value for key, value in base_kwargs.items() if key not in AUTO_KWARGS}
     shared = {key: value for key, value in kwargs.items() if key in SHARED_KWARGS}
-    base: str | PreTrainedModel
-    if donor is not None:
-        if isinstance(first, PreTrainedModel) and (odd := sorted(kwargs.keys() - set(SHARED_KWARGS))):
-            raise TypeError(f"{', '.join(odd)}: only for a recipient that is loaded here, this one is live")
-        base = first if isinstance(first, PreTrainedModel) else os.fspath(first)
-        if config is not None:
-            kwargs["config"] = config
-        if isinstance(base, str):
-            kwargs["revision"] = resolve_commit(base, kwargs)
-        wish = pin(replace(wish, donor=donor), shared)
-        return Request(base, kwargs, expand(wish, read_config(wish, shared), shared))
-
     if isinstance(first, PreTrainedModel):
-        raise NotHFError("name a donor to put into the live model: from_pretrained(model, donor)")
-    wish = replace(
-        wish,
-        donor=os.fspath(first),
-        revision=wish.revision or kwargs.pop("revision", None),
-        subfolder=wish.subfolder or kwargs.pop("subfolder", None),
-    )
-    wish = pin(wish, shared)
-    given = isinstance(config, DonorConfig)
-    donor_config = config if isinstance(config, DonorConfig) else read_config(wish, shared)
-    if donor_config.base_model_name_or_path is None:
-        raise NotHFError(f"{wish.donor} does not name its base; give it: from_pretrained(base, {wish.donor!r})")
-    if given and donor_config.donors is None:
-        # AutoModelForCausalLM has moved those of its arguments that the donor's config also has into that config
-        position, mode = place_in_force(wish, donor_config)
-        wish = replace(wish, position=position, mode=mode, scale=scale_in_force(wish, donor_config))
-    for key in ("attn_implementation", "experts_implementation"):
-        if (value := getattr(donor_config, f"_{key}")) is not None:
-            kwargs.setdefault(key, value)
-    base = donor_config.base_model_name_or_path
-    kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that this one names
-    kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": donor_config.base_revision})
-    if donor_config.base_subfolder:
-        kwargs["subfolder"] = donor_config.base_subfolder
-    return Request(base, kwargs, expand(wish, donor_config, shared), named_by=str(wish.donor))
+        if donor is None:
+            raise NotHFError("name a donor to put into the live model: from_pretrained(model, donor)")
+        if odd := sorted(kwargs.keys() - set(SHARED_KWARGS)):
+            raise TypeError(f"{', '.join(odd)}: only for a recipient that is loaded here, this one is live")
+        _, organs = resolve_donor(replace(wish, donor=donor), shared)
+        native = getattr(first, "base_config", first.config)
+        return Resolved(first, native, {}, organs, shared)
+    if donor is not None:
+        base, named_by = os.fspath(first), None
+        _, organs = resolve_donor(replace(wish, donor=donor), shared)
+        kwargs["revision"] = resolve_commit(base, kwargs)
+    else:
+        wish = replace(
+            wish,
+            donor=os.fspath(first),
+            revision=wish.revision or kwargs.pop("revision", None),
+            subfolder=wish.subfolder or kwargs.pop("subfolder", None),
+        )
+        root, organs = resolve_donor(wish, shared, config if isinstance(config, DonorConfig) else None)
+        config, named_by = None, str(wish.donor)
+        if root.base_model_name_or_path is None:
+            raise NotHFError(f"{wish.donor} does not name its base; give it: from_pretrained(base, {wish.donor!r})")
+        base = root.base_model_name_or_path
+        kwargs = {**implementations(root), **kwargs}
+        kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that it names
+        kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": root.base_revision})
+        if root.base_subfolder:
+            kwargs["subfolder"] = root.base_subfolder
+    native, kwargs = read_base_config(base, config, kwargs, named_by)
+    return Resolved(base, native, kwargs, organs, shared, named_by)
 
 
-def pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
+def read_base_config(
+    base: str, config: PreTrainedConfig | str | None, kwargs: dict[str, Any], named_by: str | None = None
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The native config of a recipient, and what to load it with.
+
+    Args:
+        base: Folder or Hub ID.
+        config: It, or where it is read from; `None`: in the base's repo.
+        kwargs: For the recipient's `from_pretrained`. Values of the config among them go into it, as in transformers.
+        named_by: The donor that names the base, for errors.
+
+    Raises:
+        NotHFError: The base is a donor.
+        OSError: The config cannot be read.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        kept = {key: kwargs[key] for key in _NOT_OF_CONFIG if key in kwargs}
+        hub = {key: value for key, value in kwargs.items() if key in (*SHARED_KWARGS, "revision", "subfolder")}
+        code = {key: kept[key] for key in ("code_revision", "trust_remote_code") if key in kept}
+        values = {key: value for key, value in kwargs.items() if key not in _NOT_OF_CONFIG and key not in hub}
+        with reading_base(base, named_by):
+            read: Any = AutoConfig.from_pretrained(config or base, return_unused_kwargs=True, **hub, **code, **values)
+        config, unused = read
+        kwargs = {**hub, **kept, **unused}
+    if isinstance(config, DonorConfig):
+        raise NotHFError(f"{base} is a donor, not a recipient; name the base first, then the donor")
+    assert isinstance(config, PreTrainedConfig)
+    return config, {**kwargs, "config": config}
+
+
+def resolve_donor(
+    source: OrganSource, hub_kwargs: Mapping[str, Any], config: DonorConfig | None = None
+) -> tuple[DonorConfig, list[ResolvedOrgan]]:
+    """The config of a donor, and its organs: the donor itself, or those that a composition lists.
+
+    Args:
+        source: Where the donor lies.
+        hub_kwargs: How repos are reached.
+        config: Of the donor, if it was read already.
+
+    Raises:
+        CorruptDonorError: A config contradicts itself, or a composition lists another one or itself.
+        NotHFError: A composition cannot be had as it was asked for.
+        OSError: A config cannot be read.
+    """
+    source = _pin(source, hub_kwargs)
+    config = config or _read_config(source, hub_kwargs)
+    if config.donors is None:
+        return config, [_in_force(source, config)]
+    entries = read_entries(config, source)
+    if source.name not in ("", DEFAULT_NAME):
+        raise NotHFError(
+            f"{source.donor} is a composition whose organs have their names; leave out the name {source.name!r}"
+        )
+    asked = source.position is not None or source.mode is not None
+    if asked or config.position is not None or config.mode != "insert":  # where AutoModelForCausalLM puts arguments
+        raise NotHFError(
+            f"{source.donor} is a composition whose organs have their places; load them one by one to move"
+        )
+    return config, [_resolve_entry(entry, source, hub_kwargs) for entry in entries]
+
+
+def resolve_organ(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> ResolvedOrgan:
+    """A donor that is one organ; arguments and errors as in `resolve_donor`."""
+    require_known(hub_kwargs)
+    source = _pin(source, hub_kwargs)
+    return _in_force(source, _read_config(source, hub_kwargs))
+
+
+def _resolve_entry(entry: OrganSource, composition: OrganSource, hub_kwargs: Mapping[str, Any]) -> ResolvedOrgan:
+    """An organ that a composition lists."""
+    entry = _pin(entry, hub_kwargs)
+    try:
+        config = _read_config(entry, hub_kwargs)
+    except OSError as error:
+        raise OSError(
+            f"{composition.donor} lists organ {entry.name!r} in {entry.donor}, which cannot be read: {one_line(error)}"
+        ) from error
+    if config.donors is not None:
+        raise CorruptDonorError(
+            f"{composition.donor}: organ {entry.name!r} is a composition itself ({entry.donor}); "
+            "compositions cannot be nested: list its organs"
+        )
+    try:
+        return _in_force(entry, config)
+    except NotHFError as error:
+        raise type(error)(f"organ {entry.name!r}: {error}") from error
+
+
+def _pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
     """The same organ with its revision resolved to a commit, so that all that is read of it is of one state."""
     if isinstance(source.donor, DonorModel):
         return source
@@ -139,107 +234,17 @@ def pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
     return replace(source, revision=revision)
 
 
-def expand(source: OrganSource, config: DonorConfig, hub_kwargs: Mapping[str, Any]) -> list[OrganSource]:
-    """The organs that a donor stands for: itself, or those that a composition lists.
-
-    Args:
-        source: Where the donor lies.
-        config: Its config.
-        hub_kwargs: How repos are reached.
-
-    Raises:
-        CorruptDonorError: The composition is not in order, or lists another composition or itself.
-        NotHFError: It cannot be had as it was asked for.
-        OSError: The config of an organ cannot be read.
-    """
-    if config.donors is None:
-        return [source]
-    organs = [pin(organ, hub_kwargs) for organ in read_entries(config, source)]
-    moved = source.position is not None or source.mode is not None
-    if source.name not in ("", DEFAULT_NAME):
-        raise NotHFError(
-            f"{source.donor} is a composition whose organs have their names; leave out the name {source.name!r}"
-        )
-    if moved or config.position is not None or config.mode != "insert":  # where AutoModelForCausalLM puts arguments
-        raise NotHFError(
-            f"{source.donor} is a composition whose organs have their places; load them one by one to move"
-        )
-    for organ in organs:
-        try:
-            listed = read_config(organ, hub_kwargs).donors
-        except OSError as error:
-            raise OSError(
-                f"{source.donor} lists organ {organ.name!r} in {organ.donor}, which cannot be read: {one_line(error)}"
-            ) from error
-        if listed is not None:
-            raise CorruptDonorError(
-                f"{source.donor}: organ {organ.name!r} is a composition itself ({organ.donor}); "
-                "compositions cannot be nested: list its organs"
-            )
-    return organs
+def _read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorConfig:
+    if isinstance(source.donor, DonorModel):
+        return source.donor.config
+    return DonorConfig.from_pretrained(
+        source.donor, **{**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
+    )
 
 
-def require_stack(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient: PreTrainedConfig) -> list[Origin]:
-    """The stack that the active ones of these organs make of a recipient, from configs alone.
-
-    Args:
-        organs: In load order, each with its config.
-        recipient: Native config of a model without organs.
-
-    Raises:
-        NotHFError: A name is not plain.
-        IncompatibleDonorError: With every mismatch of every organ, or the first overlap of two.
-        CorruptDonorError: A donor's config contradicts itself.
-    """
-    if problems := stack_problems(organs, recipient):
-        raise IncompatibleDonorError("; ".join(problems))
-    return _stack(organs, recipient)
-
-
-def stack_problems(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient: PreTrainedConfig) -> list[str]:
-    """Every mismatch of every organ with a recipient, or the first overlap of two. Arguments as in `require_stack`.
-
-    Raises:
-        NotHFError: A name is not plain.
-        CorruptDonorError: A donor's config contradicts itself.
-    """
-    problems = []
-    for source, config in organs:
-        if not is_plain_name(source.name):
-            raise NotHFError(
-                f"donor_name {source.name!r} is not a plain name, without dots and slashes; choose another"
-            )
-        prefix = f"organ {source.name!r}: " if len(organs) > 1 else ""
-        scale, mode = scale_in_force(source, config), source.mode or config.mode
-        try:
-            found = mismatches(config, recipient, source.position, source.mode)
-        except NotHFError as error:
-            raise type(error)(f"{prefix}{error}") from error
-        found += [problem for problem in [scale_problem(scale, mode)] if problem]
-        problems += [f"{prefix}{problem}" for problem in found]
-    if not problems:
-        try:
-            _stack(organs, recipient)
-        except IncompatibleDonorError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _stack(organs: Sequence[tuple[OrganSource, DonorConfig]], recipient: PreTrainedConfig) -> list[Origin]:
-    places = [
-        Place(source.name, *place_in_force(source, config), config.num_organ_layers)
-        for source, config in organs
-        if source.active
-    ]
-    return arrange(recipient.num_hidden_layers, places)
-
-
-def place_in_force(source: OrganSource, config: DonorConfig) -> tuple[int, str]:
-    """Position and mode of an organ: those asked for, else those of its own config."""
+def _in_force(source: OrganSource, config: DonorConfig) -> ResolvedOrgan:
+    """An organ whose place and scale are those that were asked for, else those of its own config."""
+    spec = config.check()
     position = config.position if source.position is None else source.position
-    return int(position or 0), source.mode or config.mode
-
-
-def scale_in_force(source: OrganSource, config: DonorConfig) -> float:
-    """Scale of an organ: the one asked for, else its own config's."""
-    return config.scale if source.scale is None else source.scale
+    scale = config.scale if source.scale is None else source.scale
+    return ResolvedOrgan(replace(source, position=position, mode=source.mode or config.mode, scale=scale), spec)

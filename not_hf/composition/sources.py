@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -12,14 +11,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from not_hf.composition.layout import is_plain_name, require_distinct
 from not_hf.config import MODES, DonorConfig
 from not_hf.donor.cutting import plain_config
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import CorruptDonorError, NotHFError
+from not_hf.errors import CorruptDonorError
 
 DEFAULT_NAME = "default"  # of an organ that nobody named, as in PEFT
 
-DonorSource = str | os.PathLike[str] | DonorModel
+DonorLike = str | os.PathLike[str] | DonorModel
 
 # What an entry may say, and the types of JSON it says it in; null counts as left out.
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
@@ -50,7 +50,7 @@ class OrganSource:
     """
 
     name: str
-    donor: DonorSource
+    donor: DonorLike
     revision: str | None = None
     subfolder: str | None = None
     position: int | None = None
@@ -62,11 +62,6 @@ class OrganSource:
     def is_local(self) -> bool:
         """Whether the donor is a folder on this machine."""
         return not isinstance(self.donor, DonorModel) and os.path.isdir(self.donor)
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether an organ may be called so: it becomes the name of a folder."""
-    return isinstance(name, str) and bool(name.strip()) and not set(name) & set("./\\")
 
 
 def read_entries(config: DonorConfig, composition: OrganSource) -> list[OrganSource]:
@@ -91,12 +86,6 @@ def read_entries(config: DonorConfig, composition: OrganSource) -> list[OrganSou
             raise CorruptDonorError(f"{where}: organ {entry['name']!r:.200} of the composition {problem}")
     require_distinct([entry["name"] for entry in config.donors], f"{where}: ", CorruptDonorError)
     return [_source(entry, composition) for entry in config.donors]
-
-
-def require_distinct(names: Sequence[str], where: str = "", error: type[NotHFError] = NotHFError) -> None:
-    """Raise `error` if two organs have one name."""
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise error(f"{where}several organs are named {twice[0]!r}; give each a name of its own")
 
 
 def write_entry(name: str, config: DonorConfig, active: bool, **where: str | None) -> dict[str, Any]:

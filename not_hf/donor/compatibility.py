@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from not_hf.architecture.differences import computing_differences
+from not_hf.architecture.differences import LayerDescription, computing_differences
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.twin import meta_twin
-from not_hf.config import DonorConfig
+from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.vocabulary import Home, vocabulary_differences
+from not_hf.donor.vocabulary import Repo, vocabulary_differences
 from not_hf.errors import UnsupportedArchitectureError
 
 # What the recipient computes once for all its layers, or allocates in its caches: an organ must agree on it.
@@ -73,58 +73,109 @@ def check_compatibility(
         OSError: A config cannot be read.
     """
     donor_config, config = _donor_config(donor, hub_kwargs), _recipient_config(recipient, hub_kwargs)
-    if problems := mismatches(donor_config, config, position, mode):
+    spec = donor_config.check()
+    place = (donor_config.position if position is None else position, mode or donor_config.mode)
+    if problems := mismatches(spec, config, *place):
         return Mismatches(problems)
-    return Mismatches((), recipient_differences(donor_config, config, hub_kwargs.get("cache_dir")))
+    return Mismatches((), recipient_differences(spec, config, hub_kwargs.get("cache_dir")))
 
 
-def mismatches(donor: DonorConfig, recipient: PreTrainedConfig, position: int | None, mode: str | None) -> list[str]:
-    """What `check_compatibility` lists as problems, without looking for what differs besides; arguments as there."""
-    base, organ = donor.check()
-    name = recipient.name_or_path or "the recipient"
-    mode = mode or donor.mode
-    position = donor.position if position is None else position
+def mismatches(spec: OrganSpec, recipient: PreTrainedConfig, position: Any, mode: str) -> list[str]:
+    """What keeps an organ from standing at a place of a recipient, one line each.
 
+    Args:
+        spec: What the organ is.
+        recipient: Native config of a model without organs.
+        position: Counts the recipient's own layers.
+        mode: `"insert"` or `"replace"`.
+    """
+    problems, misplaced = config_mismatches(spec, recipient), place_problems(spec, recipient, position, mode)
+    problems += misplaced
+    if problems and (of_stack := _stack_problems(recipient)):
+        return of_stack + problems
+    if spec.organ.model_type == recipient.model_type and not misplaced:
+        problems += structure_problems(spec, recipient, int(position), mode)
+    return problems
+
+
+def config_mismatches(spec: OrganSpec, recipient: PreTrainedConfig) -> list[str]:
+    """The config values in which an organ must agree with a recipient and does not."""
+    organ, name = spec.organ, name_of(recipient)
     problems = []
     if organ.model_type != recipient.model_type:
         problems.append(_mismatch("model_type", organ.model_type, recipient.model_type, name))
     for key in SHARED_GEOMETRY:
         if (ours := getattr(organ, key, None)) != (theirs := getattr(recipient, key, None)):
             problems.append(_mismatch(key, ours, theirs, name))
-    problems += _layer_type_problems(organ, recipient, name)
-    misplaced = _place_problems(donor.num_organ_layers, position, mode, recipient, name)
-    problems += misplaced
-    if problems and (of_stack := _stack_problems(recipient, name)):
-        return of_stack + problems
-    if organ.model_type == recipient.model_type and not misplaced:
-        problems += _structure_problems(organ, (base, donor.span), recipient, int(position or 0), mode, name)
-    return problems
+    return problems + _layer_type_problems(organ, recipient, name)
+
+
+def describe_stack(
+    origins: Sequence[tuple[OrganSpec | None, int]], recipient: PreTrainedConfig
+) -> tuple[list[LayerDescription], list[LayerDescription]]:
+    """The layers of a stack as they were built, and as a native model of as many would build them.
+
+    Args:
+        origins: For each layer of the stack its organ, `None` for the recipient, and its index there.
+        recipient: Native config of a model without organs.
+
+    Raises:
+        UnsupportedArchitectureError: No native model can be built of such a stack.
+    """
+    native = meta_twin(
+        spliced_config(recipient, [(spec.organ if spec else recipient, n) for spec, n in origins])
+    ).descriptions
+    specs = {id(spec): spec for spec, _ in origins if spec is not None}
+    organs = {key: meta_twin(spec.base).descriptions[slice(*spec.config.span)] for key, spec in specs.items()}
+    own = meta_twin(recipient).descriptions
+    return [(own if spec is None else organs[id(spec)])[n] for spec, n in origins], native
+
+
+def odd_tensors(built: Sequence[LayerDescription], native: Sequence[LayerDescription]) -> set[str]:
+    """Tensors that native layers have more or fewer of; arguments as `describe_stack` returns them.
+
+    The recipient's own layers count too: a model whose first layers are special cannot have others before them.
+    """
+
+    def tensors(layer: LayerDescription) -> set[str]:  # buffers must be long enough
+        return layer.parameters.keys() | {f"{name} {shape}" for name, shape in layer.buffers.items()}
+
+    return {
+        name
+        for ours, theirs in zip(built, native, strict=True)
+        if ours is not theirs
+        for name in tensors(ours) ^ tensors(theirs)
+    }
 
 
 def recipient_differences(
-    donor: DonorConfig, recipient: PreTrainedConfig, cache_dir: str | os.PathLike[str] | None = None
+    spec: OrganSpec, recipient: PreTrainedConfig, cache_dir: str | os.PathLike[str] | None = None
 ) -> list[str]:
     """In what a recipient differs from the model that an organ was last used in; none of it keeps the organ out.
 
     Args:
-        donor: Its config names that model.
+        spec: What the organ is; its base is that model.
         recipient: Native config.
         cache_dir: Of the Hub's client; tokenizers are compared where they are here already.
     """
-    base, name = donor.base_model_name_or_path, recipient.name_or_path
+    base, name = spec.config.base_model_name_or_path, recipient.name_or_path
     differences = [f"the organ was last used in {base}, this is {name}"] if base and name and base != name else []
-    native = donor.native_config("base_config")
-    if native.model_type == recipient.model_type:
-        differences += [f"there, {each} here" for each in computing_differences(native, recipient)]
-    return differences + vocabulary_differences(donor, recipient, recipient_repo=Home(name), cache_dir=cache_dir)
+    if spec.base.model_type == recipient.model_type:
+        differences += [f"there, {each} here" for each in computing_differences(spec.base, recipient)]
+    return differences + vocabulary_differences(spec, recipient, recipient_repo=Repo(name), cache_dir=cache_dir)
 
 
-def _stack_problems(config: PreTrainedConfig, name: str) -> list[str]:
+def name_of(recipient: PreTrainedConfig) -> str:
+    """What to call a recipient in messages."""
+    return recipient.name_or_path or "the recipient"
+
+
+def _stack_problems(config: PreTrainedConfig) -> list[str]:
     """Why a recipient takes no layers at all."""
     try:
         _ = meta_twin(config).stack
     except UnsupportedArchitectureError as error:
-        return [f"{name}: {error}"]
+        return [f"{name_of(config)}: {error}"]
     return []
 
 
@@ -150,61 +201,32 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
     return problems
 
 
-def _structure_problems(
-    organ: PreTrainedConfig,
-    cut: tuple[PreTrainedConfig, tuple[int, int]],
-    config: PreTrainedConfig,
-    position: int,
-    mode: str,
-    name: str,
-) -> list[str]:
-    """Whether the recipient's class would build other modules where the organ goes, and where it would not.
+def structure_problems(spec: OrganSpec, recipient: PreTrainedConfig, position: int, mode: str) -> list[str]:
+    """Whether the recipient's class would build other modules where the organ goes, and where it would not."""
+    k, name = spec.num_layers, name_of(recipient)
 
-    Args:
-        organ: Config of its layers.
-        cut: Config of the model that they were built in, and which of its layers they are.
-        config: The recipient's.
-    """
-    base, span = cut
+    def odd(position: int) -> set[str]:
+        rest = position + (k if mode == "replace" else 0)
+        own: list[tuple[OrganSpec | None, int]] = [(None, n) for n in range(recipient.num_hidden_layers)]
+        return odd_tensors(*describe_stack([*own[:position], *((spec, n) for n in range(k)), *own[rest:]], recipient))
+
     try:
-        built = meta_twin(base).tensors[slice(*span)]
-        odd = _odd_tensors(organ, built, config, position, mode)
+        found = odd(position)
     except UnsupportedArchitectureError as error:
         return [f"{name} cannot take these layers: {error}"]
-    if not odd:
+    if not found:
         return []
-    others = [n for n in range(_last_position(len(built), mode, config) + 1) if n != position]
-    fitting = [n for n in others if not _odd_tensors(organ, built, config, n, mode)]
-    here = f"layers of {name} are built of other modules than the donor's ({', '.join(sorted(odd)[:4])}, …)"
+    fitting = [n for n in range(_last_position(k, mode, recipient) + 1) if n != position and not odd(n)]
+    here = f"layers of {name} are built of other modules than the donor's ({', '.join(sorted(found)[:4])}, …)"
     if not fitting:
         return [f"{here}, wherever they stand; cut an organ of layers like the recipient's"]
     where = ", ".join(map(str, fitting))
     return [f"{here} at position {position}; position{'s' * (len(fitting) > 1)} {where} would do"]
 
 
-def _odd_tensors(
-    organ: PreTrainedConfig, built: Sequence[frozenset[str]], config: PreTrainedConfig, position: int, mode: str
-) -> set[str]:
-    """Tensors that a native model of that stack would have more or fewer of than its layers bring along.
-
-    The recipient's own layers count too: a model whose first layers are special cannot have others before them.
-
-    Args:
-        organ: Config of the layers that go in.
-        built: The tensors of each.
-        config: The recipient's.
-    """
-    k = len(built)
-    rest = position + (k if mode == "replace" else 0)
-    own = [(config, n) for n in range(config.num_hidden_layers)]
-    slots = [*own[:position], *((organ, n) for n in range(k)), *own[rest:]]
-    natives, originals = meta_twin(spliced_config(config, slots)).tensors, meta_twin(config).tensors
-    stack = [*originals[:position], *built, *originals[rest:]]
-    return {key for ours, theirs in zip(stack, natives, strict=True) for key in ours ^ theirs}
-
-
-def _place_problems(k: int, position: Any, mode: str, config: PreTrainedConfig, name: str) -> list[str]:
-    num_layers = getattr(config, "num_hidden_layers", None)
+def place_problems(spec: OrganSpec, config: PreTrainedConfig, position: Any, mode: str) -> list[str]:
+    """What is wrong with a place that an organ is to have in a recipient."""
+    k, name, num_layers = spec.num_layers, name_of(config), getattr(config, "num_hidden_layers", None)
     if num_layers is None:
         return []
     if mode not in ("insert", "replace"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,12 +18,11 @@ from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, resolve_commit
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
-from not_hf.hub.checkpoint import layer_pattern, renumber_layers
 from not_hf.hub.partial_download import open_part
-from not_hf.hub.repo import HUB_KWARGS, resolve_commit
 
 Span = tuple[int, int]  # half-open, in layers
 
@@ -95,16 +95,19 @@ class StoredBase:
             CorruptDonorError: A layer of the span has no tensors.
             OSError: The checkpoint cannot be read.
         """
-        pattern = layer_pattern(self.prefix, self.path)
-        wanted = range(*span)
-
-        def in_span(name: str) -> bool:
-            match = pattern.match(name)
-            return match is not None and int(match[1]) in wanted
-
-        views = open_part(self.name, in_span, f"layers-{span[0]}-{span[1]}", **self.hub_kwargs)
-        tensors, seen = renumber_layers(views, self.prefix, self.path, span)
-        if absent := set(wanted) - seen:
+        span_pattern = layer_pattern(self.prefix, self.path, span)
+        views = open_part(self.name, span_pattern, f"layers-{span[0]}-{span[1]}", **self.hub_kwargs)
+        tensors: dict[str, Any] = {}
+        present = set()
+        for name, view in views.items():
+            match = span_pattern.match(name)
+            assert match is not None  # only such were opened
+            new = f"{self.path}.{int(match[1]) - span[0]}.{match[2]}"
+            if new in tensors:
+                raise CorruptDonorError(f"{self.name} holds {name} twice, with and without {self.prefix!r} before it")
+            tensors[new] = view
+            present.add(int(match[1]))
+        if absent := set(range(*span)) - present:
             raise CorruptDonorError(f"{self.name} has no tensors for layers {sorted(absent)} under {self.path}")
         return tensors
 
@@ -114,8 +117,20 @@ class StoredBase:
         Raises:
             OSError: The checkpoint cannot be read.
         """
-        pattern = layer_pattern(self.prefix, self.path)
-        return open_part(self.name, lambda name: not pattern.match(name), "outside-layers", **self.hub_kwargs)
+        outside = re.compile(f"(?!{layer_pattern(self.prefix, self.path).pattern})")
+        return open_part(self.name, outside, "outside-layers", **self.hub_kwargs)
+
+
+def layer_pattern(prefix: str, path: str, span: Span | None = None) -> re.Pattern[str]:
+    """Matches the names of tensors in layers; group 1 is the layer's number, group 2 the name below it.
+
+    Args:
+        prefix: The base model's prefix in a causal LM (`model`, `transformer`), which a checkpoint may leave out.
+        path: Path of the stack below the base model (`layers`, `h`, `decoder.layers`).
+        span: Layers that are meant; `None`: all.
+    """
+    number = r"\d+" if span is None else "|".join(map(str, range(*span)))
+    return re.compile(rf"(?:{re.escape(prefix)}\.)?{re.escape(path)}\.({number})\.(.+)")
 
 
 def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any) -> LiveBase | StoredBase:
@@ -126,7 +141,6 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
         NotHFError: It is not a plain base model.
         OSError: Its config cannot be read.
     """
-    opened: LiveBase | StoredBase
     if isinstance(base, PreTrainedModel):
         if hub_kwargs:
             raise TypeError(f"{', '.join(hub_kwargs)}: only for a base that is read from a folder or the Hub")
@@ -134,28 +148,39 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
             raise NotHFError("the live model carries organs; unload() or merge_and_unload() it, then cut")
         if has_adapters(base):
             raise NotHFError("the live model has adapters; merge or unload them (merge_and_unload()), then cut")
-        opened = LiveBase(base, find_stack(base))
-    else:
-        try:
-            name = os.fspath(base)
-        except TypeError as error:
-            kind = type(base).__name__
-            raise NotHFError(f"a base is a folder, a Hub ID or a model of transformers, not a {kind}") from error
-        if unknown := sorted(hub_kwargs.keys() - set(HUB_KWARGS)):
-            raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
-        commit = resolve_commit(name, hub_kwargs)
-        hub_kwargs["revision"] = commit
-        config = AutoConfig.from_pretrained(name, **hub_kwargs)
-        if isinstance(config, DonorConfig):
-            raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
-        stack = meta_twin(config).stack
-        commit = getattr(commit, "resolved", None)
-        opened = StoredBase(name, commit, config, stack.base, stack.path, hub_kwargs, _dequantization(config))
-    if getattr(opened.config, "quantization_config", None) is not None and opened.quantization is None:
-        raise UnsupportedArchitectureError(
-            f"{opened.name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"
-        )
-    return opened
+        if getattr(base.config, "quantization_config", None) is not None:
+            raise _quantized(base.config.name_or_path or "the live model")
+        return LiveBase(base, find_stack(base))
+    try:
+        name = os.fspath(base)
+    except TypeError as error:
+        kind = type(base).__name__
+        raise NotHFError(f"a base is a folder, a Hub ID or a model of transformers, not a {kind}") from error
+    require_known(hub_kwargs, HUB_KWARGS)
+    hub_kwargs["revision"] = resolve_commit(name, hub_kwargs)
+    config = AutoConfig.from_pretrained(name, **hub_kwargs)
+    if isinstance(config, DonorConfig):
+        raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
+    return stored_base(name, config, hub_kwargs)
+
+
+def stored_base(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, Any]) -> StoredBase:
+    """Find the decoder stack of a stored model whose config has been read and whose revision is pinned.
+
+    Raises:
+        UnsupportedArchitectureError: It has no stack that can be cut, or it is quantized.
+    """
+    stack, commit = meta_twin(config).stack, commit_of(hub_kwargs.get("revision"))
+    quantization = _dequantization(config)
+    if getattr(config, "quantization_config", None) is not None and quantization is None:
+        raise _quantized(name)
+    return StoredBase(name, commit, config, stack.base, stack.path, hub_kwargs, quantization)
+
+
+def _quantized(name: str | None) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"{name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"
+    )
 
 
 def has_adapters(model: nn.Module) -> bool:

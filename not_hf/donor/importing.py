@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.upstream import require_known
 from not_hf.donor.cutting import Span, cut_config, open_base
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.pickles import read_tensors
 from not_hf.errors import CorruptDonorError, NotHFError
 from not_hf.hub.checkpoint import FLOAT_DTYPES
-from not_hf.hub.repo import SHARED_KWARGS
 
 DONOR_LAYERS = "donor_layers.pt"  # what the paper's author calls the file
 # Buffers that layers of older releases of transformers held, and that are computed now; a causal mask was a `bias`.
@@ -116,8 +116,7 @@ def import_checkpoint(
         UnsupportedArchitectureError: As in `DonorModel.from_base`.
         OSError: The file or the base's config cannot be read.
     """
-    if unknown := sorted(hub_kwargs.keys() - set(SHARED_KWARGS)):
-        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
+    require_known(hub_kwargs)
     base_kwargs = {} if isinstance(base, PreTrainedModel) else dict(hub_kwargs)
     if base_revision is not None:
         base_kwargs["revision"] = base_revision
@@ -127,7 +126,7 @@ def import_checkpoint(
     file = _fetch(os.fspath(path_or_repo), subfolder, filename, revision=revision, **hub_kwargs)
     name = file if os.path.exists(path_or_repo) else os.path.join(path_or_repo, subfolder or "", filename)
     shapes: dict[str, set[Shape]] = {}
-    for layer in meta_twin(source.config).layers:
+    for layer in meta_twin(source.config).stack.layers:
         for key, tensor in layer.state_dict().items():
             shapes.setdefault(key, set()).add(tuple(tensor.shape))
 

@@ -1,88 +1,30 @@
-"""Filling an organ with tensors, strictly: what is off about them is found and told, whatever it is."""
+"""Strict loading: report missing, unexpected, mis-shaped, empty and non-floating-point tensors."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from huggingface_hub.utils import TensorInfo
-from transformers import PreTrainedModel
 
-from not_hf.architecture.upstream import built_whole
-from not_hf.config import DonorConfig
 from not_hf.errors import CorruptDonorError, some
 from not_hf.hub.checkpoint import FLOAT_DTYPES, View
 
 _EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.+)")
 
-Organ = TypeVar("Organ", bound=PreTrainedModel)
-
-
-def fill(
-    organ_class: type[Organ],
-    config: DonorConfig,
-    tensors: Mapping[str, Any],
-    dtype: str | torch.dtype | None = "auto",
-    *model_args: Any,
-    source: str,
-    quantization: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> tuple[Organ, dict[str, Any]]:
-    """Build an organ and load into it what fits.
-
-    Args:
-        organ_class: `DonorModel`.
-        config: What the organ is.
-        tensors: Tensors or lazy views of them, by the names they have in a checkpoint.
-        dtype: Of the organ; `"auto"` is the one that most of the floating-point values have.
-        source: Where they are from, for errors.
-        quantization: The base's `quantization_config`, for transformers to undo.
-        **kwargs: As in `PreTrainedModel.from_pretrained`.
-
-    Returns:
-        The organ, and transformers' `output_loading_info`, for `loading_problems`.
-
-    Raises:
-        CorruptDonorError: There is no tensor, or they cannot be brought into the layout of the modules.
-    """
-    if not tensors:
-        raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
-    if dtype in (None, "auto"):
-        dtype = common_dtype(tensors)
-    if quantization is not None:
-        config = copy.deepcopy(config)
-        config.quantization_config = quantization  # transformers takes it away when it has dequantized
-    try:
-        with built_whole(), _without_load_report():
-            loaded: Any = PreTrainedModel.from_pretrained.__func__(  # type: ignore[attr-defined]
-                organ_class,
-                None,
-                *model_args,
-                config=config,
-                state_dict=dict(tensors),
-                dtype=dtype,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **kwargs,
-            )
-    except RuntimeError as error:  # tensors that cannot be brought into the module's layout
-        raise CorruptDonorError(f"{source}: {' '.join(str(error).split())[:300]}") from error
-    organ, info = loaded
-    # Saving would undo these conversions: give dequantized weights the names of quantized ones, and leave experts that
-    # came in one tensor so. Without them an organ is saved in the layout that its architecture has on the Hub.
-    vars(organ).pop("_weight_conversions", None)
-    return organ, info
-
 
 def loading_problems(info: dict[str, Any], partial: bool = False, foreign: bool = False) -> list[str]:
-    """What `fill` could not do; `partial` and `foreign` as in `DonorModel.load_tensors`."""
+    """One line for each tensor that transformers could not load.
+
+    Args:
+        info: Its `output_loading_info`.
+        partial: Accept missing tensors.
+        foreign: Accept unexpected tensors.
+    """
     problems = [] if partial else [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [] if foreign else [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
     return problems + [
@@ -148,18 +90,3 @@ def common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
         if dtype := dtype_of(tensor):
             sizes[dtype] += math.prod(tensor.shape)
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """transformers logs a table of missing and unexpected tensors as a warning; we raise it as one line instead."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

@@ -1,42 +1,45 @@
-"""`DonorModel`: an organ on its own, as a native base model stripped to its layers."""
+"""`DonorModel`: an organ on its own. Cut it, load it, save it, share it."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
 from huggingface_hub import CommitInfo
-from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from not_hf.architecture.differences import config_differences, inherit_attributes, same_modules
-from not_hf.architecture.layers import adopt, check_bare, is_finite, silence, strip_to_layers
-from not_hf.architecture.splicing import set_layer_index, spliced_config
-from not_hf.architecture.stack import Stack, find_stack, head_class
-from not_hf.architecture.tables import NEUTRAL_EMBEDDING
-from not_hf.architecture.twin import build, meta_twin
-from not_hf.architecture.upstream import built_whole
-from not_hf.cards.common import README
-from not_hf.cards.donor import updated_card
+from not_hf.architecture.layers import is_finite, silence
+from not_hf.architecture.upstream import (
+    AUTO_KWARGS,
+    HUB_KWARGS,
+    attention_of,
+    built_whole,
+    forget_conversions,
+    resolve_commit,
+    without_load_report,
+)
 from not_hf.cards.license import inherit_license
-from not_hf.config import DonorConfig
+from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
-from not_hf.donor.loading import dtype_of, expert_problems, fill, loading_problems, refuse, tensor_problems
-from not_hf.donor.tokenizer import save_local_tokenizer
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError
-from not_hf.hub.atomic_write import replacing, require_donor_folder
+from not_hf.donor.loading import (
+    common_dtype,
+    expert_problems,
+    loading_problems,
+    refuse,
+    tensor_problems,
+)
+from not_hf.donor.saving import write_donor
+from not_hf.donor.stripped import StrippedModel
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line
 from not_hf.hub.checkpoint import open_checkpoint
 from not_hf.hub.push import PushOptions, push_folder
-from not_hf.hub.repo import HUB_KWARGS, resolve_commit
 
 
-class DonorModel(PreTrainedModel):
+class DonorModel(StrippedModel):
     """One organ: `k` layers of a causal or masked LM, without embeddings, head or final norm.
 
     It is the native base model with everything but its layers taken out, so checkpoints are stored in the layout the
@@ -49,93 +52,6 @@ class DonorModel(PreTrainedModel):
         CorruptDonorError: The config contradicts itself.
         UnsupportedArchitectureError: The architecture has no stack that can be cut.
     """
-
-    config: DonorConfig
-    config_class = DonorConfig
-    base_model_prefix = "organ"
-    main_input_name = "inputs_embeds"
-    supports_gradient_checkpointing = True
-    # the organ inside decides what it supports
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    def __init__(self, config: DonorConfig, *args: Any, **kwargs: Any) -> None:
-        base, native = config.check()
-        expected = spliced_config(base, [(base, n) for n in range(*config.span)])
-        if contradictions := config_differences(native, expected):
-            raise CorruptDonorError(
-                f"donor config: organ_config contradicts layers {config.layers} of base_config: "
-                + "; ".join(contradictions[:5])
-            )
-        native._attn_implementation = config._attn_implementation
-        for key, neutral in NEUTRAL_EMBEDDING.items():
-            if hasattr(native, key):
-                setattr(native, key, neutral)
-        super().__init__(config, *args, **kwargs)
-        # in the dtype that is being loaded, not in the one the base's config names
-        dtype, span = torch.get_default_dtype(), slice(*config.span)
-        hollow = torch.get_default_device().type == "meta"  # to be filled: there is nothing to initialize
-        with built_whole(), no_init_weights() if hollow else contextlib.nullcontext():
-            stack = find_stack(build(head_class(native).from_config, native, dtype=dtype))
-        originals = meta_twin(base).layers[span]
-        if not same_modules(stack.layers, originals):  # what a layer is made of depends on where it stands
-            base._attn_implementation = config._attn_implementation
-            with built_whole():
-                whole = find_stack(build(head_class(base).from_config, base, dtype=dtype))
-            stack.layers._modules = {str(n): layer for n, layer in enumerate(list(whole.layers)[span])}
-            for n, layer in enumerate(stack.layers):
-                set_layer_index(layer, n)
-                adopt(layer, native, {}, layer.training)
-        inherit_attributes(list(stack.layers), originals)
-        strip_to_layers(stack)
-        self.organ: PreTrainedModel = stack.base_model
-        config._attn_implementation = self.organ.config._attn_implementation
-        self._stack_path = stack.path
-        self.post_init()
-
-    @property
-    def stack(self) -> Stack:
-        """Where the organ's layers are."""
-        return Stack(self, self.base_model_prefix, self._stack_path)
-
-    def get_input_embeddings(self) -> None:  # type: ignore[override]
-        """An organ has no embeddings."""
-
-    def get_output_embeddings(self) -> None:
-        """An organ has no head."""
-
-    def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        use_cache: bool | None = False,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Run the organ alone on hidden states.
-
-        Given the base's `hidden_states[i]`, the result is its `hidden_states[j]` (before the final norm if `j` is the
-        last).
-
-        Args:
-            inputs_embeds: Hidden states at the organ's entry, `(batch, seq, hidden)`.
-            attention_mask: 1 for tokens, 0 for padding, `(batch, seq)`.
-            position_ids: Positions of the tokens, `(batch, seq)`.
-            use_cache: Return `past_key_values`.
-            **kwargs: As in the native base model (`past_key_values`, `output_hidden_states`, …).
-
-        Returns:
-            The native output; `last_hidden_state` is `(batch, seq, hidden)`.
-        """
-        return self.organ(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            **kwargs,
-        )
 
     @classmethod
     def from_base(
@@ -204,16 +120,16 @@ class DonorModel(PreTrainedModel):
             dtype: As in `load_tensors`.
             name: Where the tensors are from, for errors.
             foreign: As in `load_tensors`.
-            quantization: As in `load_tensors`.
+            quantization: As in `fill`.
 
         Raises:
             CorruptDonorError: As in `load_tensors`.
             UnsupportedArchitectureError: As in `from_base`.
         """
         state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
-        attention = base.config._attn_implementation if isinstance(base, LiveBase) else None
+        attention = attention_of(base.config) if isinstance(base, LiveBase) else None
         organ, _ = cls.load_tensors(
-            config,
+            config.check(),
             state,
             dtype,
             source=name,
@@ -225,9 +141,9 @@ class DonorModel(PreTrainedModel):
             nn.Module.to(organ, base.model.device)
         hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
-        check_bare(organ, organ.stack, hidden)
+        organ.require_bare(hidden)
         if config.init == "identity":
-            _make_identity(organ, hidden)
+            organ._make_identity(hidden)
         return organ
 
     @classmethod
@@ -251,44 +167,64 @@ class DonorModel(PreTrainedModel):
         source = os.fspath(pretrained_model_name_or_path)
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         hub_kwargs["revision"] = resolve_commit(source, hub_kwargs)
-        for auto in ("_from_auto", "_from_pipeline", "adapter_kwargs", "trust_remote_code"):
+        for auto in (*AUTO_KWARGS, "trust_remote_code"):
             kwargs.pop(auto, None)
         if not isinstance(config, DonorConfig):
             config = DonorConfig.from_pretrained(config or source, **hub_kwargs)
-        config.check()
-        views = open_checkpoint(source, variant=kwargs.pop("variant", None), **hub_kwargs)
-        refuse(source, tensor_problems(views))
-        wants_info = kwargs.pop("output_loading_info", False)
-        dtype = kwargs.pop("torch_dtype", dtype)
-        organ, missing = cls.load_tensors(config, views, dtype, *model_args, source=source, **kwargs)
-        organ.config.name_or_path = source
+        wants_info, dtype = kwargs.pop("output_loading_info", False), kwargs.pop("torch_dtype", dtype)
+        organ, missing = cls.load_files(config.check(), source, hub_kwargs, dtype, *model_args, **kwargs)
         info = {"missing_keys": missing, "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (organ, info) if wants_info else organ  # type: ignore[return-value]
 
     @classmethod
+    def load_files(
+        cls,
+        spec: OrganSpec,
+        source: str,
+        hub_kwargs: Mapping[str, Any],
+        dtype: str | torch.dtype | None = "auto",
+        *model_args: Any,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[DonorModel, set[str]]:
+        """Load an organ whose config has been read and whose revision is pinned.
+
+        Args:
+            spec: What the organ is.
+            source: Folder or Hub ID.
+            hub_kwargs: How its files are reached.
+            dtype: As in `load_tensors`, like what it returns and raises.
+            variant: As in transformers: `model.<variant>.safetensors`.
+            **kwargs: As in `PreTrainedModel.from_pretrained`.
+        """
+        views = open_checkpoint(source, variant=variant, **hub_kwargs)
+        refuse(source, tensor_problems(views))
+        organ, missing = cls.load_tensors(spec, views, dtype, *model_args, source=source, **kwargs)
+        organ.config.name_or_path = source
+        return organ, missing
+
+    @classmethod
     def load_tensors(
         cls,
-        config: DonorConfig,
+        spec: OrganSpec,
         tensors: Mapping[str, Any],
         dtype: str | torch.dtype | None = "auto",
         *model_args: Any,
         source: str = "the checkpoint",
         partial: bool = False,
         foreign: bool = False,
-        quantization: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[DonorModel, set[str]]:
-        """Build an organ and fill it, refusing what is off.
+        """Build an organ out of tensors, strictly.
 
         Args:
-            config: What the organ is.
+            spec: What the organ is.
             tensors: Tensors or lazy views of them, by the names they have in a checkpoint.
             dtype: Of the organ; `"auto"` keeps theirs.
             source: Where they are from, for errors.
-            partial: Accept that tensors are missing, as in one shard of a checkpoint.
+            partial: Accept missing tensors, as in one shard of a checkpoint.
             foreign: Accept tensors that the native class has no use for, as old checkpoints of a base have.
-            quantization: The base's `quantization_config`, for transformers to undo while it loads.
-            **kwargs: As in `PreTrainedModel.from_pretrained`.
+            **kwargs: As in `fill`.
 
         Returns:
             The organ, and the names of its tensors that were missing.
@@ -298,39 +234,71 @@ class DonorModel(PreTrainedModel):
         """
         if not partial:
             refuse(source, expert_problems(tensors))
-        organ, info = fill(
-            cls, config, tensors, dtype, *model_args, source=source, quantization=quantization, **kwargs
+        organ, info = cls.fill(spec, tensors, dtype, *model_args, source=source, **kwargs)
+        refuse(source, loading_problems(info, partial, foreign))
+        refuse(
+            source,
+            [
+                f"non-finite values in {name}"
+                for name, tensor in organ.state_dict().items()
+                if not tensor.is_meta and not is_finite(tensor)
+            ],
         )
-        problems = loading_problems(info, partial, foreign) or [
-            f"non-finite values in {name}"
-            for name, tensor in organ.state_dict().items()
-            if not tensor.is_meta and not is_finite(tensor)
-        ]
-        refuse(source, problems)
         return organ, set(info["missing_keys"])
 
     @classmethod
-    def header_problems(cls, config: DonorConfig, headers: Mapping[str, TensorInfo]) -> list[str]:
-        """What is wrong with a donor's weights as far as the headers of its files tell; the weights are not read.
+    def fill(
+        cls,
+        spec: OrganSpec,
+        tensors: Mapping[str, Any],
+        dtype: str | torch.dtype | None = "auto",
+        *model_args: Any,
+        source: str,
+        quantization: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[DonorModel, dict[str, Any]]:
+        """Build an organ and load those tensors that fit.
 
         Args:
-            config: Of the donor.
-            headers: What `list_tensors` gives for it.
+            spec: What the organ is.
+            tensors: Tensors or lazy views of them, by the names they have in a checkpoint.
+            dtype: Of the organ; `"auto"` is the one that most of the floating-point values have.
+            source: Where they are from, for errors.
+            quantization: The base's `quantization_config`, for transformers to undo.
+            **kwargs: As in `PreTrainedModel.from_pretrained`.
 
         Returns:
-            One line for each tensor that is missing, unexpected, mis-shaped, empty or not floating-point.
+            The organ, and transformers' `output_loading_info`, for `loading_problems`.
 
         Raises:
-            CorruptDonorError: The config contradicts itself.
+            CorruptDonorError: There is no tensor, or they cannot be brought into the layout of the modules.
         """
-        config.check()
-        problems = tensor_problems(headers) + expert_problems(headers)
-        hollow = {name: torch.empty(each.shape, dtype=dtype_of(each), device="meta") for name, each in headers.items()}
+        if not tensors:
+            raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
+        if dtype in (None, "auto"):
+            dtype = common_dtype(tensors)
+        config = spec.config
+        if quantization is not None:
+            config = copy.deepcopy(config)
+            config.quantization_config = quantization  # transformers takes it away when it has dequantized
         try:
-            _, info = fill(cls, config, hollow, source="the checkpoint", device_map="meta")
-        except CorruptDonorError as error:
-            return problems or [str(error)]
-        return [*problems, *(problem for problem in loading_problems(info) if problem not in problems)]
+            with built_whole(), without_load_report():
+                loaded: Any = super().from_pretrained(
+                    None,
+                    *model_args,
+                    config=config,
+                    spec=spec,
+                    state_dict=dict(tensors),
+                    dtype=dtype,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **kwargs,
+                )
+        except RuntimeError as error:  # tensors that cannot be brought into the module's layout
+            raise CorruptDonorError(f"{source}: {one_line(error, 300)}") from error
+        organ, info = loaded
+        forget_conversions(organ)
+        return organ, info
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -355,7 +323,7 @@ class DonorModel(PreTrainedModel):
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
-        self.save_donor(save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
+        write_donor(self, save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
         if push_to_hub:
             self.push_to_hub(repo_id, max_shard_size=max_shard_size, **push_kwargs)
 
@@ -371,58 +339,22 @@ class DonorModel(PreTrainedModel):
         inherit_license(self.config, revision=self.config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
-            self.save_donor(folder, repo_id=repo_id, max_shard_size=max_shard_size)
+            write_donor(self, folder, repo_id=repo_id, max_shard_size=max_shard_size)
 
         return push_folder(save, repo_id, self.model_tags, **options)
 
-    def save_donor(
-        self,
-        folder: str | os.PathLike[str],
-        is_main_process: bool = True,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        repo_id: str | None = None,
-        draft: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """`save_pretrained` without the push.
-
-        Args:
-            repo_id: Where the card says the organ lies.
-            draft: Write there, for the caller to move to `folder`, a tokenizer too.
-        """
-        tensors = self.state_dict() if tensors is None else tensors
-        hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
-        if hollow:
-            raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
-        if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
-            raise CorruptDonorError(
-                f"refusing to save NaN or infinity, which no load takes: {', '.join(broken[:5])}; did it diverge?"
+    @torch.no_grad()
+    def _make_identity(self, hidden: torch.Tensor) -> None:
+        """Zero the output projections of every layer, then check that hidden states go through unchanged."""
+        for layer in self.stack.layers:
+            silence(layer)
+        try:
+            silent = torch.equal(self(inputs_embeds=hidden).last_hidden_state, hidden)
+        except Exception as error:  # native forwards raise anything on what they do not expect
+            reason = one_line(error, 200)
+            raise UnsupportedArchitectureError(f"an organ of these layers cannot be run alone: {reason}") from error
+        if not silent:
+            raise UnsupportedArchitectureError(
+                f"layers of model_type {self.organ.config.model_type!r} do not become a no-op when their output "
+                "projections are zero; use init='copy'"
             )
-        require_donor_folder(folder)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        num_parameters = sum(tensor.numel() for tensor in tensors.values())
-        card = updated_card(folder, self.config, num_parameters, size, repo_id)  # raises before anything is written
-        with contextlib.nullcontext(draft) if draft else replacing(folder) as place:
-            super().save_pretrained(place, is_main_process, dict(tensors), **kwargs)
-            if not is_main_process:
-                return
-            card.save(os.path.join(place, README))
-            if draft is None:
-                save_local_tokenizer(self.config.base_model_name_or_path, folder, place)
-
-
-def _make_identity(organ: DonorModel, hidden: torch.Tensor) -> None:
-    """Silence every layer, then check on hidden states that nothing is left."""
-    for layer in organ.stack.layers:
-        silence(layer)
-    try:
-        with torch.no_grad():
-            silent = torch.equal(organ(inputs_embeds=hidden).last_hidden_state, hidden)
-    except Exception as error:  # native forwards raise anything on what they do not expect
-        reason = " ".join(str(error).split())[:200]
-        raise UnsupportedArchitectureError(f"an organ of these layers cannot be run alone: {reason}") from error
-    if not silent:
-        raise UnsupportedArchitectureError(
-            f"layers of model_type {organ.organ.config.model_type!r} do not become a no-op when their output "
-            "projections are zero; use init='copy'"
-        )

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
+from not_hf.architecture.upstream import AUTO_KWARGS, HUB_KWARGS
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError, reading_base
-from not_hf.hub.repo import HUB_KWARGS
 
 
 class DonorTokenizer:
@@ -27,7 +27,7 @@ class DonorTokenizer:
         if not config.base_model_name_or_path:
             raise NotHFError(f"{pretrained_model_name_or_path} names no base to take a tokenizer from")
         # what was given for the donor's repo does not hold for another: its revision, and trust in its code
-        own = ("subfolder", "revision", "trust_remote_code", "_commit_hash", "config")
+        own = ("subfolder", "revision", "trust_remote_code", "config", *AUTO_KWARGS)
         kwargs = {key: value for key, value in kwargs.items() if key not in own}
         shared = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         base, where = config.base_model_name_or_path, {"revision": config.base_revision}

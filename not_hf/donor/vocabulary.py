@@ -14,7 +14,7 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from not_hf.config import DonorConfig
+from not_hf.config import OrganSpec
 
 # Config keys that name tokens. Padding is left out: it is attended to by nothing, and often set as an afterthought.
 TOKEN_IDS = ("bos_token_id", "eos_token_id")
@@ -22,25 +22,25 @@ VOCABULARY = ("vocab_size", *TOKEN_IDS)
 _PADDED_TO = (8, 16, 32, 64, 128, 256)
 
 
-class Home(NamedTuple):
-    """Where a tokenizer may lie."""
+class Repo(NamedTuple):
+    """A folder or a repo on the Hub."""
 
-    name: str | os.PathLike[str] | None  # folder or Hub ID
+    name: str | os.PathLike[str] | None
     revision: str | None = None
     subfolder: str | None = None
 
 
 def vocabulary_differences(
-    donor: DonorConfig,
+    spec: OrganSpec,
     recipient: PreTrainedConfig,
-    donor_repo: Home | None = None,
-    recipient_repo: Home | None = None,
+    donor_repo: Repo | None = None,
+    recipient_repo: Repo | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[str]:
     """In what the vocabularies of an organ and of its recipient differ, as far as this machine can tell.
 
     Args:
-        donor: Its `base_config` is compared, and its base's tokenizer.
+        spec: What the organ is; its base is compared, and its base's tokenizer.
         recipient: Native config.
         donor_repo: Where the organ was read from, which may have a tokenizer of its own.
         recipient_repo: Where the recipient was read from.
@@ -49,17 +49,20 @@ def vocabulary_differences(
     Returns:
         One line per difference. An embedding matrix that is merely padded is none.
     """
-    native = donor.native_config("base_config")
+    donor = spec.config
     differences = []
-    ours, theirs = (getattr(config, "vocab_size", None) for config in (native, recipient))
+    ours, theirs = (getattr(config, "vocab_size", None) for config in (spec.base, recipient))
     if ours and theirs and ours != theirs and not _is_padding(*sorted((ours, theirs))):
         differences.append(f"vocab_size is {theirs} here, {ours} there")
     for key in TOKEN_IDS:
-        ours, theirs = (getattr(config, key, None) for config in (native, recipient))
+        ours, theirs = (getattr(config, key, None) for config in (spec.base, recipient))
         if not (ours is None or theirs is None or _ids(ours) & _ids(theirs)):
             differences.append(f"{key} is {theirs} here, {ours} there")
-    bases = (Home(donor.base_model_name_or_path, donor.base_revision, donor.base_subfolder), donor_repo)
-    there = next(filter(None, (_tokenizer_file(place, cache_dir) for place in bases)), None)
+    base_repo = Repo(donor.base_model_name_or_path, donor.base_revision, donor.base_subfolder)
+    if base_repo == recipient_repo:
+        return differences
+    repos = (base_repo, donor_repo)
+    there = next(filter(None, (_tokenizer_file(repo, cache_dir) for repo in repos)), None)
     here = _tokenizer_file(recipient_repo, cache_dir)
     return differences + (_tokenizer_differences(there, here) if there and here else [])
 
@@ -86,13 +89,13 @@ def _ids(value: int | list[int]) -> set[int]:
     return set(value) if isinstance(value, list | tuple) else {value}
 
 
-def _tokenizer_file(place: Home | None, cache_dir: str | os.PathLike[str] | None) -> Path | None:
+def _tokenizer_file(repo: Repo | None, cache_dir: str | os.PathLike[str] | None) -> Path | None:
     """The tokenizer's file where it is here already: nothing is fetched for a warning."""
-    if place is None or not place.name:
+    if repo is None or not repo.name:
         return None
-    at = {"revision": place.revision, "subfolder": place.subfolder or "", "cache_dir": cache_dir}
+    at = {"revision": repo.revision, "subfolder": repo.subfolder or "", "cache_dir": cache_dir}
     try:
-        found = cached_file(place.name, "tokenizer.json", local_files_only=True, **at)
+        found = cached_file(repo.name, "tokenizer.json", local_files_only=True, **at)
     except OSError:
         return None
     return None if found is None else Path(found).resolve()

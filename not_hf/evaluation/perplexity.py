@@ -11,6 +11,7 @@ import evaluate
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from not_hf.architecture.layers import eval_mode
 from not_hf.errors import NotHFError
 
 _DESCRIPTION = """
@@ -138,16 +139,11 @@ class Perplexity(evaluate.Metric):
         num_tokens = [0] * len(texts)
         windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, and memory runs out at once
         batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
+        with eval_mode(model):
             for batch in evaluate.logging.tqdm(batches, desc="Perplexity"):
                 for window, window_nll in zip(batch, _nll(model, texts, batch), strict=True):
                     nll[window.text] += window_nll
                     num_tokens[window.text] += window.end - window.scored
-        finally:
-            for module, training in modes:
-                module.training = training
         perplexities = [_exp(total / count) for total, count in zip(nll, num_tokens, strict=True)]
         return {
             "perplexities": perplexities,

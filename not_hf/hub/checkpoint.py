@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from not_hf.architecture.upstream import fetch_file
 from not_hf.errors import CorruptDonorError
 from not_hf.hub.headers import read_header
 
@@ -37,10 +39,17 @@ class View:
 
     path: str
     identity: tuple[int, ...]  # of the file when its header was read
-    dtype: str  # as safetensors calls it
-    shape: list[int]
-    start: int  # in bytes from the file's beginning
-    end: int
+    info: TensorInfo  # what the header says; offsets in bytes from the file's beginning
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors calls it."""
+        return self.info.dtype
+
+    @property
+    def shape(self) -> list[int]:
+        """Length of each dimension."""
+        return self.info.shape
 
     def get_dtype(self) -> str:
         """As of `safe_open(...).get_slice`: transformers asks lazy tensors so, when it dequantizes them."""
@@ -54,32 +63,33 @@ class View:
         if self.dtype not in DTYPES:
             raise CorruptDonorError(f"{self.path} holds a tensor of dtype {self.dtype}, which cannot be read here")
         dtype = getattr(torch, DTYPES[self.dtype])
-        if self.start == self.end:
+        start, end = self.info.data_offsets
+        if start == end:
             return torch.empty(self.shape, dtype=dtype)[index]
         if _identity(self.path) != self.identity:
             raise CorruptDonorError(f"{self.path} was written to while it was read; try again")
         # a private copy, page by page, of what is written to; it keeps no file open
-        mapped = torch.from_file(self.path, shared=False, size=self.end, dtype=torch.uint8).untyped_storage()
-        own = mapped[self.start :]  # by the size of its storage a tensor weighs when it is saved in shards
-        if self.start % dtype.itemsize:  # such files exist; views of them do not
+        mapped = torch.from_file(self.path, shared=False, size=end, dtype=torch.uint8).untyped_storage()
+        own = mapped[start:]  # by the size of its storage a tensor weighs when it is saved in shards
+        if start % dtype.itemsize:  # such files exist; views of them do not
             own = own.clone()
         return torch.empty(0, dtype=dtype, device="cpu").set_(own).reshape(self.shape)[index]
 
 
-Handle = TypeVar("Handle")  # what stands for a file: its local path, or a file on the Hub
+EVERY = re.compile("")  # matches each name
 
 
 def open_checkpoint(
     source: str | os.PathLike[str],
-    wanted: Callable[[str], bool] = lambda name: True,
+    wanted: re.Pattern[str] = EVERY,
     variant: str | None = None,
     **hub_kwargs: Any,
-) -> dict[str, Any]:
+) -> dict[str, View]:
     """Open the tensors of a checkpoint without reading them.
 
     Args:
         source: Local folder or Hub ID holding `model.safetensors` or a sharded checkpoint with its index.
-        wanted: Says by name which tensors are needed; of a sharded checkpoint only their files are fetched.
+        wanted: Matches the names of the tensors that are needed; of a sharded checkpoint only their files are fetched.
         variant: As in transformers: `model.<variant>.safetensors`.
         hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, … as in transformers.
 
@@ -88,13 +98,16 @@ def open_checkpoint(
 
     Raises:
         OSError: There is no safetensors checkpoint, or it cannot be fetched.
-        CorruptDonorError: A file is truncated, or the index names a file or tensor that is not there.
+        CorruptDonorError: A file is truncated, or the index names a file or tensor that does not exist.
     """
-
-    def find(file: str) -> str | None:
-        return fetch_file(source, file, **hub_kwargs)
-
-    return dict(choose(source, wanted, find, open_file, variant, **hub_kwargs))
+    if path := fetch_file(source, file_names(variant)[0], **hub_kwargs):
+        return matching(open_file(path), wanted)
+    views: dict[str, View] = {}
+    for file, names in read_shards(source, wanted, variant, **hub_kwargs).items():
+        if (path := fetch_file(source, file, **hub_kwargs)) is None:
+            raise missing_shard(source, file, **hub_kwargs)
+        views |= pick(open_file(path), names, source, file)
+    return views
 
 
 def checkpoint_files(source: str | os.PathLike[str], **hub_kwargs: Any) -> dict[str, str]:
@@ -104,73 +117,23 @@ def checkpoint_files(source: str | os.PathLike[str], **hub_kwargs: Any) -> dict[
         OSError: As in `open_checkpoint`.
         CorruptDonorError: The index cannot be read.
     """
-    paths: dict[str, str] = {}
-
-    def find(file: str) -> str | None:
-        if path := fetch_file(source, file, **hub_kwargs):
-            paths[file] = path
-        return path
-
-    for _ in choose(source, lambda name: True, find, open_file, **hub_kwargs):
-        pass
-    if SAFE_WEIGHTS_NAME not in paths:
-        find(SAFE_WEIGHTS_INDEX_NAME)
-    return paths
+    whole, index = file_names()
+    names = [whole]
+    if fetch_file(source, whole, **hub_kwargs) is None:
+        names = [index, *read_shards(source, **hub_kwargs)]
+    return {name: path for name in names if (path := fetch_file(source, name, **hub_kwargs))}
 
 
-def renumber_layers(
-    views: Mapping[str, Any], prefix: str, path: str, span: tuple[int, int]
-) -> tuple[dict[str, Any], set[int]]:
-    """Keep the tensors of layers `i … j - 1` and number them from 0.
-
-    Args:
-        views: Tensors by their name in the checkpoint.
-        prefix: The base model's prefix in a causal LM (`model`, `transformer`), which a checkpoint may leave out.
-        path: Path of the stack below the base model (`layers`, `h`, `decoder.layers`).
-        span: Half-open `(i, j)`.
-
-    Returns:
-        Tensors by name below the base model (`layers.0.…`), and which layers of the span have any.
+def read_shards(
+    source: str | os.PathLike[str], wanted: re.Pattern[str] = EVERY, variant: str | None = None, **hub_kwargs: Any
+) -> dict[str, list[str]]:
+    """The files of a sharded checkpoint that hold wanted tensors, each with their names; only the index is read.
 
     Raises:
-        CorruptDonorError: One of them is there twice.
+        OSError: There is no index.
+        CorruptDonorError: It cannot be read.
     """
-    pattern = layer_pattern(prefix, path)
-    kept: dict[str, Any] = {}
-    seen: set[int] = set()
-    for name, view in views.items():
-        if (match := pattern.match(name)) and span[0] <= (n := int(match[1])) < span[1]:
-            new = f"{path}.{n - span[0]}.{match[2]}"
-            if new in kept:
-                raise CorruptDonorError(f"the checkpoint holds {name} twice, with and without {prefix!r} before it")
-            kept[new] = view
-            seen.add(n)
-    return kept, seen
-
-
-def layer_pattern(prefix: str, path: str) -> re.Pattern[str]:
-    """Matches names of layer tensors; group 1 is the layer's number, group 2 the name below it."""
-    return re.compile(rf"^(?:{re.escape(prefix)}\.)?{re.escape(path)}\.(\d+)\.(.+)$")
-
-
-def choose(
-    source: str | os.PathLike[str],
-    wanted: Callable[[str], bool],
-    find: Callable[[str], Handle | None],
-    read: Callable[[Handle], Mapping[str, Any]],
-    variant: str | None = None,
-    **hub_kwargs: Any,
-) -> Iterator[tuple[str, Any]]:
-    """The wanted tensors of a checkpoint in one file or in several with an index.
-
-    Args:
-        find: Gives what stands for a file, `None` when there is none of that name.
-        read: Gives the tensors in it by name.
-    """
-    whole, sharded = (_add_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if (single := find(whole)) is not None:
-        yield from ((name, tensor) for name, tensor in read(single).items() if wanted(name))
-        return
+    whole, sharded = file_names(variant)
     index = fetch_file(source, sharded, **hub_kwargs)
     if index is None:
         _require_reach(source, whole, **hub_kwargs)
@@ -178,28 +141,49 @@ def choose(
             f"{source} has no {whole} or {sharded}. If it holds pytorch_model.bin, "
             "convert it first: AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)"
         )
-    files = {name: file for name, file in read_weight_map(index).items() if wanted(name)}
-    for file in sorted(set(files.values())):
-        if (handle := find(file)) is None:
-            _require_reach(source, file, **hub_kwargs)
-            raise CorruptDonorError(f"{source}: the weight index names {file}, which is not there")
-        tensors = read(handle)
-        for name in (name for name, home in files.items() if home == file):
-            if name not in tensors:
-                raise CorruptDonorError(f"{source}: the weight index puts {name} into {file}, which lacks it")
-            yield name, tensors[name]
+    shards: dict[str, list[str]] = {}
+    for name, file in matching(read_weight_map(index), wanted).items():
+        shards.setdefault(file, []).append(name)
+    return dict(sorted(shards.items()))
 
 
-def _add_variant(name: str, variant: str | None) -> str:
+Tensor = TypeVar("Tensor")
+
+
+def matching(tensors: Mapping[str, Tensor], wanted: re.Pattern[str]) -> dict[str, Tensor]:
+    """Those of `tensors` whose names match."""
+    return {name: tensor for name, tensor in tensors.items() if wanted.match(name)}
+
+
+def pick(
+    tensors: Mapping[str, Tensor], names: Iterable[str], source: str | os.PathLike[str], file: str
+) -> dict[str, Tensor]:
+    """Those tensors of a file that the index of a checkpoint says it holds.
+
+    Raises:
+        CorruptDonorError: It lacks one.
+    """
+    for name in names:
+        if name not in tensors:
+            raise CorruptDonorError(f"{source}: the weight index puts {name} into {file}, which lacks it")
+    return {name: tensors[name] for name in names}
+
+
+def missing_shard(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> CorruptDonorError:
+    """The error for a file that a weight index names and that does not exist.
+
+    Raises:
+        OSError: The Hub could not be asked for it.
+    """
+    _require_reach(source, file, **hub_kwargs)
+    return CorruptDonorError(f"{source}: the weight index names {file}, which is not there")
+
+
+def file_names(variant: str | None = None) -> tuple[str, str]:
+    """The name of a checkpoint in one file, and of the index of one in several."""
     if variant is None:
-        return name
-    stem, _, ending = name.partition(".safetensors")
-    return f"{stem}.safetensors.index.{variant}.json" if ending else f"{stem}.{variant}.safetensors"
-
-
-def fetch_file(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:
-    """Local path of a file in a folder or, once fetched, of one on the Hub; `None` when there is none of that name."""
-    return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        return SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
+    return f"model.{variant}.safetensors", f"model.safetensors.index.{variant}.json"
 
 
 def _require_reach(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> None:
@@ -217,7 +201,7 @@ def _require_reach(source: str | os.PathLike[str], file: str, **hub_kwargs: Any)
         raise OSError(f"{source}: {file} could not be fetched a moment ago; try again")
 
 
-def open_file(path: str) -> dict[str, Any]:
+def open_file(path: str) -> dict[str, View]:
     """A view of each tensor in one safetensors file, by name.
 
     Raises:
@@ -225,7 +209,7 @@ def open_file(path: str) -> dict[str, Any]:
     """
     identity = _identity(path)
     header = read_header(path)
-    return {name: View(path, identity, info.dtype, info.shape, *info.data_offsets) for name, info in header.items()}
+    return {name: View(path, identity, info) for name, info in header.items()}
 
 
 def _identity(path: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub.utils import TensorInfo
 
-from not_hf.errors import CorruptDonorError
+from not_hf.errors import CorruptDonorError, one_line
 from not_hf.hub.ranges import RemoteFile
 
 # bits per value, by what safetensors calls a dtype: a file may hold tensors that nobody here wants to read
@@ -56,7 +56,7 @@ def _check_length(length: int, size: int, where: str) -> None:
         raise CorruptDonorError(f"{where} is not a whole safetensors file")
 
 
-def _parse(text: bytes, size: int, where: str) -> dict[str, TensorInfo]:
+def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorInfo]:
     """What a header says; `data_offsets` are made to count from the file's beginning.
 
     Strict as safetensors is: the tensors lie one after the other and fill the file, each as long as its shape and
@@ -74,8 +74,7 @@ def _parse(text: bytes, size: int, where: str) -> dict[str, TensorInfo]:
         if end != size:
             raise ValueError(f"its tensors end at byte {end} of {size}")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CorruptDonorError(f"{where} is not a whole safetensors file: {reason}") from error
+        raise CorruptDonorError(f"{where} is not a whole safetensors file: {one_line(error, 200)}") from error
     return tensors
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,27 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from not_hf.architecture.upstream import commit_of
 from not_hf.errors import CorruptDonorError
-from not_hf.hub.checkpoint import choose, fetch_file, open_checkpoint, open_file, read_weight_map
-from not_hf.hub.headers import BITS, read_header, read_remote_header
+from not_hf.hub.checkpoint import (
+    EVERY,
+    View,
+    file_names,
+    matching,
+    missing_shard,
+    open_checkpoint,
+    open_file,
+    pick,
+    read_shards,
+    read_weight_map,
+)
+from not_hf.hub.headers import BITS, read_remote_header
 from not_hf.hub.ranges import Piece, RemoteFile, gather
 
 
 def open_part(
-    source: str | os.PathLike[str], wanted: Callable[[str], bool], name: str, **hub_kwargs: Any
-) -> dict[str, Any]:
+    source: str | os.PathLike[str], wanted: re.Pattern[str], name: str, **hub_kwargs: Any
+) -> dict[str, View]:
     """As `open_checkpoint`, but of files on the Hub only the bytes of the wanted tensors are fetched.
 
     They are kept in the assets cache of `huggingface_hub`, by repo and commit, and not fetched again. Files that the
@@ -30,7 +43,7 @@ def open_part(
 
     Args:
         source: Local folder or Hub ID.
-        wanted: Says by name which tensors are needed.
+        wanted: Matches the names of the tensors that are needed.
         name: What to call this choice of tensors in the cache.
         hub_kwargs: As in `open_checkpoint`; a `revision` that is resolved to its commit costs no request.
 
@@ -41,7 +54,7 @@ def open_part(
     if os.path.isdir(source):
         return open_checkpoint(source, wanted, **hub_kwargs)
     repo = os.fspath(source)
-    commit = getattr(hub_kwargs.get("revision"), "resolved", None)
+    commit = commit_of(hub_kwargs.get("revision"))
     fresh = hub_kwargs.get("force_download", False)
     offline = hub_kwargs.get("local_files_only", False) or is_offline_mode()
     if commit and not fresh:
@@ -58,7 +71,7 @@ def open_part(
     if offline:
         raise OSError(f"neither {name} of {repo} nor its files are in the cache; go online once")
 
-    located = dict(choose(source, wanted, _remote(repo, hub_kwargs), _located, **hub_kwargs))
+    located = _locate(repo, wanted, **hub_kwargs)
     if not located:
         return {}
     part = _part_file(repo, next(file.commit for file, _ in located.values()), name, hub_kwargs)
@@ -77,43 +90,41 @@ def list_tensors(
         OSError: There is no safetensors checkpoint, or it cannot be reached.
         CorruptDonorError: A header cannot be read.
     """
-
-    def find(file: str) -> str | None:
-        return fetch_file(source, file, **hub_kwargs)
-
-    def every(name: str) -> bool:
-        return True
-
     if os.path.isdir(source) or hub_kwargs.get("local_files_only", False) or is_offline_mode():
-        return dict(choose(source, every, find, read_header, variant, **hub_kwargs))
-    remote = _remote(os.fspath(source), hub_kwargs)
-    return {name: info for name, (_, info) in choose(source, every, remote, _located, variant, **hub_kwargs)}
+        return {name: view.info for name, view in open_checkpoint(source, variant=variant, **hub_kwargs).items()}
+    return {name: info for name, (_, info) in _locate(os.fspath(source), variant=variant, **hub_kwargs).items()}
 
 
-def _remote(repo: str, hub_kwargs: Mapping[str, Any]) -> Callable[[str], RemoteFile | None]:
-    """Finds files of a repo by name, all of them at the commit of the first."""
-    revision = hub_kwargs.get("revision")
+Located = dict[str, tuple[RemoteFile, TensorInfo]]  # tensors on the Hub, each with the file that holds it
 
-    def find(file: str) -> RemoteFile | None:
-        nonlocal revision
-        try:
-            found = RemoteFile.find(repo, _inner(file, hub_kwargs), revision, hub_kwargs.get("token"))
-        except EntryNotFoundError:
-            return None
-        revision = found.commit
-        return found
 
-    return find
+def _locate(repo: str, wanted: re.Pattern[str] = EVERY, variant: str | None = None, **hub_kwargs: Any) -> Located:
+    """The wanted tensors of a repo's checkpoint, all at one commit; only headers and the index are read."""
+    if file := _find(repo, file_names(variant)[0], hub_kwargs):
+        return matching(_read_header(file), wanted)
+    located: Located = {}
+    for shard, names in read_shards(repo, wanted, variant, **hub_kwargs).items():
+        if (file := _find(repo, shard, hub_kwargs)) is None:
+            raise missing_shard(repo, shard, **hub_kwargs)
+        hub_kwargs["revision"] = file.commit
+        located |= pick(_read_header(file), names, repo, shard)
+    return located
+
+
+def _find(repo: str, file: str, hub_kwargs: Mapping[str, Any]) -> RemoteFile | None:
+    try:
+        return RemoteFile.find(repo, _inner(file, hub_kwargs), hub_kwargs.get("revision"), hub_kwargs.get("token"))
+    except EntryNotFoundError:
+        return None
+
+
+def _read_header(file: RemoteFile) -> Located:
+    return {name: (file, info) for name, info in read_remote_header(file).items()}
 
 
 def _inner(file: str, hub_kwargs: Mapping[str, Any]) -> str:
     """A file's path in its repo."""
     return "/".join(part for part in (hub_kwargs.get("subfolder"), file) if part)
-
-
-def _located(file: RemoteFile) -> dict[str, tuple[RemoteFile, TensorInfo]]:
-    """The tensors of a file on the Hub, each with the file."""
-    return {name: (file, info) for name, info in read_remote_header(file).items()}
 
 
 def _part_file(repo: str, commit: str, name: str, hub_kwargs: Mapping[str, Any]) -> Path:
@@ -125,7 +136,7 @@ def _part_file(repo: str, commit: str, name: str, hub_kwargs: Mapping[str, Any])
     return assets.expanduser() / repo.replace("/", "--") / commit / f"{name}.safetensors"
 
 
-def _is_cached(repo: str, wanted: Callable[[str], bool], commit: str | None, hub_kwargs: Mapping[str, Any]) -> bool:
+def _is_cached(repo: str, wanted: re.Pattern[str], commit: str | None, hub_kwargs: Mapping[str, Any]) -> bool:
     """Whether the Hub cache holds the files of all wanted tensors, which it then does whole."""
 
     def path(file: str) -> str | None:
@@ -135,10 +146,10 @@ def _is_cached(repo: str, wanted: Callable[[str], bool], commit: str | None, hub
     if path(SAFE_WEIGHTS_NAME):
         return True
     index = path(SAFE_WEIGHTS_INDEX_NAME)
-    return index is not None and all(path(file) for name, file in read_weight_map(index).items() if wanted(name))
+    return index is not None and all(map(path, matching(read_weight_map(index), wanted).values()))
 
 
-def _assemble(tensors: Mapping[str, tuple[RemoteFile, TensorInfo]]) -> tuple[bytes, list[Piece]]:
+def _assemble(tensors: Located) -> tuple[bytes, list[Piece]]:
     """Header of a safetensors file of these tensors, and which bytes follow it."""
 
     def place(item: tuple[str, tuple[RemoteFile, TensorInfo]]) -> tuple[int, str, tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +13,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
 from not_hf.architecture.scaling import require_scalable, scale_problem
-from not_hf.composition.sources import DonorSource, OrganSource, is_plain_name
+from not_hf.architecture.upstream import forget_conversions
+from not_hf.composition.check import validate
+from not_hf.composition.layout import require_free_names
+from not_hf.composition.resolve import resolve_organ
+from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.averaging import combined, combined_config
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
-from not_hf.recipient.admission import admit
+from not_hf.recipient.loading import load_organs
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.status import DonorStatus, donor_status
@@ -51,7 +55,7 @@ class Recipient(_Native):
 
     def load_donor(
         self,
-        donor: DonorSource,
+        donor: DonorLike,
         donor_name: str,
         position: int | None = None,
         mode: str | None = None,
@@ -66,8 +70,12 @@ class Recipient(_Native):
             IncompatibleDonorError: It does not fit the recipient, or overlaps an active organ; nothing is changed.
             CorruptDonorError: Its files are off; nothing is changed.
         """
-        source = OrganSource(donor_name, donor, revision, subfolder, position, mode)
-        self._load(source, is_trainable, hub_kwargs)
+        surgery = self._surgery
+        organ = resolve_organ(OrganSource(donor_name, donor, revision, subfolder, position, mode), hub_kwargs)
+        fit = validate([organ], surgery.base_config, list(surgery.organs.values()))
+        (loaded,) = load_organs(self, surgery, [organ], fit.differences, is_trainable, hub_kwargs)
+        with surgery.changing(self):
+            surgery.organs[donor_name] = loaded
 
     def set_donor(self, donor_names: str | Sequence[str]) -> None:
         """Make exactly these organs active; their order in the stack is the order they were loaded in.
@@ -124,7 +132,7 @@ class Recipient(_Native):
     def hotswap_donor(
         self,
         donor_name: str,
-        donor: DonorSource,
+        donor: DonorLike,
         revision: str | None = None,
         subfolder: str | None = None,
         **hub_kwargs: Any,
@@ -148,8 +156,11 @@ class Recipient(_Native):
         old, surgery = self._surgery.organs[name], self._surgery
         require_own_modules(surgery, old)
         place = (old.config.position, old.config.mode, 1.0, old.active)
-        source = OrganSource(name, donor, revision, subfolder, *place)
-        new = admit(self, surgery, source, False, hub_kwargs, instead_of=name)
+        organ = resolve_organ(OrganSource(name, donor, revision, subfolder, *place), hub_kwargs)
+        validate([organ], surgery.base_config, [each for each in surgery.organs.values() if each is not old])
+        (new,) = load_organs(self, surgery, [organ], [], False, hub_kwargs)
+        if differences := surgery.swap_differences(old, new):
+            raise IncompatibleDonorError(f"organ {name!r} cannot be swapped for another kind: {some(differences)}")
         old.take_over(new)
 
     def add_weighted_donor(
@@ -174,8 +185,7 @@ class Recipient(_Native):
         """
         surgery, unknown = self._surgery, [name for name in donors if name not in self._surgery.organs]
         self._named(unknown)
-        if not is_plain_name(donor_name) or donor_name in surgery.organs:
-            raise NotHFError(f"donor_name {donor_name!r} is taken or not a plain name; choose another")
+        require_free_names([donor_name], list(surgery.organs))
         chosen = [surgery.organs[name] for name in donors]
         for organ in chosen:
             require_own_modules(surgery, organ)
@@ -193,7 +203,7 @@ class Recipient(_Native):
         layers.load_state_dict(tensors)
         layers.requires_grad_(False)
         with surgery.changing(self):
-            surgery.organs[donor_name] = Organ(donor_name, config, list(layers), active=False)
+            surgery.organs[donor_name] = Organ(donor_name, config, config.check(), list(layers), active=False)
 
     def get_donor_status(self) -> dict[str, DonorStatus]:
         """Every loaded organ by name, in load order: where it stands, its scale, what of it is trainable, …"""
@@ -247,7 +257,7 @@ class Recipient(_Native):
                 "merge_and_unload(dequantize=True) to make all weights plain, or save_pretrained() the organ alone"
             )
         with dequantized(self):
-            if differences := surgery.differences(surgery.plan(chosen), as_saved=True):
+            if differences := surgery.differences(surgery.plan(chosen)):
                 raise IncompatibleDonorError(f"a native model cannot hold these layers: {some(differences)}")
         if packed:  # packed weights cannot be trained, plain ones can
             surgery.requires_grad = dict.fromkeys(surgery.requires_grad, True)
@@ -257,8 +267,7 @@ class Recipient(_Native):
             surgery.disabled = 0
         for organ in chosen:
             organ.set_trainable(True)
-        # how transformers converted the files it loaded; undoing it would save dequantized weights as quantized ones
-        vars(self).pop("_weight_conversions", None)
+        forget_conversions(self)
         return self._release()
 
     def resize_token_embeddings(
@@ -302,12 +311,6 @@ class Recipient(_Native):
                 f"{what}() needs the base's own layers, which scaffold='minimal' left out; save_pretrained() the "
                 "organ and load it into the whole base: from_pretrained(base, folder)"
             )
-
-    def _load(self, source: OrganSource, is_trainable: bool, hub_kwargs: Mapping[str, Any]) -> None:
-        """Load one organ; everything about it is checked before the model changes."""
-        organ = admit(self, self._surgery, source, is_trainable, hub_kwargs)
-        with self._surgery.changing(self):
-            self._surgery.organs[organ.name] = organ
 
     def _release(self) -> PreTrainedModel:
         """Back to the native class."""

@@ -16,19 +16,21 @@ from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.stack import head_class, is_encoder
-from not_hf.architecture.upstream import built_whole
+from not_hf.architecture.upstream import IncompatibleKeys, built_whole, commit_of
 from not_hf.cards.license import inherit_license
-from not_hf.composition.resolve import read_config, require_stack, resolve_request
-from not_hf.composition.sources import DEFAULT_NAME, DonorSource, OrganSource
+from not_hf.composition.check import validate
+from not_hf.composition.resolve import Resolved, resolve
+from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError, UnsupportedArchitectureError, reading_base
 from not_hf.hub.push import PushOptions, push_folder
+from not_hf.recipient.loading import load_organs
 from not_hf.recipient.mixin import Recipient
+from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import save_organs
 from not_hf.recipient.scaffold import load_scaffold, wants_scaffold
 from not_hf.recipient.surgery import Surgery
@@ -44,7 +46,7 @@ class Transplanted(Recipient):
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | PreTrainedModel,
-        donor: DonorSource | None = None,
+        donor: DonorLike | None = None,
         *,
         donor_name: str = DEFAULT_NAME,
         position: int | None = None,
@@ -86,38 +88,21 @@ class Transplanted(Recipient):
             OSError: A repo cannot be read.
         """
         is_scaffold = wants_scaffold(scaffold, pretrained_model_name_or_path, base_kwargs)
-        request = resolve_request(
-            pretrained_model_name_or_path,
-            donor,
-            OrganSource(donor_name, "", donor_revision, donor_subfolder, position, mode),
-            config,
-            base_kwargs,
-        )
-        base, recipient = request.base, request.base_config()
-        if not isinstance(base, PreTrainedModel) or len(request.sources) > 1:  # one is checked when it goes in
-            organs = [(source, read_config(source, request.shared)) for source in request.sources]
-            require_stack(organs, recipient)
-        cls._require_head(recipient)
-        if isinstance(base, PreTrainedModel):
-            return cls._transplant(base, request.sources, is_trainable, request.shared)
-        wants_info = request.base_kwargs.pop("output_loading_info", False)
-        with reading_base(base, request.named_by), built_whole():
-            loaded: Any
-            if is_scaffold:
-                loaded = load_scaffold(base, recipient, **request.base_kwargs)
-            else:
-                loaded = cls.native_auto_class.from_pretrained(
-                    base,
-                    output_loading_info=True,
-                    adapter_kwargs=request.shared,  # else it asks the Hub for an adapter_config.json, come what may
-                    **request.base_kwargs,
-                )
-        native, info = loaded
-        revision = getattr(request.base_kwargs.get("revision"), "resolved", None)
-        subfolder = request.base_kwargs.get("subfolder") or None
-        surgery = Surgery(native, revision, subfolder, is_scaffold)
-        model = cls._transplant(native, request.sources, is_trainable, request.shared, surgery)
-        return (model, info) if wants_info else model  # type: ignore[return-value]
+        wish = OrganSource(donor_name, "", donor_revision, donor_subfolder, position, mode)
+        resolved = resolve(pretrained_model_name_or_path, donor, wish, config, base_kwargs)
+        live = resolved.base if isinstance(resolved.base, PreTrainedModel) else None
+        present = list(live._surgery.organs.values()) if isinstance(live, Transplanted) else []
+        fit = validate(resolved.organs, resolved.base_config, present)
+        cls._require_head(resolved.base_config)
+        base, info = cls._load_base(resolved, is_scaffold) if live is None else (live, None)
+        if isinstance(base, Transplanted):
+            surgery = base._surgery
+        else:
+            commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
+            surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
+        organs = load_organs(base, surgery, resolved.organs, fit.differences, is_trainable, resolved.shared)
+        model = cls._splice(base, surgery, organs)
+        return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Self:
@@ -127,7 +112,7 @@ class Transplanted(Recipient):
         native = config.native_config("base_config")
         cls._require_head(native)
         base = cls.native_auto_class.from_config(native, **kwargs)
-        return cls._transplant(base, [OrganSource(DEFAULT_NAME, DonorModel(copy.deepcopy(config)))], False, {})
+        return cls.from_pretrained(base, DonorModel(copy.deepcopy(config)))
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -183,20 +168,20 @@ class Transplanted(Recipient):
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> _IncompatibleKeys:
+    ) -> IncompatibleKeys:
         """As in torch; also takes what `save_pretrained` wrote for the one loaded organ: `Trainer` hands it back."""
         if not state_dict or not all(key.startswith(f"{DonorModel.base_model_prefix}.") for key in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         if len(self._surgery.organs) != 1:
             raise NotHFError("an organ's checkpoint fits a model with exactly one organ; use load_donor")
         (organ,) = self._surgery.organs.values()
-        loaded, missing = DonorModel.load_tensors(organ.config, dict(state_dict), partial=not strict)
+        loaded, missing = DonorModel.load_tensors(organ.spec, dict(state_dict), partial=not strict)
         with self._surgery.at_scale_one():
             for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
                 place = f"{loaded.stack.full_path}.{n}."
                 tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
                 layer.load_state_dict(tensors, strict=False)
-        return _IncompatibleKeys([], [])
+        return IncompatibleKeys([], [])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The dynamic class cannot be found by name: pickle the native one and extend it again."""
@@ -219,18 +204,20 @@ class Transplanted(Recipient):
         )
 
     @classmethod
-    def _transplant(
-        cls,
-        base: PreTrainedModel,
-        sources: Sequence[OrganSource],
-        is_trainable: bool,
-        hub_kwargs: Mapping[str, Any],
-        surgery: Surgery | None = None,
-    ) -> Self:
-        """Extend a model in place, freeze it and load organs; undo everything on failure."""
+    def _load_base(cls, resolved: Resolved, is_scaffold: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Load a recipient, and transformers' `output_loading_info`."""
+        base, kwargs = str(resolved.base), {**resolved.base_kwargs, "output_loading_info": True}
+        with reading_base(base, resolved.named_by), built_whole():
+            if is_scaffold:
+                return load_scaffold(base, **kwargs)
+            # without adapter_kwargs the Auto class asks the Hub for an adapter_config.json, come what may
+            return cls.native_auto_class.from_pretrained(base, adapter_kwargs=resolved.shared, **kwargs)
+
+    @classmethod
+    def _splice(cls, base: PreTrainedModel, surgery: Surgery, organs: Sequence[Organ]) -> Self:
+        """Extend a model in place, freeze it and put organs into its stack; undo everything on failure."""
         fresh = not isinstance(base, Transplanted)
         if fresh:
-            surgery = surgery or Surgery(base)
             native: Any = type(base)
             base.__class__ = _transplanted_class(cast(Any, cls), native)
             base.requires_grad_(False)
@@ -238,14 +225,11 @@ class Transplanted(Recipient):
             base.model_tags = base.model_tags or []
             cast(Self, base)._surgery = surgery
         model = cast(Self, base)
-        before = list(model.donor_config)
         try:
-            for source in sources:
-                model._load(source, is_trainable, hub_kwargs)
+            with surgery.changing(model):
+                surgery.organs |= {organ.name: organ for organ in organs}
         except BaseException:
-            for name in [name for name in model.donor_config if name not in before]:
-                model.delete_donor(name)
-            if fresh and not model._surgery.is_scaffold:  # nobody has a hold of that one
+            if fresh and not surgery.is_scaffold:  # nobody has a hold of that one
                 model.unload()
             raise
         return model

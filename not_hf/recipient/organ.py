@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from not_hf.architecture.scaling import scaled_parameters, unscaled
 from not_hf.architecture.twin import meta_twin
 from not_hf.composition.layout import Place
-from not_hf.config import DonorConfig
+from not_hf.config import DonorConfig, OrganSpec
 
 
 @dataclass
@@ -24,16 +22,12 @@ class Organ:
 
     name: str
     config: DonorConfig  # position, mode and scale are those in force
+    spec: OrganSpec  # what its donor's config says
     layers: list[nn.Module]
     active: bool = True
     repo: str | None = None  # folder or Hub ID it was loaded from
     revision: str | None = None  # the commit of that repo
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # what the scale multiplies, without it
-
-    @functools.cached_property
-    def native_config(self) -> PreTrainedConfig:
-        """Config of its own layers."""
-        return self.config.native_config()
 
     @property
     def place(self) -> Place:
@@ -41,12 +35,12 @@ class Organ:
         return Place(self.name, self.config.position or 0, self.config.mode, len(self.layers))
 
     def set_trainable(self, is_trainable: bool) -> None:
-        """Freeze the organ, or have learn what learns in native layers: some keep parameters frozen by design."""
+        """Freeze the organ, or restore the native `requires_grad` flags: some parameters are frozen by design."""
         if not is_trainable:
             for layer in self.layers:
                 layer.requires_grad_(False)
             return
-        natives = meta_twin(self.config.native_config("base_config")).layers[slice(*self.config.span)]
+        natives = meta_twin(self.spec.base).stack.layers[slice(*self.config.span)]
         for layer, native in zip(self.layers, natives, strict=True):
             flags = {name: parameter.requires_grad for name, parameter in native.named_parameters()}
             for name, parameter in layer.named_parameters():
@@ -85,8 +79,8 @@ class Organ:
                 tensor.copy_(originals[name] * scale if name in originals else theirs[name])
         config = copy.copy(other.config)
         config.position, config.mode, config.scale = self.config.position, self.config.mode, scale
-        self.config, self.originals, self.repo, self.revision = config, originals, other.repo, other.revision
-        self.__dict__.pop("native_config", None)
+        self.config, self.spec, self.originals = config, other.spec, originals
+        self.repo, self.revision = other.repo, other.revision
 
     def at_scale_one(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """One of the organ's tensors without the scale.

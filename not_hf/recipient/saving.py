@@ -18,6 +18,7 @@ from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License, joint_license
 from not_hf.composition.sources import composition_config, write_entry
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.saving import write_donor
 from not_hf.donor.tokenizer import save_local_tokenizer
 from not_hf.donor.vocabulary import VOCABULARY
 from not_hf.errors import NotHFError
@@ -93,7 +94,7 @@ def save_organs(
     for name, shell in shells.items():
         _require_own(name, states[name], shell)
     if len(names) == 1:
-        shells[names[0]].save_donor(folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
+        write_donor(shells[names[0]], folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
         return
     require_donor_folder(folder)
     first = shells[names[0]].config  # all name the same base
@@ -108,7 +109,7 @@ def save_organs(
     with replacing(folder) as draft:
         for name, shell in shells.items():
             place = os.path.join(folder, name)
-            shell.save_donor(place, is_main_process, states[name], draft=os.path.join(draft, name), **kwargs)
+            write_donor(shell, place, is_main_process, states[name], draft=os.path.join(draft, name), **kwargs)
         if is_main_process:
             config.save_pretrained(draft)
             card.save(Path(draft, README))

@@ -15,10 +15,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.stack import find_stack
 from not_hf.architecture.twin import meta_twin
-from not_hf.donor.cutting import StoredBase, open_base
+from not_hf.architecture.upstream import HUB_KWARGS
+from not_hf.donor.cutting import StoredBase, stored_base
 from not_hf.donor.loading import common_dtype
 from not_hf.errors import NotHFError
-from not_hf.hub.repo import HUB_KWARGS
 
 # Arguments of `from_pretrained` that choose or convert whole files; here a few tensors of plain ones are read.
 _OF_WHOLE_FILES = ("gguf_file", "key_mapping", "quantization_config", "variant")
@@ -61,14 +61,12 @@ def load_scaffold(base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[P
         OSError: It cannot be read.
     """
     hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-    stored = open_base(base, **hub_kwargs)
-    assert isinstance(stored, StoredBase)
+    stored = stored_base(base, config, hub_kwargs)
     views, native, config = stored.outside(), type(meta_twin(config).model), copy.deepcopy(config)
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
     if dtype == "auto":
         dtype = config.dtype or common_dtype(views)
     kwargs.pop("config", None)
-    config.update({key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key)})  # as transformers does
     if stored.quantization is not None:
         config.quantization_config = stored.quantization
     if native.can_generate():

@@ -15,16 +15,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, spliced_device_map
-from not_hf.architecture.differences import layer_differences, native_differences, outer_attributes
-from not_hf.architecture.layers import adopt, forget_capture_hooks
-from not_hf.architecture.quantization import is_quantized
-from not_hf.architecture.splicing import Slot, numbered, set_layer_index, splice_config, spliced_config
+from not_hf.architecture.differences import describe, native_differences
+from not_hf.architecture.layers import adopt
+from not_hf.architecture.splicing import LayerOrigin, set_layer_index, splice_config, spliced_config
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import Twin, meta_twin
+from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange
 from not_hf.recipient.organ import Organ
 
-Placed = tuple[nn.Module, Slot]
+PlacedLayer = tuple[nn.Module, LayerOrigin]
 
 
 class Surgery:
@@ -53,7 +53,6 @@ class Surgery:
         self.organs: dict[str, Organ] = {}
         self.disabled = 0
         self.device_map = copy.copy(getattr(model, "hf_device_map", None))
-        self._packed = self._quantized_layers() if is_quantized(model) else []
         self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
         self._base_derived: dict[tuple[str, str], Any] = {}
 
@@ -73,7 +72,7 @@ class Surgery:
     def _chosen(self) -> list[Organ]:
         return [self.organs[name] for name in self.active]
 
-    def plan(self, organs: Iterable[Organ] | None = None) -> list[Placed]:
+    def plan(self, organs: Iterable[Organ] | None = None) -> list[PlacedLayer]:
         """The stack, front to back: each layer with its origin.
 
         Args:
@@ -83,53 +82,38 @@ class Surgery:
             IncompatibleDonorError: Two organs want the same recipient layers.
         """
         chosen = {organ.name: organ for organ in (self._chosen() if organs is None else organs)}
-        placed: list[Placed] = []
+        placed: list[PlacedLayer] = []
         for name, n in arrange(self.base_config.num_hidden_layers, [organ.place for organ in chosen.values()]):
             if name is not None:
-                placed.append((chosen[name].layers[n], (chosen[name].native_config, n)))
+                placed.append((chosen[name].layers[n], (chosen[name].spec.organ, n)))
             elif not self.is_scaffold:
                 placed.append((self.base_layers[n], (self.base_config, n)))
         return placed
 
-    def twin(self, placed: list[Placed]) -> Twin:
+    def twin(self, placed: list[PlacedLayer]) -> Twin:
         """The native model of that stack's config, on the meta device."""
-        return meta_twin(spliced_config(self.base_config, [slot for _, slot in placed]), self.native_class)
+        return meta_twin(spliced_config(self.base_config, [origin for _, origin in placed]), self.native_class)
 
     def base_twin(self) -> Twin:
         """The base's, with all its layers."""
         return meta_twin(self.base_config, self.native_class)
 
-    def differences(self, placed: list[Placed], as_saved: bool = False) -> list[str]:
-        """In what those layers would differ after saving natively and loading without not_hf.
-
-        Args:
-            placed: A stack, as planned.
-            as_saved: Count what a quantizer made of the recipient's own layers too.
-        """
-        layers = [layer for layer, _ in placed]
-        own = [
-            () if as_saved or c is not self.base_config or not self._packed else self._packed[i]
-            for _, (c, i) in placed
-        ]
-        with numbered(layers):
-            return native_differences(layers, self.twin(placed).layers, own)
-
-    def _quantized_layers(self) -> list[list[str]]:
-        """In what each layer of a quantized base differs from a plain one."""
-        twins = self.base_twin().layers
-        return [layer_differences(layer, twin) for layer, twin in zip(self.base_layers, twins, strict=True)]
+    def differences(self, placed: list[PlacedLayer]) -> list[str]:
+        """In what those live layers would differ after saving natively and loading without not_hf."""
+        return native_differences([describe(layer) for layer, _ in placed], self.twin(placed).descriptions)
 
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
         """What keeps one organ's weights from going into the tensors of another."""
         if organ.config.span != other.config.span:
             return [f"it holds layers {list(other.config.span)}, not {list(organ.config.span)}"]
         spliced, others = (
-            splice_config(self.base_config, [(each.native_config, n) for n in range(len(each.layers))])
+            splice_config(self.base_config, [(each.spec.organ, n) for n in range(len(each.layers))])
             for each in (organ, other)
         )
         differences = [f"{key} is {others[key]}, not {spliced[key]}" for key in spliced if others[key] != spliced[key]]
-        with numbered(organ.layers), numbered(other.layers):
-            return differences + native_differences(other.layers, organ.layers, there="here")
+        return differences + native_differences(
+            [describe(layer) for layer in other.layers], [describe(layer) for layer in organ.layers], there="here"
+        )
 
     @contextlib.contextmanager
     def changing(self, model: PreTrainedModel) -> Iterator[None]:
@@ -149,7 +133,7 @@ class Surgery:
     def apply(self, model: PreTrainedModel) -> None:
         """Make the live model agree with `plan()`. What can refuse is computed first; `changing` undoes the rest."""
         placed = self.plan()
-        values = splice_config(self.base_config, [slot for _, slot in placed])
+        values = splice_config(self.base_config, [origin for _, origin in placed])
         if not self.active:
             values = {key: copy.deepcopy(getattr(self.base_config, key)) for key in values}
         attributes = self._attributes(placed)
@@ -157,7 +141,7 @@ class Surgery:
         stack, config = self.stack(model), model.config
         standing = {id(layer) for layer in stack.layers}
         reference = dict(stack.layers[0].named_modules()) if stack.layers else {}
-        forget_capture_hooks([model, *self.parked(model), *(layer for layer, _ in placed)])
+        forget_capture_hooks([model, *self.parked(model), *[layer for layer, _ in placed]])
         for key, value in values.items():
             setattr(config, key, value)
         for (path, key), value in attributes.items():
@@ -166,11 +150,11 @@ class Surgery:
             set_layer_index(layer, n)
             if id(layer) not in standing:
                 adopt(layer, config, reference, model.training)
-        stack.layers._modules = {str(n): layer for n, (layer, _) in enumerate(placed)}
+        set_layers(stack.layers, [layer for layer, _ in placed])
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
 
-    def _device_map(self, placed: list[Placed], path: str) -> dict[str, Any]:
+    def _device_map(self, placed: list[PlacedLayer], path: str) -> dict[str, Any]:
         """accelerate's map under the numbers that layers have in that stack."""
         assert self.device_map is not None
         origins = [
@@ -179,16 +163,14 @@ class Surgery:
         ]
         return spliced_device_map(self.device_map, path, origins) if self.active else dict(self.device_map)
 
-    def _attributes(self, placed: list[Placed]) -> dict[tuple[str, str], Any]:
+    def _attributes(self, placed: list[PlacedLayer]) -> dict[tuple[str, str], Any]:
         """What model-level attributes derived from the per-layer config must be for that stack.
 
         Only those that any stack so far has changed; worked out once per stack, since it builds a twin.
         """
-        signature = "" if not self.active else repr(splice_config(self.base_config, [slot for _, slot in placed]))
+        signature = "" if not self.active else repr(splice_config(self.base_config, [origin for _, origin in placed]))
         if signature not in self._derived:
-            base, here = (
-                outer_attributes(twin.model, twin.stack.full_path) for twin in (self.base_twin(), self.twin(placed))
-            )
+            base, here = (twin.outer_attributes for twin in (self.base_twin(), self.twin(placed)))
             self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
             self._base_derived.update({key: base[key] for key in self._derived[signature]})
         return {**self._base_derived, **self._derived[signature]}

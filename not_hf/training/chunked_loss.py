@@ -1,7 +1,7 @@
 """Cross-entropy of a causal LM without the logits of all tokens at once.
 
-The head is frozen, so all that is wanted of it is the loss and its gradient with respect to what the last layer
-returned. Both are worked out together, a few tokens at a time, and the logits of those are forgotten.
+The head is frozen, so only the loss and its gradient with respect to the output of the last layer are needed. Both are
+computed together, a chunk of tokens at a time, and the logits of a chunk are dropped before the next.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # (tokens, hidden) -> logits, (tokens, vocab)
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 def summed_loss(
@@ -25,24 +25,27 @@ def summed_loss(
     base_hidden: torch.Tensor | None = None,
     kl_weight: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
-    """Negative log-likelihood of tokens (nats), summed, and their number.
+    """Compute the negative log-likelihood of tokens (nats).
 
     Args:
-        hidden: What the last layer returned, `(batch, seq, hidden)`.
-        labels: The token that each position is to predict, `(batch, seq)`; -100 is left out.
-        head: Its parameters are not trained.
+        hidden: Output of the last layer, `(batch, seq, hidden)`.
+        labels: The token that each position predicts, `(batch, seq)`; -100 is ignored.
+        head: Norm and head of the model, with frozen parameters.
         chunk: Tokens at a time.
-        base_hidden: What the last layer of the base returned, like `hidden`; for the KL term.
-        kl_weight: Added is this times KL(base ‖ model) of the predictions, in nats.
+        base_hidden: Output of the base's last layer, like `hidden`; for the KL term.
+        kl_weight: Factor of KL(base ‖ model) of the predictions (nats), which is added to the loss.
+
+    Returns:
+        The sum over tokens, and their number.
     """
-    counted = labels != IGNORED  # (batch, seq)
+    counted = labels != IGNORE_INDEX  # (batch, seq)
     base = None if base_hidden is None else base_hidden[counted]
     loss = _SummedLoss.apply(hidden[counted], labels[counted], base, head, chunk, kl_weight)
     return loss, int(counted.sum())
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The loss, its gradient already worked out on the way."""
+    """The summed loss; its gradient is computed in the forward pass, while the logits of a chunk are in memory."""
 
     @staticmethod
     def forward(
@@ -54,22 +57,22 @@ class _SummedLoss(torch.autograd.Function):
         chunk: int,
         kl_weight: float,
     ) -> torch.Tensor:
-        learns = ctx.needs_input_grad[0]
+        needs_gradient = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if learns else None
+        gradient = torch.empty_like(hidden) if needs_gradient else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            with torch.set_grad_enabled(learns):
-                states = hidden[part].detach().requires_grad_(learns)
+            with torch.set_grad_enabled(needs_gradient):
+                states = hidden[part].detach().requires_grad_(needs_gradient)
                 logits = head(states)  # (chunk, vocab)
-            found = functional.log_softmax(logits.detach().float(), -1)
-            total += functional.nll_loss(found, labels[part], reduction="sum", ignore_index=IGNORED)
+            predicted = functional.log_softmax(logits.detach().float(), -1)
+            total += functional.nll_loss(predicted, labels[part], reduction="sum", ignore_index=IGNORE_INDEX)
             expected = None
             if base is not None:
                 expected = functional.log_softmax(head(base[part]).float(), -1)
-                total += kl_weight * functional.kl_div(found, expected, reduction="sum", log_target=True)
-            if gradient is not None:  # of the loss with respect to logits: what is predicted less what should be
-                error = found.exp_()
+                total += kl_weight * functional.kl_div(predicted, expected, reduction="sum", log_target=True)
+            if gradient is not None:  # with respect to logits: predicted minus target probabilities
+                error = predicted.exp_()
                 if expected is not None:
                     error.mul_(1 + kl_weight).sub_(expected.exp_(), alpha=kl_weight)
                 error.scatter_add_(-1, labels[part, None], error.new_full((len(error), 1), -1.0))

@@ -1,4 +1,4 @@
-"""Training text: load it with `datasets`, pack it into blocks of tokens."""
+"""Load text with `datasets`, and pack it into blocks of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from not_hf.errors import NotHFError
 
-# suffix -> builder of `datasets`, chosen here because `datasets` would read .md as something else than text
+# suffix -> builder of `datasets`; it would not read .md as text by itself
 _BUILDERS = {
     ".txt": "text",
     ".md": "text",
@@ -38,9 +38,9 @@ def load_text(
     token: str | bool | None = None,
     sample_by: Literal["line", "paragraph", "document"] = "line",
 ) -> Dataset | IterableDataset:
-    """Load text for training or evaluation as a dataset with exactly one column, `text`.
+    r"""Load text for training or evaluation as a dataset with exactly one column, `text`.
 
-    Rows without text (null or only whitespace: the blank lines of a file) are dropped.
+    Rows without text (null or whitespace, such as the blank lines of a file) are dropped.
 
     Args:
         source: A `.txt`, `.md`, `.jsonl`, `.json`, `.parquet` or `.csv` file, compressed or not, local or a URL;
@@ -48,13 +48,13 @@ def load_text(
             every other file to `train`; a folder of `.md` files is all `train`); or a Hub dataset ID.
         split: Split, or slice of one such as `"train[:90%]"` (not when streaming). A file or a glob has one
             split, `train`.
-        column: Column that holds the text. Plain text files have `text`.
-        streaming: Read on the fly instead of preparing the whole dataset in the cache first.
+        column: Column that holds the text. Plain text files have one column, `text`.
+        streaming: Read while iterating, without preparing the whole dataset in the cache.
         name: Configuration of a Hub dataset.
         revision: Branch, tag or commit of a Hub dataset.
         token: Hub token, `None` for the stored one.
-        sample_by: What one example of a plain text file is: a line without its line break, a paragraph
-            (ended by an empty line; for prose that is wrapped over many lines) or the whole file.
+        sample_by: What a row of a plain text file is: a line without its line break, a paragraph (ended by an empty
+            line; for prose with hard line breaks), or the whole file.
 
     Returns:
         A `Dataset`, or an `IterableDataset` when streaming, with the one column `text` (string).
@@ -62,10 +62,19 @@ def load_text(
     Raises:
         NotHFError: The column does not exist or holds no text, a file cannot be read, or its format is unknown.
         FileNotFoundError: No such file, or no such dataset on the Hub.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from not_hf import load_text
+        >>> file = Path(tempfile.mkdtemp(), "verses.txt")
+        >>> _ = file.write_text("In the beginning\n\nwas the word\n")
+        >>> load_text(file)["text"][:]
+        ['In the beginning', 'was the word']
     """
     source = os.path.expanduser(source)
     how: dict[str, Any] = {"split": split, "streaming": streaming, "token": token}
-    if sample_by != "line":  # only the text builder knows it; others refuse it
+    if sample_by != "line":  # other builders than that of plain text refuse it
         how["sample_by"] = sample_by
     files = _files(source)
     try:
@@ -90,44 +99,57 @@ def pack(
     isolate_documents: bool = False,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Tokenize texts, join them into one stream of tokens and cut it into blocks of equal length.
+    """Tokenize texts, join them into one stream of tokens, and cut it into blocks of equal length.
 
-    Each text is tokenized with the tokenizer's own special tokens (a BOS where it adds one) and ended by EOS
-    where the tokenizer has one and did not add it itself. Empty texts give no tokens. Every token is in
-    exactly one block, in order; only the tail of the whole stream that fills no block is dropped.
+    Each text is tokenized with the tokenizer's own special tokens (a BOS if it adds one) and ends with EOS, if the
+    tokenizer has one; empty texts give no tokens. Every token is in exactly one block, in order; only the end of the
+    stream that does not fill a block is dropped. Shuffle the blocks rather than the texts.
 
-    Blocks carry `labels`, so plain `transformers.Trainer` trains on every token with `default_data_collator`, which
-    it takes by itself unless it is given a tokenizer (it then pads, and refuses a tokenizer without pad token).
-    `DataCollatorForLanguageModeling(mlm=False)` would mask each EOS for tokenizers that pad with EOS. No
-    `attention_mask`: nothing is padded. Blocks of a `Dataset` are memory-mapped from the cache of `datasets`, and
-    the same call finds them there again. Blocks of an `IterableDataset` are made while reading, are the same, and
-    are one shard: with several dataloader workers one of them tokenizes. Resuming it (`state_dict`) reads the
-    text again from its start, without giving those blocks. Shuffle the blocks rather than the texts.
+    Use `default_data_collator` to train on every token. It is the default of `transformers.Trainer` unless that is
+    given a tokenizer; `DataCollatorForLanguageModeling(mlm=False)` masks EOS for tokenizers that pad with EOS. Blocks
+    have no `attention_mask`, since nothing is padded.
 
-    With `isolate_documents`, tokens attend to no other document of their block, in models that read this out of
-    `position_ids` that start anew: `require_isolation` tells whether one does. Batches must then
-    have no `attention_mask` (`DataCollatorWithPadding`, which the Trainer takes when it has a tokenizer, adds one)
-    and no other `position_ids` (`DataCollatorWithFlattening` numbers whole blocks): use `default_data_collator`.
+    Blocks of a `Dataset` are memory-mapped from the cache of `datasets`, where the same call finds them again. Blocks
+    of an `IterableDataset` are the same, made while reading. They are one shard: of several dataloader workers, one
+    tokenizes. Resuming it (`state_dict`) reads the text from the start, without yielding those blocks again.
+
+    With `isolate_documents`, tokens do not attend to other documents in their block, in models that derive their mask
+    from `position_ids` that restart; `require_isolation` checks whether a model does. Batches must then have no
+    `attention_mask` (`DataCollatorWithPadding` adds one) and keep these `position_ids` (`DataCollatorWithFlattening`
+    numbers whole blocks): use `default_data_collator`.
 
     Args:
-        dataset: Texts, from `load_text` or any other with a column of strings.
+        dataset: Texts: from `load_text`, or any dataset with a column of strings.
         tokenizer: The tokenizer of the model to be trained.
         block_length: Tokens per block, at least 2.
-        column: Column that holds the text; others are left out.
-        isolate_documents: Add `position_ids` that start anew with every document of a block, and give the first token
-            of each the label -100: nothing it could be predicted from is its own document's.
-        num_proc: Processes that tokenize a `Dataset`; an `IterableDataset` has no use for it.
+        column: Column that holds the text; others are dropped.
+        isolate_documents: Add `position_ids` that restart at every document of a block, and label the first token of
+            each document -100, since only other documents precede it.
+        num_proc: Number of processes that tokenize a `Dataset`; not used for an `IterableDataset`.
 
     Returns:
-        A dataset of the same kind, with `input_ids` and `labels`, equal unless documents are isolated, and then
-        `position_ids`; `(block_length,)` each, int32.
+        A dataset of the same kind with `input_ids`, `labels` (the same, unless documents are isolated) and, if
+        documents are isolated, `position_ids`; `(block_length,)` each, int32.
 
     Raises:
         NotHFError: `block_length` is below 2, the column does not exist or holds no text, or the text of a
             `Dataset` fills no block.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> from not_hf import pack
+        >>> words = ["</s>", "in", "the", "beginning", "was", "word"]
+        >>> tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}))
+        >>> tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+        >>> blocks = pack(Dataset.from_dict({"text": ["in the beginning", "was the word"]}), tokenizer, block_length=4)
+        >>> blocks["input_ids"][:]
+        [[1, 2, 3, 0], [4, 2, 5, 0]]
     """
     if block_length < 2:
-        raise NotHFError(f"block_length is {block_length}; a block needs at least 2 tokens to predict one")
+        raise NotHFError(f"block_length must be at least 2, got {block_length}")
     texts = _only_column(dataset, column, "the dataset").with_format(None)
     how: dict[str, Any] = {
         "batched": True,
@@ -152,18 +174,18 @@ def pack(
 
 
 def _files(source: str) -> list[str] | None:
-    """The files a source names, `None` where `datasets` finds them itself: a folder or a Hub dataset ID."""
+    """List the files of a source; `None` where `datasets` finds them itself: in a folder or a Hub dataset."""
     if "://" in source or os.path.isfile(source):
         return [source]
     if os.path.isdir(source):
         found = [p for p in sorted(Path(source).rglob("*")) if p.name != "README.md" and _suffix(p.name) in _BUILDERS]
         markdown = [str(p) for p in found if _suffix(p.name) == ".md"]
         if not found:
-            raise NotHFError(f"no text in {source}; looked for {', '.join(_BUILDERS)}")
+            raise NotHFError(f"no text files in {source}; expected {', '.join(_BUILDERS)}")
         if len(markdown) <= len(found) - len(markdown):
             return None
         if len(markdown) < len(found):
-            raise NotHFError(f"{source} mixes .md with other files; name those to read: {source}/**/*.md")
+            raise NotHFError(f"{source} mixes .md with other files; choose by a glob, such as {source}/**/*.md")
         return markdown
     if glob.has_magic(source):
         matches = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
@@ -171,12 +193,12 @@ def _files(source: str) -> list[str] | None:
             raise FileNotFoundError(f"no file matches {source}")
         return matches
     if _suffix(source) in _BUILDERS or source.startswith((".", os.sep)) or source.count("/") > 1:
-        raise FileNotFoundError(f"no file or folder {source}; a Hub dataset ID reads owner/name")
+        raise FileNotFoundError(f"no file or folder {source}; a Hub dataset ID is owner/name")
     return None
 
 
 def _suffix(name: str) -> str:
-    """The file's suffix in lower case, that of a compression left out."""
+    """Return the suffix of a file name in lower case, ignoring that of a compression."""
     name = name.lower()
     for compressed in _COMPRESSED:
         name = name.removesuffix(compressed)
@@ -184,22 +206,22 @@ def _suffix(name: str) -> str:
 
 
 def _builder(files: list[str]) -> str:
-    """The one builder of `datasets` that reads all these files."""
+    """Find the one builder of `datasets` that reads all these files."""
     suffixes = {_suffix(file) for file in files}
     builders = {_BUILDERS.get(suffix) for suffix in suffixes}
     builder = builders.pop()
     if builder is None or builders:
         raise NotHFError(
             f"cannot read {', '.join(sorted(s or 'files without a suffix' for s in suffixes))} as one dataset; "
-            f"give files of one kind out of {', '.join(_BUILDERS)}"
+            f"use files of one kind: {', '.join(_BUILDERS)}"
         )
     return builder
 
 
 def _only_column(dataset: Any, column: str, source: str) -> Any:
-    """The dataset reduced to a column of strings; refuses one that is not there or holds something else."""
+    """Select one column, which must exist and hold strings."""
     example: dict[str, Any] = {}
-    if dataset.features is None:  # a stream tells its columns with its first row
+    if dataset.features is None:  # the columns of a stream are known from its first row
         example = next(iter(dataset), {})
         columns = list(example)
         if not columns:
@@ -216,7 +238,7 @@ def _only_column(dataset: Any, column: str, source: str) -> Any:
         kind = getattr(feature, "dtype", type(feature).__name__)
         is_text = kind in ("string", "large_string")
     if not is_text:
-        raise NotHFError(f"column {column!r} of {source} holds {kind}, not text")
+        raise NotHFError(f"column {column!r} of {source} must hold strings, got {kind}; choose another column")
     return dataset.select_columns([column])
 
 
@@ -225,12 +247,12 @@ def _has_text(texts: list[str | None]) -> list[bool]:
 
 
 def _tokenize(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
-    """Token ids of each text that has any, ended by EOS."""
+    """Tokenize the texts that are not empty, each ended by EOS."""
     present = [text for text in texts if text]
     if not present:
         return {"input_ids": []}
-    # verbose=False: texts may be longer than the model's context, and the warning's flag would change the
-    # tokenizer's hash, hence miss the cache
+    # verbose=False: no warning about texts longer than the context, which would also set a flag on the tokenizer and
+    # so change its hash, by which `datasets` finds its cache
     ids = tokenizer(present, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id
     if eos is not None:
@@ -241,10 +263,10 @@ def _tokenize(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> di
 def _blocks(
     documents: Dataset | IterableDataset, block_length: int, isolate_documents: bool
 ) -> Iterator[dict[str, list[int]]]:
-    """Cut the joined documents (Arrow format, `input_ids`) into blocks; what a batch leaves over opens the next."""
+    """Cut the joined documents (Arrow format, `input_ids`) into blocks, across batches."""
     in_block = np.arange(block_length, dtype=np.int32)
-    rest = np.empty((2, 0), dtype=np.int32)  # tokens, and the position of each in its document
-    # .iter, for iter() would hand a dataloader worker its share of the documents only
+    rest = np.empty((2, 0), dtype=np.int32)  # tokens, and their positions in their documents
+    # not iter(), which would give a dataloader worker only its share of the documents
     for batch in documents.iter(batch_size=1000):
         texts = batch["input_ids"].combine_chunks()
         ids, lengths = texts.flatten().to_numpy(), np.diff(texts.offsets.to_numpy())
@@ -253,7 +275,7 @@ def _blocks(
         end = rest.shape[1] // block_length * block_length
         for block, positions in rest[:, :end].reshape(2, -1, block_length).swapaxes(0, 1):
             if isolate_documents:
-                positions = np.minimum(positions, in_block)  # a document cut by the block's start begins there
+                positions = np.minimum(positions, in_block)  # a document that began in an earlier block restarts at 0
                 labels = np.where(positions == 0, -100, block)
                 yield {"input_ids": block.tolist(), "labels": labels.tolist(), "position_ids": positions.tolist()}
             else:

@@ -1,4 +1,4 @@
-"""Whether the documents of one block stay apart in a model; found out by running it."""
+"""Check by running a model that documents in one block do not attend to each other."""
 
 from __future__ import annotations
 
@@ -8,56 +8,66 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, default_data_collator
 
+from not_hf.architecture.layers import eval_mode
+from not_hf.architecture.upstream import attention_of
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 
-# Tokens of the two documents in each of two blocks: two, because flash attention tells documents apart in a batch of
-# one block and no more; of different lengths, for a mask of the first block would fit an equal second one.
+# Lengths of the documents in each block of the test batch. Two blocks, because flash attention separates documents
+# only in a batch of one. Different lengths, because the mask of the first block would also fit an equal second one.
 _LENGTHS = ((5, 11), (9, 7))
 
 
 def require_isolation(model: PreTrainedModel, data_collator: Callable[[list], Any] = default_data_collator) -> None:
-    """Make sure that a model, as it is now, keeps apart the documents of blocks of `pack(isolate_documents=True)`.
+    """Check that a model isolates the documents in blocks of `pack(isolate_documents=True)`.
 
-    Models of transformers do so where they make their masks from `position_ids`, and only when these come without
-    `attention_mask` and without a cache. Where something is amiss they attend across documents and say nothing. So it
-    is tried: a small batch goes through the collator and the model, and the outputs of its last document must not
-    depend, by gradient and hence exactly in any dtype, on the embedding of any token outside of it.
+    Models of transformers do so if they derive their masks from `position_ids`, and only without `attention_mask` and
+    without a cache. Otherwise they attend across documents silently. So it is tested: a small batch goes through the
+    collator and the model, and the gradient of its last document's outputs with respect to the embeddings of all other
+    tokens must be exactly zero, in any dtype.
 
-    The model is given back as it was; no gradient reaches its parameters. One forward and one backward pass of 32
-    tokens; on failure a few more, to say what to change.
+    The test takes one forward and one backward pass of 32 tokens; on failure a few more, to find out what to change.
+    The model is unchanged, and its parameters get no gradient.
 
     Args:
-        model: The model about to be trained, after the `Trainer` was made with it: `config.use_cache`, which the
-            Trainer turns off, matters.
-        data_collator: What will make the batches: `trainer.data_collator`.
+        model: The model to be trained. Make the `Trainer` first: it turns `config.use_cache` off, which matters here.
+        data_collator: The one that will make the batches: `trainer.data_collator`.
 
     Raises:
-        UnsupportedArchitectureError: The model lets tokens see other documents, whatever the batch.
-        NotHFError: It does so because of the collator or because of `config.use_cache`.
+        UnsupportedArchitectureError: The model does not isolate documents, whatever the batch.
+        NotHFError: The collator or `config.use_cache` prevents it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from not_hf import require_isolation
+        >>> shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=2, use_cache=False))
+        >>> require_isolation(model)
+        >>> model.config.use_cache = True
+        >>> require_isolation(model)
+        Traceback (most recent call last):
+        not_hf.errors.NotHFError: documents are isolated only without a cache; set model.config.use_cache = False
     """
     if not _leaks(model, data_collator):
         return
     uncached = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     if uncached and not _leaks(model, data_collator, **uncached):
-        raise NotHFError(
-            "documents are kept apart only without a cache; set model.config.use_cache = False, as the Trainer does"
-        )
+        raise NotHFError("documents are isolated only without a cache; set model.config.use_cache = False")
     if data_collator is not default_data_collator and not _leaks(model, default_data_collator, **uncached):
         name = getattr(data_collator, "__name__", type(data_collator).__name__)
         raise NotHFError(
-            f"{name} drops what keeps documents apart (their position_ids, and no attention_mask); "
+            f"{name} does not keep the position_ids of documents, or adds an attention_mask; "
             "use data_collator=transformers.default_data_collator"
         )
-    attention = model.config._attn_implementation
+    attention = attention_of(model.config)
     other = "" if attention in ("eager", "sdpa") else 'load it with attn_implementation="sdpa", or '
     raise UnsupportedArchitectureError(
-        f"{type(model).__name__} ({attention} attention) does not keep documents apart by their position_ids; "
+        f"{type(model).__name__} ({attention} attention) does not isolate documents by their position_ids; "
         f"{other}pack without isolate_documents"
     )
 
 
 def _leaks(model: PreTrainedModel, data_collator: Callable[[list], Any], **options: Any) -> bool:
-    """Whether what the model says of a batch's last document depends on any other."""
+    """Whether the outputs of a batch's last document depend on any other document."""
     random = torch.Generator().manual_seed(0)
     blocks = []
     for lengths in _LENGTHS:
@@ -69,17 +79,11 @@ def _leaks(model: PreTrainedModel, data_collator: Callable[[list], Any], **optio
     input_ids = batch.pop("input_ids")
     if input_ids.numel() != sum(map(sum, _LENGTHS)):  # padded
         return True
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # dropout would do no harm, but a router's noise may
-    try:
-        with torch.enable_grad():
-            embeddings = model.get_input_embeddings()(input_ids).detach().requires_grad_()
-            outputs = model(inputs_embeds=embeddings, **batch, **options)[0].flatten(0, 1)  # (tokens, vocab)
-            document = outputs[-_LENGTHS[-1][-1] :].float()
-            # in a random direction: after a norm, sums and squares are constant
-            direction = torch.randn(document.shape, generator=random).to(document.device)
-            (gradient,) = torch.autograd.grad((document * direction).sum(), embeddings)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.enable_grad():  # for routers with noise; dropout would not matter
+        embeddings = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+        outputs = model(inputs_embeds=embeddings, **batch, **options)[0].flatten(0, 1)  # (tokens, vocab)
+        document = outputs[-_LENGTHS[-1][-1] :].float()
+        # random, because behind a norm sums and squares are constant
+        direction = torch.randn(document.shape, generator=random).to(document.device)
+        (gradient,) = torch.autograd.grad((document * direction).sum(), embeddings)
     return bool(gradient.flatten(0, 1)[: -len(document)].any())

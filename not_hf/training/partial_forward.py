@@ -1,8 +1,8 @@
-"""A native forward pass in parts: up to a layer, and on from a layer with hidden states that were computed before.
+"""Run part of a forward pass: up to a layer, or on from a layer with hidden states that were computed before.
 
-The model itself runs, with its own masks, positions, norms and head; only layers that need not be run are replaced for
-the moment. So there is nothing to know about an architecture but in what form its layers return hidden states, which
-`probe` looks up in the live model, and checks.
+The model itself runs, with its own masks, positions, norms and head; layers that are not needed are replaced for the
+duration of the pass. So nothing has to be known about an architecture except the form in which its layers return
+hidden states, which is read off the live model and checked.
 """
 
 from __future__ import annotations
@@ -15,63 +15,68 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.stack import Stack
+from not_hf.architecture.upstream import swapped_layers
 from not_hf.errors import UnsupportedArchitectureError
 
 
-class Skipped(nn.Module):
-    """Stands where a layer is not run. Returns `hidden` if it has some, else what it is given, as the layer would."""
+class SkippedLayer(nn.Module):
+    """Stands in for a layer that is not run. Returns `hidden` if set, else its input, in the form the layer would."""
 
-    def __init__(self, size: int | None) -> None:
-        """`size`: of the tuple that the layer returns; `None` when it returns a tensor."""
+    def __init__(self, tuple_length: int | None) -> None:
+        """`tuple_length`: of the tuple that the layer returns; `None` when it returns a tensor."""
         super().__init__()
-        self.size = size
+        self.tuple_length = tuple_length
         self.hidden: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Hidden states, `(batch, seq, hidden)`."""
+        """Return hidden states, `(batch, seq, hidden)`."""
         out = hidden_states if self.hidden is None else self.hidden
-        return out if self.size is None else (out, *[None] * (self.size - 1))
+        return out if self.tuple_length is None else (out, *[None] * (self.tuple_length - 1))
 
 
-class _Arrived(Exception):
-    """Ends a forward pass that has come as far as it was meant to."""
+class _EntryReached(Exception):
+    """Ends a forward pass at the entry of a layer."""
 
 
-class Partway:
+class PartialForward:
     """Runs parts of a model.
 
     Args:
-        stack: The layers of a causal or masked LM, as they stand whenever a part is run.
+        stack: The layers of a causal or masked LM. They may change between calls.
 
     Raises:
-        UnsupportedArchitectureError: The model carries more from layer to layer than hidden states.
+        UnsupportedArchitectureError: The layers of the model pass on more than hidden states.
     """
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.model: PreTrainedModel = stack.model  # type: ignore[assignment]
-        self._size: int | None = None
+        self._tuple_length: int | None = None
         self._probe()
 
     @torch.no_grad()
     def run_to(self, n: int, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Hidden states at the entry of layer `n`, `(batch, seq, hidden)`; without gradients.
+        """Compute the hidden states at the entry of a layer, without gradients.
 
         Args:
-            n: Below the number of layers.
-            inputs: What the model's `forward` takes, without labels.
+            n: Number of the layer; less than the number of layers.
+            inputs: Arguments of the model's `forward`, without labels.
+
+        Returns:
+            Hidden states, `(batch, seq, hidden)`.
         """
         found: list[torch.Tensor] = []
 
-        def arrive(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(args[0] if args else kwargs["hidden_states"])
-            raise _Arrived
+            raise _EntryReached
 
-        handle = self.stack.layers[n].register_forward_pre_hook(arrive, with_kwargs=True)
+        handle = self.stack.layers[n].register_forward_pre_hook(capture, with_kwargs=True)
         try:
             self.model(**inputs, use_cache=False)
-        except _Arrived:
+        except _EntryReached:
             pass
         finally:
             handle.remove()
@@ -79,25 +84,20 @@ class Partway:
 
     @contextlib.contextmanager
     def running_from(self, n: int, hidden: torch.Tensor) -> Iterator[None]:
-        """Inside the block a forward pass of the model, however it is wrapped, starts at layer `n`.
+        """Make forward passes in the block, of the model or a wrapper of it, start at layer `n`.
 
         Args:
-            n: At least 1; the number of layers leaves norm and head.
-            hidden: What layer `n` is given, `(batch, seq, hidden)`.
+            n: At least 1; the number of layers leaves norm and head only.
+            hidden: Input of layer `n`, `(batch, seq, hidden)`.
         """
-        layers = self.stack.layers
-        before = layers._modules
-        skipped = [Skipped(self._size) for _ in range(n)]
+        skipped = [SkippedLayer(self._tuple_length) for _ in range(n)]
         skipped[-1].hidden = hidden
-        layers._modules = {**before, **{str(i): each for i, each in enumerate(skipped)}}
-        try:
+        with swapped_layers(self.stack.layers, [*skipped, *list(self.stack.layers)[n:]]):
             yield
-        finally:
-            layers._modules = before
 
     @contextlib.contextmanager
     def capturing_last(self) -> Iterator[list[torch.Tensor]]:
-        """Gives a list that takes up what the last layer returns, `(batch, seq, hidden)`, in each forward pass."""
+        """Yield a list to which each forward pass in the block adds its last output, `(batch, seq, hidden)`."""
         found: list[torch.Tensor] = []
 
         def capture(layer: nn.Module, args: Any, output: Any) -> None:
@@ -110,10 +110,10 @@ class Partway:
             handle.remove()
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits by the model's own norm and head, `(tokens, vocab)`.
+        """Compute logits, `(tokens, vocab)`, with the model's own norm and head.
 
         Args:
-            hidden: What the last layer returned, `(tokens, hidden)`; at most as many as the model's context has.
+            hidden: Output of the last layer, `(tokens, hidden)`; no more tokens than the model's context.
         """
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         with self.running_from(len(self.stack.layers), hidden[None]):
@@ -121,31 +121,28 @@ class Partway:
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """Look up what layers return, and check that a pass in two parts gives what it gives in one."""
+        """Find out what layers return, and check that a pass in two parts equals a whole one."""
         model, layers = self.model, self.stack.layers
         ids = torch.arange(4, device=model.device)[None]  # (batch=1, seq=4)
-        modes = {module: module.training for module in model.modules()}
         returned: list[Any] = []
         handle = layers[0].register_forward_hook(lambda layer, args, output: returned.append(output))
         try:
-            model.eval()
-            whole = model(input_ids=ids, use_cache=False).logits
-            self._size = len(returned[0]) if isinstance(returned[0], tuple) else None
-            n = max(1, len(layers) // 2)
-            hidden = self.run_to(n, {"input_ids": ids}) if n < len(layers) else None
-            if hidden is not None:
-                with self.running_from(n, hidden):
-                    parts = model(input_ids=ids, use_cache=False).logits
-                torch.testing.assert_close(parts, whole)
-            with self.capturing_last() as last:
-                model(input_ids=ids, use_cache=False)
-            torch.testing.assert_close(self.head(last[0][0])[None], whole)
+            with eval_mode(model):
+                whole = model(input_ids=ids, use_cache=False).logits
+                self._tuple_length = len(returned[0]) if isinstance(returned[0], tuple) else None
+                n = max(1, len(layers) // 2)
+                hidden = self.run_to(n, {"input_ids": ids}) if n < len(layers) else None
+                if hidden is not None:
+                    with self.running_from(n, hidden):
+                        parts = model(input_ids=ids, use_cache=False).logits
+                    torch.testing.assert_close(parts, whole)
+                with self.capturing_last() as last:
+                    model(input_ids=ids, use_cache=False)
+                torch.testing.assert_close(self.head(last[0][0])[None], whole)
         except AssertionError as error:
             kind = f"model_type {model.config.model_type!r}"
             raise UnsupportedArchitectureError(
-                f"{kind} does not run in parts: its layers hand on more than hidden states; use transformers.Trainer"
+                f"{kind} cannot run in parts: its layers pass on more than hidden states; use transformers.Trainer"
             ) from error
         finally:
             handle.remove()
-            for module, mode in modes.items():
-                module.training = mode

@@ -1,9 +1,9 @@
-"""Rows of tensors on disk, found again by what they were computed from.
+"""Tensors on disk, stored and read by key.
 
-A folder of segments, each written by one process, by appending only: `<name>.rows` holds the bytes, `<name>.index` one
-record for each row, written after them. So a process may be killed at any moment, and several may share the folder:
-what is not whole is not in an index, or does not match its checksum, and is computed again. Rows are read into memory
-with `preadv` rather than mapped, since a map of a file that another program cuts short kills the process.
+A store is a folder of segments. One process writes a segment, by appending only: `<name>.rows` holds the bytes, and
+`<name>.index` one record for each row, written after its bytes. So a process may be killed at any moment, and several
+may share the folder: an incomplete row has no record or does not match its checksum, and counts as missing. Rows are
+read with `preadv` rather than mapped, since a map of a file that another program truncates kills the process.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_RECORD = struct.Struct("<32sQQI")  # key, where the row begins, its bytes, their checksum
+_RECORD = struct.Struct("<32sQQI")  # key, offset of the row in its file, its size in bytes, its checksum
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     file: BinaryIO
     start: int
     size: int
@@ -32,49 +32,49 @@ class _Place(NamedTuple):
 
 
 class RowStore:
-    """Tensors by key, in a folder, up to a size.
+    """Tensors by key, in a folder of limited size.
 
     Args:
-        folder: Created when missing. Its siblings count towards the size too.
-        max_bytes: Of all stores beside each other. Those that were not used for longest go first; when there are no
-            others, nothing more is added. Under cyclic access that keeps most.
+        folder: Created when missing.
+        max_bytes: Limit for this store and those in sibling folders together. The least recently used siblings are
+            deleted first. When none is left, no more rows are added: under cyclic access that gives the most hits.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
         self.hits = self.misses = 0
         folder.mkdir(parents=True, exist_ok=True)
-        os.utime(folder)  # used now
-        self._places: dict[bytes, _Place] = {}
+        os.utime(folder)  # most recently used
+        self._locations: dict[bytes, _Location] = {}
         for index in sorted(folder.glob("*.index")):
             self._open(index)
         self._room = max_bytes - _make_room(folder, max_bytes)
         self._segment: tuple[BinaryIO, BinaryIO] | None = None
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+        return key in self._locations
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def read(self, key: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-        """The tensor of that key, or `None` when there is none, or it is damaged."""
-        place = self._places.get(key)
+        """Return the tensor of a key; `None` when there is none or it is damaged."""
+        location = self._locations.get(key)
         row = torch.empty(shape, dtype=dtype)
-        if place is not None and place.size == row.nbytes:
+        if location is not None and location.size == row.nbytes:
             into = row.view(torch.uint8).numpy().data.cast("B")
-            whole = os.preadv(place.file.fileno(), [into], place.start) == place.size
-            if whole and zlib.crc32(into) == place.checksum:
+            is_whole = os.preadv(location.file.fileno(), [into], location.start) == location.size
+            if is_whole and zlib.crc32(into) == location.checksum:
                 self.hits += 1
                 return row
-        self._places.pop(key, None)
+        self._locations.pop(key, None)
         self.misses += 1
         return None
 
     def write(self, key: bytes, row: torch.Tensor) -> None:
-        """Keep a tensor, if there is room. It is not an error if there is none."""
+        """Store a tensor if there is room; otherwise do nothing."""
         data = row.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
-        if key in self._places or len(data) > self._room:
+        if key in self._locations or len(data) > self._room:
             return
         try:
             rows, index = self._segment = self._segment or self._new_segment()
@@ -85,11 +85,11 @@ class RowStore:
             index.write(_RECORD.pack(key, start, len(data), checksum))
             index.flush()
         except OSError as error:  # the disk is full
-            logger.warning("the cache in %s takes no more: %s", self.folder, error)
+            logger.warning("no more rows are stored in %s: %s", self.folder, error)
             self._room = 0
             return
         self._room -= len(data)
-        self._places[key] = _Place(rows, start, len(data), checksum)
+        self._locations[key] = _Location(rows, start, len(data), checksum)
 
     def _new_segment(self) -> tuple[BinaryIO, BinaryIO]:
         name = self.folder / uuid.uuid4().hex
@@ -97,17 +97,17 @@ class RowStore:
 
     def _open(self, index: Path) -> None:
         try:
-            rows = open(index.with_suffix(".rows"), "rb")  # noqa: SIM115 (it stays open, to read from)
+            rows = open(index.with_suffix(".rows"), "rb")  # noqa: SIM115 (kept open for reading)
         except FileNotFoundError:
             return
         end, records = os.fstat(rows.fileno()).st_size, index.read_bytes()
         for key, start, size, checksum in _RECORD.iter_unpack(records[: len(records) // _RECORD.size * _RECORD.size]):
             if start + size <= end:
-                self._places[key] = _Place(rows, start, size, checksum)
+                self._locations[key] = _Location(rows, start, size, checksum)
 
 
 def _make_room(folder: Path, max_bytes: int) -> int:
-    """Remove stores beside `folder`, those unused for longest first, until all fit. Returns the bytes that remain."""
+    """Delete sibling stores of `folder`, least recently used first, until all fit; return the bytes that remain."""
 
     def size(store: Path) -> int:
         return sum(file.stat().st_size for file in store.iterdir() if file.is_file())

@@ -1,12 +1,11 @@
-"""`DonorTrainer`: a `transformers.Trainer` that does not compute what a frozen base computes again and again.
+"""`DonorTrainer`: a `transformers.Trainer` that computes once what stays the same while an organ is trained.
 
-Nothing about the result changes: losses and organs are those of the plain `Trainer`, faster and in less memory.
+Losses and organs are those of the plain `Trainer`, in less time and memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import dataclasses
 import inspect
 import json
 import os
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from not_hf.architecture.stack import find_stack
@@ -28,47 +27,68 @@ from not_hf.architecture.upstream import is_partitioned
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
-from not_hf.training.chunked_loss import IGNORED, summed_loss
+from not_hf.training.chunked_loss import IGNORE_INDEX, summed_loss
 from not_hf.training.optimizers import MuonWithAdamW
-from not_hf.training.partial_forward import Partway
-from not_hf.training.prefix_cache import FrozenPrefix, first_trainable, outside
-from not_hf.training.progress import ProgressLine, TrainingCurve
+from not_hf.training.prefix_cache import PrefixCache
+from not_hf.training.trained_stack import TrainedStack, is_trainable
 
 MAX_PREFIX_BYTES = 32 * 2**30
-_LOGITS_AT_ONCE = 2**24  # numbers; 64 MiB in float32
+_MAX_LOGITS = 2**24  # in memory at once; 64 MiB in float32
 _LAST_TOKEN = torch.tensor([-1])  # `logits_to_keep=1` lets the last layers of Gemma 4 run on that token alone
 
 
 class DonorTrainer(Trainer):
-    """Trains organs: everything of `transformers.Trainer`, and what only a frozen base makes possible.
+    """A `transformers.Trainer` for organs, faster and in less memory because the base is frozen.
 
-    Frozen modules below the organ stay in eval mode, so dropout of the base is off there. Besides, everything is as in
-    `Trainer`: arguments, callbacks, optimizers, schedules, checkpoints, trackers, processes.
+    Arguments, callbacks, optimizers, schedules, checkpoints, trackers and distributed training are those of `Trainer`.
+    One thing differs: frozen modules below the organ stay in eval mode, so their dropout is off.
 
     Args:
-        *trainer_args: As in `Trainer`.
-        cache_prefix: Keep the hidden states at the organ's entry on disk, by the tokens they belong to, and start
-            there whenever all rows of a batch have been seen before: in later epochs, in later runs, in evaluation.
-            Worth it when data is seen more than once. Losses are bit-identical in float32 on a CPU, but for mixtures
-            of experts, where each token's rounding depends on the tokens beside it.
-        prefix_dir: Where they are kept; `None`: in the Hub's cache, under `assets/not_hf/prefixes`. What is kept for
-            other bases, positions or library versions lies beside each other and is never mixed up.
-        max_prefix_bytes: For all of them together. Those unused for longest are removed first; when there are no
-            others, nothing more is kept, and what is not kept is computed.
-        prefix_dtype: dtype they are kept in; `None`: as computed, so that nothing is rounded. `torch.bfloat16` halves
-            the size of float32 ones.
-        head_chunk: Tokens whose logits are in memory at once, at most; 0: all, as in `Trainer`; `None`: as many as
-            make 64 MiB.
-        optimizer: `None`: as `TrainingArguments` says; `"muon"`: Muon for the matrices and AdamW for the rest, with
-            the arguments' rate, weight decay, betas and epsilon.
-        kl_weight: Adds to the training loss this times KL(base ‖ model) of predictions, mean over tokens in nats; it
-            holds the model to what the base says. The base is this model without its organs.
-        **trainer_kwargs: As in `Trainer`.
+        *trainer_args: Passed to `Trainer`.
+        cache_prefix: Store the hidden states at the organ's entry on disk, by the tokens they belong to, and start
+            there whenever all rows of a batch are stored: in later epochs, later runs and evaluation. Useful when data
+            is seen more than once. Losses are bit-identical in float32 on a CPU, except for mixtures of experts, where
+            the rounding of a token depends on the other tokens in its batch.
+        prefix_dir: Folder to store them in; `None`: `assets/not_hf/prefixes` in the Hub's cache. Each base, position
+            and set of library versions has a subfolder.
+        max_prefix_bytes: Limit for all subfolders together. The least recently used are deleted first; when there are
+            no others, no more is stored.
+        prefix_dtype: dtype to store them in; `None`: as computed, without rounding. `torch.bfloat16` halves the size
+            of float32.
+        head_chunk: Maximum number of tokens whose logits are in memory at once; 0: all, as in `Trainer`; `None`: as
+            many as take 64 MiB.
+        optimizer: `None`: as in `TrainingArguments`; `"muon"`: Muon for matrices and AdamW for the rest, with the
+            learning rate, weight decay, betas and epsilon of `TrainingArguments`.
+        kl_weight: Factor of KL(base ‖ model), the mean over tokens in nats, which is added to the training loss; it
+            keeps predictions close to those of the model without its organs.
+        **trainer_kwargs: Passed to `Trainer`.
 
     Raises:
-        NotHFError: What is asked for cannot be had with this model; `train` and `evaluate` raise it too, for what
-            shows only there.
-        UnsupportedArchitectureError: The model has no stack of layers.
+        NotHFError: An option does not work with this model. `train` and `evaluate` raise it too, for what only shows
+            there.
+        UnsupportedArchitectureError: The layers of the model cannot be found.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM
+        >>> shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=4))
+        >>> donor = DonorModel.from_base(base, layers=(2, 4), mode="replace")
+        >>> model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="counting", is_trainable=True)
+        >>> blocks = [{"input_ids": [*range(n, n + 9)], "labels": [*range(n, n + 9)]} for n in range(32)]
+        >>> folder = tempfile.mkdtemp()
+        >>> trainer = DonorTrainer(
+        ...     model,
+        ...     TrainingArguments(folder, max_steps=5, learning_rate=0.01, save_strategy="no", disable_tqdm=True),
+        ...     train_dataset=blocks,
+        ...     cache_prefix=True,
+        ...     prefix_dir=f"{folder}/prefixes",
+        ... )
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        5
+        >>> model.save_pretrained(f"{folder}/organ")  # the organ's layers only
     """
 
     def __init__(
@@ -84,45 +104,54 @@ class DonorTrainer(Trainer):
         **trainer_kwargs: Any,
     ) -> None:
         if optimizer not in (None, "muon"):
-            raise NotHFError(f"optimizer {optimizer!r} is none of ours; use 'muon', or TrainingArguments(optim=...)")
-        if kl_weight < 0 or (head_chunk is not None and head_chunk < 0) or max_prefix_bytes < 0:
-            raise NotHFError("kl_weight, head_chunk and max_prefix_bytes are 0 or more")
+            raise NotHFError(
+                f"optimizer must be None or 'muon', got {optimizer!r}; choose others by TrainingArguments(optim=...)"
+            )
+        numbers = {"kl_weight": kl_weight, "head_chunk": head_chunk or 0, "max_prefix_bytes": max_prefix_bytes}
+        for name, value in numbers.items():
+            if value < 0:
+                raise NotHFError(f"{name} must be 0 or more, got {value}")
         super().__init__(*trainer_args, **trainer_kwargs)
         if optimizer == "muon":
             args = self.args
             options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
             self.optimizer_cls_and_kwargs = (cast(Any, MuonWithAdamW), options)
-        self._show_progress()
         self.cache_prefix, self.head_chunk, self.kl_weight = cache_prefix, head_chunk, kl_weight
-        self._prefix_options = (Path(prefix_dir) if prefix_dir else None, max_prefix_bytes, prefix_dtype)
+        self._prefix_options: dict[str, Any] = {
+            "folder": Path(prefix_dir) if prefix_dir else None,
+            "max_bytes": max_prefix_bytes,
+            "dtype": prefix_dtype,
+            "mixed_precision": str(self.accelerator.mixed_precision),
+        }
         find_stack(self._native)  # raises now rather than in the first step
         if kl_weight and (not isinstance(self._native, Recipient) or self._native._surgery.is_scaffold):
-            raise NotHFError("kl_weight holds a model to its base; it needs a model with organs and layers of its own")
+            raise NotHFError(
+                "kl_weight compares the model with its base, so it needs a model with organs and layers of its own; "
+                "use kl_weight=0"
+            )
         if self.args.include_num_input_tokens_seen == "no":
-            self.args.include_num_input_tokens_seen = "all"  # organs remember how many they were trained on
-        self._tokens_before = {name: config.tokens_seen or 0 for name, config in self._organs().items()}
-        self._parts: Partway | None = None
-        self._prefix: FrozenPrefix | None = None
-        self._state: tuple[Any, ...] = ()  # of the model, when it was looked up
-        self._only_loss = True
+            self.args.include_num_input_tokens_seen = "all"  # for `tokens_seen` in the organs' configs
+        self._tokens_before = {name: config.tokens_seen or 0 for name, config in self._trained_organs().items()}
+        self._stack: TrainedStack | None = None
+        self._prediction_loss_only = True
 
     @property
     def _native(self) -> PreTrainedModel:
-        """The model of transformers, inside of what PEFT may have put around it."""
+        """The model without PEFT's wrapper."""
         model: Any = self.model
         native = model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: None)()
         if not isinstance(native, PreTrainedModel):
-            raise NotHFError(f"DonorTrainer trains models of transformers, not {type(model).__name__}")
+            raise NotHFError(f"DonorTrainer needs a model of transformers, got {type(model).__name__}")
         return native
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`. `resume_from_checkpoint=True` goes on from the last checkpoint that was written whole."""
+        """As in `Trainer`. `resume_from_checkpoint=True` resumes from the last complete checkpoint."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise NotHFError(f"no whole checkpoint in {self.args.output_dir}; leave out resume_from_checkpoint")
-        self._parts = None  # weights below the organ may be others than in the run before
+                raise NotHFError(f"no complete checkpoint in {self.args.output_dir}; leave out resume_from_checkpoint")
+        self._stack = None  # weights below the organ may have changed since the last run
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
@@ -132,173 +161,162 @@ class DonorTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As in `Trainer`, from the organ's entry on where that is known, and without all logits at once."""
-        if self.args.n_gpu > 1 or is_in_parts(self._native):
+        """As in `Trainer`, starting at the organ's entry where hidden states are cached, and without all logits."""
+        if self.args.n_gpu > 1 or is_split_up(self._native):
             if self.cache_prefix or self.kl_weight:
                 raise NotHFError(
                     "cache_prefix and kl_weight need the whole model on one device in each process; "
                     "leave them out with FSDP, ZeRO-3, offloading and DataParallel"
                 )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._settle()
-        assert self._parts is not None
-        given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        hidden = None
-        if self._prefix is not None:
-            hidden = self._prefix.hidden(given)
-        chunked = self._loss_is_chunked(inputs, return_outputs)
-        base = None
+        stack = self._current_stack()
+        batch = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        hidden = None if stack.prefix is None else stack.prefix.hidden(batch)
+        is_chunked = self._loss_is_chunked(stack, inputs, return_outputs)
+        base_hidden = None
         if self.kl_weight and model.training:
-            if not chunked:
-                raise NotHFError("kl_weight needs the chunked loss; see what keeps it off in DonorTrainer's docs")
-            base = self._base_states(given, hidden)
-        run = functools.partial(self._run_for_loss, model, base) if chunked else model
-        with self._parts.running_from(self._entry, hidden) if hidden is not None else contextlib.nullcontext():
-            return super().compute_loss(run, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
+            if not is_chunked:
+                raise NotHFError(
+                    "kl_weight needs the chunked loss, which head_chunk=0, label smoothing, a loss "
+                    "function of your own or a trainable head turn off; use kl_weight=0 or leave those out"
+                )
+            base_hidden = self._base_hidden(stack, batch, hidden)
+        with stack.starting_at(hidden):
+            if not is_chunked:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = self._chunked_loss(stack, model, inputs, base_hidden, num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
         """As in `Trainer`."""
-        self._only_loss = prediction_loss_only
+        self._prediction_loss_only = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
-            self._only_loss = True
+            self._prediction_loss_only = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; the organs' configs say how many tokens they were trained on."""
+        """As in `Trainer`; updates `tokens_seen` in the organs' configs."""
         self.note_tokens()
         super().save_model(output_dir, _internal_call)
 
     def note_tokens(self) -> None:
-        """Write into the organs' configs how many tokens they have been trained on, earlier trainings included."""
-        for name, config in self._organs().items():
+        """Write into the organs' configs how many tokens they were trained on, earlier trainings included."""
+        for name, config in self._trained_organs().items():
             if name in self._tokens_before and self.state.num_input_tokens_seen:
                 config.tokens_seen = self._tokens_before[name] + int(self.state.num_input_tokens_seen)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes nothing where there are organs: their card is saved with them. Else as in `Trainer`."""
+        """As in `Trainer` for models without organs; the card of an organ is saved with it."""
         if not isinstance(self._native, Recipient):
             super().create_model_card(*args, **kwargs)
 
-    def _show_progress(self) -> None:
-        """A line of ours in the place of the Trainer's bar, and a picture at the end."""
-        for theirs in (ProgressCallback, PrinterCallback):
-            if self.pop_callback(theirs) is not None:
-                self.add_callback(ProgressLine())
-        self.add_callback(TrainingCurve())
-
-    def _settle(self) -> None:
-        """Look the model up anew if its layers have changed; keep what is frozen below the organ in eval mode."""
-        native = self._native
-        stack = find_stack(native)
-        standing = list(stack.layers)
-        state = (native, native.dtype, *standing)
-        if self._parts is None or state != self._state:
-            self._parts, self._prefix, self._state, self._standing = Partway(stack), None, state, standing
-            self._entry = first_trainable(self._parts)
-            self._below = [
-                module
-                for module in (*outside(self._parts), *standing[: self._entry])
-                if not any(parameter.requires_grad for parameter in module.parameters())
-            ]
+    def _current_stack(self) -> TrainedStack:
+        """Describe the model's layers, anew if they have changed, and keep frozen modules in eval mode."""
+        native, stack = self._native, self._stack
+        if stack is None or not stack.is_current(native):
+            stack = TrainedStack.of(native)
         if native.training:
-            for module in self._below:
+            for module in stack.frozen:
                 module.eval()
-        wanted = self.cache_prefix and (native.training or self._entry not in (0, len(standing)))
-        if wanted and self._prefix is None:
-            self._prefix = FrozenPrefix(self._parts, *self._prefix_options, str(self.accelerator.mixed_precision))
+        if self.cache_prefix and stack.prefix is None and (native.training or 0 < stack.entry < len(stack.layers)):
+            prefix = PrefixCache(stack.forward, stack.entry, stack.below, **self._prefix_options)
+            stack = dataclasses.replace(stack, prefix=prefix)
+        self._stack = stack
+        return stack
 
-    def _loss_is_chunked(self, inputs: Mapping[str, Any], return_outputs: bool) -> bool:
-        """Whether the loss can be had without all logits, and is the only thing wanted."""
+    def _loss_is_chunked(self, stack: TrainedStack, inputs: Mapping[str, Any], return_outputs: bool) -> bool:
+        """Whether only the loss is needed, and can be computed without the logits of all tokens."""
         native: Any = self._native
-        assert self._parts is not None
         return (
             self.head_chunk != 0
             and "labels" in inputs
             and self.label_smoother is None
             and self.compute_loss_func is None
-            and not (return_outputs and not self._only_loss)
+            and not (return_outputs and not self._prediction_loss_only)
             and native.loss_function is ForCausalLMLoss
             and not getattr(native.config, "output_router_logits", False)
             and "logits_to_keep" in inspect.signature(native.forward).parameters
-            and not any(parameter.requires_grad for m in outside(self._parts) for parameter in m.parameters())
+            and not any(map(is_trainable, stack.outside))
         )
 
-    def _run_for_loss(
+    def _chunked_loss(
         self,
+        stack: TrainedStack,
         model: nn.Module,
-        base: torch.Tensor | None,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
-        **inputs: Any,
-    ) -> dict[str, torch.Tensor]:
-        """What `Trainer` takes for the model's outputs.
+        inputs: Mapping[str, Any],
+        base_hidden: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """Compute what `Trainer.compute_loss` does, a few tokens' logits at a time.
 
         Args:
-            model: Wrapped as for training.
-            base: What the base's last layer returned, `(batch, seq, hidden)`.
-            labels: `(batch, seq)`.
-            num_items_in_batch: Tokens by which the sum is divided; `None`: those of this batch.
-            shift_labels: `labels`, each where it is predicted.
-            **inputs: The rest of the batch.
+            stack: Layers of the model.
+            model: The model as wrapped for training.
+            inputs: A batch with `labels`, and with `shift_labels` where something else shifted them.
+            base_hidden: Output of the base's last layer for the KL term, `(batch, seq, hidden)`.
+            num_items_in_batch: Tokens to divide the sum by; `None`: those of this batch.
         """
-        assert self._parts is not None
-        with self._parts.capturing_last() as last:
-            model(**inputs, logits_to_keep=_LAST_TOKEN, use_cache=False)
+        batch = dict(inputs)
+        labels, shift_labels = batch.pop("labels"), batch.pop("shift_labels", None)  # (batch, seq)
+        with stack.forward.capturing_last() as last:
+            model(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         if shift_labels is None:
-            shift_labels = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-        total, count = summed_loss(
-            last[0], shift_labels.to(last[0].device), self._parts.head, self._chunk, base, self.kl_weight
-        )
-        return {"loss": total / (count if num_items_in_batch is None else num_items_in_batch)}
+            shift_labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+        shift_labels = shift_labels.to(last[0].device)
+        total, count = summed_loss(last[0], shift_labels, stack.forward.head, self._chunk, base_hidden, self.kl_weight)
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+            return total / count
+        loss = total / num_items_in_batch
+        if self.args.average_tokens_across_devices:  # the items of all processes, whose gradients are averaged
+            loss *= self.accelerator.num_processes // self.get_tp_size()
+        return loss
 
     @property
     def _chunk(self) -> int:
+        """Tokens whose logits are in memory at once."""
         config = self._native.config
-        context = getattr(config, "max_position_embeddings", None) or _LOGITS_AT_ONCE
-        return min(self.head_chunk or max(1, _LOGITS_AT_ONCE // config.vocab_size), context)
+        context = getattr(config, "max_position_embeddings", None) or _MAX_LOGITS
+        return min(self.head_chunk or max(1, _MAX_LOGITS // config.vocab_size), context)
 
     @torch.no_grad()
-    def _base_states(self, inputs: Mapping[str, Any], hidden: torch.Tensor | None) -> torch.Tensor:
-        """What the last layer of the base returns for a batch, `(batch, seq, hidden)`.
+    def _base_hidden(self, stack: TrainedStack, batch: Mapping[str, Any], hidden: torch.Tensor | None) -> torch.Tensor:
+        """Compute the output of the base's last layer, `(batch, seq, hidden)`.
 
         Args:
-            inputs: The batch.
+            stack: Layers of the model.
+            batch: Inputs without labels.
             hidden: Hidden states at the organ's entry, if they are known.
         """
         native: Any = self._native
-        assert self._parts is not None
-        with native.disable_donors(), contextlib.ExitStack() as stack:
-            base = list(self._parts.stack.layers)
-            if hidden is not None and base[: self._entry] == self._standing[: self._entry]:
-                stack.enter_context(self._parts.running_from(self._entry, hidden))
-            last = stack.enter_context(self._parts.capturing_last())
-            native(**inputs, logits_to_keep=_LAST_TOKEN, use_cache=False)
+        with native.disable_donors():
+            shared = list(stack.forward.stack.layers)[: stack.entry] == stack.layers[: stack.entry]
+            with stack.starting_at(hidden if shared else None), stack.forward.capturing_last() as last:
+                native(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         return last[0]
 
-    def _organs(self) -> dict[str, DonorConfig]:
-        """Configs of the organs that are trained, by name."""
+    def _trained_organs(self) -> dict[str, DonorConfig]:
+        """Configs of the trainable organs, by name."""
         if not isinstance(self._native, Recipient):
             return {}
-        learning = {each.name for each in self._native.get_donor_status().values() if each.num_trainable_parameters}
-        return {name: config for name, config in self._native.donor_config.items() if name in learning}
+        trained = {each.name for each in self._native.get_donor_status().values() if each.num_trainable_parameters}
+        return {name: config for name, config in self._native.donor_config.items() if name in trained}
 
 
-def is_in_parts(module: nn.Module) -> bool:
-    """Whether a module's parameters lie in parts on several processes (FSDP2, ZeRO-3), or are offloaded."""
+def is_split_up(module: nn.Module) -> bool:
+    """Whether a module's parameters are sharded over processes (FSDP2, ZeRO-3) or offloaded."""
     return is_partitioned(module) or any(isinstance(p, DTensor) or p.is_meta for p in module.parameters())
 
 
-def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a `Trainer` that was not cut short while it was written; `None` when there is none.
+def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """Find the newest checkpoint of a `Trainer` that was written completely; `None` when there is none.
 
-    `trainer_state.json` is what `Trainer` writes last.
+    `Trainer` writes `trainer_state.json` last.
     """
 
-    def is_whole(checkpoint: Path) -> bool:
+    def is_complete(checkpoint: Path) -> bool:
         try:
             TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         except (OSError, json.JSONDecodeError):
@@ -307,4 +325,4 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
     found = [each for each in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if each.name.split("-")[-1].isdigit()]
     found.sort(key=lambda each: int(each.name.split("-")[-1]), reverse=True)
-    return next((str(each) for each in found if is_whole(each)), None)
+    return next((str(each) for each in found if is_complete(each)), None)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback, TrainerCallback
+from transformers.integrations import integration_utils
 from typer.testing import CliRunner
 
 from local_hub import Hub
@@ -240,6 +241,51 @@ def test_train_and_eval(base, donor, words, tmp_path):
     assert only["perplexity_without_organ"] is None
 
 
+def test_a_training_shows_a_line_and_leaves_a_plot(donor, words, tmp_path):
+    arguments = ("--max-steps", "10", "--control-data", words, "--eval-steps", "5", *TRAINING)
+    result = invoke("train", donor, "--data", words, "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    assert lines[0].startswith("step 0/10 · perplexity control ") and lines[-1].startswith("step 10/10 · ")
+    assert "train_runtime" not in result.stdout + result.stderr  # the Trainer's own bar would print it
+    assert (tmp_path / "out" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Diary(TrainerCallback):
+    """A tracker that writes into the Trainer's output folder, as TensorBoard's does."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        folder = Path(args.output_dir, "runs")
+        folder.mkdir(exist_ok=True)
+        with (folder / "diary.jsonl").open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def test_a_tracker_is_told_and_keeps_its_logs(donor, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "diary", Diary)
+    arguments = ("train", donor, "--data", words, "-o", tmp_path / "out", *TRAINING)
+    done(*arguments, "--max-steps", "20", "--report-to", "diary")
+    logs = [json.loads(line) for line in (tmp_path / "out" / "runs" / "diary.jsonl").read_text().splitlines()]
+    assert [(log["step"], "loss" in log) for log in logs] == [(10, True), (20, True), (20, False)]
+    done(*arguments, "--max-steps", "10", "--report-to", "diary", "--force")  # into the same folder
+    assert len((tmp_path / "out" / "runs" / "diary.jsonl").read_text().splitlines()) == 2
+    assert "nobody is not supported, only " in failed(*arguments, "--report-to", "nobody", "--force")
+
+
+def test_trackio(donor, words, tmp_path):
+    pytest.importorskip("trackio")
+    arguments = ("--max-steps", "10", "--report-to", "trackio", *TRAINING)
+    shown = done("train", donor, "--data", words, "-o", tmp_path / "out", *arguments)
+
+    def ask(*question: str) -> dict:
+        command = [sys.executable, "-m", "trackio.cli", *question, "--project", "huggingface", "--json"]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    (run,) = ask("list", "runs")["runs"]
+    (loss,) = ask("get", "metric", "--run", run, "--metric", "train/loss")["values"]
+    assert loss["value"] == pytest.approx(shown["train_loss"])
+
+
 @pytest.mark.parametrize("more", [(), ("--streaming", "--gradient-checkpointing")])
 def test_an_interrupted_training_resumes(more, donor, words, tmp_path, monkeypatch):
     arguments = ("train", donor, "--data", words, "--max-steps", "4", "--save-steps", "2", *TRAINING, *more)
@@ -338,7 +384,7 @@ def test_several_organs_in_one_folder(hub: Hub, base, donor, tmp_path):
     assert [entry["name"] for entry in done("inspect", tmp_path / "both")["config"]["donors"]] == ["one", "two"]
     done("push", tmp_path / "both", "me/cli-both")
     assert "two/model.safetensors" in HfApi().list_repo_files("me/cli-both")
-    assert "several organs" in failed("train", tmp_path / "both", "--data", donor, "-o", tmp_path / "out")
+    assert "several donors" in failed("train", tmp_path / "both", "--data", donor, "-o", tmp_path / "out")
     assert done("merge", tmp_path / "both", "-o", tmp_path / "merged")["num_layers"] == 8
 
 

@@ -35,7 +35,7 @@ def test_organ_first_then_the_adapter_gives_the_same_model(saved, token_ids):
     assert torch.equal(again(token_ids).logits, lora(token_ids).logits)
     names = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert names == str(base)
-    without = AutoPeftModelForCausalLM.from_pretrained(adapter)  # what docs/compatibility.md warns of
+    without = AutoPeftModelForCausalLM.from_pretrained(adapter)  # what docs/compatibility/peft-trl.md warns of
     assert not torch.allclose(without(token_ids).logits, lora(token_ids).logits, atol=1e-3)
 
 

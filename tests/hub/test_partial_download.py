@@ -449,7 +449,8 @@ def test_a_download_that_broke_off_goes_on(repo, hub, model, monkeypatch):
 def test_a_killed_process_goes_on(repo, hub, model, tmp_path):
     """SIGKILL in the middle, then a new process."""
     script = f"""if True:
-        from not_hf import DonorModel, ranges
+        from not_hf import DonorModel
+        from not_hf.hub import ranges
         ranges.MIN_PART = 1 << 18  # more and smaller parts
         DonorModel.from_base({repo!r}, {SPAN})
     """
@@ -462,8 +463,7 @@ def test_a_killed_process_goes_on(repo, hub, model, tmp_path):
             time.sleep(0.02)
         process.kill()
     assert process.returncode < 0
-    journal = next((tmp_path / "home").rglob("*.parts")).read_text().splitlines()
-    assert len(journal) > 1
+    assert len(list((tmp_path / "home").rglob("*.partial/*"))) > 2  # a draft and at least two parts
     hub.fault = None
     hub.requests.clear()
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
@@ -474,35 +474,45 @@ def test_a_killed_process_goes_on(repo, hub, model, tmp_path):
     part = next((tmp_path / "home").rglob("layers-3-6.safetensors"))
     stored = {key: value for key, value in model.state_dict().items() if key in load_file(part)}
     assert all(torch.equal(tensor, stored[key]) for key, tensor in load_file(part).items()) and len(stored) == 27
-    assert not list((tmp_path / "home").rglob("*.incomplete"))
+    assert not list((tmp_path / "home").rglob("*.partial"))
 
 
-def unfinished(cache: Path, repo: str, hub: Hub) -> tuple[Path, Path]:
-    """Draft and journal of a cut that broke off."""
+def unfinished(cache: Path, repo: str, hub: Hub) -> list[Path]:
+    """The parts that a cut fetched before it broke off."""
     ranges(hub, Fault(status=500), lambda n: n >= 5)
     with pytest.raises(OSError, match="cannot be read"):
         cut(repo)
     hub.fault = None
-    (draft,), (journal,) = (list(cache.rglob(f"*.{ending}")) for ending in ("incomplete", "parts"))
-    assert len(journal.read_text().splitlines()) > 2
-    return draft, journal
+    hub.requests.clear()
+    parts = sorted(file for file in cache.rglob("*.partial/*") if file.name != "draft")
+    assert len(parts) > 2
+    return parts
 
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("repo", ["single"], indirect=True)
-def test_a_journal_is_not_believed_when_the_data_is_lost(force, repo, hub, model, cache):
-    """As a crash of the machine may leave it: the small file was written, the large one was not."""
-    draft, _ = unfinished(cache, repo, hub)
-    header = 8 + int.from_bytes(draft.read_bytes()[:8], "little")
-    draft.write_bytes(draft.read_bytes()[:header] + b"\0" * (draft.stat().st_size - header))
-    assert same(cut(repo, force_download=force), model)
+def test_parts_are_not_believed_when_their_data_is_lost(force, repo, hub, model, cache):
+    """As a crash of the machine may leave them: of the right size and without the data, cut short, or empty."""
+    zeros, short, empty, *whole = unfinished(cache, repo, hub)
+    kept = 0 if force else sum(file.stat().st_size for file in whole)
+    zeros.write_bytes(zeros.read_bytes()[:4] + b"\0" * (zeros.stat().st_size - 4))
+    short.write_bytes(short.read_bytes()[:-1])
+    empty.write_bytes(b"")
+    assert same(organ := cut(repo, force_download=force), model)
+    served = sum(record.bytes for record in weights(hub))
+    assert nbytes(organ) - kept <= served <= 1.02 * nbytes(organ) - kept
+    assert not list(cache.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("repo", ["single"], indirect=True)
-def test_a_draft_of_something_else_is_not_gone_on_with(repo, hub, model, cache):
-    draft, journal = unfinished(cache, repo, hub)
-    draft.unlink()
-    assert same(cut(repo), model) and not journal.exists()
+def test_parts_of_something_else_are_not_used_nor_kept(repo, hub, model, cache):
+    first, second, *others = unfinished(cache, repo, hub)
+    for file in (first, *others):
+        file.unlink()
+    second.rename(second.with_name("0" * 32))
+    assert same(organ := cut(repo), model)
+    assert sum(record.bytes for record in weights(hub)) >= nbytes(organ)
+    assert not list(cache.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("repo", ["single"], indirect=True)
@@ -644,18 +654,18 @@ def test_tensors_that_begin_anywhere_are_read(tmp_path):
 
 def test_three_at_once_fetch_once(repo, hub, model):
     """Threads, for processes; models are not built in threads, which transformers does not allow for."""
-    wanted = re.compile(r"model\.layers\.[345]\.").match
+    wanted = re.compile(r"model\.layers\.[345]\.")
     found: list[dict] = []
 
     def read() -> None:
-        found.append(open_part(repo, lambda name: bool(wanted(name)), "layers-3-6"))
+        found.append(open_part(repo, wanted, "layers-3-6"))
 
     threads = [threading.Thread(target=read) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = {name: tensor for name, tensor in model.state_dict().items() if wanted(name)}
+    expected = {name: tensor for name, tensor in model.state_dict().items() if wanted.match(name)}
     assert len(found) == 3 and all(views.keys() == expected.keys() for views in found)
     assert all(torch.equal(view[...], expected[name]) for views in found for name, view in views.items())
     size = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())

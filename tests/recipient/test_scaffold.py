@@ -157,7 +157,7 @@ def test_donor_trainer_gives_what_trainer_gives(blocks, base_folder, tmp_path):
     trainer(theirs, blocks, tmp_path, save_strategy="no").train()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
-    with pytest.raises(NotHFError, match="but the first layer learns"):
+    with pytest.raises(NotHFError, match="but the first layer is trainable"):
         trainer(ours, blocks, tmp_path, functools.partial(DonorTrainer, cache_prefix=True)).train()
     with pytest.raises(NotHFError, match="needs a model with organs and layers of its own"):
         trainer(ours, blocks, tmp_path, functools.partial(DonorTrainer, kl_weight=1.0))

@@ -95,7 +95,7 @@ def test_what_is_not_refused_computes_the_losses_of_the_documents_alone(case, at
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_encoders_are_refused(model_type, token_ids):
     model = model_of(model_type)
-    with pytest.raises(UnsupportedArchitectureError, match="does not keep documents apart"):
+    with pytest.raises(UnsupportedArchitectureError, match="does not isolate documents"):
         require_isolation(model)
     other = token_ids.clone()
     other[:, :4] = 7  # the first document of each row, another one
@@ -142,7 +142,7 @@ def test_one_layer_that_leaks_is_enough(monkeypatch):
     layer = model.model.layers[2].self_attn
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda *args, **kwargs: forward(*args, **{**kwargs, "attention_mask": None}))
-    with pytest.raises(UnsupportedArchitectureError, match=r"^LlamaForCausalLM \(eager attention\) does not keep"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"^LlamaForCausalLM \(eager attention\) does not isolate"):
         require_isolation(model)
 
 
@@ -152,7 +152,9 @@ def test_a_cache_brings_documents_together(blocks, documents):
     assert excess(model, blocks, documents) > 1e-4
     with pytest.raises(NotHFError, match=r"set model\.config\.use_cache = False"):
         require_isolation(model)
-    with pytest.raises(NotHFError, match=r"^DataCollatorWithFlattening drops"):  # one thing after the other
+    with pytest.raises(
+        NotHFError, match=r"^DataCollatorWithFlattening does not keep the position_ids"
+    ):  # one thing after the other
         require_isolation(model, DataCollatorWithFlattening())
     assert model.config.use_cache is True
 
@@ -170,13 +172,15 @@ def test_a_cache_brings_documents_together(blocks, documents):
 def test_collators_that_bring_documents_together_are_refused(collator, blocks, documents):
     model = model_of("llama")
     assert excess(model, blocks, documents, collator) > 1e-4
-    with pytest.raises(NotHFError, match=f"^{type(collator).__name__} drops .*default_data_collator$"):
+    with pytest.raises(
+        NotHFError, match=f"^{type(collator).__name__} does not keep the position_ids .*default_data_collator$"
+    ):
         require_isolation(model, collator)
     require_isolation(model, flatten)
 
 
 def test_a_collator_that_pads_blocks_is_refused():
-    with pytest.raises(NotHFError, match=r"^DataCollatorWithPadding drops"):
+    with pytest.raises(NotHFError, match=r"^DataCollatorWithPadding does not keep the position_ids"):
         require_isolation(model_of("llama"), DataCollatorWithPadding(tiny_tokenizer(), pad_to_multiple_of=64))
 
 

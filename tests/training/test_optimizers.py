@@ -142,7 +142,7 @@ def test_a_closure_a_schedule_and_another_group(token_ids):
     assert [group["lr"] for group in optimizer.param_groups] == [0.0] * 4
     assert optimizer.step(closure) < loss
     assert same(trained(model), after)
-    with pytest.raises(NotHFError, match="a group for no optimizer; give it 'optimizer': 'muon' or 'adamw'"):
+    with pytest.raises(NotHFError, match="'optimizer' of a group must be 'muon' or 'adamw', got None"):
         optimizer.add_param_group({"params": model.model.norm.weight})
     assert len(optimizer.param_groups) == 4
 

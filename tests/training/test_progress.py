@@ -16,8 +16,9 @@ from transformers.utils import logging
 
 from not_hf import NotHFError
 from not_hf.training import progress
+from not_hf.training.curve import _draw, plot_training_curve
 from not_hf.training.data import pack
-from not_hf.training.progress import ProgressLine, _draw, plot_training_curve
+from not_hf.training.progress import ProgressLine
 from testing.models import tiny_model, tiny_tokenizer
 
 BLOCK = 16
@@ -229,7 +230,7 @@ def test_a_wide_range_is_drawn_on_a_log_scale():
 
 
 def test_pictures_that_cannot_be_drawn(tmp_path, monkeypatch):
-    with pytest.raises(NotHFError, match=r"^none of 1 logs holds a loss to draw; give trainer\.state\.log_history"):
+    with pytest.raises(NotHFError, match=r"^none of 1 logs holds a loss; pass trainer\.state\.log_history"):
         plot_training_curve([{"train_runtime": 3.0, "step": 1}], tmp_path / "curve.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(NotHFError, match=r"needs matplotlib; pip install not_hf\[plot\]$"):

@@ -113,7 +113,7 @@ def test_a_sample_of_entries_stands_for_all(monkeypatch):
     ids[:, -1] = IDS[:, -1]
     alike = rows(ids)  # so that gradients are more than noise
     exact = {span.layers: span.score for span in choose_span(tiny_model("llama"), alike, 1)}
-    monkeypatch.setattr(spans, "_MOST_ENTRIES", 200)
+    monkeypatch.setattr(spans, "_MAX_ENTRIES", 200)
     weight = torch.zeros(48, 32)
     columns = torch.arange(weight.numel())[:: spans._stride(weight)] % 32
     assert len(columns) == 220 and len(columns.unique()) == 32  # every 7th entry, from every column
@@ -145,15 +145,15 @@ def test_other_architectures(model_type):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 5}, "k is 5; choose 1 to 4, the number of layers"),
-        ({"k": 0}, "k is 0; choose 1 to 4"),
-        ({"num_batches": 1}, "num_batches is 1 and batch_size 2; choose at least 2 and 1"),
-        ({"batch_size": 20}, "data fills one batch of 20 rows; give more, or a smaller batch_size, for at least 2"),
-        ({"data": []}, "data holds no rows with input_ids; give a dataset as not_hf.data.pack makes it"),
-        ({"data": ["text"]}, "data holds no rows with input_ids"),
+        ({"k": 5}, "k must be between 1 and 4, the number of layers, got 5"),
+        ({"k": 0}, "k must be between 1 and 4, the number of layers, got 0"),
+        ({"num_batches": 1}, "num_batches must be at least 2 and batch_size at least 1, got 1 and 2"),
+        ({"batch_size": 20}, "data fills fewer than 2 batches of 20 rows; use more rows, or a smaller batch_size"),
+        ({"data": []}, "data has no rows with input_ids; use not_hf.pack to make them"),
+        ({"data": ["text"]}, "data has no rows with input_ids"),
         (
             {"data": [{"input_ids": IDS[0]}, {"input_ids": IDS[0, :9]}]},
-            "a batch has rows of 9 and 16 tokens; pack them",
+            "a batch has rows of 9 and 16 tokens; use not_hf.pack",
         ),
         (
             {"data": [{"input_ids": [1, 2], "labels": [-100, -100]}] * 4},
@@ -176,12 +176,12 @@ def test_what_is_refused_changes_nothing(arguments, message):
 def test_a_gradient_past_all_numbers():
     model = tiny_model("llama").half()
     model.lm_head.weight.data.fill_(6e4)
-    with pytest.raises(NotHFError, match="zero or not finite; give labels, and a model in bfloat16"):
+    with pytest.raises(NotHFError, match="zero or not finite; check the labels, and load the model in bfloat16"):
         choose_span(model, rows(), 2)
 
 
 def test_models_that_cannot_be_ranked():
-    with pytest.raises(UnsupportedArchitectureError, match="model_type 'bert' is an encoder; give a causal LM"):
+    with pytest.raises(UnsupportedArchitectureError, match="model_type 'bert' is an encoder; use a causal LM"):
         choose_span(tiny_model("bert"), rows(), 2)
     with pytest.raises(
         UnsupportedArchitectureError, match="offloaded weights take no gradient; load the model without"

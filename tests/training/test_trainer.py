@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainingArguments
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
-from not_hf.training.trainer import DonorTrainer, last_whole_checkpoint
+from not_hf.training.trainer import DonorTrainer, last_complete_checkpoint
 from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["bloom", "cohere", "gemma2", "gpt_neox", "gpt2", "granite", "llama", "opt", "phi3", "qwen3"]
@@ -152,7 +152,7 @@ def test_padding_on_the_right_is_not_kept(tmp_path):
     cached = made(model := recipient(), tmp_path / "b", texts, data_collator=collate, cache_prefix=True)
     cached.train()
     assert_close((losses(cached), organ(model)), plain, 1e-3)
-    assert len(cached._prefix.rows) == 10  # whatever length their batches had
+    assert len(cached._stack.prefix.rows) == 10  # whatever length their batches had
     size = sum(file.stat().st_size for file in (tmp_path / "b/prefixes").glob("*/*.rows"))
     assert size == sum(range(4, 14)) * 32 * 4
 
@@ -179,7 +179,7 @@ def test_weights_position_and_precision_have_caches_of_their_own(tmp_path):
         model = options.pop("model", None) or recipient()
         trainer = made(model, tmp_path, cache_prefix=True, max_steps=1, **options)
         trainer.train()
-        return trainer._prefix.key
+        return trainer._stack.prefix.key
 
     other = recipient()
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_evaluation_uses_the_cache_and_gives_the_loss_of_trainer(tmp_path):
         found = trainer.evaluate()
         for name in held_out:
             assert found[f"eval_{name}_loss"] == pytest.approx(plain[f"eval_{name}_loss"], abs=1e-5)
-    assert trainer._prefix.rows.hits == 8
+    assert trainer._stack.prefix.rows.hits == 8
 
 
 def test_evaluating_in_another_dtype(tmp_path):
@@ -368,6 +368,16 @@ def test_lora_on_an_organ(tmp_path):
     assert ours[0] == pytest.approx(trained(tmp_path / "b", models[1], cls=Trainer)[0], abs=1e-4)
 
 
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_callbacks_are_those_of_trainer(disable_tqdm, tmp_path):
+    options = {"disable_tqdm": disable_tqdm, "callbacks": [EarlyStoppingCallback(2)]}
+    ours, theirs = (
+        [type(each) for each in made(recipient(), tmp_path, cls=cls, **options).callback_handler.callbacks]
+        for cls in (DonorTrainer, Trainer)
+    )
+    assert ours == theirs and EarlyStoppingCallback in ours
+
+
 def test_how_many_tokens_an_organ_has_seen(tmp_path):
     model = recipient()
     model.donor_config["default"].tokens_seen = 1000
@@ -393,8 +403,8 @@ def test_a_push_keeps_the_organ_s_card(hub, tmp_path):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (lambda: recipient(span=(0, 1)), {"cache_prefix": True}, "the first layer learns"),
-        (lambda: recipient().requires_grad_(False), {"cache_prefix": True}, "no layer learns"),
+        (lambda: recipient(span=(0, 1)), {"cache_prefix": True}, "the first layer is trainable"),
+        (lambda: recipient().requires_grad_(False), {"cache_prefix": True}, "no layer is trainable"),
         (lambda: with_trainable_embeddings(), {"cache_prefix": True}, "everything below the organ frozen"),
         (lambda: tiny_model("llama"), {"kl_weight": 1.0}, "needs a model with organs"),
         (recipient, {"kl_weight": -1.0}, "0 or more"),
@@ -408,7 +418,7 @@ def test_what_cannot_be_had_is_refused(model, options, message, tmp_path):
     with pytest.raises(NotHFError, match=message):
         made(model, tmp_path, **options).compute_loss(model, batch)
     layers = model.model.layers
-    assert not any(type(layer).__name__ == "Skipped" for layer in layers)
+    assert not any(type(layer).__name__ == "SkippedLayer" for layer in layers)
 
 
 def with_trainable_embeddings() -> TransplantedForCausalLM:
@@ -443,7 +453,7 @@ class Slow(TrainerCallback):
 
 folder = Path(sys.argv[1])
 trainer = t.made(t.recipient("gpt2"), folder, cache_prefix=True, callbacks=[Slow()], **t.KILLED)
-trainer.train(resume_from_checkpoint=t.last_whole_checkpoint(folder / "run"))
+trainer.train(resume_from_checkpoint=t.last_complete_checkpoint(folder / "run"))
 trainer.save_model(folder / "organ")
 """
 KILLED = {"num_train_epochs": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "seed": 3}
@@ -466,7 +476,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_organ(tmp_path):
     newest = max((tmp_path / "killed/run").glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
     state = newest / "trainer_state.json"
     state.write_text(state.read_text()[:40] if state.exists() else "{")  # the last one as if cut short
-    assert last_whole_checkpoint(tmp_path / "killed/run") != str(newest)
+    assert last_complete_checkpoint(tmp_path / "killed/run") != str(newest)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     trainer = made(recipient("gpt2"), tmp_path / "whole", cache_prefix=True, **KILLED)
@@ -477,5 +487,5 @@ def test_killed_anywhere_and_resumed_gives_the_same_organ(tmp_path):
 
 
 def test_nothing_to_resume_from(tmp_path):
-    with pytest.raises(NotHFError, match="no whole checkpoint"):
+    with pytest.raises(NotHFError, match="no complete checkpoint"):
         made(recipient(), tmp_path).train(resume_from_checkpoint=True)

@@ -1,4 +1,4 @@
-"""The command `search`."""
+"""`not-hf search`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from not_hf.cli.app import Result, command
 from not_hf.cli.options import Token
-from not_hf.cli.run import Result, command
 
 
 @command("not-hf search kjv --base-model openai-community/gpt2 --limit 5")
 def search(
-    words: Annotated[list[str] | None, typer.Argument(help="Words in the IDs of donors.", show_default=False)] = None,
+    words: Annotated[list[str] | None, typer.Argument(help="Words in the donors' IDs.", show_default=False)] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Model they were cut from: Hub ID.", show_default=False)
+        str | None, typer.Option(help="Model the donors were cut from: Hub ID.", show_default=False)
     ] = None,
-    author: Annotated[str | None, typer.Option(help="Their user or organization.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(min=1, help="List at most so many.")] = 20,
+    author: Annotated[
+        str | None, typer.Option(help="User or organization that owns them.", show_default=False)
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of results.")] = 20,
     token: Token = None,
 ) -> Result:
     """Find donors on the Hub, the most downloaded first."""
     from not_hf import list_donors
 
     donors = list_donors(base_model, author, " ".join(words or []) or None, limit, token)
-    found = [_plain(asdict(donor)) for donor in donors]
+    found = [_as_data(asdict(donor)) for donor in donors]
     table = Table("donor", "base", "downloads", "likes", "changed", "access")
     for donor in found:
         access = "private" if donor["private"] else "gated" if donor["gated"] else "open"
@@ -36,7 +38,6 @@ def search(
     return Result({"donors": found}, table if found else "no donor found")
 
 
-def _plain(donor: dict[str, Any]) -> dict[str, Any]:
-    """As JSON has it."""
+def _as_data(donor: dict[str, Any]) -> dict[str, Any]:
     changed = donor["last_modified"]
     return {**donor, "last_modified": changed and changed.isoformat()}

@@ -1,4 +1,7 @@
-"""What every command has in common: its result goes to stdout, its failure is one line on stderr."""
+"""The Typer app, and what all commands share: results go to stdout, a failure is one line on stderr.
+
+This module is imported for `--help`, so it imports nothing slow: each command imports torch and transformers itself.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,37 @@ import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, one_line
+from not_hf.version import __version__
 
-app = typer.Typer(
-    name="not-hf",
-    help="Cut layers out of a causal LM, train, share and transplant them (arXiv 2601.13580).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
+app = typer.Typer(name="not-hf", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
-CHECKPOINTS = "checkpoints"  # folder of an unfinished training run, within its output folder
+CHECKPOINTS = "checkpoints"  # subfolder of the output folder that holds an unfinished training
 
 _FLAGS = {
-    "as_json": Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")],
+    "as_json": Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")],
     "debug": Annotated[bool, typer.Option("--debug", envvar="NOT_HF_DEBUG", help="Show the traceback of a failure.")],
 }
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"not_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Cut layers out of a causal LM, train them, share them and transplant them (arXiv 2601.13580)."""
+
+
 @dataclass(frozen=True)
 class Result:
-    """What a command found: for machines, for people, and why it counts as failed if it does."""
+    """The result of a command: as data for `--json`, as shown to people, and the reason if it counts as a failure."""
 
     data: dict[str, Any]
     view: str | RenderableType
@@ -46,21 +59,26 @@ class Result:
 
 
 def command(example: str, name: str | None = None) -> Callable[[Callable[..., Result]], Callable[..., None]]:
-    """Make a function that returns a `Result` a command of `app`, with `--json` and `--debug`."""
+    """Make a function that returns a `Result` a command of `app`, with `--json` and `--debug`.
+
+    Args:
+        example: A command line for `--help`.
+        name: Of the command; `None`: the function's.
+    """
 
     def register(function: Callable[..., Result]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, as_json: bool, debug: bool, **arguments: Any) -> None:
             try:
-                with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no result
+                with contextlib.redirect_stdout(sys.stderr):  # libraries may print; stdout is for the result
                     result = function(**arguments)
             except (typer.Exit, typer.Abort, typer.TyperException):
                 raise
-            except Exception as error:  # the outermost boundary: whatever went wrong becomes one line
+            except Exception as error:  # the outermost boundary: any failure becomes one line
                 if debug:
                     raise
                 _end_progress_bars()
-                typer.echo(f"error: {_one_line(error)}", err=True)
+                typer.echo(f"error: {_message(error)}", err=True)
                 raise typer.Exit(1) from error
             _show(result, as_json)
 
@@ -80,25 +98,25 @@ def command(example: str, name: str | None = None) -> Callable[[Callable[..., Re
 
 @contextlib.contextmanager
 def output_folder(folder: Path, force: bool) -> Iterator[None]:
-    """Refuse a folder that holds something, unless forced.
+    """Refuse a folder that is not empty, unless forced; delete a new folder if the block fails.
 
-    On failure a folder that was not there before is gone again, except for checkpoints to resume from.
+    A new folder is kept if it holds checkpoints to resume from.
     """
     existed = folder.exists()
     if folder.is_file():
         raise NotHFError(f"{folder} is a file; choose another --output")
     if existed and any(folder.iterdir()) and not force:
-        raise NotHFError(f"{folder} is not empty; choose another --output, or write over it with --force")
+        raise NotHFError(f"{folder} is not empty; choose another --output, or overwrite it with --force")
     try:
         yield
     except BaseException:
-        if not existed and not any(folder.glob(f"{CHECKPOINTS}/*")):
+        if not existed and not any(folder.glob(f"{CHECKPOINTS}/checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def facts(title: str, rows: dict[str, Any]) -> Table:
-    """A table of names and values; what is `None` is left out."""
+    """Make a table of names and values, without those that are `None`."""
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
         if value is not None:
@@ -120,7 +138,7 @@ def _show(result: Result, as_json: bool) -> None:
     elif isinstance(result.view, str):
         typer.echo(result.view)
     else:
-        # a pipe has no width: do not break the lines that go into it
+        # a pipe has no width: do not wrap lines that go into it
         Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(result.view)
     if result.failure:
         typer.echo(f"error: {result.failure}", err=True)
@@ -128,7 +146,7 @@ def _show(result: Result, as_json: bool) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for it."""
+    """Replace infinity and NaN, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -137,14 +155,13 @@ def _finite(value: Any) -> Any:
 
 
 def _end_progress_bars() -> None:
-    """Move to a new line where a library left its bar unfinished."""
+    """Close unfinished progress bars, so that what follows starts on a new line."""
     if tqdm := sys.modules.get("tqdm"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
             bar.close()
 
 
-def _one_line(error: Exception) -> str:
-    message = " ".join(str(error).split())
-    if isinstance(error, OSError | ValueError) and message:
-        return message
-    return f"{type(error).__name__}: {message} (--debug shows where)"
+def _message(error: Exception) -> str:
+    message, name = one_line(error), type(error).__name__
+    is_explained = isinstance(error, OSError | ValueError) and message != name
+    return message if is_explained else f"{name}: {message} (--debug shows where)"

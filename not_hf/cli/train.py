@@ -1,4 +1,4 @@
-"""The command `train`."""
+"""`not-hf train`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from not_hf.cli.models import load, measure
-from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, Split
-from not_hf.cli.run import CHECKPOINTS, Result, command, facts, output_folder
+from not_hf.cli.app import CHECKPOINTS, Result, command, facts, output_folder
+from not_hf.cli.eval import measure
+from not_hf.cli.loading import load_model
+from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, Split, given
 from not_hf.errors import NotHFError
 
 if TYPE_CHECKING:
     from not_hf import DonorConfig
-
-CURVE = "training_curve.png"  # what `DonorTrainer` draws
-
-Optimizer = Literal["adamw", "muon"]
 
 
 @command("not-hf train organ --data kjv.txt --eval-data held-out.txt -o gpt2-kjv")
@@ -35,74 +32,91 @@ def train(
         bool, typer.Option("--streaming", help="Read the text while training; needs --max-steps.")
     ] = False,
     block_length: Annotated[int, typer.Option(min=2, help="Tokens per example.")] = 512,
-    epochs: Annotated[float, typer.Option(min=0, help="Times through the text.")] = 1.0,
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the text.")] = 1.0,
     max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many steps, whatever --epochs.", show_default=False)
+        int | None, typer.Option(min=1, help="Number of steps; overrides --epochs.", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step and device.")] = 8,
-    lr: Annotated[float, typer.Option("--lr", min=0, help="Highest learning rate.")] = 2e-4,
-    warmup: Annotated[float, typer.Option(min=0, help="Steps to reach it; below 1, a fraction of all steps.")] = 0.03,
-    seed: Annotated[int, typer.Option(help="Of shuffling and dropout.")] = 0,
+    lr: Annotated[float, typer.Option("--lr", min=0, help="Peak learning rate.")] = 2e-4,
+    warmup: Annotated[float, typer.Option(min=0, help="Warm-up steps; below 1, as a fraction of all steps.")] = 0.03,
+    seed: Annotated[int, typer.Option(help="For shuffling and dropout.")] = 0,
     eval_data: Annotated[
         str | None, typer.Option(help="Held-out text for perplexity, as --data.", show_default=False)
     ] = None,
     eval_split: Annotated[str, typer.Option(help="As --split, of --eval-data.")] = "train",
     control_data: Annotated[
-        str | None, typer.Option(help="General text, as --data: how much of it is unlearnt.", show_default=False)
+        str | None, typer.Option(help="General text, as --data, to measure forgetting.", show_default=False)
     ] = None,
     eval_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps between looks at --eval-data and --control-data.", show_default=False),
+        typer.Option(min=1, help="Steps between evaluations on --eval-data and --control-data.", show_default=False),
     ] = None,
     patience: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Stop after so many looks at --eval-data without gain, and keep the best organ.",
+            help="Stop after so many evaluations without a gain on --eval-data, and keep the best organ.",
             show_default=False,
         ),
     ] = None,
     cache_prefix: Annotated[
         bool,
-        typer.Option("--cache-prefix", help="Compute what is below the organ once per example; takes disk space."),
+        typer.Option("--cache-prefix", help="Run the layers below the organ once per example; takes disk space."),
     ] = False,
-    optimizer: Annotated[Optimizer, typer.Option(help="muon: Muon for matrices, AdamW for the rest.")] = "adamw",
-    kl_weight: Annotated[float, typer.Option(min=0, help="How strongly to hold on to what the base says.")] = 0.0,
+    optimizer: Annotated[
+        Literal["adamw", "muon"], typer.Option(help="muon: Muon for matrices, AdamW for the rest.")
+    ] = "adamw",
+    kl_weight: Annotated[float, typer.Option(min=0, help="Weight of the KL divergence from the base.")] = 0.0,
     domain: Annotated[str | None, typer.Option(help="What the text is, for the card.", show_default=False)] = None,
-    dtype: Annotated[Dtype, typer.Option(help="To train in; auto is the recipient's.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="dtype to train in; auto is the recipient's.")] = "float32",
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Slower, with less memory.")
+        bool, typer.Option("--gradient-checkpointing", help="Use less memory; slower.")
     ] = False,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tracker: trackio, tensorboard, wandb, …; all for those installed. May be repeated.",
+            show_default="none",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
     force: Force = False,
 ) -> Result:
-    """Train an organ, and nothing but the organ, on text; save it with its card.
+    """Train an organ on text, with everything else frozen, and save it as a donor with its card.
 
-    Checkpoints are in OUTPUT/checkpoints while it runs, and removed when it is done.
+    Checkpoints are in OUTPUT/checkpoints during training, and are deleted at the end.
     """
     if patience and not (eval_data and eval_steps):
         raise typer.BadParameter("needs --eval-data and --eval-steps", param_hint="--patience")
     if eval_steps and not (eval_data or control_data):
         raise typer.BadParameter("needs --eval-data or --control-data", param_hint="--eval-steps")
     if streaming and max_steps is None:
-        raise typer.BadParameter("needs --max-steps: a stream does not tell its length", param_hint="--streaming")
+        raise typer.BadParameter("needs --max-steps: the length of a stream is unknown", param_hint="--streaming")
     with output_folder(output, force or resume):
         import torch
-        from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments, default_data_collator
+        import transformers
+        from transformers import AutoTokenizer, TrainingArguments
 
-        from not_hf import DonorConfig, DonorTrainer, TransplantedForCausalLM
-        from not_hf.training.data import load_text, pack
+        from not_hf import (
+            DonorConfig,
+            DonorTrainer,
+            ProgressLine,
+            TrainingCurve,
+            TransplantedForCausalLM,
+            load_text,
+            pack,
+        )
 
         if DonorConfig.from_pretrained(donor).donors is not None:
-            raise NotHFError(f"{donor} holds several organs; train one of them: give its folder")
+            raise NotHFError(f"{donor} holds several donors; give the folder of the one to train")
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
         tokenizer = AutoTokenizer.from_pretrained(base or donor)
         texts = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
         evaluated: Any = {
             name: load_text(source, split=part, column=column) for name, (source, part) in texts.items() if source
         }
-        looked_at = {name: pack(text, tokenizer, block_length) for name, text in evaluated.items() if eval_steps}
+        eval_blocks = {name: pack(text, tokenizer, block_length) for name, text in evaluated.items() if eval_steps}
         blocks = pack(load_text(data, split=split, column=column, streaming=streaming), tokenizer, block_length)
         if streaming:
             blocks = blocks.shuffle(seed=seed, buffer_size=1000)  # blocks of a Dataset are shuffled by the Trainer
@@ -110,10 +124,6 @@ def train(
             *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
         )
         _check_context(model, block_length)
-        # transformers 5.23 renamed it, and warns about the old name
-        known = TrainingArguments.__dataclass_fields__
-        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-        checkpointing: dict[str, Any] = {name: gradient_checkpointing}
         arguments = TrainingArguments(
             output_dir=str(output / CHECKPOINTS),
             num_train_epochs=epochs,
@@ -123,9 +133,9 @@ def train(
             warmup_steps=warmup,
             seed=seed,
             bf16=dtype == "float32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-            **checkpointing,
             dataloader_pin_memory=torch.accelerator.is_available(),
             logging_steps=10,
+            disable_tqdm=False,  # so that the bar is there to be replaced
             eval_strategy="steps" if eval_steps else "no",
             eval_steps=eval_steps,
             eval_on_start=bool(eval_steps),
@@ -133,19 +143,24 @@ def train(
             load_best_model_at_end=bool(patience),
             metric_for_best_model="eval_held-out_loss" if patience else None,
             save_total_limit=2,
-            report_to="none",
+            **given(report_to=report_to),
+            **_checkpointing(gradient_checkpointing),
         )
+        callbacks: list[Any] = [ProgressLine(), TrainingCurve()]
+        if patience:
+            callbacks.append(transformers.EarlyStoppingCallback(patience))
         trainer = DonorTrainer(
             model,
             arguments,
             train_dataset=blocks,
-            eval_dataset=looked_at or None,
-            data_collator=default_data_collator,
-            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+            eval_dataset=eval_blocks or None,
+            data_collator=transformers.default_data_collator,
+            callbacks=callbacks,
             cache_prefix=cache_prefix,
             optimizer=None if optimizer == "adamw" else optimizer,
             kl_weight=kl_weight,
         )
+        trainer.remove_callback(transformers.ProgressCallback)  # ProgressLine takes its place
         trained = trainer.train(resume_from_checkpoint=checkpoint)
 
         trainer.note_tokens()
@@ -153,9 +168,7 @@ def train(
         del model, trainer
         if "held-out" in evaluated:
             _measure(output, base, evaluated["held-out"]["text"])
-        if (curve := output / CHECKPOINTS / CURVE).exists():
-            curve.replace(output / CURVE)
-        shutil.rmtree(output / CHECKPOINTS)
+        _clean_up(output)
     config = DonorConfig.from_pretrained(output)
     document = {
         "folder": str(output),
@@ -170,11 +183,11 @@ def train(
 
 
 def _save(model: Any, folder: Path, data: str, domain: str | None) -> None:
-    """Save the organ, with what it was trained on, in the donor's dtype whatever it was trained in."""
+    """Save the organ in the donor's dtype, whatever dtype it was trained in, and record the text it was trained on."""
     config: DonorConfig = model.donor_config["default"]
     config.domain = domain or config.domain
     config.datasets = list(dict.fromkeys([*(config.datasets or []), _public_name(data)]))
-    config.metrics = None  # those of an earlier training hold no longer
+    config.metrics = None  # those of an earlier training no longer hold
     for parameter in model.parameters():
         if parameter.requires_grad and config.dtype is not None:
             parameter.data = parameter.data.to(config.dtype)
@@ -182,36 +195,54 @@ def _save(model: Any, folder: Path, data: str, domain: str | None) -> None:
 
 
 def _measure(folder: Path, base: str | None, texts: Iterable[str]) -> None:
-    """Write perplexity into the saved donor: measured on what was saved, as anybody will load it."""
+    """Measure perplexity of the saved donor, as it will be loaded by others, and write it into its config and card."""
     from not_hf import DonorModel
 
-    found = measure(*load(str(folder), base), texts)
+    found = measure(*load_model(str(folder), base), texts)
     donor = DonorModel.from_pretrained(folder)
     donor.config.metrics = {"perplexity": {"before": found["before"], "after": found["after"]}}
     donor.save_pretrained(folder)
 
 
 def _checkpoint(folder: Path, resume: bool) -> str | None:
-    """The last checkpoint in the folder, which must be there to resume; those of an earlier run go otherwise."""
-    from not_hf.training.trainer import last_whole_checkpoint
+    """Find the last checkpoint to resume from; without `resume`, delete those of an earlier training."""
+    from not_hf.training.trainer import last_complete_checkpoint
 
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    checkpoint = last_whole_checkpoint(folder)
+    checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
         raise NotHFError(f"no checkpoint in {folder} to resume from; leave out --resume")
     return checkpoint
+
+
+def _clean_up(folder: Path) -> None:
+    """Delete the checkpoints, and move what was written beside them (the plot, a tracker's logs) to the folder."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    ignored = shutil.ignore_patterns(f"{PREFIX_CHECKPOINT_DIR}-*")
+    shutil.copytree(folder / CHECKPOINTS, folder, ignore=ignored, dirs_exist_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS)
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Name the option of `TrainingArguments`: transformers 5.23 renamed it, and warns about the old name."""
+    from transformers import TrainingArguments
+
+    known = TrainingArguments.__dataclass_fields__
+    return {"activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing": wanted}
 
 
 def _check_context(model: Any, block_length: int) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and block_length > context:
         raise NotHFError(
-            f"block length {block_length} does not fit the recipient's context; use --block-length {context}"
+            f"block length {block_length} exceeds the recipient's context of {context} tokens; "
+            f"use --block-length {context}"
         )
 
 
 def _public_name(source: str) -> str:
-    """A Hub ID as it is; of a local path only the last part, as the rest is nobody's business."""
+    """Reduce a local path to its last part, which may be published; a Hub ID stays as it is."""
     return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source

@@ -1,0 +1,78 @@
+"""`not-hf generate`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from not_hf.cli.app import Result, command
+from not_hf.cli.loading import has_organ, load_model
+from not_hf.cli.options import Base, Model
+from not_hf.errors import NotHFError
+
+
+@command('not-hf generate gpt2-kjv "In the beginning" --compare')
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to write.")] = 40,
+    compare: Annotated[bool, typer.Option("--compare", help="Also without the organ, side by side.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template to the prompt.")] = False,
+) -> Result:
+    """Write text by greedy search: the same prompt gives the same text."""
+    loaded, tokenizer = load_model(model, base)
+    if compare and not has_organ(loaded):
+        raise NotHFError(f"{model} has no organ to compare with and without; leave out --compare")
+    text = _continuation(loaded, tokenizer, prompt, max_new_tokens, chat)
+    document = {"model": model, "prompt": prompt, "text": text}
+    if not compare:
+        return Result(document, text if chat else prompt + text)
+    with loaded.disable_donors():
+        document["text_without_organ"] = _continuation(loaded, tokenizer, prompt, max_new_tokens, chat)
+    table = Table("without the organ", "with the organ", title=prompt, title_justify="left")
+    table.add_row(document["text_without_organ"], text)
+    return Result(document, table)
+
+
+def _continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool) -> str:
+    if chat:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    with _token_bar(max_new_tokens) as streamer:
+        output = model.generate(
+            **inputs.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,  # greedy search ignores these three, and transformers would warn about them
+            top_p=None,
+            top_k=None,
+            streamer=streamer,
+        )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _token_bar(total: int) -> Iterator[Any]:
+    """Show a progress bar, and yield a streamer for `generate` that advances it."""
+    from transformers.generation.streamers import BaseStreamer
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Generating", total=total)
+
+        class Streamer(BaseStreamer):
+            def put(self, value: Any) -> None:
+                progress.advance(task, value.numel() if value.ndim == 1 else 0)  # the prompt comes as (batch, seq)
+
+            def end(self) -> None: ...
+
+        yield Streamer()

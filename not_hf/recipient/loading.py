@@ -1,0 +1,124 @@
+"""Loading organs for a model: their layers in its dtype and on its device, which is not changed yet."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from not_hf.architecture.devices import execution_device, follow
+from not_hf.architecture.differences import computing_differences
+from not_hf.architecture.layers import computes, require_finite, settle
+from not_hf.architecture.scaling import require_scalable
+from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
+from not_hf.composition.resolve import ResolvedOrgan
+from not_hf.donor.modeling import DonorModel
+from not_hf.donor.vocabulary import Repo, vocabulary_differences
+from not_hf.errors import NotHFError, some
+from not_hf.recipient.organ import Organ
+from not_hf.recipient.surgery import Surgery
+
+logger = logging.getLogger(__name__)
+
+
+def load_organs(
+    model: PreTrainedModel,
+    surgery: Surgery,
+    organs: Sequence[ResolvedOrgan],
+    differences: Sequence[str],
+    is_trainable: bool,
+    hub_kwargs: Mapping[str, Any],
+) -> list[Organ]:
+    """Load organs that were found to fit a model.
+
+    Args:
+        model: The recipient; it is not changed.
+        surgery: Its organs so far.
+        organs: In load order.
+        differences: Why they cannot be merged into a native model, as `validate` found out.
+        is_trainable: Make their parameters trainable.
+        hub_kwargs: How their repos are reached.
+
+    Returns:
+        The organs, their layers this model's own: in the dtype and on the device of those at their positions.
+
+    Raises:
+        CorruptDonorError: Files are damaged, or hold other tensors than their configs say.
+        NotHFError: The model or a donor is not in a state in which layers can go from one to the other.
+        UnsupportedArchitectureError: An organ has a scale, and its layers do not follow one.
+        OSError: A file cannot be read.
+    """
+    loaded = [_load_organ(model, surgery, each, is_trainable, hub_kwargs) for each in organs]
+    if differences and not surgery.is_scaffold:
+        names = ", ".join(repr(organ.name) for organ in loaded)
+        logger.warning("organ %s works here but cannot be merged into a native model: %s", names, some(differences))
+    return loaded
+
+
+def _load_organ(
+    model: PreTrainedModel,
+    surgery: Surgery,
+    resolved: ResolvedOrgan,
+    is_trainable: bool,
+    hub_kwargs: Mapping[str, Any],
+) -> Organ:
+    source, spec = resolved.source, resolved.spec
+    repo = None if isinstance(source.donor, DonorModel) else str(source.donor)
+    config = copy.deepcopy(spec.config)
+    config.position, config.mode, config.scale = int(resolved.place.position), resolved.place.mode, 1.0
+    layers = _own_layers(model, surgery, resolved, hub_kwargs)
+    commit = commit_of(source.revision)
+    organ = Organ(resolved.name, config, spec, layers, source.active, repo, commit)
+    organ.set_trainable(is_trainable)
+    if resolved.scale != 1:
+        require_scalable(surgery.stack(model), layers[0])
+        organ.rescale(resolved.scale)
+    if others := computing_differences(spec.organ, surgery.base_config):
+        logger.warning("organ %r was cut under another config: %s", organ.name, some(others))
+    there = None if repo is None else Repo(repo, source.revision, source.subfolder)
+    here = Repo(model.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
+    if tokens := vocabulary_differences(spec, model.config, there, here, hub_kwargs.get("cache_dir")):
+        logger.warning(
+            "organ %r was made with another vocabulary, and loads all the same: %s", organ.name, some(tokens)
+        )
+    return organ
+
+
+def _own_layers(
+    model: PreTrainedModel,
+    surgery: Surgery,
+    resolved: ResolvedOrgan,
+    hub_kwargs: Mapping[str, Any],
+) -> list[nn.Module]:
+    """Layers of an organ that are the model's own, in the dtype and on the device of those at its position.
+
+    Where those are offloaded, the organ is not: its weights rest where they run.
+    """
+    base_layers, source = surgery.base_layers or [model.get_input_embeddings()], resolved.source
+    neighbour = base_layers[min(resolved.place.position, len(base_layers) - 1)]
+    device = execution_device(neighbour)
+    if device is None and any(parameter.is_meta for parameter in neighbour.parameters()):
+        raise NotHFError("the recipient's layers have no weights (meta device); load it before an organ goes in")
+    if is_partitioned(neighbour):
+        raise NotHFError("DeepSpeed has taken the recipient apart (ZeRO-3); put organs in before training begins")
+    if isinstance(source.donor, DonorModel):
+        if any(parameter.is_meta for parameter in source.donor.parameters()):
+            raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device")
+        layers, known = [copy.deepcopy(layer) for layer in source.donor.stack.layers], {}
+    else:
+        where = {**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
+        dtype = next(p.dtype for p in neighbour.parameters() if computes(p))
+        attention = attention_of(model.config)
+        loaded, _ = DonorModel.load_files(
+            resolved.spec, str(source.donor), where, dtype, attn_implementation=attention
+        )
+        layers, known = list(loaded.stack.layers), {p: p.dtype for p in loaded.parameters()}
+    for layer in layers:
+        settle(layer, neighbour, device)
+        follow(layer, neighbour, keys_left_in_place(model))
+    require_finite(layers, source.name, known)
+    return layers

@@ -1,0 +1,153 @@
+"""A plot of a training: loss, and perplexity of each evaluation set."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from not_hf.errors import NotHFError
+from not_hf.training.progress import perplexities
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class TrainingCurve(TrainerCallback):
+    """Plots loss and perplexities into `training_curve.png` in the output folder when training ends.
+
+    Does nothing where matplotlib is not installed. See `plot_training_curve` for what the plot shows.
+
+    Example:
+        >>> import os, tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        >>> from not_hf import TrainingCurve
+        >>> shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        >>> folder = tempfile.mkdtemp()
+        >>> trainer = Trainer(
+        ...     LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=2)),
+        ...     TrainingArguments(folder, max_steps=4, logging_steps=2, save_strategy="no", disable_tqdm=True),
+        ...     train_dataset=[{"input_ids": [*range(9)], "labels": [*range(9)]}] * 8,
+        ...     callbacks=[TrainingCurve()],
+        ... )
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'loss': ...
+        4
+        >>> os.listdir(folder)
+        ['training_curve.png']
+    """
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the plot."""
+        drawable = any("loss" in logs or any(perplexities(logs)) for logs in state.log_history)
+        if state.is_world_process_zero and drawable and find_spec("matplotlib"):
+            os.makedirs(str(args.output_dir), exist_ok=True)
+            plot_training_curve(state.log_history, os.path.join(str(args.output_dir), "training_curve.png"))
+
+
+def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Plot the loss of a training, and below it the perplexity of each evaluation set.
+
+    The x axis counts tokens where the Trainer counted them (`include_num_input_tokens_seen`, which `DonorTrainer` and
+    `ProgressLine` turn on), with the training time on a second axis. Otherwise it counts steps.
+
+    Args:
+        log_history: `trainer.state.log_history`, or that of a checkpoint's `trainer_state.json`.
+        path: File to write: `.png`, or another format of matplotlib.
+
+    Raises:
+        NotHFError: The logs hold no loss, or matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from not_hf import plot_training_curve
+        >>> history = [{"step": 10, "loss": 3.1}, {"step": 20, "loss": 2.9}, {"step": 20, "eval_loss": 2.95}]
+        >>> file = Path(tempfile.mkdtemp(), "curve.png")
+        >>> plot_training_curve(history, file)
+        >>> file.exists()
+        True
+    """
+    _draw(log_history).savefig(path, dpi=150)
+
+
+def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except ModuleNotFoundError as error:
+        raise NotHFError("plot_training_curve needs matplotlib; pip install not_hf[plot]") from error
+
+    training = [logs for logs in log_history if "loss" in logs]
+    evaluations = [logs for logs in log_history if any(perplexities(logs))]
+    panels = [logs for logs in (training, evaluations) if logs]
+    if not panels:
+        raise NotHFError(
+            f"none of {len(log_history)} logs holds a loss; pass trainer.state.log_history of a training with "
+            "logging_steps or eval_strategy"
+        )
+    counted = all("num_input_tokens_seen" in logs for logs in (*training, *evaluations))
+    unit = "num_input_tokens_seen" if counted else "step"
+
+    figure = Figure(figsize=(7, 1.2 + 2.4 * len(panels)), layout="constrained")
+    axes = list(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0])
+    if training:
+        axes[0].plot([logs[unit] for logs in training], [logs["loss"] for logs in training], color="0.35", linewidth=1)
+        axes[0].set_ylabel("training loss (nats per token)")
+    if evaluations:
+        _draw_perplexities(axes[-1], evaluations, unit)
+    for panel in axes:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("tokens" if counted else "steps")
+    axes[-1].xaxis.set_major_formatter(EngFormatter(sep=" " if counted else ""))
+    if counted and (clock := [logs for logs in log_history if unit in logs and "train_runtime" in logs]):
+        _draw_clock(axes[0], [logs[unit] for logs in clock], [logs["train_runtime"] for logs in clock])
+    return figure
+
+
+def _draw_perplexities(panel: Axes, evaluations: Sequence[Mapping[str, Any]], unit: str) -> None:
+    """Draw a line for each evaluation set; on a log scale where the values are far apart."""
+    from matplotlib.ticker import LogFormatter, LogLocator
+
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for logs in evaluations:
+        for name, value in perplexities(logs):
+            curves.setdefault(name, []).append((logs[unit], value))
+    for name, points in curves.items():
+        first, last = points[0][1], points[-1][1]
+        label = f"{name or 'held-out'}: {first:,.2f} → {last:,.2f}"
+        panel.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1.5)
+    values = [value for points in curves.values() for _, value in points if math.isfinite(value)]
+    if values and max(values) > 3 * min(values):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
+        panel.minorticks_off()
+    panel.set_ylabel("perplexity")
+    panel.legend(frameon=False, fontsize="small")
+
+
+def _draw_clock(panel: Axes, places: Sequence[float], runtimes: Sequence[float]) -> None:
+    """Draw the training time (s) as an axis on top: `runtimes` were reached at `places` on the x axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    seconds, earlier = [0.0], 0.0
+    for previous, runtime in zip([0.0, *runtimes], runtimes, strict=False):
+        earlier += previous if runtime < previous else 0.0  # resumed from a checkpoint: the clock starts at zero again
+        seconds.append(earlier + runtime)
+    total = seconds[-1]
+    size, name = (3600, "h") if total >= 7200 else (60, "min") if total >= 120 else (1, "s")
+    steps = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, total / size)
+    ticks = [tick for tick in steps if 0 <= tick * size <= total]
+    clock = panel.secondary_xaxis("top")
+    clock.set_xticks(list(np.interp(np.multiply(ticks, size), seconds, [0, *places])), [f"{tick:g}" for tick in ticks])
+    clock.set_xlabel(f"time in training ({name})")
