@@ -221,13 +221,18 @@ class Tester:
         assert model.active_donors == [first] and self.gives(model, [first])
 
     def check_dtype_and_mode_of_what_is_parked(self) -> None:
-        model, expected = self.fresh(), self.fresh().to(torch.bfloat16)
-        model.set_donor([])
-        model.to(torch.bfloat16).train()
-        model.set_donor(list(self.places))
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-        assert all(module.training for module in model.modules())
-        assert torch.equal(logits(model.eval(), TOKEN_IDS), logits(expected, TOKEN_IDS))
+        expected, base = (logits(m.to(torch.bfloat16), TOKEN_IDS) for m in (self.fresh(), copy.deepcopy(self.base)))
+        names = list(self.places)
+        for active in ([], names):  # the others are parked, or the layers that are replaced
+            model = self.fresh()
+            model.set_donor(active)
+            model.to(torch.bfloat16).train()
+            model.set_donor(names)
+            assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+            assert all(module.training for module in model.modules())
+            assert torch.equal(logits(model.eval(), TOKEN_IDS), expected)
+            with model.disable_donors():
+                assert torch.equal(logits(model, TOKEN_IDS), base)
 
     def check_training(self) -> None:
         for checkpointing in (False, True):
