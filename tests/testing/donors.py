@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf import DonorModel, TransplantedForCausalLM, TransplantedForMaskedLM
 from not_hf.architecture.layers import output_projections
+from not_hf.architecture.stack import is_encoder
 from testing.models import tiny_model
 
 SPAN = (1, 3)
@@ -33,6 +34,11 @@ def organ(base: PreTrainedModel | str | Path, seed: int, layers: tuple[int, int]
 def tiny_organ(seed: int, model_type: str = "llama", layers: tuple[int, int] = SPAN, **options) -> DonorModel:
     """The same of a tiny base."""
     return organ(tiny_model(model_type), seed, layers, **options)
+
+
+def transplanted_class(base: PreTrainedModel) -> type[TransplantedForCausalLM | TransplantedForMaskedLM]:
+    """That of a recipient like this base."""
+    return TransplantedForMaskedLM if is_encoder(base.config) else TransplantedForCausalLM
 
 
 def scaled_by_hand(donor: DonorModel, scale: float) -> DonorModel:
