@@ -139,7 +139,7 @@ class Perplexity(evaluate.Metric):
         windows = [w for i, ids in enumerate(texts) for w in _windows(i, len(ids), max_length, stride)]
         nll = [0.0] * len(texts)
         num_tokens = [0] * len(texts)
-        windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, and out-of-memory errors come early
+        windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, early out-of-memory
         batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
         with eval_mode(model):
             for batch in evaluate.logging.tqdm(batches, desc="Perplexity"):
