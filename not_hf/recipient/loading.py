@@ -1,4 +1,4 @@
-"""Loading organs for a model: their layers in its dtype and on its device, which is not changed yet."""
+"""Load organs for a model, in its dtype and on its device. The model is not changed."""
 
 from __future__ import annotations
 
@@ -33,29 +33,26 @@ def load_organs(
     is_trainable: bool,
     hub_kwargs: Mapping[str, Any],
 ) -> list[Organ]:
-    """Load organs that were found to fit a model.
+    """Load validated organs, each with layers of its own in the dtype and on the device of the model's layers.
 
     Args:
-        model: The recipient; it is not changed.
-        surgery: Its organs so far.
-        organs: In load order.
-        differences: Why they cannot be merged into a native model, as `validate` found out.
+        model: The recipient.
+        surgery: Its state.
+        organs: Organs in load order.
+        differences: Why they cannot be merged, as returned by `validate`.
         is_trainable: Make their parameters trainable.
-        hub_kwargs: How their repos are reached.
-
-    Returns:
-        The organs, their layers this model's own: in the dtype and on the device of those at their positions.
+        hub_kwargs: `token`, `cache_dir`, …
 
     Raises:
-        CorruptDonorError: Files are damaged, or hold other tensors than their configs say.
-        NotHFError: The model or a donor is not in a state in which layers can go from one to the other.
-        UnsupportedArchitectureError: An organ has a scale, and its layers do not follow one.
+        CorruptDonorError: A donor is damaged, or its tensors contradict its config.
+        NotHFError: The recipient or a donor is offloaded, partitioned or without weights.
+        UnsupportedArchitectureError: A norm undoes an organ's scale.
         OSError: A file cannot be read.
     """
     loaded = [_load_organ(model, surgery, each, is_trainable, hub_kwargs) for each in organs]
     if differences and not surgery.is_scaffold:
         names = ", ".join(repr(organ.name) for organ in loaded)
-        logger.warning("organ %s works here but cannot be merged into a native model: %s", names, some(differences))
+        logger.warning("organ %s can run but not be merged into a native model: %s", names, some(differences))
     return loaded
 
 
@@ -78,36 +75,28 @@ def _load_organ(
         require_scalable(surgery.stack(model), layers[0])
         organ.rescale(resolved.scale)
     if others := computing_differences(spec.organ, surgery.base_config):
-        logger.warning("organ %r was cut under another config: %s", organ.name, some(others))
+        logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))
     there = None if repo is None else Repo(repo, source.revision, source.subfolder)
     here = Repo(model.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
     if tokens := vocabulary_differences(spec, model.config, there, here, hub_kwargs.get("cache_dir")):
-        logger.warning(
-            "organ %r was made with another vocabulary, and loads all the same: %s", organ.name, some(tokens)
-        )
+        logger.warning("organ %r was cut from a model with another vocabulary: %s", organ.name, some(tokens))
     return organ
 
 
 def _own_layers(
-    model: PreTrainedModel,
-    surgery: Surgery,
-    resolved: ResolvedOrgan,
-    hub_kwargs: Mapping[str, Any],
+    model: PreTrainedModel, surgery: Surgery, resolved: ResolvedOrgan, hub_kwargs: Mapping[str, Any]
 ) -> list[nn.Module]:
-    """Layers of an organ that are the model's own, in the dtype and on the device of those at its position.
-
-    Where those are offloaded, the organ is not: its weights rest where they run.
-    """
+    """Load or copy the layers of an organ, in the dtype and on the execution device of the layers at its position."""
     base_layers, source = surgery.base_layers or [model.get_input_embeddings()], resolved.source
     neighbour = base_layers[min(resolved.place.position, len(base_layers) - 1)]
     device = execution_device(neighbour)
     if device is None and any(parameter.is_meta for parameter in neighbour.parameters()):
-        raise NotHFError("the recipient's layers have no weights (meta device); load it before an organ goes in")
+        raise NotHFError("the recipient's layers have no weights (meta device); load its weights first")
     if is_partitioned(neighbour):
-        raise NotHFError("DeepSpeed has taken the recipient apart (ZeRO-3); put organs in before training begins")
+        raise NotHFError("the recipient is partitioned (DeepSpeed ZeRO-3); load organs before training begins")
     if isinstance(source.donor, DonorModel):
         if any(parameter.is_meta for parameter in source.donor.parameters()):
-            raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device")
+            raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device first")
         layers, known = [copy.deepcopy(layer) for layer in source.donor.stack.layers], {}
     else:
         where = {**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}

@@ -88,7 +88,7 @@ def test_any_choice_of_organs_is_as_if_the_others_had_never_been_there(token_ids
     assert torch.equal(
         logits(model, token_ids), logits(transplanted(("a", *places["a"]), ("c", *places["c"])), token_ids)
     )
-    with pytest.raises(NotHFError, match="no donor named b; loaded are a, c"):
+    with pytest.raises(NotHFError, match="no organ named b; loaded organs: a, c"):
         model.set_donor("b")
     assert model.active_donors == ["a", "c"]
 

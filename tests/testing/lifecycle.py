@@ -90,7 +90,7 @@ class Tester:
         assert model.active_donors == names and self.same(model, self.model())
         model.set_donor([])
         assert model.active_donors == [] and self.same(model, self.base)
-        with pytest.raises(NotHFError, match="no donor named nobody"):
+        with pytest.raises(NotHFError, match="no organ named nobody"):
             model.set_donor("nobody")
 
     def check_disabling(self) -> None:
