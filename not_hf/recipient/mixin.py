@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
 from not_hf.architecture.scaling import require_scalable, scale_problem
-from not_hf.architecture.upstream import forget_conversions
+from not_hf.architecture.upstream import attention_of, forget_conversions
 from not_hf.composition.check import validate
 from not_hf.composition.layout import require_free_names
 from not_hf.composition.resolve import resolve_organ
@@ -21,7 +21,7 @@ from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.averaging import combined, combined_config
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
-from not_hf.recipient.loading import load_organs
+from not_hf.recipient.loading import fit_organs, load_donors
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.status import DonorStatus, donor_status
@@ -73,7 +73,8 @@ class Recipient(_Native):
         surgery = self._surgery
         organ = resolve_organ(OrganSource(donor_name, donor, revision, subfolder, position, mode), hub_kwargs)
         fit = validate([organ], surgery.base_config, list(surgery.organs.values()))
-        (loaded,) = load_organs(self, surgery, [organ], fit.differences, is_trainable, hub_kwargs)
+        donors, cache_dir = load_donors([organ], attention_of(self.config), hub_kwargs), hub_kwargs.get("cache_dir")
+        (loaded,) = fit_organs(self, surgery, [organ], donors, fit.differences, is_trainable, cache_dir)
         with surgery.changing(self):
             surgery.organs[donor_name] = loaded
 
@@ -154,7 +155,8 @@ class Recipient(_Native):
         place = (old.config.position, old.config.mode, 1.0, old.active)
         organ = resolve_organ(OrganSource(name, donor, revision, subfolder, *place), hub_kwargs)
         validate([organ], surgery.base_config, [each for each in surgery.organs.values() if each is not old])
-        (new,) = load_organs(self, surgery, [organ], [], False, hub_kwargs)
+        donors = load_donors([organ], attention_of(self.config), hub_kwargs)
+        (new,) = fit_organs(self, surgery, [organ], donors, [], False, hub_kwargs.get("cache_dir"))
         if differences := surgery.swap_differences(old, new):
             raise IncompatibleDonorError(
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"

@@ -18,7 +18,7 @@ from huggingface_hub import CommitInfo
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.stack import head_class, is_encoder
-from not_hf.architecture.upstream import IncompatibleKeys, built_whole, commit_of
+from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of
 from not_hf.cards.license import inherit_license
 from not_hf.composition.check import validate
 from not_hf.composition.resolve import Resolved, resolve
@@ -27,7 +27,7 @@ from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError, UnsupportedArchitectureError, reading_base
 from not_hf.hub.push import PushOptions, push_folder
-from not_hf.recipient.loading import load_organs
+from not_hf.recipient.loading import fit_organs, load_donors
 from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import save_organs
@@ -93,13 +93,16 @@ class Transplanted(Recipient):
         present = list(live._surgery.organs.values()) if isinstance(live, Transplanted) else []
         fit = validate(resolved.organs, resolved.base_config, present)
         cls._require_head(resolved.base_config)
+        attention = base_kwargs.get("attn_implementation") or attention_of(resolved.base_config)
+        donors = load_donors(resolved.organs, attention, resolved.shared)
         base, info = cls._load_base(resolved, is_scaffold) if live is None else (live, None)
         if isinstance(base, Transplanted):
             surgery = base._surgery
         else:
             commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
             surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
-        organs = load_organs(base, surgery, resolved.organs, fit.differences, is_trainable, resolved.shared)
+        cache_dir = resolved.shared.get("cache_dir")
+        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, is_trainable, cache_dir)
         model = cls._splice(base, surgery, organs)
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
@@ -211,12 +214,14 @@ class Transplanted(Recipient):
     @classmethod
     def _load_base(cls, resolved: Resolved, is_scaffold: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
         """Load a recipient, with transformers' `output_loading_info`."""
-        base, kwargs = str(resolved.base), {**resolved.base_kwargs, "output_loading_info": True}
+        base = str(resolved.base)
+        kwargs = {key: value for key, value in resolved.base_kwargs.items() if key != "output_loading_info"}
         with reading_base(base, resolved.named_by), built_whole():
             if is_scaffold:
                 return load_scaffold(base, **kwargs)
             # without adapter_kwargs the Auto class would request adapter_config.json from the Hub in any case
-            return cls.native_auto_class.from_pretrained(base, adapter_kwargs=resolved.shared, **kwargs)
+            kwargs |= {"output_loading_info": True, "adapter_kwargs": resolved.shared}
+            return cls.native_auto_class.from_pretrained(base, **kwargs)
 
     @classmethod
     def _splice(cls, base: PreTrainedModel, surgery: Surgery, organs: Sequence[Organ]) -> Self:

@@ -61,7 +61,6 @@ def load_scaffold(base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[P
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
     if dtype == "auto":
         dtype = config.dtype or common_dtype(views)
-    kwargs.pop("config", None)
     if stored.quantization is not None:
         config.quantization_config = stored.quantization
     if native.can_generate():
