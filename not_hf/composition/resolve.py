@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -236,7 +237,7 @@ def _pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
 
 def _read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorConfig:
     if isinstance(source.donor, DonorModel):
-        return source.donor.config
+        return copy.deepcopy(source.donor.config)  # which stays the caller's
     return DonorConfig.from_pretrained(
         source.donor, **{**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
     )
