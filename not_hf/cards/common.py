@@ -1,4 +1,4 @@
-"""What all cards share: they name only what is on the Hub, and a later save keeps what people wrote."""
+"""Shared parts of model cards: cards name only public repos, and a later save keeps edits by people."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DONOR_TAG = "not-hf"  # of donors only: `list_donors` searches for it
 ADAPTER_TAG = "base_model:adapter:"  # before the Hub ID of the base
 METHOD_TAGS = ("neural-organ-transplantation", "arxiv:2601.13580")  # of everything made with the method
 
-# A part of a card that not_hf wrote. Cards from before there were checksums have the block "facts" only.
+# A part of a card that not_hf writes. Cards of versions without checksums have the block "facts" only.
 _BLOCK = re.compile(
     r"<!-- not_hf (?P<name>\w+)(?: (?P<checksum>\w+))?:.*?-->(?P<body>.*?)<!-- /not_hf (?P=name) -->", re.DOTALL
 )
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` if it can be a Hub ID and no file or folder here has that name."""
+    """Return `name` if it is a valid Hub ID and not a local path, else `None`."""
     if not name or os.path.exists(name):
         return None
     try:
@@ -44,7 +44,7 @@ def hub_id(name: str | None) -> str | None:
 
 
 def named_base(name: str | None) -> str | None:
-    """`hub_id`, with a warning if the card cannot name the base."""
+    """Return `hub_id(name)`, with a warning if the card cannot name the base."""
     if name and not hub_id(name):
         warn_once(
             f"the model card names no base_model: {name!r} is not a Hub ID; "
@@ -54,24 +54,24 @@ def named_base(name: str | None) -> str | None:
 
 
 def short_name(name: str | None) -> str:
-    """The last part of a Hub ID or of a path; the rest of a path is private."""
+    """Return the last part of a Hub ID or path; the rest of a path is private."""
     return os.path.basename(os.path.normpath(name or "an unnamed model"))
 
 
 def unite(*lists: str | list[str] | None) -> list[str]:
-    """The items of all lists, once each, in order; a string is a list of one."""
+    """Return the distinct items of all lists, in order; a string counts as one item."""
     listed = ([some] if isinstance(some, str) else some or [] for some in lists)
     return list(dict.fromkeys(str(item) for some in listed for item in some if item is not None))
 
 
 @functools.cache  # training saves often
 def warn_once(message: str) -> None:
-    """Log a warning the first time only."""
+    """Log a warning once per process."""
     logger.warning(message)
 
 
 def render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
-    """A new card from a file in `templates/`, where `{% call block("name") %}` begins what a later save rewrites."""
+    """Render a card from a file in `templates/`, where `{% call block("name") %}` marks what later saves rewrite."""
     path = str(Path(__file__).parent / "templates" / template)
     values |= {"block": _block, "cell": _cell, "linked": _linked, "hub_id": hub_id, "short_name": short_name}
     return ModelCard.from_template(data, template_path=path, **values)
@@ -86,17 +86,17 @@ def _block(name: str, caller: Callable[[], str]) -> str:
 
 
 def _cell(value: object) -> str:
-    """One line without a column separator, for a table."""
+    """Format a value for a table cell: one line, with `|` escaped."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _linked(name: str | None) -> str:
-    """A link if `name` is on the Hub, else its `short_name`."""
+    """Return a Markdown link if `name` is a Hub ID, else its `short_name`."""
     return f"[{name}](https://huggingface.co/{name})" if hub_id(name) else f"`{short_name(name)}`"
 
 
 def _checksum(text: str) -> str:
-    """Of the words, whatever the line ends."""
+    """Compute a checksum that ignores whitespace."""
     return f"{zlib.crc32(' '.join(text.split()).encode()):08x}"
 
 
@@ -105,11 +105,11 @@ def _is_edited(block: re.Match[str]) -> bool:
 
 
 def updated(path: str | os.PathLike[str], new: ModelCard) -> ModelCard:
-    """`new`, or the card at `path` brought up to date with it. Nothing is written.
+    """Return the card at `path` updated with `new`, or `new` if there is none. Nothing is written.
 
-    In the text, the blocks that not_hf wrote are rewritten, unless somebody edited them; "facts" always is. The rest
-    stays. In the metadata our keys are set, and tags, datasets and results united. Other keys, the order of the keys,
-    the licence and the line ends stay.
+    In the text, blocks written by not_hf are replaced unless edited; "facts" is always replaced. In the metadata, the
+    keys of `new` are set, and tags, datasets and results are merged. Everything else stays: other text and keys, the
+    order of keys, the licence, and line endings.
 
     Raises:
         NotHFError: The metadata of the card at `path` cannot be read.
@@ -131,25 +131,25 @@ def updated(path: str | os.PathLike[str], new: ModelCard) -> ModelCard:
 
 
 def has_own_text(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a card at `path` with text that people wrote."""
+    """Whether the card at `path` has text that not_hf did not write."""
     text = _load(path).text if os.path.exists(path) else ""
     return bool(_BLOCK.sub(lambda block: block.group() if _is_edited(block) else "", text).strip())
 
 
 def _load(path: str | os.PathLike[str]) -> ModelCard:
     try:
-        # ModelCard.load of huggingface_hub 2.2 takes a byte order mark for text
+        # ModelCard.load of huggingface_hub 2.2 reads a byte order mark as text
         card = ModelCard(Path(path).read_bytes().decode("utf-8-sig"))
         if not all(isinstance(card.data.get(key, []), str | list) for key in ("tags", "datasets")):
             raise ValueError("tags and datasets must be lists")
         return card
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # from metadata of another shape
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # malformed metadata
         reason = one_line(error, 200)
         raise NotHFError(f"{path} has metadata that cannot be read ({reason}); correct or remove it") from error
 
 
 def _update_metadata(old: ModelCardData, new: ModelCardData, facts: str) -> None:
-    """Set our keys in the metadata of a card whose block "facts" is given."""
+    """Update `old` with the keys of `new`; `facts` is the block "facts" of the old card."""
     outdated = [tag for tag in unite(old.tags) if tag.startswith("base_model:")] if new.base_model else []
     outdated += [DONOR_TAG] if new.library_name != LIBRARY else []
     results = [result for result in old.eval_results or [] if not _is_ours(result, new, facts)]
@@ -172,7 +172,7 @@ def _update_metadata(old: ModelCardData, new: ModelCardData, facts: str) -> None
 
 
 def _is_ours(result: EvalResult, new: ModelCardData, facts: str) -> bool:
-    """Whether we wrote a result: it was measured again, or its number is among the card's facts."""
+    """Whether not_hf wrote a result: it is measured again in `new`, or its number is in `facts`."""
     if any(result.is_equal_except_value(other) for other in new.eval_results or []):
         return True
     if not isinstance(result.metric_value, int | float):

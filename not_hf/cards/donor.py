@@ -36,10 +36,10 @@ def donor_card(
     """Render the card of a donor.
 
     Args:
-        config: Its `metrics` become the card's numbers and its model-index.
+        config: Its `metrics` become the card's table of results and its model-index.
         num_parameters: Number of parameters of the donor.
-        size: Of its weights, in bytes.
-        repo_id: Where the card will be; with `None` its code runs in the donor's folder.
+        size: Size of its weights in bytes.
+        repo_id: The donor's repo, for the code on the card; `None`: the code runs in the donor's folder.
     """
     base = named_base(config.base_model_name_or_path)
     title = short_name(repo_id) if repo_id else f"{short_name(config.base_model_name_or_path)}-organ"
@@ -70,13 +70,13 @@ def updated_card(
     repo_id: str | None = None,
     published: str | os.PathLike[str] | None = None,
 ) -> ModelCard:
-    """The card for a donor's folder: a new one, or the `README.md` that is there, `updated`. Nothing is written.
+    """Return the card of a donor's folder: its `README.md` `updated`, or a new one. Nothing is written.
 
     Args:
-        folder: Of the donor.
-        config: As in `donor_card`, like the arguments that follow.
-        published: A `README.md` that the repo may have. Its metadata is united with that of the folder's card, and its
-            text wins unless people wrote into the folder's.
+        folder: Folder of the donor.
+        config: As in `donor_card`, like `num_parameters`, `size` and `repo_id`.
+        published: Path of the repo's `README.md`, if any. Its metadata is merged with that of the folder's card, and
+            its text is used unless the folder's card has text of its own.
 
     Raises:
         NotHFError: The metadata of a README.md cannot be read.
@@ -93,12 +93,12 @@ def updated_card(
 
 
 def hub_datasets(config: DonorConfig) -> list[str]:
-    """Those of the training datasets that are on the Hub."""
+    """List the training datasets that are on the Hub."""
     return [name for name in config.datasets or [] if hub_id(name) and not name.endswith(_DATA_FILES)]
 
 
 def _measured(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The numbers in `metrics`, however nested: their values "before" and "after" the transplant by name."""
+    """Collect the numbers in nested `metrics`: by name, their values "before" and "after" the transplant."""
     found: dict[str, dict[str, float]] = {}
     for path, value in _numbers(metrics):
         name = " ".join(key for key in path if key not in ("before", "after")).replace("_", " ") or "value"
@@ -117,10 +117,10 @@ def _numbers(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
 def _eval_result(name: str, value: float, task: str, domain: str | None) -> EvalResult:
     words = name.split()
     is_perplexity = "perplexity" in words
-    text = " ".join(word for word in words if word != "perplexity") if is_perplexity else ""  # that was measured on
+    text = " ".join(word for word in words if word != "perplexity") if is_perplexity else ""  # the evaluation text
     return EvalResult(
         task_type=task,
-        dataset_type=text.replace(" ", "-") or "evaluation",  # the key by which a model-index groups its numbers
+        dataset_type=text.replace(" ", "-") or "evaluation",  # a model-index groups results by it
         dataset_name=(text == "domain" and domain) or text or "evaluation",
         metric_type="perplexity" if is_perplexity else "_".join(words),
         metric_name=name,
@@ -135,7 +135,7 @@ def _picture(config: DonorConfig) -> str | None:
     (i, j), first = config.layers, config.position
     after = first + (j - i if config.mode == "replace" else 0)
     num_layers = config.native_config("base_config").num_hidden_layers
-    if after > num_layers:  # meant for a deeper recipient
+    if after > num_layers:  # the recipient has more layers than the base
         return None
     organ = f"ORGAN: layers {_span(i, j)} of the base"
     if config.mode == "replace":

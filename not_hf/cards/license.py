@@ -1,4 +1,4 @@
-"""The licence of a base, as its card states it: what is cut from the base inherits it."""
+"""Licences: a donor inherits the licence on the card of its base."""
 
 from __future__ import annotations
 
@@ -23,33 +23,28 @@ logger = logging.getLogger(__name__)
 
 
 class License(NamedTuple):
-    """A licence as cards and configs state it."""
+    """A licence, in the terms of cards and configs."""
 
     license: str | list[str] | None = None  # the Hub's identifiers
-    license_name: str | None = None  # what `other` stands for
+    license_name: str | None = None  # of a licence that the Hub calls `other`
     license_link: str | None = None
 
     @classmethod
     def of(cls, config: DonorConfig) -> License:
-        """The one that a donor's config states."""
+        """Read the licence from a donor's config."""
         return cls(config.license, config.license_name, config.license_link)
 
     def set(self, config: DonorConfig) -> None:
-        """State it in a donor's config."""
+        """Write the licence into a donor's config."""
         config.license, config.license_name, config.license_link = self
 
     def metadata(self) -> dict[str, Any]:
-        """For a card, where a name and a link stand only beside `other`."""
+        """Return the metadata for a card, which has a name and a link only for `other`."""
         return self._asdict() if self.license == "other" else {"license": self.license}
 
 
 def base_license(base: str, **hub_kwargs: Any) -> License:
-    """What a model's card says about its licence. No card, or one that cannot be read, says nothing.
-
-    Args:
-        base: Folder or Hub ID.
-        **hub_kwargs: As in `from_pretrained`. With `local_files_only=True` the network is not asked.
-    """
+    """Read the licence from the card of a folder or Hub ID; unknown if there is no readable card."""
     if not (os.path.isdir(base) or hub_id(base)):
         return License()
     hub_kwargs.pop("subfolder", None)  # the card of a repo is at its root
@@ -70,22 +65,19 @@ def base_license(base: str, **hub_kwargs: Any) -> License:
 
 
 def organ_license(config: DonorConfig, **hub_kwargs: Any) -> License:
-    """The licence that a donor's config states, else its base's. Arguments as in `base_license`.
-
-    The organs of a composition may have other bases: it has the licence that its config states, or none.
-    """
+    """Return the licence in a donor's config, else that of its base; a composition has only that in its config."""
     if config.license is None and config.donors is None and config.base_model_name_or_path:
         return base_license(config.base_model_name_or_path, **hub_kwargs)
     return License.of(config)
 
 
 def inherit_license(config: DonorConfig, **hub_kwargs: Any) -> None:
-    """State `organ_license` in a donor's config."""
+    """Write `organ_license` into a donor's config."""
     organ_license(config, **hub_kwargs).set(config)
 
 
 def joint_license(parts: Iterable[License]) -> License:
-    """The licence of what is made of several parts: those of all of them, unknown if one is."""
+    """Combine licences; the result is unknown if one of several different ones is."""
     parts = list(parts)
     if all(part == parts[0] for part in parts):
         return parts[0]
@@ -96,7 +88,7 @@ def joint_license(parts: Iterable[License]) -> License:
 
 
 def _absolute(link: str, base: str, revision: str | None) -> str | None:
-    """A link that works from another repo too; `None` for one into a local folder."""
+    """Make a link work from other repos; `None` if it leads into a local folder."""
     if "://" in link:
         return link
     if os.path.isdir(base):

@@ -1,4 +1,4 @@
-"""The model card of a merged model: a plain transformers model, made of a recipient and organs."""
+"""The model card of a merged model, which is a plain transformers model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,25 @@ if TYPE_CHECKING:
 
 
 def merged_card(model: TransplantedForCausalLM, folder: str | os.PathLike[str], **hub_kwargs: Any) -> ModelCard:
-    """The card of what `model.merge_and_unload()` is going to give. Nothing is written.
-
-    Make it before the merge, after which the model no longer knows its organs; save it beside the merged model.
+    """Make the card of a merged model. Call it before `merge_and_unload()`, which discards what the card lists.
 
     Args:
-        model: With the organs that are going to be merged.
-        folder: Where the merged model is going to be saved. A `README.md` that is there is brought up to date.
-        **hub_kwargs: For reading the recipient's card, which states its licence: `token`, `cache_dir`, …
+        model: A model whose active organs are to be merged.
+        folder: Folder for the merged model. A `README.md` in it is updated; nothing is written.
+        **hub_kwargs: For reading licences from cards: `token`, `cache_dir`, …
 
     Raises:
-        NotHFError: The metadata of the README.md that is there cannot be read.
+        NotHFError: The metadata of the `README.md` in the folder cannot be read.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, TransplantedForCausalLM, merged_card
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> card = merged_card(model, "merged")
+        >>> native = model.merge_and_unload()
+        >>> card.data.library_name, card.data.tags[0]
+        ('transformers', 'merge')
     """
     surgery = model._surgery
     base, commit = surgery.base_config, surgery.base_revision

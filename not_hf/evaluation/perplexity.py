@@ -16,8 +16,7 @@ from not_hf.errors import NotHFError
 
 _DESCRIPTION = """
 Perplexity (PPL) of texts under a causal language model: the exponential of the mean negative log-likelihood
-(natural logarithm) of their tokens. Texts longer than the window are scored in overlapping windows, none is
-truncated.
+(natural logarithm) of their tokens. Texts longer than the window are scored in overlapping windows, never truncated.
 """
 
 _CITATION = """
@@ -34,49 +33,52 @@ _CITATION = """
 
 _INPUTS = """
 Args:
-    predictions (list of str): Texts, each at least one token long (two without start token). To score a corpus
-        as one stream, join it to one text.
-    model (model, str): A causal LM, transplanted or not, used on its own device in its own dtype and given back
-        as it was; or an ID or folder, as `model_id`.
-    model_id (str): Hub ID or folder of a model or of a donor, loaded with `AutoModelForCausalLM`.
-    tokenizer (tokenizer, str): Required with a model object. An ID or folder loads with its own by default.
-    batch_size (int): Windows that go through the model at once. Default 16.
-    add_start_token (bool): Put BOS before each text, so that its first token is predicted too. Default True.
-    device (str): Where to put a model loaded by ID: "cpu", "cuda", ... Default CUDA when available.
-    max_length (int): Tokens per window, BOS included. Default the model's context, at most 1024, which bounds
-        memory and keeps models with different contexts comparable.
-    stride (int): Tokens between the starts of two windows of one text, at most max_length. Default half of
-        max_length.
+    predictions (list of str): Texts of at least one token each (two without start token). To score a corpus as one
+        stream, join it into one text.
+    model (model, str): A causal LM, with organs or without, which is left unchanged; or its Hub ID or folder.
+    model_id (str): Hub ID or folder of a model or donor, loaded with `AutoModelForCausalLM`.
+    tokenizer (tokenizer, str): Required with a live model. Default for an ID or folder: its own.
+    batch_size (int): Windows per forward pass. Default 16.
+    add_start_token (bool): Put BOS before each text, so that its first token is scored too. Default True.
+    device (str): Device for a model loaded by ID: "cpu", "cuda", ... Default CUDA if available.
+    max_length (int): Tokens per window, BOS included. Default: the model's context, at most 1024, which bounds memory
+        and keeps models with different contexts comparable.
+    stride (int): Tokens between the starts of two windows of a text, at most max_length. Default: half of max_length.
 
-What is computed: a text of n tokens (BOS included) is cut into windows [b, min(b + max_length, n)) for
-b = 0, stride, 2 stride, ... up to the first that reaches n. A window scores the tokens that no earlier window
-covered, each given all tokens before it in the window. So with stride < max_length every token of a text but its
-first is scored exactly once, with a context of at least max_length - stride tokens wherever the text has that
-many; with stride = max_length the first token of each later window has no context and is not scored
-(https://huggingface.co/docs/transformers/perplexity). Log-probabilities are taken in float32.
+A text of n tokens (BOS included) is split into windows [b, min(b + max_length, n)) for b = 0, stride, 2 stride, ... up
+to the first that reaches n. A window scores the tokens that no earlier window covers, each given all tokens before it
+in the window. So with stride < max_length every token of a text but the first is scored exactly once, with a context
+of at least max_length - stride tokens wherever the text has that many. With stride = max_length the first token of
+each later window has no context and is not scored (https://huggingface.co/docs/transformers/perplexity).
+Log-probabilities are computed in float32.
 
 Returns a dict:
-    perplexities (list of float): Of each text, exp(its summed NLL / its number of scored tokens).
-    mean_perplexity (float): Their arithmetic mean, as evaluate's own `perplexity` metric gives it.
-    perplexity (float): Of the corpus, exp(summed NLL of all texts / num_tokens): what papers report.
-    num_tokens (int): Number of scored tokens of all texts.
+    perplexities (list of float): One per text: exp(its summed NLL / its number of scored tokens).
+    mean_perplexity (float): Their arithmetic mean, as computed by evaluate's `perplexity`.
+    perplexity (float): Of the corpus: exp(summed NLL of all texts / num_tokens), as reported in papers.
+    num_tokens (int): Number of scored tokens in all texts.
 
-Raises NotHFError (a ValueError) for no texts, texts too short, no model, a model object without tokenizer, or a
-tokenizer without BOS where one is asked for.
-
-Example:
-    >>> from not_hf import perplexity
-    >>> perplexity.compute(predictions=["In the beginning"], model=model, tokenizer=tokenizer)
-    >>> perplexity.compute(predictions=["In the beginning"], model_id="openai-community/gpt2")
+Raises NotHFError for no texts, texts that are too short, no model, a live model without tokenizer, or a tokenizer
+without BOS if add_start_token is True.
 """
 
 
 class Perplexity(evaluate.Metric):
-    """Perplexity metric that takes a live model or an ID; same interface and numbers as evaluate's `perplexity`.
+    """Perplexity of texts under a live model or one loaded by ID, with the interface of evaluate's `perplexity`.
 
-    See `compute` for arguments, what exactly is computed, and what is returned. Texts are buffered in memory,
-    not in evaluate's locked cache files, so that any number of processes may use it at once; with
-    `num_process > 1` evaluate needs its files and uses them.
+    See `compute` for arguments, formulas and results. Texts are buffered in memory rather than in evaluate's locked
+    cache files, so that any number of processes may use it at once; `num_process > 1` uses the files.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+        >>> from not_hf import perplexity
+        >>> words = Tokenizer(models.WordLevel({"<s>": 0, "in": 1, "the": 2, "beginning": 3}))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=4, n_embd=8, n_layer=2, n_head=2))
+        >>> perplexity.compute(predictions=["in the beginning"], model=model, tokenizer=tokenizer)["num_tokens"]
+        3
     """
 
     def __init__(
@@ -98,16 +100,16 @@ class Perplexity(evaluate.Metric):
     def compute(
         self, *, predictions: Iterable[str] | None = None, references: None = None, **kwargs: Any
     ) -> dict[str, Any] | None:
-        """Compute the perplexity of texts; those given to `add` and `add_batch` before are included."""
+        """Compute the perplexity of texts, including those passed to `add` and `add_batch`."""
         if predictions is not None:
             if isinstance(predictions, str):
-                raise NotHFError("predictions is one string; give a list of texts: predictions=[text]")
+                raise NotHFError("predictions must be a list of texts, got a string; give predictions=[text]")
             predictions = list(predictions) or None
             for text in predictions or ():
                 if not isinstance(text, str):
-                    raise NotHFError(f"predictions holds {type(text).__name__}; give a list of texts (str)")
+                    raise NotHFError(f"predictions must be a list of str, got a {type(text).__name__} in it")
         if predictions is None and self.writer is None:
-            raise NotHFError("no texts to compute the perplexity of; give predictions=[text, ...]")
+            raise NotHFError("no texts to score; give predictions=[text, ...]")
         return super().compute(predictions=predictions, references=references, **kwargs)
 
     def _compute(
@@ -128,16 +130,16 @@ class Perplexity(evaluate.Metric):
         max_length = int(min(1024, context)) if max_length is None else max_length
         stride = max_length // 2 if stride is None else stride
         if not 2 <= max_length <= context:
-            raise NotHFError(f"max_length is {max_length}; choose 2 to {context}, the model's context")
+            raise NotHFError(f"max_length must be between 2 and {context}, the model's context, got {max_length}")
         if not 1 <= stride <= max_length:
-            raise NotHFError(f"stride is {stride}; choose 1 to {max_length}, the max_length")
+            raise NotHFError(f"stride must be between 1 and {max_length}, the max_length, got {stride}")
         if batch_size < 1:
-            raise NotHFError(f"batch_size is {batch_size}; choose at least 1")
+            raise NotHFError(f"batch_size must be at least 1, got {batch_size}")
         texts = _encode(predictions, tokenizer, add_start_token)
         windows = [w for i, ids in enumerate(texts) for w in _windows(i, len(ids), max_length, stride)]
         nll = [0.0] * len(texts)
         num_tokens = [0] * len(texts)
-        windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, and memory runs out at once
+        windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, early out-of-memory
         batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
         with eval_mode(model):
             for batch in evaluate.logging.tqdm(batches, desc="Perplexity"):
@@ -154,7 +156,7 @@ class Perplexity(evaluate.Metric):
 
 
 class _Window(NamedTuple):
-    """Tokens [begin, end) of a text, of which [scored, end) are scored; begin < scored."""
+    """Tokens `[begin, end)` of a text, of which `[scored, end)` are scored; begin < scored."""
 
     text: int
     begin: int
@@ -163,11 +165,11 @@ class _Window(NamedTuple):
 
 
 def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterator[_Window]:
-    """The windows of one text that score anything."""
+    """Yield the windows of a text that score at least one token."""
     covered = 0
     for begin in range(0, num_tokens, stride):
         end = min(begin + max_length, num_tokens)
-        scored = max(covered, begin + 1)  # a window's first token has nothing it could be predicted from
+        scored = max(covered, begin + 1)  # the first token of a window has no context
         if scored < end:
             yield _Window(text, begin, scored, end)
         covered = end
@@ -175,10 +177,9 @@ def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterat
 
 @torch.inference_mode()
 def _nll(model: PreTrainedModel, texts: list[list[int]], batch: list[_Window]) -> list[float]:
-    """Summed negative log-likelihood (nats) of the scored tokens of each window."""
+    """Sum the negative log-likelihood (nats) of the scored tokens of each window."""
     longest = max(window.end - window.begin for window in batch)
-    # Padding is on the right, after everything that is scored: positions count from 0, causal attention never
-    # sees it, and any id will do.
+    # padded on the right with any id: positions count from 0, and causal attention never reaches the padding
     input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)  # (batch, seq)
     for row, window in enumerate(batch):
@@ -188,7 +189,7 @@ def _nll(model: PreTrainedModel, texts: list[list[int]], batch: list[_Window]) -
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (batch, seq, vocab)
     sums = []
-    for row, window in enumerate(batch):  # row by row: one row of float32 logits at a time
+    for row, window in enumerate(batch):  # only one row of float32 logits at a time
         scored = slice(window.scored - window.begin, window.end - window.begin)
         predicting = slice(scored.start - 1, scored.stop - 1)
         targets = input_ids[row, scored].to(logits.device)
@@ -197,19 +198,18 @@ def _nll(model: PreTrainedModel, texts: list[list[int]], batch: list[_Window]) -
 
 
 def _encode(predictions: list[str], tokenizer: PreTrainedTokenizerBase, add_start_token: bool) -> list[list[int]]:
-    """Token ids of each text without other special tokens than the BOS asked for."""
+    """Tokenize texts without special tokens, except BOS if `add_start_token`."""
     bos = tokenizer.bos_token_id
     if add_start_token and bos is None:
         raise NotHFError("the tokenizer has no BOS token; pass add_start_token=False, or set tokenizer.bos_token")
     start = [bos] if add_start_token else []
     texts = []
-    for i in range(0, len(predictions), 1000):  # a fast tokenizer's encodings weigh far more than their ids
+    for i in range(0, len(predictions), 1000):  # a fast tokenizer's encodings take far more memory than their ids
         texts += tokenizer(predictions[i : i + 1000], add_special_tokens=False, verbose=False)["input_ids"]
     texts = [start + list(ids) for ids in texts]
-    short = [i for i, ids in enumerate(texts) if len(ids) < 2]
-    if short:
+    if short := [i for i, ids in enumerate(texts) if len(ids) < 2]:
         hint = "remove empty texts" if add_start_token else "remove them, or pass add_start_token=True"
-        raise NotHFError(f"{len(short)} of {len(texts)} texts hold no token to predict, first: {short[0]}; {hint}")
+        raise NotHFError(f"{len(short)} of {len(texts)} texts have no token to score, first: {short[0]}; {hint}")
     return texts
 
 
@@ -219,14 +219,14 @@ def _load(
     tokenizer: PreTrainedTokenizerBase | str | None,
     device: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer to use, loaded where only their ID or folder is given."""
+    """Return the model and the tokenizer, loaded if given by ID or folder."""
     source = model if model_id is None else model_id
     if source is None or (model is not None and model_id is not None):
         raise NotHFError("give either model= (a model, an ID or a folder) or model_id= (an ID or a folder)")
     loaded: Any = source
     if isinstance(source, torch.nn.Module):
         if tokenizer is None:
-            raise NotHFError("a model object needs its tokenizer; pass tokenizer=")
+            raise NotHFError("a live model needs its tokenizer; pass tokenizer=")
         if device is not None and _device(device).type != source.device.type:
             raise NotHFError(f"the model is on {source.device}, not {device}; move it with model.to({device!r}) first")
     else:
@@ -239,14 +239,14 @@ def _load(
 
 
 def _device(device: str | None) -> torch.device:
-    """The torch device; evaluate's "gpu" is CUDA, and so is the default where there is one."""
+    """Return the torch device; evaluate's "gpu" is CUDA, and so is the default if available."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device("cuda" if device == "gpu" else device)
 
 
 def _exp(mean_nll: float) -> float:
-    """Perplexity of a mean NLL in nats; infinite where it leaves the range of floats."""
+    """Compute the perplexity of a mean NLL in nats; infinite beyond the range of floats."""
     try:
         return math.exp(mean_nll)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Loading organs for a model: their layers in its dtype and on its device, which is not changed yet."""
+"""Load donors, and turn them into organs of a model. The model is not changed."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 def load_donors(
     organs: Sequence[ResolvedOrgan], attn_implementation: str | None, hub_kwargs: Mapping[str, Any]
 ) -> list[DonorModel]:
-    """Load the donors of organs, each in its own dtype on the CPU; a `DonorModel` stays what it is.
+    """Load donors on the CPU, each in its own dtype; a `DonorModel` is returned as it is.
 
     Args:
-        organs: In load order.
-        attn_implementation: Of the recipient; `None`: the default.
-        hub_kwargs: How repos are reached.
+        organs: Validated organs in load order.
+        attn_implementation: The recipient's; `None`: the default.
+        hub_kwargs: `token`, `cache_dir`, …
 
     Raises:
-        CorruptDonorError: Files are damaged, or hold other tensors than their configs say.
+        CorruptDonorError: A donor is damaged, or its tensors contradict its config.
         OSError: A file cannot be read.
     """
     donors = []
@@ -60,24 +60,21 @@ def fit_organs(
     is_trainable: bool,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Organ]:
-    """Make organs of donors that were found to fit a model; the model is not changed.
+    """Turn donors into organs, with layers of their own in the dtype and on the device of the model's layers.
 
     Args:
-        model: The recipient.
-        surgery: Its organs so far.
-        organs: In load order.
-        donors: As `load_donors` returned them.
-        differences: Why they cannot be merged into a native model, as `validate` found out.
+        model: The recipient, which is not changed.
+        surgery: Its state.
+        organs: Validated organs in load order.
+        donors: Their donors, from `load_donors`.
+        differences: Why they cannot be merged, from `validate`.
         is_trainable: Make their parameters trainable.
-        cache_dir: Of the Hub's client, where tokenizers are looked for.
-
-    Returns:
-        The organs, their layers this model's own: in the dtype and on the device of those at their positions.
+        cache_dir: Cache of the Hub client, for tokenizers to compare.
 
     Raises:
         CorruptDonorError: A value overflows in that dtype.
-        NotHFError: The model or a donor is not in a state in which layers can go from one to the other.
-        UnsupportedArchitectureError: An organ has a scale, and its layers do not follow one.
+        NotHFError: The recipient or a donor is offloaded, partitioned or without weights.
+        UnsupportedArchitectureError: A norm undoes an organ's scale.
     """
     fitted = [
         _fit_organ(model, surgery, organ, donor, is_trainable, cache_dir)
@@ -85,7 +82,7 @@ def fit_organs(
     ]
     if differences and not surgery.is_scaffold:
         names = ", ".join(repr(organ.name) for organ in fitted)
-        logger.warning("organ %s works here but cannot be merged into a native model: %s", names, some(differences))
+        logger.warning("organ %s can run but not be merged into a native model: %s", names, some(differences))
     return fitted
 
 
@@ -109,33 +106,28 @@ def _fit_organ(
         require_scalable(surgery.stack(model), layers[0])
         organ.rescale(resolved.scale)
     if others := computing_differences(spec.organ, surgery.base_config):
-        logger.warning("organ %r was cut under another config: %s", organ.name, some(others))
+        logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))
     there = None if repo is None else Repo(repo, source.revision, source.subfolder)
     here = Repo(model.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
     if tokens := vocabulary_differences(spec, model.config, there, here, cache_dir):
-        logger.warning(
-            "organ %r was made with another vocabulary, and loads all the same: %s", organ.name, some(tokens)
-        )
+        logger.warning("organ %r was cut from a model with another vocabulary: %s", organ.name, some(tokens))
     return organ
 
 
 def _own_layers(
     model: PreTrainedModel, surgery: Surgery, resolved: ResolvedOrgan, donor: DonorModel
 ) -> list[nn.Module]:
-    """Layers of an organ that are the model's own, in the dtype and on the device of those at its position.
-
-    Where those are offloaded, the organ is not: its weights rest where they run.
-    """
+    """Take or copy a donor's layers, in the dtype and on the execution device of the layers at its position."""
     base_layers = surgery.base_layers or [model.get_input_embeddings()]
     neighbour = base_layers[min(resolved.place.position, len(base_layers) - 1)]
     device = execution_device(neighbour)
     if device is None and any(parameter.is_meta for parameter in neighbour.parameters()):
-        raise NotHFError("the recipient's layers have no weights (meta device); load it before an organ goes in")
+        raise NotHFError("the recipient's layers have no weights (meta device); load its weights first")
     if is_partitioned(neighbour):
-        raise NotHFError("DeepSpeed has taken the recipient apart (ZeRO-3); put organs in before training begins")
+        raise NotHFError("the recipient is partitioned (DeepSpeed ZeRO-3); load organs before training begins")
     if donor is resolved.source.donor:  # the caller's
         if any(parameter.is_meta for parameter in donor.parameters()):
-            raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device")
+            raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device first")
         layers, known = [copy.deepcopy(layer) for layer in donor.stack.layers], {}
     else:
         layers, known = list(donor.stack.layers), {parameter: parameter.dtype for parameter in donor.parameters()}

@@ -1,4 +1,4 @@
-"""`Recipient`: the life of organs in a native model: loading, choosing, switching off, taking out, merging."""
+"""`Recipient`: methods of a native model to load, select, disable, scale, swap, delete and merge organs."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from not_hf.recipient.status import DonorStatus, donor_status
 from not_hf.recipient.surgery import Surgery
 
 if TYPE_CHECKING:
-    _Native = PreTrainedModel  # each instance is of a native class as well
+    _Native = PreTrainedModel  # each instance is also of a native class
 else:
     _Native = object
 
 
 class Recipient(_Native):
-    """What a native model can do besides when it carries organs. Mixed into its class by `transplant`."""
+    """A native model with organs: mixed into the native class of a model."""
 
     _surgery: Surgery
 
     @property
     def active_donors(self) -> list[str]:
-        """Names of the organs that take part in `forward`, in load order."""
+        """Names of the active organs, in load order."""
         return self._surgery.active
 
     @property
     def base_config(self) -> PreTrainedConfig:
-        """Config of the recipient without its organs."""
+        """Config of the recipient without organs."""
         return self._surgery.base_config
 
     @property
     def donor_config(self) -> dict[str, DonorConfig]:
-        """Config of each loaded organ by name; `position` and `mode` are those in force here."""
+        """Configs of the loaded organs by name, with their `position`, `mode` and `scale` in this model."""
         return {name: organ.config for name, organ in self._surgery.organs.items()}
 
     def load_donor(
@@ -64,11 +64,11 @@ class Recipient(_Native):
         subfolder: str | None = None,
         **hub_kwargs: Any,
     ) -> None:
-        """Put one more organ in and make it active beside those that are. Arguments as in `from_pretrained`.
+        """Load another organ and activate it beside the active ones. Arguments as in `from_pretrained`.
 
         Raises:
-            IncompatibleDonorError: It does not fit the recipient, or overlaps an active organ; nothing is changed.
-            CorruptDonorError: Its files are off; nothing is changed.
+            IncompatibleDonorError: The organ does not fit the recipient, or overlaps an active organ.
+            CorruptDonorError: The donor is damaged. As with any error, the model is unchanged.
         """
         surgery = self._surgery
         organ = resolve_organ(OrganSource(donor_name, donor, revision, subfolder, position, mode), hub_kwargs)
@@ -79,11 +79,11 @@ class Recipient(_Native):
             surgery.organs[donor_name] = loaded
 
     def set_donor(self, donor_names: str | Sequence[str]) -> None:
-        """Make exactly these organs active; their order in the stack is the order they were loaded in.
+        """Activate exactly these organs. At one position, they stay in load order.
 
         Raises:
-            NotHFError: A name is not loaded.
-            IncompatibleDonorError: They overlap; nothing is changed.
+            NotHFError: There is no organ of that name.
+            IncompatibleDonorError: The organs overlap; the model is unchanged.
         """
         names, surgery = self._named(donor_names), self._surgery
         surgery.plan([organ for name, organ in surgery.organs.items() if name in names])
@@ -93,32 +93,31 @@ class Recipient(_Native):
 
     @contextlib.contextmanager
     def disable_donors(self) -> Iterator[None]:
-        """The base, bit for bit, inside the `with` block. May be nested; an exception inside does no harm."""
+        """Run the base without organs, bit for bit, inside the `with` block, which may be nested."""
         surgery = self._surgery
         with surgery.changing(self):
             surgery.disabled += 1
         try:
             yield
         finally:
-            if vars(self).get("_surgery") is surgery:  # else it was unloaded or merged inside the block
+            if vars(self).get("_surgery") is surgery:  # not unloaded or merged inside the block
                 with surgery.changing(self):
                     surgery.disabled -= 1
 
     def set_donor_scale(self, donor_name: str, scale: float) -> None:
-        """Multiply what each layer of an inserted organ writes to the residual stream.
+        """Multiply what each layer of an inserted organ adds to the residual stream.
 
-        The number goes into its output projections in place, so it costs nothing at run time and any scale merges.
-        Saving keeps the weights as they are without it, and the scale in the config. An organ that is trained at
-        another scale than 1 gets weights divided by it.
+        The output projections are scaled in place, so a scale costs nothing at run time and any scale can be merged.
+        Saving writes the unscaled weights, and the scale in the config.
 
         Args:
-            donor_name: Of a loaded organ, active or not.
-            scale: 1 is the organ as it was trained, 0 a no-op.
+            donor_name: Name of a loaded organ, active or not.
+            scale: A finite number; 1 is the organ as trained, 0 a no-op.
 
         Raises:
-            NotHFError: The name is not loaded, the scale is no finite number, or the organ was trained at scale 0.
+            NotHFError: There is no organ of that name, the scale is not finite, or the organ was trained at scale 0.
             IncompatibleDonorError: The organ replaces layers.
-            UnsupportedArchitectureError: The layers do not follow a scale: a norm behind their projections undoes it.
+            UnsupportedArchitectureError: A norm after the output projections undoes the scale.
         """
         (name,) = self._named([donor_name])
         organ = self._surgery.organs[name]
@@ -138,20 +137,17 @@ class Recipient(_Native):
         subfolder: str | None = None,
         **hub_kwargs: Any,
     ) -> None:
-        """Put another organ's weights into a loaded organ's tensors: nothing is rebuilt, nothing recompiled.
+        """Copy a donor's weights into the tensors of a loaded organ, without rebuilding or recompiling the model.
 
-        Name, position, mode, scale and `requires_grad` flags stay; the config is the new organ's otherwise.
+        Name, position, mode, scale and `requires_grad` flags stay; the rest of the config is the donor's.
 
         Args:
-            donor_name: Of the loaded organ.
-            donor: Donor folder, Hub ID or `DonorModel`, of the same span and shapes.
-            revision: Branch, tag or commit of the donor repo.
-            subfolder: Folder of the donor within its repo.
-            **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only`.
+            donor_name: Name of the loaded organ.
+            donor: A donor of the same span and shapes; the other arguments are as in `load_donor`.
 
         Raises:
-            IncompatibleDonorError: It is of another span, or its layers are built otherwise; nothing is changed.
-            CorruptDonorError: Its files are off; nothing is changed.
+            IncompatibleDonorError: The donor has another span, or layers of another structure.
+            CorruptDonorError: The donor is damaged. As with any error, the model is unchanged.
         """
         (name,) = self._named([donor_name])
         old, surgery = self._surgery.organs[name], self._surgery
@@ -162,7 +158,9 @@ class Recipient(_Native):
         donors = load_donors([organ], attention_of(self.config), hub_kwargs)
         (new,) = fit_organs(self, surgery, [organ], donors, [], False, hub_kwargs.get("cache_dir"))
         if differences := surgery.swap_differences(old, new):
-            raise IncompatibleDonorError(f"organ {name!r} cannot be swapped for another kind: {some(differences)}")
+            raise IncompatibleDonorError(
+                f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
+            )
         old.take_over(new)
 
     def add_weighted_donor(
@@ -172,18 +170,16 @@ class Recipient(_Native):
         donor_name: str,
         combination_type: str = "linear",
     ) -> None:
-        """Average loaded organs of one span into a new one, frozen and not active until `set_donor` names it.
+        """Average loaded organs into a new one, which is frozen and inactive.
 
         Args:
-            donors: Names of two or more loaded organs. The new one goes where the first one goes, with scale 1.
-            weights: One number each; they count relative to their sum. `None`: equal.
-            donor_name: Of the new organ.
-            combination_type: `"linear"`, or `"slerp"` for two of them.
+            donors: Names of two or more loaded organs of one span. The new organ has the place of the first, and
+                scale 1.
+            weights: As in `average_donors`, like `combination_type` and the errors.
+            donor_name: Name of the new organ.
 
         Raises:
-            IncompatibleDonorError: They are not of one span, or their layers differ.
-            NotHFError: A name is not loaded or taken, something was put on top of an organ (LoRA), or another
-                argument is out of range.
+            NotHFError: An organ is not loaded or has modules added to it (LoRA), or the new name is taken.
         """
         surgery, unknown = self._surgery, [name for name in donors if name not in self._surgery.organs]
         self._named(unknown)
@@ -208,7 +204,7 @@ class Recipient(_Native):
             surgery.organs[donor_name] = Organ(donor_name, config, config.check(), list(layers), active=False)
 
     def get_donor_status(self) -> dict[str, DonorStatus]:
-        """Every loaded organ by name, in load order: where it stands, its scale, what of it is trainable, …"""
+        """Describe the loaded organs by name, in load order: place, scale, trainable parameters, …"""
         surgery = self._surgery
         places = {id(layer): n for n, layer in enumerate(surgery.stack(self).layers)}
         return {
@@ -217,16 +213,16 @@ class Recipient(_Native):
         }
 
     def delete_donor(self, donor_name: str) -> None:
-        """Take an organ out for good; the others stay as if it had never been there."""
+        """Remove an organ; the others stay."""
         (name,) = self._named([donor_name])
         with self._surgery.changing(self):
             del self._surgery.organs[name]
 
     def unload(self) -> PreTrainedModel:
-        """Take every organ out and give the native model back, its class, config and flags restored.
+        """Remove all organs and return the native model with its class, config and `requires_grad` flags restored.
 
         Raises:
-            NotHFError: It is a scaffold.
+            NotHFError: The model is a scaffold.
         """
         self._require_layers("unload")
         surgery = self._surgery
@@ -236,16 +232,15 @@ class Recipient(_Native):
         return self._release()
 
     def merge_and_unload(self, dequantize: bool = False) -> PreTrainedModel:
-        """Make the active organs a plain part of the native model, which then saves and loads without not_hf.
+        """Make the active organs part of the native model, which then saves and loads without not_hf.
 
         Args:
-            dequantize: Make the weights of a quantized recipient plain, which takes the memory they have then.
+            dequantize: Dequantize a quantized recipient, which then takes more memory.
 
         Raises:
-            NotHFError: The recipient is quantized, and `dequantize` was not asked for or is not to be had; or it is a
-                scaffold.
-            IncompatibleDonorError: A native model of the spliced config would compute something else; it names every
-                difference, and nothing is changed.
+            NotHFError: The recipient is quantized and `dequantize` is `False` or not possible; or it is a scaffold.
+            IncompatibleDonorError: A native model of the spliced config would compute something else. The error lists
+                the differences, and the model is unchanged.
         """
         self._require_layers("merge_and_unload")
         surgery = self._surgery
@@ -255,13 +250,15 @@ class Recipient(_Native):
         packed = is_quantized(self)
         if packed and not dequantize:
             raise NotHFError(
-                f"the recipient is quantized ({quantization_name(self)}) and an organ is not: type "
-                "merge_and_unload(dequantize=True) to make all weights plain, or save_pretrained() the organ alone"
+                f"the recipient is quantized ({quantization_name(self)}) and the organs are not; use "
+                "merge_and_unload(dequantize=True), or save the organs alone with save_pretrained()"
             )
         with dequantized(self):
             if differences := surgery.differences(surgery.plan(chosen)):
-                raise IncompatibleDonorError(f"a native model cannot hold these layers: {some(differences)}")
-        if packed:  # packed weights cannot be trained, plain ones can
+                raise IncompatibleDonorError(
+                    f"a native model cannot hold these layers: {some(differences)}; use save_pretrained() instead"
+                )
+        if packed:  # dequantized weights can be trained
             surgery.requires_grad = dict.fromkeys(surgery.requires_grad, True)
         with self.disable_donors():
             surgery.release(self)
@@ -275,47 +272,47 @@ class Recipient(_Native):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in transformers; `base_config` follows."""
+        """As in transformers; also updates `base_config`."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self._surgery.base_config.vocab_size = self.config.vocab_size
         return embeddings
 
     def get_base_model(self) -> PreTrainedModel:
-        """The same modules behind a handle of the native class; as in PEFT, active organs stay in."""
+        """Return a model of the native class that shares all modules; as in PEFT, active organs stay in."""
         view = self._surgery.native_class.__new__(self._surgery.native_class)
         view.__dict__ = {key: value for key, value in self.__dict__.items() if key != "_surgery"}
         return view
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Number of trainable parameters and of all parameters."""
+        """Count the trainable parameters and all parameters."""
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
-        """Print how much is trainable, as PEFT does."""
+        """Print the number and share of trainable parameters, as in PEFT."""
         trainable, total = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
     def _named(self, names: str | Sequence[str]) -> list[str]:
-        """Names of loaded organs, in load order."""
+        """Check that organs are loaded, and return their names in load order."""
         organs = self._surgery.organs
         chosen = [names] if isinstance(names, str) else list(names)
         if unknown := [str(name) for name in chosen if name not in organs]:
-            raise NotHFError(f"no donor named {', '.join(unknown)}; loaded are {', '.join(organs) or 'none'}")
+            raise NotHFError(f"no organ named {', '.join(unknown)}; loaded organs: {', '.join(organs) or 'none'}")
         return [name for name in organs if name in chosen]
 
     def _require_layers(self, what: str) -> None:
-        """Refuse what gives out the native model, where that has no layers of its own."""
+        """Check that the model is not a scaffold."""
         if self._surgery.is_scaffold:
             raise NotHFError(
-                f"{what}() needs the base's own layers, which scaffold='minimal' left out; save_pretrained() the "
-                "organ and load it into the whole base: from_pretrained(base, folder)"
+                f"{what}() needs the base's own layers, which scaffold='minimal' leaves out; save the organ with "
+                "save_pretrained() and load it into the whole base: from_pretrained(base, folder)"
             )
 
     def _release(self) -> PreTrainedModel:
-        """Back to the native class."""
+        """Return the model to its native class."""
         native = self._surgery.native_class
         del self._surgery
         if not self.model_tags:
@@ -324,7 +321,7 @@ class Recipient(_Native):
         return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Recipient:
-        """`to()`, `half()`, … reach the layers that are not in the stack as well."""
+        """Apply `to()`, `half()`, … to the layers outside the stack too."""
         with self._surgery.at_scale_one():
             super()._apply(fn, recurse)
             if recurse:
@@ -333,6 +330,6 @@ class Recipient(_Native):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy made inside `disable_donors()` is outside of that block, so its stack may be another."""
+        """Rebuild the stack: a copy made inside `disable_donors()` has its organs enabled."""
         super().__setstate__(state)
         self._surgery.apply(self)

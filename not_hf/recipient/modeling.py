@@ -1,9 +1,8 @@
-"""`TransplantedForCausalLM`, `TransplantedForMaskedLM`: a native language model that carries organs.
+"""`TransplantedForCausalLM` and `TransplantedForMaskedLM`: native language models with organs.
 
-The native model is extended in place by a dynamic subclass of its own class, as torch's `fully_shard` does: signature,
-flags, state-dict keys, hooks and `isinstance` stay native. The class keeps the native name, because pipelines,
-trainers and `config.architectures` go by it; `isinstance(model, TransplantedForCausalLM)` tells it apart.
-Causal and masked language models differ in the Auto class that loads them, and in nothing else.
+A native model is extended in place by a dynamic subclass of its class, as in torch's `fully_shard`: its signature,
+flags, state-dict keys, hooks and `isinstance` stay native. The subclass has the native name, which pipelines, trainers
+and `config.architectures` use.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from not_hf.recipient.surgery import Surgery
 
 
 class Transplanted(Recipient):
-    """What `TransplantedForCausalLM` and `TransplantedForMaskedLM` share, which is everything but the head."""
+    """Base class of `TransplantedForCausalLM` and `TransplantedForMaskedLM`."""
 
-    config_class = DonorConfig  # what the Auto classes go by; instances have their native config
-    native_auto_class: ClassVar[Any]  # what loads the recipient
+    config_class = DonorConfig  # for the Auto classes; the config of an instance is native
+    native_auto_class: ClassVar[Any]  # loads the recipient
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -58,44 +57,44 @@ class Transplanted(Recipient):
         config: PreTrainedConfig | None = None,
         **base_kwargs: Any,
     ) -> Self:
-        """Load a recipient and put an organ into it.
+        """Load a recipient and transplant an organ, or all organs of a composition, into it.
 
         Args:
-            pretrained_model_name_or_path: Recipient (folder, Hub ID, or a live model, which is transplanted in place)
-                when `donor` is given; otherwise a donor repo, whose config names the base and its revision.
-            donor: Donor folder, Hub ID or `DonorModel` (which stays the caller's: its tensors are copied in).
-            donor_name: Name of the organ in this model.
-            position: Counts the recipient's own layers; `None`: as the donor says.
-            mode: `"insert"` or `"replace"`; `None`: as the donor says.
+            pretrained_model_name_or_path: With `donor`, the recipient: a folder, a Hub ID, or a live model, which is
+                transplanted in place. Without `donor`, a donor repo, whose config names the base and its revision.
+            donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied.
+            donor_name: Name of the organ in the model.
+            position: Position among the recipient's own layers; default: the donor's.
+            mode: `"insert"` or `"replace"`; default: the donor's.
             donor_revision: Branch, tag or commit of the donor repo.
             donor_subfolder: Folder of the donor within its repo.
-            is_trainable: Make the organ's parameters trainable. Everything else is frozen either way.
-            scaffold: `"minimal"` leaves the recipient's own layers out: its embeddings, the organ, its final norm and
-                head are all that is read and held. For training an organ where the whole recipient does not fit; what
-                is saved is the same, and goes into the whole one. `"full"` is the whole recipient.
-            config: Config of the repo named first, when already loaded.
+            is_trainable: Make the organ's parameters trainable. All others are frozen.
+            scaffold: `"minimal"` leaves out the recipient's own layers: only its embeddings, final norm and head are
+                loaded, to train an organ when the whole recipient does not fit in memory. The saved organ can be
+                loaded into the whole recipient. `"full"` loads the whole recipient.
+            config: Config of the first argument, if already loaded.
             **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `revision`, …). `token`,
-                `cache_dir`, `force_download`, `local_files_only` hold for the donor too. Without `donor`, `revision`
-                and `subfolder` are the donor repo's.
+                `cache_dir`, `force_download` and `local_files_only` also apply to the donor. Without `donor`,
+                `revision` and `subfolder` are those of the donor.
 
         Returns:
-            The native model, extended. It is in eval mode, unless a live recipient was training.
+            The native model with organs, in eval mode unless a live recipient was in train mode.
 
         Raises:
-            NotHFError: There is no such scaffold, or none of a live recipient.
-            IncompatibleDonorError: With every mismatch, before weights are read.
-            CorruptDonorError: The donor's files are off. A live recipient is then as it was.
+            NotHFError: An argument is out of range, or no base is named.
+            IncompatibleDonorError: Lists all mismatches, before weights are read.
+            CorruptDonorError: The donor is damaged. As with any error, a live recipient is unchanged.
             OSError: A repo cannot be read.
         """
         is_scaffold = wants_scaffold(scaffold, pretrained_model_name_or_path, base_kwargs)
-        wish = OrganSource(donor_name, "", donor_revision, donor_subfolder, position, mode)
-        resolved = resolve(pretrained_model_name_or_path, donor, wish, config, base_kwargs)
+        source = OrganSource(donor_name, "", donor_revision, donor_subfolder, position, mode)
+        resolved = resolve(pretrained_model_name_or_path, donor, source, config, base_kwargs)
         live = resolved.base if isinstance(resolved.base, PreTrainedModel) else None
         present = list(live._surgery.organs.values()) if isinstance(live, Transplanted) else []
         fit = validate(resolved.organs, resolved.base_config, present)
         cls._require_head(resolved.base_config)
-        asked = base_kwargs.get("attn_implementation") or attention_of(resolved.base_config)
-        donors = load_donors(resolved.organs, asked, resolved.shared)
+        attention = base_kwargs.get("attn_implementation") or attention_of(resolved.base_config)
+        donors = load_donors(resolved.organs, attention, resolved.shared)
         base, info = cls._load_base(resolved, is_scaffold) if live is None else (live, None)
         if isinstance(base, Transplanted):
             surgery = base._surgery
@@ -109,7 +108,7 @@ class Transplanted(Recipient):
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Self:
-        """What the Auto class's `from_config` calls: for a donor's config, base and organ with fresh weights."""
+        """Build a base and an organ with fresh weights, for the Auto class's `from_config` with a donor's config."""
         if not isinstance(config, DonorConfig):
             return super()._from_config(config, **kwargs)
         native = config.native_config("base_config")
@@ -131,12 +130,13 @@ class Transplanted(Recipient):
         """Save organs only: one as a donor repo, several as a composition with a subfolder each.
 
         Args:
-            save_directory: Folder; created when missing.
-            selected_donors: Names of the organs to save; `None` means all that are loaded.
-            is_main_process: Write on this process.
-            state_dict: The whole model's tensors, when they were gathered elsewhere (as `Trainer` does).
-            push_to_hub: Push afterwards to `repo_id` (default: the folder's name).
-            max_shard_size: Past this size an organ's weights are sharded.
+            save_directory: Folder; created if missing.
+            selected_donors: Names of the organs to save; default: all.
+            is_main_process: Whether this process writes files.
+            state_dict: Tensors of the whole model, if already gathered (as by `Trainer`).
+            push_to_hub: Also push to `repo_id` (default: the folder's name).
+            max_shard_size: Size above which an organ's weights are sharded.
+            **kwargs: As in `PreTrainedModel.save_pretrained` and `push_to_hub`.
         """
         names = self._selected(selected_donors)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
@@ -158,7 +158,7 @@ class Transplanted(Recipient):
 
         Raises:
             NotHFError: The repo holds another kind of model.
-            OSError: The Hub refuses, or cannot be reached; the repo is as it was.
+            OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
         """
         names = self._selected(selected_donors)
         for config in (self.donor_config[name] for name in names):
@@ -172,11 +172,14 @@ class Transplanted(Recipient):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> IncompatibleKeys:
-        """As in torch; also takes what `save_pretrained` wrote for the one loaded organ: `Trainer` hands it back."""
+        """As in torch; also loads a checkpoint that `save_pretrained` wrote of the only organ, as `Trainer` does."""
         if not state_dict or not all(key.startswith(f"{DonorModel.base_model_prefix}.") for key in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         if len(self._surgery.organs) != 1:
-            raise NotHFError("an organ's checkpoint fits a model with exactly one organ; use load_donor")
+            raise NotHFError(
+                f"the checkpoint of an organ needs a model with exactly one organ, not {len(self._surgery.organs)}; "
+                "use load_donor"
+            )
         (organ,) = self._surgery.organs.values()
         loaded, missing = DonorModel.load_tensors(organ.spec, dict(state_dict), partial=not strict)
         with self._surgery.at_scale_one():
@@ -187,18 +190,20 @@ class Transplanted(Recipient):
         return IncompatibleKeys([], [])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """The dynamic class cannot be found by name: pickle the native one and extend it again."""
+        """Pickle the native class and extend it again, since the dynamic class cannot be imported by name."""
         return _revive, type(self).__bases__, self.__dict__
 
     def _selected(self, donor_names: Sequence[str] | None) -> list[str]:
-        """Names of the organs to save, all that are loaded for `None`."""
+        """Return the names of the organs to save, in load order."""
         if names := self._named(list(self.donor_config) if donor_names is None else donor_names):
             return names
-        raise NotHFError("no organ is loaded or selected; use merge_and_unload() or unload() to save a native model")
+        raise NotHFError(
+            "no organ is loaded or selected; to save a native model, unload() or merge_and_unload() first"
+        )
 
     @classmethod
     def _require_head(cls, config: PreTrainedConfig) -> None:
-        """Refuse a recipient that the other of the two classes is for."""
+        """Check that the recipient is for this class, not for the other of the two."""
         if head_class(config) is cls.native_auto_class:
             return
         kind, other = ("an encoder", "MaskedLM") if is_encoder(config) else ("a causal LM", "CausalLM")
@@ -208,25 +213,25 @@ class Transplanted(Recipient):
 
     @classmethod
     def _load_base(cls, resolved: Resolved, is_scaffold: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Load a recipient, and transformers' `output_loading_info`."""
+        """Load a recipient, with transformers' `output_loading_info`."""
         base = str(resolved.base)
         kwargs = {key: value for key, value in resolved.base_kwargs.items() if key != "output_loading_info"}
         with reading_base(base, resolved.named_by), built_whole():
             if is_scaffold:
                 return load_scaffold(base, **kwargs)
-            # without adapter_kwargs the Auto class asks the Hub for an adapter_config.json, come what may
+            # without adapter_kwargs the Auto class would request adapter_config.json from the Hub in any case
             kwargs |= {"output_loading_info": True, "adapter_kwargs": resolved.shared}
             return cls.native_auto_class.from_pretrained(base, **kwargs)
 
     @classmethod
     def _splice(cls, base: PreTrainedModel, surgery: Surgery, organs: Sequence[Organ]) -> Self:
-        """Extend a model in place, freeze it and put organs into its stack; undo everything on failure."""
+        """Extend a model in place, freeze it and splice organs into its stack; undo everything on failure."""
         fresh = not isinstance(base, Transplanted)
         if fresh:
             native: Any = type(base)
             base.__class__ = _transplanted_class(cast(Any, cls), native)
             base.requires_grad_(False)
-            # Trainer's card keeps the tags of ours if there is a list to add them to
+            # with a list, Trainer keeps the tags of our card
             base.model_tags = base.model_tags or []
             cast(Self, base)._surgery = surgery
         model = cast(Self, base)
@@ -234,25 +239,45 @@ class Transplanted(Recipient):
             with surgery.changing(model):
                 surgery.organs |= {organ.name: organ for organ in organs}
         except BaseException:
-            if fresh and not surgery.is_scaffold:  # nobody has a hold of that one
+            if fresh and not surgery.is_scaffold:  # a scaffold is discarded
                 model.unload()
             raise
         return model
 
 
 class TransplantedForCausalLM(Transplanted):
-    """A causal LM with organs. Made by `from_pretrained`, never by its constructor.
+    """A causal LM with organs, made by `from_pretrained`: an instance of its native class (`LlamaForCausalLM`, …) too.
 
-    Besides its own methods, an instance is a full model of its native class (`LlamaForCausalLM`, …).
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, TransplantedForCausalLM
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> donor = DonorModel.from_base(base, layers=(1, 3))
+        >>> model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="kjv")
+        >>> model.active_donors, model.config.num_hidden_layers
+        (['kjv'], 6)
+        >>> with model.disable_donors():
+        ...     model.config.num_hidden_layers
+        4
+        >>> native = model.merge_and_unload()
+        >>> type(native).__name__, native.config.num_hidden_layers
+        ('GPT2LMHeadModel', 6)
     """
 
     native_auto_class = AutoModelForCausalLM
 
 
 class TransplantedForMaskedLM(Transplanted):
-    """A masked LM with organs. Made by `from_pretrained`, never by its constructor.
+    """A masked LM with organs, made by `from_pretrained`: an instance of its native class (`BertForMaskedLM`, …) too.
 
-    Besides its own methods, an instance is a full model of its native class (`BertForMaskedLM`, …).
+    Example:
+        >>> from transformers import BertConfig, BertForMaskedLM
+        >>> from not_hf import DonorModel, TransplantedForMaskedLM
+        >>> shape = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> base = BertForMaskedLM(BertConfig(**shape, num_hidden_layers=4))
+        >>> model = TransplantedForMaskedLM.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> model.config.num_hidden_layers
+        6
     """
 
     native_auto_class = AutoModelForMaskedLM
@@ -260,7 +285,7 @@ class TransplantedForMaskedLM(Transplanted):
 
 @functools.cache
 def _transplanted_class(kind: Any, native: Any) -> Any:
-    """The class of a native model with organs; `kind` is one of the two, or a class made here of one of them."""
+    """Return the subclass of `kind` (one of the two classes, or a subclass made here) and `native`."""
     kind = next(each for each in kind.__mro__ if "native_auto_class" in vars(each))
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
     return type(native.__name__, (kind, native), {**names, "config_class": native.config_class})

@@ -1,4 +1,4 @@
-"""One organ in a live model: its layers, its place, its scale."""
+"""One organ in a live model: its layers, place and scale."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from not_hf.config import DonorConfig, OrganSpec
 
 @dataclass
 class Organ:
-    """One loaded organ: its layers, where they go, and whether they stand in the stack now."""
+    """One loaded organ."""
 
     name: str
-    config: DonorConfig  # position, mode and scale are those in force
-    spec: OrganSpec  # what its donor's config says
+    config: DonorConfig  # with the position, mode and scale in this model
+    spec: OrganSpec  # with those of the donor
     layers: list[nn.Module]
     active: bool = True
-    repo: str | None = None  # folder or Hub ID it was loaded from
-    revision: str | None = None  # the commit of that repo
-    originals: dict[str, torch.Tensor] = field(default_factory=dict)  # what the scale multiplies, without it
+    repo: str | None = None  # folder or Hub ID of the donor
+    revision: str | None = None  # commit of that repo
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)  # unscaled values of the scaled tensors
 
     @property
     def place(self) -> Place:
-        """Where it stands, in the recipient's own layers."""
+        """The organ's place in the recipient."""
         return Place(self.name, self.config.position or 0, self.config.mode, len(self.layers))
 
     def set_trainable(self, is_trainable: bool) -> None:
-        """Freeze the organ, or restore the native `requires_grad` flags: some parameters are frozen by design."""
+        """Freeze the organ, or restore the native `requires_grad` flags (some parameters are frozen by design)."""
         if not is_trainable:
             for layer in self.layers:
                 layer.requires_grad_(False)
@@ -48,7 +48,7 @@ class Organ:
 
     @torch.no_grad()
     def rescale(self, scale: float) -> None:
-        """Multiply what each layer writes by `scale` instead of the present one, in place; 1 gives back the weights.
+        """Change the scale, in place; 1 restores the weights exactly.
 
         Raises:
             NotHFError: The organ was trained at scale 0; nothing is changed.
@@ -63,11 +63,7 @@ class Organ:
 
     @torch.no_grad()
     def take_over(self, other: Organ) -> None:
-        """Take another organ's weights into the tensors of this one, in place, and its config but for the place.
-
-        Args:
-            other: At scale 1, and built alike.
-        """
+        """Copy the weights and config of `other`, which has scale 1 and the same structure; keep place and scale."""
         scale = self.config.scale
         ours, theirs = (
             {f"{n}.{key}": t for n, layer in enumerate(organ.layers) for key, t in layer.state_dict().items()}
@@ -83,15 +79,7 @@ class Organ:
         self.repo, self.revision = other.repo, other.revision
 
     def at_scale_one(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """One of the organ's tensors without the scale.
-
-        Args:
-            name: `<layer>.<name below it>`.
-            tensor: Its present value.
-
-        Raises:
-            NotHFError: As in `scaling.unscaled`.
-        """
+        """Return the unscaled value of `tensor`, named `<layer>.<name in the layer>`; raises as `unscaled`."""
         if name not in self.originals:
             return tensor
         return unscaled(tensor, self.originals[name].to(tensor.device), self.config.scale)
@@ -99,7 +87,7 @@ class Organ:
 
 @contextlib.contextmanager
 def _overwriting(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Tensors that are written to inside the block have their values back if it breaks off."""
+    """Restore the values of tensors if the block raises."""
     before = [(tensor, tensor.clone()) for tensor in tensors]
     try:
         yield

@@ -1,4 +1,4 @@
-"""A transplanted model without its organs, as a second handle on the same weights: what DPO calls the reference."""
+"""A view of a transplanted model without its organs, which shares the weights: a reference model for DPO."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from not_hf.recipient.mixin import Recipient
 
 
 def reference_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The base of a transplanted model, for trainers that want a reference model (TRL's `ref_model`).
+    """Return a view of a transplanted model without its organs, as a reference model for trainers (TRL's `ref_model`).
 
-    It shares every module with `model`, so it costs no memory; its `forward` and `generate` run inside
-    `model.disable_donors()`. Valid as long as organs stay loaded; not to be sharded (FSDP, ZeRO-3) or saved.
-
-    Args:
-        model: A `TransplantedForCausalLM`.
-
-    Returns:
-        A model of the native class, with the config of the base.
+    It is of the native class and shares every module with `model`, so it takes no memory. Its `forward` and `generate`
+    run inside `model.disable_donors()`. Do not shard (FSDP, ZeRO-3) or save it, nor use it after `unload` or a merge.
 
     Raises:
-        NotHFError: `model` carries no organs.
+        NotHFError: `model` has no organs.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, TransplantedForCausalLM, reference_model
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> model.config.num_hidden_layers, reference_model(model).config.num_hidden_layers
+        (6, 4)
     """
     if not isinstance(model, Recipient):
-        raise NotHFError(f"{type(model).__name__} carries no organs; give a TransplantedForCausalLM")
+        raise NotHFError(f"{type(model).__name__} has no organs; give a TransplantedForCausalLM")
     native: Any = model._surgery.native_class
     view = _reference_class(native).__new__(_reference_class(native))
     shared = {key: value for key, value in vars(model).items() if key not in ("_surgery", "forward")}
@@ -38,7 +40,7 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
 @functools.cache
 def _reference_class(native: Any) -> Any:
     class Reference(native):
-        """The native class, each of whose calls runs without organs."""
+        """The native class, run without organs."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             with self.__dict__["_carrier"].disable_donors():
@@ -50,7 +52,7 @@ def _reference_class(native: Any) -> Any:
                 return super().generate(*args, **kwargs)
 
         def train(self, mode: bool = True) -> Any:
-            """The modules are the carrier's, whose mode is its own affair."""
+            """Do nothing: the modules, and so their mode, are those of the transplanted model."""
             return self
 
     Reference.__name__, Reference.__qualname__ = native.__name__, native.__qualname__

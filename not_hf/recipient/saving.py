@@ -1,4 +1,4 @@
-"""Writing a transplanted model's organs: tensors out of the live stack, through a `DonorModel` without memory."""
+"""Save the organs of a transplanted model, each through a `DonorModel` on the meta device."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from not_hf.recipient.surgery import Surgery
 def organ_tensors(
     model: PreTrainedModel, surgery: Surgery, name: str, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """An organ's tensors by `DonorModel`'s names, as they are at scale 1.
+    """Collect an organ's unscaled tensors by their names in a `DonorModel`.
 
     Args:
         model: The transplanted model.
-        surgery: Its organs.
-        name: Which one.
-        state_dict: The whole model's tensors, when they were gathered elsewhere; used where it has the organ's.
+        surgery: Its state.
+        name: Name of the organ.
+        state_dict: Tensors of the whole model, if already gathered; preferred to the organ's own.
 
     Raises:
-        NotHFError: DeepSpeed has taken the organ apart, and `state_dict` does not have it.
+        NotHFError: The organ is partitioned, and `state_dict` does not have it.
     """
     organ, stack = surgery.organs[name], surgery.stack(model)
     places = {id(layer): n for n, layer in enumerate(stack.layers)}
@@ -50,9 +50,8 @@ def organ_tensors(
         given = {k.removeprefix(place): v for k, v in (state_dict or {}).items() if k.startswith(place)}
         if not given and is_partitioned(layer):
             raise NotHFError(
-                f"organ {name!r} lies in parts on several processes (DeepSpeed ZeRO-3); gather it: set "
-                "stage3_gather_16bit_weights_on_model_save and save with Trainer.save_model, or pass "
-                "state_dict=accelerator.get_state_dict(model)"
+                f"organ {name!r} is partitioned (DeepSpeed ZeRO-3); set stage3_gather_16bit_weights_on_model_save and "
+                "save with Trainer.save_model, or pass state_dict=accelerator.get_state_dict(model)"
             )
         tensors |= {
             f"{prefix}.{n}.{key}": organ.at_scale_one(f"{n}.{key}", _whole(value))
@@ -62,7 +61,7 @@ def organ_tensors(
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP keeps in parts is put together, on every process at once; others are what they are."""
+    """Gather a tensor that FSDP shards; this must run on all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -77,16 +76,15 @@ def save_organs(
     is_main_process: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Write one organ as a donor repo, several as a composition with a subfolder each.
+    """Save one organ as a donor repo, several as a composition with a subfolder each.
 
     Args:
         model: The transplanted model.
-        surgery: Its organs.
-        names: Which ones, at least one.
-        folder: Created when missing.
+        surgery: Its state.
+        names: Names of the organs, at least one.
+        folder: Folder; created if missing.
         state_dict: As in `organ_tensors`.
-        repo_id: For the card, where the folder is going to be pushed to.
-        is_main_process: Write on this process.
+        repo_id: As in `write_donor`, like `is_main_process`.
         **kwargs: For `PreTrainedModel.save_pretrained`.
     """
     shells = {name: _shell(surgery, surgery.organs[name]) for name in names}
@@ -97,7 +95,7 @@ def save_organs(
         write_donor(shells[names[0]], folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
         return
     require_donor_folder(folder)
-    first = shells[names[0]].config  # all name the same base
+    first = shells[names[0]].config  # all have the same base
     base = (first.base_model_name_or_path, first.base_revision, first.base_subfolder)
     entries = [write_entry(name, shells[name].config, surgery.organs[name].active, subfolder=name) for name in names]
     config = composition_config(*base, surgery.base_config, entries)
@@ -117,10 +115,10 @@ def save_organs(
 
 
 def require_own_modules(surgery: Surgery, organ: Organ) -> None:
-    """Check that an organ's layers are as they were put in.
+    """Check that no modules were added to an organ's layers.
 
     Raises:
-        NotHFError: Something was put on top of them.
+        NotHFError: There are such modules (LoRA).
     """
     shell = _shell(surgery, organ)
     prefix = shell.stack.full_path
@@ -131,16 +129,12 @@ def require_own_modules(surgery: Surgery, organ: Organ) -> None:
 def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
     if foreign := sorted(set(keys) ^ shell.state_dict().keys()):
         raise NotHFError(
-            f"organ {name!r} holds modules that are not its own ({foreign[0]}, …); "
-            "merge or unload what was put on top of it (LoRA?) first"
+            f"organ {name!r} has modules that are not its own ({foreign[0]}, …); merge or unload adapters (LoRA) first"
         )
 
 
 def _shell(surgery: Surgery, organ: Organ) -> DonorModel:
-    """A `DonorModel` on the meta device, in the organ's dtype, to save the organ's tensors through.
-
-    Its config names the recipient and its vocabulary as the base's, since that is what the organ was used with.
-    """
+    """Build a `DonorModel` on the meta device in the organ's dtype; its config names the recipient as the base."""
     config = copy.deepcopy(organ.config)
     if name := surgery.base_config.name_or_path:
         if surgery.base_revision or name != config.base_model_name_or_path:

@@ -1,7 +1,6 @@
-"""A scaffold: a base without its layers, for an organ to be trained alone between embeddings and head.
+"""Scaffolds: a base without layers, to train an organ between its embeddings and head.
 
-Independent training in the sense of arXiv 2601.13580, for who cannot run the whole base. It costs the bytes and the
-memory of what stands outside of the layers, and of the organ.
+This is the independent training of arXiv 2601.13580. It reads and holds only the organ and the rest of the base.
 """
 
 from __future__ import annotations
@@ -20,45 +19,41 @@ from not_hf.donor.cutting import StoredBase, stored_base
 from not_hf.donor.loading import common_dtype
 from not_hf.errors import NotHFError
 
-# Arguments of `from_pretrained` that choose or convert whole files; here a few tensors of plain ones are read.
+# Arguments of `from_pretrained` that choose or convert whole files; a scaffold reads parts of files.
 _OF_WHOLE_FILES = ("gguf_file", "key_mapping", "quantization_config", "variant")
 
 
 def wants_scaffold(scaffold: str, recipient: Any, base_kwargs: Mapping[str, Any]) -> bool:
-    """Whether `scaffold` asks for a base without its layers; the other arguments are those beside it.
+    """Whether `scaffold` is `"minimal"`, checked against the other arguments of `from_pretrained`.
 
     Raises:
-        NotHFError: It is neither `"full"` nor `"minimal"`, or something else was asked for that a scaffold cannot be.
+        NotHFError: `scaffold` is unknown, or contradicts another argument.
     """
     if scaffold not in ("full", "minimal"):
         raise NotHFError(f"scaffold must be 'full' or 'minimal', got {scaffold!r}")
     if scaffold == "full":
         return False
     if isinstance(recipient, nn.Module):
-        raise NotHFError(
-            "scaffold='minimal' is read from files, and this recipient is live; name its folder or Hub ID"
-        )
-    if odd := [key for key in _OF_WHOLE_FILES if base_kwargs.get(key) is not None]:
-        raise NotHFError(f"scaffold='minimal' reads parts of plain safetensors files; leave out {', '.join(odd)}")
+        raise NotHFError("scaffold='minimal' needs files, and this recipient is live; name its folder or Hub ID")
+    if unusable := [key for key in _OF_WHOLE_FILES if base_kwargs.get(key) is not None]:
+        raise NotHFError(f"scaffold='minimal' reads parts of safetensors files; leave out {', '.join(unusable)}")
     return True
 
 
 def load_scaffold(base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a base with an empty stack. Of its checkpoint only what stands outside of the layers is read.
-
-    Its class and config are the base's, as if every layer had been taken out of the live model.
+    """Load a base with an empty stack; only tensors outside the layers are read. Class and config are the base's.
 
     Args:
         base: Folder or Hub ID.
-        config: The base's native config.
+        config: Its native config.
         **kwargs: As in `PreTrainedModel.from_pretrained`.
 
     Returns:
         The model in eval mode, and transformers' `output_loading_info`.
 
     Raises:
-        UnsupportedArchitectureError: The base has no stack, or is quantized for good.
-        OSError: It cannot be read.
+        UnsupportedArchitectureError: The base has no stack, or its quantization cannot be undone.
+        OSError: The base cannot be read.
     """
     hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
     stored = stored_base(base, config, hub_kwargs)
@@ -78,10 +73,10 @@ def load_scaffold(base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[P
 
 
 def _hollow(native: Any, name: str) -> Any:
-    """A native class whose models have no layers; transformers makes them without memory and then fills them."""
+    """Return a subclass of a native class whose models have no layers."""
 
     def init(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        config.name_or_path = name  # transformers knows no name of what it loads from tensors
+        config.name_or_path = name  # transformers does not set it when it loads from a state dict
         native.__init__(self, config, *args, **kwargs)
         del find_stack(self).layers[:]
 
@@ -92,5 +87,5 @@ def _hollow(native: Any, name: str) -> Any:
 def _generation_config(base: StoredBase) -> GenerationConfig | None:
     try:
         return GenerationConfig.from_pretrained(base.name, **base.hub_kwargs)
-    except OSError:  # there is none
+    except OSError:  # the base has none
         return None

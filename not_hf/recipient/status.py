@@ -1,4 +1,4 @@
-"""What `get_donor_status` tells of an organ in a model."""
+"""The status of an organ in a model, for `get_donor_status`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from not_hf.recipient.organ import Organ
 
 @dataclass(frozen=True)
 class DonorStatus:
-    """One loaded organ as it is now.
+    """Status of one loaded organ.
 
     Args:
-        name: In the model.
-        active: Whether it takes part in `forward`; no organ does inside `disable_donors()`.
-        position: Counts the recipient's own layers.
+        name: Name in the model.
+        active: Whether the organ is in the stack; `False` inside `disable_donors()`.
+        position: Position among the recipient's own layers.
         mode: `"insert"` or `"replace"`.
-        scale: Of what its layers write to the residual stream.
-        layers: Where they stand in the model's stack; empty while it is not active.
-        span: Half-open, in the layers of the model it was cut from.
-        base: Hub ID or folder of that model.
-        donor: Folder or Hub ID it was loaded from, `None` for a `DonorModel`.
-        revision: Commit of that repo.
-        num_parameters: Of all its layers.
-        num_trainable_parameters: Those that require gradients.
-        dtypes: Of its parameters, as torch names them.
-        devices: Where they are.
+        scale: Factor of what its layers add to the residual stream.
+        layers: Indices of its layers in the model's stack; empty if inactive.
+        span: Half-open span of the base's layers that it was cut from.
+        base: Hub ID or folder of that base.
+        donor: Folder or Hub ID of the donor, `None` for a `DonorModel`.
+        revision: Commit of the donor's repo.
+        num_parameters: Number of parameters.
+        num_trainable_parameters: Number of parameters that require gradients.
+        dtypes: dtypes of its parameters (`float32`, …).
+        devices: Devices of its parameters (`cpu`, `cuda:0`, …).
     """
 
     name: str
@@ -45,7 +45,7 @@ class DonorStatus:
 
 
 def donor_status(organ: Organ, layers: list[int]) -> DonorStatus:
-    """Describe an organ whose layers stand at these places of the stack."""
+    """Describe an organ whose layers have these indices in the stack."""
     parameters = [parameter for layer in organ.layers for parameter in layer.parameters()]
     config, place = organ.config, organ.place
     return DonorStatus(

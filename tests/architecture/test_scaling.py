@@ -87,7 +87,7 @@ def test_what_is_no_scale_is_refused(scale, mode, error, message, token_ids):
     full = logits(model, token_ids)
     with pytest.raises(error, match=message):
         model.set_donor_scale("default", scale)
-    with pytest.raises(NotHFError, match="no donor named other"):
+    with pytest.raises(NotHFError, match="no organ named other"):
         model.set_donor_scale("other", 0.5)
     assert torch.equal(logits(model, token_ids), full) and model.donor_config["default"].scale == 1
 
@@ -293,7 +293,7 @@ def test_averages_count_at_scale_one():
         (["a", "b", "b"], [1, 1, 1], "mean", "slerp", "slerp averages two organs"),
         (["a", "b"], [1, 1], "mean", "ties", "combination_type must be one of"),
         (["a", "c"], [1, 1], "mean", "linear", r"layers \[1, 3\] and \[0, 2\] cannot be averaged"),
-        (["a", "x"], [1, 1], "mean", "linear", "no donor named x"),
+        (["a", "x"], [1, 1], "mean", "linear", "no organ named x"),
         (["a", "b"], [1, 1], "a", "linear", "is taken"),
     ],
 )

@@ -127,7 +127,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_another_vocabulary_is_told(overrides, told, caplog, token_ids):
     model = T(tiny_model("llama", **overrides), organ(tiny_model("llama"), 1))
     (line,) = warnings(caplog)
-    assert line == f"organ 'default' was made with another vocabulary, and loads all the same: {told}"
+    assert line == f"organ 'default' was cut from a model with another vocabulary: {told}"
     logits(model, token_ids % 90)
     model.load_donor(organ(tiny_model("llama"), 2), "second")
     (line,) = warnings(caplog)

@@ -62,7 +62,7 @@ def test_the_reference_is_the_base_on_shared_weights(base_folder, token_ids):
 
 
 def test_a_reference_needs_organs():
-    with pytest.raises(NotHFError, match="LlamaForCausalLM carries no organs"):
+    with pytest.raises(NotHFError, match="LlamaForCausalLM has no organs"):
         reference_model(tiny_model("llama"))
 
 

@@ -354,7 +354,7 @@ def test_a_live_recipient_has_its_layers(token_ids):
     "options, message",
     [
         ({"scaffold": "none"}, r"^scaffold must be 'full' or 'minimal', got 'none'$"),
-        ({"gguf_file": "m.gguf"}, r"^scaffold='minimal' reads parts of plain safetensors files; leave out gguf_file$"),
+        ({"gguf_file": "m.gguf"}, r"^scaffold='minimal' reads parts of safetensors files; leave out gguf_file$"),
         ({"variant": "fp16"}, r"leave out variant$"),
         ({"position": 9}, r"cannot insert 2 layers at position 9 of 4"),
     ],
