@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from not_hf import DonorModel, TransplantedForCausalLM, TransplantedForMaskedLM
 from not_hf.architecture.layers import output_projections
@@ -76,3 +76,13 @@ def same(ours: torch.nn.Module | Tensors, theirs: torch.nn.Module | Tensors) -> 
     return mine.keys() == other.keys() and all(
         tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in mine.items()
     )
+
+
+def holds(repo_id: str, model: DonorModel | TransplantedForCausalLM, **where) -> bool:
+    """Whether what loads from a repo is that organ, or that model with its organs, bit for bit."""
+    return same(type_of(model).from_pretrained(repo_id, **where), model)
+
+
+def type_of(model: torch.nn.Module) -> type:
+    """What loads a repo of such a model: an organ, or a base with its organs."""
+    return DonorModel if isinstance(model, DonorModel) else AutoModelForCausalLM
