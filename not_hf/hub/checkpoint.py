@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from not_hf.architecture.upstream import fetch_file
@@ -39,17 +38,9 @@ class View:
 
     path: str
     identity: tuple[int, ...]  # of the file when its header was read
-    info: TensorInfo  # what the header says; offsets in bytes from the file's beginning
-
-    @property
-    def dtype(self) -> str:
-        """As safetensors calls it."""
-        return self.info.dtype
-
-    @property
-    def shape(self) -> list[int]:
-        """Length of each dimension."""
-        return self.info.shape
+    dtype: str  # as safetensors calls it
+    shape: list[int]
+    data_offsets: tuple[int, int]  # in bytes from the file's beginning
 
     def get_dtype(self) -> str:
         """As in `safe_open(...).get_slice`; transformers calls it on lazy tensors that it dequantizes."""
@@ -63,7 +54,7 @@ class View:
         if self.dtype not in DTYPES:
             raise CorruptDonorError(f"{self.path} holds a tensor of dtype {self.dtype}, which cannot be read here")
         dtype = getattr(torch, DTYPES[self.dtype])
-        start, end = self.info.data_offsets
+        start, end = self.data_offsets
         if start == end:
             return torch.empty(self.shape, dtype=dtype)[index]
         if _identity(self.path) != self.identity:
@@ -209,7 +200,7 @@ def open_file(path: str) -> dict[str, View]:
     """
     identity = _identity(path)
     header = read_header(path)
-    return {name: View(path, identity, info) for name, info in header.items()}
+    return {name: View(path, identity, info.dtype, info.shape, info.data_offsets) for name, info in header.items()}
 
 
 def _identity(path: str) -> tuple[int, ...]:

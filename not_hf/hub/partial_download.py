@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
@@ -91,7 +91,11 @@ def list_tensors(
         CorruptDonorError: A header cannot be read.
     """
     if os.path.isdir(source) or hub_kwargs.get("local_files_only", False) or is_offline_mode():
-        return {name: view.info for name, view in open_checkpoint(source, variant=variant, **hub_kwargs).items()}
+        views = open_checkpoint(source, variant=variant, **hub_kwargs)
+        return {
+            name: TensorInfo(dtype=cast(Any, view.dtype), shape=view.shape, data_offsets=view.data_offsets)
+            for name, view in views.items()
+        }
     return {name: info for name, (_, info) in _locate(os.fspath(source), variant=variant, **hub_kwargs).items()}
 
 
