@@ -19,8 +19,6 @@ from testing import EXAMPLES, load_script
 from testing.donors import organ
 from testing.models import tiny_tokenizer
 
-EXPORT = EXAMPLES / "export_gguf.py"
-
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
