@@ -94,7 +94,7 @@ def test_it_runs_as_a_program(module):
     assert re.findall(r"^│ (\w+) ", shown.stdout, re.MULTILINE) == list(COMMANDS)
     wrong = run("push", "nowhere", "me/nothing")
     assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert wrong.stderr == "error: no folder nowhere; name one that holds a donor\n"
+    assert wrong.stderr == "error: no folder nowhere; give the folder of a donor\n"
 
 
 def test_help_needs_no_slow_import():
