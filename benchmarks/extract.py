@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +68,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def compare(shape: str) -> dict[str, Any]:
     """Run every way against one Hub and put the numbers side by side."""
-    from local_hub import DEFAULT_TOKEN, Hub
-
-    with tempfile.TemporaryDirectory() as scratch, Hub(Path(scratch, "hub")) as hub:
-        os.environ.update(
-            HF_ENDPOINT=hub.endpoint,
-            HF_TOKEN=DEFAULT_TOKEN,
-            HF_HUB_DISABLE_XET="1",
-            HF_HUB_DISABLE_PROGRESS_BARS="1",
-            HF_HUB_DISABLE_TELEMETRY="1",
-            NO_PROXY="localhost,127.0.0.1",
-        )
+    with tempfile.TemporaryDirectory() as scratch, serve(Path(scratch)) as hub:
         import demo  # the commit, versions and hardware, as in its own results
         from huggingface_hub import HfApi
 
@@ -101,6 +93,23 @@ def compare(shape: str) -> dict[str, Any]:
             "commit": demo.commit(),
             **demo.provenance(),
         }
+
+
+@contextmanager
+def serve(scratch: Path) -> Iterator[Any]:
+    """Run the test Hub in a folder and set the client's environment, before huggingface_hub is imported."""
+    from local_hub import DEFAULT_TOKEN, Hub
+
+    with Hub(scratch / "hub") as hub:
+        os.environ.update(
+            HF_ENDPOINT=hub.endpoint,
+            HF_TOKEN=DEFAULT_TOKEN,
+            HF_HUB_DISABLE_XET="1",
+            HF_HUB_DISABLE_PROGRESS_BARS="1",
+            HF_HUB_DISABLE_TELEMETRY="1",
+            NO_PROXY="localhost,127.0.0.1",
+        )
+        yield hub
 
 
 def write_model(folder: Path, shape: dict[str, Any]) -> Path:

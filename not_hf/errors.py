@@ -33,7 +33,7 @@ def some(problems: Sequence[object]) -> str:
 
 @contextlib.contextmanager
 def reaching_hub(what: str) -> Iterator[None]:
-    """Turn a failure to reach the Hub in the block into a `ConnectionError`; its answers stay as they are.
+    """Turn a failure to reach the Hub into a `ConnectionError`; errors that the Hub answers with pass unchanged.
 
     Args:
         what: What could not be done, for the error.
@@ -55,11 +55,11 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
 
 @contextlib.contextmanager
 def reading_base(base: str, donor: str | None) -> Iterator[None]:
-    """Say of a base that cannot be read in the block who named it, and how to name another copy.
+    """If the base cannot be read in the block, the error says which donor names it and how to use another copy.
 
     Args:
         base: Folder or Hub ID.
-        donor: The donor that names it; `None` when the user did, who needs no telling.
+        donor: The donor that names it; `None` if the user did, and the error stays as it is.
 
     Raises:
         OSError: The base cannot be read.

@@ -34,7 +34,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 
 from not_hf.training.data import pack
-from testing.models import tiny_model, tiny_tokenizer
+from testing.models import TOKEN_IDS, tiny_model, tiny_tokenizer
 
 _connect = socket.socket.connect
 
@@ -75,7 +75,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture(scope="session")
 def token_ids() -> torch.Tensor:
     """Random prompt tokens without padding, `(batch=2, seq=9)`."""
-    return torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    return TOKEN_IDS.clone()
 
 
 @pytest.fixture(scope="session")

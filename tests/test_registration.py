@@ -21,7 +21,12 @@ from transformers import (
     pipeline,
 )
 
-from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
+from not_hf import (
+    DonorConfig,
+    DonorModel,
+    NotHFError,
+    TransplantedForCausalLM,
+)
 from testing.models import logits, tiny_model
 
 PROMPT = "w5 w6 w7 w8"
@@ -139,9 +144,6 @@ def test_two_organs_are_saved_as_a_composition(where, token_ids, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "one").position == 1
 
 
-# What only a Hub has: revisions, privacy, subfolders, pull requests, the cache.
-
-
 @pytest.fixture
 def base(base_repo) -> str:
     return base_repo("llama")
@@ -224,3 +226,18 @@ def test_offline_once_cached(hub, base, token_ids):
 def test_a_missing_repo_is_an_os_error(base):
     with pytest.raises(OSError, match="me/absent"):
         TransplantedForCausalLM.from_pretrained(base, "me/absent")
+
+
+def test_auto_class_extras(tmp_path, base_folder, token_ids):
+    DonorModel.from_base(base_folder("llama"), (1, 3)).save_pretrained(tmp_path, variant="fp16")
+    organ_alone, info = AutoModel.from_pretrained(tmp_path, variant="fp16", output_loading_info=True)
+    assert isinstance(organ_alone, DonorModel) and not info["missing_keys"]
+    fresh = AutoModelForCausalLM.from_config(organ_alone.config)
+    assert isinstance(fresh, TransplantedForCausalLM) and fresh.config.num_hidden_layers == 6
+    DonorModel.from_base(base_folder("llama"), (1, 3)).save_pretrained(tmp_path)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, TransplantedForCausalLM) and not info["missing_keys"]
+    with pytest.raises(TypeError, match="dtype: only for a recipient that is loaded here"):
+        TransplantedForCausalLM.from_pretrained(model, tmp_path, dtype=torch.float16)
+    with pytest.raises(NotHFError, match="is a donor, not a recipient"):
+        TransplantedForCausalLM.from_pretrained(tmp_path, tmp_path)

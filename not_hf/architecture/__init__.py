@@ -1,1 +1,1 @@
-"""What is known of native models."""
+"""Native models: where their layers are, how they are spliced, and how two of them differ."""

@@ -1,4 +1,4 @@
-"""Recipients spread over devices, or offloaded, by accelerate: where an organ's layers run, and what says so."""
+"""Recipients that accelerate spreads over devices or offloads: where layers run, and the device map."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ DeviceMap = dict[str, Any]  # accelerate's: module name to "cpu", "disk", a devi
 
 
 def execution_device(layer: nn.Module) -> torch.device | None:
-    """The device on which accelerate runs a layer, wherever its weights rest; `None` when it is not dispatched."""
+    """The device on which accelerate runs a layer, wherever its weights are; `None` if it is not dispatched."""
     hook = next(_align_hooks(layer), None)
     return None if hook is None else torch.device(hook.execution_device)
 
 
 def follow(layer: nn.Module, neighbour: nn.Module, skip_keys: str | Sequence[str] | None) -> None:
-    """Have accelerate bring a layer's inputs to where its neighbour runs; the layer's own weights stay there.
+    """Have accelerate move a layer's inputs to the device on which its neighbour runs.
 
     Args:
-        layer: A layer of an organ, on that device already.
+        layer: A layer of an organ; its weights are on that device already, and stay there.
         neighbour: A layer of the recipient.
-        skip_keys: Arguments that are not to be moved, such as the cache; a model knows them.
+        skip_keys: Names of arguments that are not moved, such as the cache.
     """
     if (device := execution_device(neighbour)) is not None:
         add_hook_to_module(layer, AlignDevicesHook(execution_device=device, skip_keys=skip_keys))
@@ -36,12 +36,12 @@ def spliced_device_map(device_map: DeviceMap, path: str, origins: Sequence[int |
     """The device map of a spliced model.
 
     Args:
-        device_map: The base's.
-        path: Of the list of layers.
+        device_map: The map of the base.
+        path: Path of the list of layers.
         origins: For each layer of the new stack, its index in the base, or the device of an organ's layer.
 
     Returns:
-        A new one; the same when the map does not tell layers apart.
+        A new map; an equal one if it has no entries for single layers.
     """
     inside = {key: place for key, place in device_map.items() if key.startswith(f"{path}.")}
     spliced = {key: place for key, place in device_map.items() if key not in inside}

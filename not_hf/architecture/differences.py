@@ -1,4 +1,4 @@
-"""In what configs and layers differ: what the guard before a merge, and every check of an organ, goes by."""
+"""How configs and layers differ: the basis of the guard before a merge and of every check of an organ."""
 
 from __future__ import annotations
 
@@ -137,13 +137,13 @@ def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[LayerDes
         originals: The same layers of the base.
 
     Raises:
-        UnsupportedArchitectureError: At their new place they are built of other modules or shapes.
+        UnsupportedArchitectureError: At their new position they have other modules or shapes.
     """
     for layer, original in zip(layers, originals, strict=True):
         description = describe(layer)
         if not same_modules([description], [original]):
             raise UnsupportedArchitectureError(
-                "these layers are built otherwise at another place of the stack; cut a span that does not depend on it"
+                "these layers have other modules or shapes at another position; cut a span that does not depend on it"
             )
         for (name, key), value in original.attributes.items():
             if description.attributes.get((name, key), value) != value:
@@ -151,7 +151,7 @@ def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[LayerDes
 
 
 def fingerprint(config: PreTrainedConfig) -> str:
-    """SHA-256 of what a config says about its layers: equal for two fine-tunes of one model."""
+    """SHA-256 of the config keys that concern layers: equal for two fine-tunes of one model."""
     ignored = NAMES | {
         "vocab_size",
         "bos_token_id",
@@ -172,13 +172,13 @@ def _derived(module: nn.Module) -> dict[str, Any]:
         for key in attributes.keys() - NOT_DERIVED
         if isinstance(value := attributes[key], (bool, int, float, str, tuple, type(None)))
         and "dropout" not in key
-        and not (key == "p" and isinstance(module, nn.Dropout))  # training alone
+        and not (key == "p" and isinstance(module, nn.Dropout))  # for training only
         and not key.startswith(BOOKKEEPING)
     }
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two values are one; floats as far as float32 tells them apart, since GGUF files hold them so."""
+    """Whether two values are equal; floats in the precision of float32, in which GGUF files store them."""
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=2**-24)
     return bool(ours == theirs)

@@ -42,12 +42,12 @@ def computes(parameter: torch.Tensor) -> bool:
 
 
 def settle(layer: nn.Module, neighbour: nn.Module, device: torch.device | None = None) -> None:
-    """Move a layer to where a layer of the recipient is: device, dtype of each parameter.
+    """Give a layer the device of a layer of the recipient and, parameter by parameter, its dtype.
 
     Args:
         layer: The layer.
-        neighbour: The recipient's. Where its parameter is packed, ours takes the dtype that the layer computes in.
-        device: Where the neighbour runs, when its weights rest elsewhere.
+        neighbour: The recipient's layer. Instead of a packed dtype, the one that it computes in is taken.
+        device: Where the neighbour runs, if its weights are elsewhere.
     """
     theirs = {name: p for name, p in neighbour.named_parameters() if computes(p)}
     fallback = next(iter(theirs.values()))
@@ -60,20 +60,20 @@ def settle(layer: nn.Module, neighbour: nn.Module, device: torch.device | None =
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity, found without a second tensor of its size."""
+    """Whether a tensor holds neither NaN nor infinity; computed without a second tensor of its size."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
 
 
 def require_finite(layers: Iterable[nn.Module], name: str, known: Mapping[nn.Parameter, torch.dtype]) -> None:
-    """Check what layers hold, after they have taken the recipient's dtype.
+    """Check that the values of layers are finite, after a cast to the recipient's dtype.
 
     Args:
         layers: Of an organ.
         name: Of the organ.
-        known: Parameters that were finite before, each with the dtype it had then.
+        known: Parameters that were finite before the cast, each with its dtype then.
 
     Raises:
-        CorruptDonorError: Naming the first tensor that holds NaN or infinity.
+        CorruptDonorError: With the name of the first tensor that holds NaN or infinity.
     """
     for n, layer in enumerate(layers):
         for key, parameter in layer.named_parameters():
@@ -82,13 +82,13 @@ def require_finite(layers: Iterable[nn.Module], name: str, known: Mapping[nn.Par
 
 
 def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn.Module], training: bool) -> None:
-    """Give a layer that enters a stack what its neighbours have: the config, train mode, gradient checkpointing.
+    """Give a layer that enters a stack the config, train mode and gradient checkpointing of its neighbours.
 
     Args:
         layer: The layer.
         config: The recipient's.
-        reference: A layer that stood in the stack so far, as modules by name.
-        training: The recipient's mode.
+        reference: A layer that is in the stack already, as modules by name.
+        training: Whether the recipient is in train mode.
     """
     layer.train(training)
     for module in layer.modules():

@@ -1,4 +1,4 @@
-"""Recipients whose weights are packed in 4 or 8 bits: told apart, and made plain where somebody asks for it."""
+"""Recipients with weights of 4 or 8 bits: how to recognize and to dequantize them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from not_hf.errors import NotHFError
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a model computes with packed weights, loaded so or quantized afterwards.
+    """Whether a model computes with packed weights, quantized on loading or afterwards.
 
-    transformers' quantizer alone does not say so: it stays on a model whose GGUF file it dequantized.
+    A quantizer of transformers alone does not mean that: it stays on a model whose GGUF file it has dequantized.
     """
     if any(_is_packed(parameter) or not computes(parameter) for parameter in model.parameters()):
         return True
@@ -26,7 +26,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def quantization_name(model: nn.Module) -> str:
-    """Who packed a model's weights, for messages."""
+    """The method that quantized a model, for messages."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return next((type(p).__name__ for p in model.parameters() if _is_packed(p)), "8 bit")
@@ -36,14 +36,13 @@ def quantization_name(model: nn.Module) -> str:
 
 @contextlib.contextmanager
 def dequantized(model: PreTrainedModel) -> Iterator[None]:
-    """Make a model's weights plain, in the dtype it computes in; packed again if the block raises.
+    """Dequantize a model's weights to the dtype that it computes in; undone if the block raises.
 
-    A model that is neither packed nor came from a quantizer is left alone.
-
-    transformers does it where it can (bitsandbytes, HIGGS); tensors that know how (torchao, quanto) do it themselves.
+    A model that was never quantized stays as it is. transformers dequantizes what it can (bitsandbytes, HIGGS); the
+    tensors of torchao and quanto dequantize themselves.
 
     Raises:
-        NotHFError: Neither can; the model is as it was.
+        NotHFError: The weights cannot be dequantized; the model is as it was.
     """
     if not is_quantized(model) and getattr(model, "hf_quantizer", None) is None:
         yield
@@ -79,7 +78,7 @@ def dequantized(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _unpack(model: nn.Module) -> bool:
-    """Have tensors that are packed by their class give themselves out plain, in plain modules; whether any did."""
+    """Dequantize tensors whose class packs them, in plain modules; returns whether there were any."""
     found = False
     for path, module in list(model.named_modules()):
         parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
@@ -98,10 +97,10 @@ def _unpack(model: nn.Module) -> bool:
 
 
 def _is_packed(parameter: torch.Tensor) -> bool:
-    """Whether the tensor's class packs it: it has its own way to give itself out plain."""
+    """Whether a tensor's class packs its values: it has a `dequantize` of its own."""
     return type(parameter).dequantize is not torch.Tensor.dequantize
 
 
 def _packed_for_cpu(parameter: torch.Tensor) -> bool:
-    """Whether bitsandbytes laid 4-bit weights out for its CPU kernel: `dequantize` would read them wrongly (0.50)."""
+    """Whether bitsandbytes has packed 4-bit weights for its CPU kernel: `dequantize` would misread them (0.50)."""
     return bool(getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False))

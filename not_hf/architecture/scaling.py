@@ -1,4 +1,4 @@
-"""How strongly an organ speaks: its output projections multiplied by a number, so that any scale merges natively."""
+"""The scale of an organ: a factor on its output projections, so that any scale merges natively."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from not_hf.errors import NotHFError, UnsupportedArchitectureError
 
 
 def scale_problem(scale: Any, mode: str) -> str | None:
-    """Why organs cannot have this scale, `None` if they can."""
+    """Why an organ cannot have this scale; `None` if it can."""
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
         return f"scale must be a finite number, got {scale!r:.200}"
     if scale != 1 and mode != "insert":
@@ -37,23 +37,23 @@ def scaled_parameters(layers: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Par
 
 
 def unscaled(tensor: torch.Tensor, original: torch.Tensor, scale: float) -> torch.Tensor:
-    """What `tensor` is at scale 1.
+    """The value of a parameter at scale 1.
 
     Args:
-        tensor: A parameter at `scale`.
-        original: What it was when the scale was set.
-        scale: By which it was multiplied then.
+        tensor: The parameter at `scale`.
+        original: Its value when the scale was set.
+        scale: The factor by which it was multiplied then.
 
     Returns:
         `original` itself unless the parameter was trained since.
 
     Raises:
-        NotHFError: It was trained at scale 0, which tells nothing of what it would be.
+        NotHFError: It was trained at scale 0, so its value at scale 1 is unknown.
     """
     if torch.equal(tensor, original * scale):
         return original
     if scale == 0:
-        raise NotHFError("an organ was trained at scale 0, where it has no weights; set another scale, then train")
+        raise NotHFError("an organ was trained at scale 0, which loses its weights at scale 1; train at another scale")
     return tensor / scale
 
 
@@ -61,12 +61,11 @@ def unscaled(tensor: torch.Tensor, original: torch.Tensor, scale: float) -> torc
 def require_scalable(stack: Stack, layer: nn.Module) -> None:
     """Check that a layer writes half as much when its output projections are halved, and nothing when they are zero.
 
-    A norm behind them undoes a scale; where a layer writes by others than `anatomy` knows, these go on unscaled.
-
-    Tried on a copy of the layer with random projections, branch by branch, with what the model hands to its layers.
+    A norm behind the projections would undo a scale, and a projection that `OUTPUT_PROJECTIONS` lacks would stay as it
+    is. Checked on a copy of the layer with random projections, branch by branch, called as the model calls it.
 
     Raises:
-        UnsupportedArchitectureError: It does not.
+        UnsupportedArchitectureError: The layer does not.
     """
     probe = copy.deepcopy(layer).eval()
     args, kwargs = _layer_call(stack, probe)
@@ -96,11 +95,11 @@ def require_scalable(stack: Stack, layer: nn.Module) -> None:
 
 
 class _CalledError(Exception):
-    """Carries the arguments of a call out of it."""
+    """Carries the arguments of a call out of the model."""
 
 
 def _layer_call(stack: Stack, probe: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which a model calls its first layer, for a few tokens; `probe` stands in for it."""
+    """The arguments with which a model calls its first layer, for a few tokens; `probe` takes its place."""
 
     def catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _CalledError(args, kwargs)

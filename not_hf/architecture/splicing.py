@@ -1,4 +1,4 @@
-"""How a config, and what layers know of their place, change when layers move."""
+"""Splicing: how the config, and the indices that layers store, change when layers move."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dic
     if "attention_layers" in values and _is_list(base, "attention_types"):  # gpt_neo writes the list run-length coded
         values["attention_types"] = [[list(values["attention_layers"]), 1]]
     if getattr(base, "decoder_sparse_step", None) is not None and "mlp_only_layers" in values:
-        # layer i is sparse when step divides i + 1, unless listed: say the same with step 1 and the list alone
+        # layer i is sparse if step divides i + 1, unless it is listed: the same with step 1 and the list alone
         values["mlp_only_layers"] = [
             n
             for n, (config, i) in enumerate(origins)
@@ -57,7 +57,7 @@ def spliced_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> Pr
 
 
 def set_layer_index(layer: nn.Module, index: int) -> None:
-    """Tell a layer and every module in it that it stands at `index` of the stack."""
+    """Set the index in the stack that a layer and the modules in it store."""
     for module, name in _index_holders(layer):
         setattr(module, name, index)
 

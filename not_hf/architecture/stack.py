@@ -20,7 +20,7 @@ from not_hf.errors import UnsupportedArchitectureError
 
 @dataclass(frozen=True)
 class Stack:
-    """Where a live model keeps its layers: `model.<base>.<path>` is their `ModuleList`."""
+    """Where a live model keeps its layers: their `ModuleList` is `model.<base>.<path>`."""
 
     model: nn.Module
     base: str  # the base model in the model with a head: model, transformer, bert, …
@@ -38,7 +38,7 @@ class Stack:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The layers that stand in the stack now."""
+        """The layers that are in the stack now."""
         return cast(nn.ModuleList, self.model.get_submodule(self.full_path))
 
 
@@ -76,7 +76,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Refuse what a config alone shows to be impossible.
+    """Refuse a model that cannot be spliced, as far as its config tells.
 
     Raises:
         UnsupportedArchitectureError: With the reason.
@@ -91,9 +91,9 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:
-    """Whether a config stands for a masked LM, whose layers see both sides, and not for a causal one.
+    """Whether a config is that of a masked LM, whose layers attend in both directions, not of a causal one.
 
-    A model type that transformers has both heads for (bert) says by `is_decoder` which of them it means.
+    For a model type with both heads in transformers (bert), `is_decoder` decides.
     """
     if config.is_encoder_decoder or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return False
@@ -101,10 +101,10 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def head_class(config: PreTrainedConfig) -> Any:
-    """The Auto class that gives a config its language-modelling head."""
+    """The Auto class that builds a model with a language-modelling head from a config."""
     return AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
 
 
 def task_of(config: PreTrainedConfig) -> str:
-    """The Hub's name for what a language model of this config does."""
+    """The Hub's name for the task of a language model of this config."""
     return "fill-mask" if is_encoder(config) else "text-generation"

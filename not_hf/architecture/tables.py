@@ -1,4 +1,4 @@
-"""What must be known of particular model types: names, as data, which is checked against the live model."""
+"""Names that depend on the model type, as data; checked against the live model before use."""
 
 from torch import nn
 
@@ -41,11 +41,11 @@ LAYERLESS = {
 }
 
 
-# Attributes in which a layer, or a module in it, remembers its index.
+# Attributes in which a layer, or a module in it, stores its index.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
 
 
-# Modules (end of their path) and parameters (without `weight`/`bias`) by which a layer writes to the residual stream.
+# Modules (end of the path) and parameters (without `weight`/`bias`) by which a layer writes to the residual stream.
 OUTPUT_PROJECTIONS = {
     "attention": ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "dense_attention"),
     "mlp": (
@@ -69,7 +69,7 @@ NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2
 }
 
 
-# What every module has, and what is set by the user or the loader: neither comes from the config.
+# Attributes that every module has, or that the user or the loader sets: they do not come from the config.
 NOT_DERIVED = vars(nn.Module()).keys() | {
     *INDEX_ATTRIBUTES,  # set on every splice
     "gradient_checkpointing",

@@ -1,4 +1,4 @@
-"""Twins: native models on the meta device, which have every attribute and shape and take no memory."""
+"""Twins: native models on the meta device, with every attribute and shape, and no memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from not_hf.errors import UnsupportedArchitectureError, one_line
 
 @dataclass(frozen=True)
 class Twin:
-    """A native language model on the meta device, and what is asked of it more than once. Only to be looked at."""
+    """A native language model on the meta device, with its layers cached. It is shared: do not change it."""
 
     model: PreTrainedModel
 
@@ -48,7 +48,7 @@ class Twin:
 def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Twin:
     """The native language model of `config` on the meta device: every attribute and shape, no memory.
 
-    It is kept for the questions that are asked of it in a row.
+    The last few are cached.
 
     Raises:
         UnsupportedArchitectureError: transformers has no language model for this config, or cannot build it.
@@ -67,11 +67,11 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
     return twin
 
 
-_twins: deque[tuple[str, Twin]] = deque(maxlen=4)  # the last ones, each by what its config says
+_twins: deque[tuple[str, Twin]] = deque(maxlen=4)  # by the content of the config
 
 
 def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-    """Call a native constructor; whatever it raises on a config it cannot serve becomes one typed line."""
+    """Call a native constructor; any error that it raises becomes an `UnsupportedArchitectureError` in one line."""
     try:
         return constructor(config, **kwargs)
     except Exception as error:

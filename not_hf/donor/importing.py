@@ -1,7 +1,7 @@
-"""Organs out of pickled checkpoints, which say nothing about how they are laid out.
+"""`import_checkpoint`: organs from pickled checkpoints, whatever their layout.
 
-Whatever a file holds is taken as tensors by dotted names. Where such a name ends like that of a tensor of the base's
-layers, what stands before tells where the file keeps its layers, and the last number in it which layer that is.
+A file is read as tensors by dotted names. If a name ends like that of a tensor in the base's layers, what comes before
+is where the file keeps its layers, and the last number in that is the layer's number.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from not_hf.donor.pickles import read_tensors
 from not_hf.errors import CorruptDonorError, NotHFError
 from not_hf.hub.checkpoint import FLOAT_DTYPES
 
-DONOR_LAYERS = "donor_layers.pt"  # what the paper's author calls the file
-# Buffers that layers of older releases of transformers held, and that are computed now; a causal mask was a `bias`.
+DONOR_LAYERS = "donor_layers.pt"  # the file name of the paper's author
+# Buffers of layers in older releases of transformers, which are computed now; a causal mask was a `bias`.
 OLD_BUFFERS = ("masked_bias", "causal_mask", "inv_freq", "cos_cached", "sin_cached")
 
 _FLOATS = tuple(getattr(torch, name) for name in FLOAT_DTYPES.values())
@@ -36,16 +36,16 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a file keeps a set of layers: names there are `before`, number, `after`, name in the layer."""
+class Naming:
+    """How a file names the tensors of a set of layers: `before`, layer number, `after`, name in the layer."""
 
     before: str
     after: str
     is_numbered: bool
 
     @classmethod
-    def of(cls, lead: str) -> Place:
-        """From what stands before a tensor's name in its layer: an empty text or one that ends with a dot."""
+    def of(cls, lead: str) -> Naming:
+        """From what comes before a tensor's name in its layer: empty, or ending with a dot."""
         *parts, _ = lead.split(".")
         for n in reversed(range(len(parts))):
             if match := _NUMBERED.fullmatch(parts[n]):
@@ -61,7 +61,7 @@ class Place:
         return f"{self.before}{number if self.is_numbered else ''}{self.after}{key}"
 
     def layers(self, tensors: Mapping[str, torch.Tensor]) -> dict[int, Layer]:
-        """All that lies there, by number. A layer without a number is number 0."""
+        """The layers that are named so, by number. A layer without a number is number 0."""
         number = "([0-9]{1,6})" if self.is_numbered else "()"
         pattern = re.compile(f"{re.escape(self.before)}{number}{re.escape(self.after)}(.+)", re.DOTALL)
         found: dict[int, Layer] = {}
@@ -91,12 +91,12 @@ def import_checkpoint(
 
     The layers may be a list of state dicts, a dict by layer number, or flat names with any prefix, nested under any
     keys beside anything else: they are found by the names and shapes of the base's own layers. The file is read as
-    tensors only; a pickle that would run code is refused. The paper's author shares his organs (arXiv 2601.13580) in
+    tensors only; a pickle that would run code is refused. The organs of the paper (arXiv 2601.13580) are published as
     such files.
 
     Args:
         path_or_repo: The file; or a folder or Hub ID that holds it.
-        base: The model whose layers they are: folder, Hub ID or live model. Only its config is read.
+        base: The model that the layers are from: folder, Hub ID or live model. Only its config is read.
         layers: Half-open span `(i, j)` of the base's layers. `None`: as the file numbers them, if not from 0.
         subfolder: Folder within `path_or_repo`.
         filename: The file's name there.
@@ -110,8 +110,8 @@ def import_checkpoint(
         **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only`, for both repos.
 
     Raises:
-        CorruptDonorError: The file is no pickle of tensors, holds no layers of the base or several sets of them, or
-            a tensor is missing, unexpected, mis-shaped, non-finite or not floating-point.
+        CorruptDonorError: The file is not a pickle of tensors, holds no layers of the base or several sets of them,
+            or a tensor is missing, unexpected, mis-shaped, non-finite or not floating-point.
         NotHFError: `layers` is needed, or contradicts the file; another argument is out of range.
         UnsupportedArchitectureError: As in `DonorModel.from_base`.
         OSError: The file or the base's config cannot be read.
@@ -121,7 +121,7 @@ def import_checkpoint(
     if base_revision is not None:
         base_kwargs["revision"] = base_revision
     source = open_base(base, **base_kwargs)
-    # what is wrong with these shows before a download
+    # checks the arguments before the download
     span = None if layers is None else cut_config(source, layers, position, mode, init).span
     file = _fetch(os.fspath(path_or_repo), subfolder, filename, revision=revision, **hub_kwargs)
     name = file if os.path.exists(path_or_repo) else os.path.join(path_or_repo, subfolder or "", filename)
@@ -131,17 +131,17 @@ def import_checkpoint(
             shapes.setdefault(key, set()).add(tuple(tensor.shape))
 
     tensors = read_tensors(file, name)
-    place = _find_layers(tensors, shapes, name)
-    found = place.layers(tensors)
+    naming = _find_layers(tensors, shapes, name)
+    found = naming.layers(tensors)
     config = cut_config(source, _span(list(found), span, name), position, mode, init)
     config.domain = domain
     organ_tensors = {
-        f"{source.path}.{n}.{key}": _owned(tensor, f"{name}: {place.name(number, key)}")
+        f"{source.path}.{n}.{key}": _owned(tensor, f"{name}: {naming.name(number, key)}")
         for n, (number, layer) in enumerate(found.items())
         for key, tensor in layer.items()
         if key in shapes or not _is_old_buffer(key, tensor)
     }
-    return DonorModel.from_tensors(source, config, organ_tensors, dtype, name=f"{name}, layers at {place}")
+    return DonorModel.from_tensors(source, config, organ_tensors, dtype, name=f"{name}, layers at {naming}")
 
 
 def _fetch(source: str, subfolder: str | None, filename: str, **hub_kwargs: Any) -> str:
@@ -153,39 +153,39 @@ def _fetch(source: str, subfolder: str | None, filename: str, **hub_kwargs: Any)
     return str(cached_file(source, filename, subfolder=subfolder, **hub_kwargs))
 
 
-def _find_layers(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Collection[Shape]], name: str) -> Place:
-    """The one place whose names and shapes are those of the base's layers.
+def _find_layers(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Collection[Shape]], name: str) -> Naming:
+    """The one naming under which there are tensors with the names and shapes of the base's layers.
 
     Args:
-        tensors: What the file holds.
-        shapes: Of each tensor of the base's layers, by name in the layer: the layers of one base may differ.
+        tensors: Those in the file.
+        shapes: Of each tensor of the base's layers, by name in the layer. Layers of one base may differ.
         name: Of the file, for errors.
 
     Raises:
-        CorruptDonorError: There is no such place, or there are several.
+        CorruptDonorError: There is none, or there are several.
     """
     depth = max(key.count(".") for key in shapes) + 1
-    fits: dict[Place, dict[str, bool]] = {}  # at each place: names in a layer, and whether such a one has its shape
+    fits: dict[Naming, dict[str, bool]] = {}  # for each: names in a layer, and whether any tensor has the shape
     for path, tensor in tensors.items():
         parts = path.split(".")
         for n in range(max(0, len(parts) - depth), len(parts)):
             if (key := ".".join(parts[n:])) in shapes:
-                found = fits.setdefault(Place.of(path.removesuffix(key)), {})
+                found = fits.setdefault(Naming.of(path.removesuffix(key)), {})
                 found[key] = found.get(key, False) or tuple(tensor.shape) in shapes[key]
                 break
     if not fits:
         raise CorruptDonorError(
             f"{name} holds no layers of this base: none of its {len(tensors)} tensors ({_some(list(tensors))}) "
-            f"is named like those of a layer ({_some(list(shapes))})"
+            f"is named like a tensor of its layers ({_some(list(shapes))})"
         )
-    score = {place: sum(found.values()) for place, found in fits.items()}
-    best = max(fits, key=lambda place: (score[place], len(fits[place])))
-    # a norm outside the layers may be named like one in them; half a layer is no accident
-    rivals = [place for place in fits if score[best] and 2 * score[place] >= score[best]]
+    score = {naming: sum(found.values()) for naming, found in fits.items()}
+    best = max(fits, key=lambda naming: (score[naming], len(fits[naming])))
+    # a norm outside the layers may be named like one in them; half a layer is not a coincidence
+    rivals = [naming for naming in fits if score[best] and 2 * score[naming] >= score[best]]
     if len(rivals) > 1:
         raise CorruptDonorError(
             f"{name} holds several sets of layers of this base, at {' and at '.join(map(str, rivals))}; "
-            "torch.save the one that is meant alone"
+            "torch.save only the one to import"
         )
     return best
 
@@ -195,15 +195,15 @@ def _span(numbers: Sequence[int], wanted: Span | None, name: str) -> Span:
 
     Raises:
         CorruptDonorError: The file leaves layers out.
-        NotHFError: It does not tell and nobody else does, or it tells something else than is wanted.
+        NotHFError: Neither the file nor `wanted` tells it, or they contradict each other.
     """
     first, k = numbers[0], len(numbers)
     if numbers[-1] - first != k - 1:
-        raise CorruptDonorError(f"{name} holds layers {', '.join(map(str, numbers))}, which do not follow each other")
+        raise CorruptDonorError(f"{name} holds layers {', '.join(map(str, numbers))}, which are not consecutive")
     if wanted is None and first == 0:
         raise NotHFError(
-            f"{name} does not say which layers of the base its {k} are; "
-            f"give them: layers=(i, i + {k}), or --layers I:J on the command line"
+            f"{name} does not say which layers of the base its {k} layers are; "
+            f"name them: layers=(i, i + {k}), or --layers I:J on the command line"
         )
     if wanted is not None and (wanted[1] - wanted[0] != k or first not in (0, wanted[0])):
         raise NotHFError(f"{name} holds layers {first} to {numbers[-1]}, which are not those of layers={wanted}")
@@ -216,17 +216,17 @@ def _is_old_buffer(key: str, tensor: torch.Tensor) -> bool:
 
 
 def _owned(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """A copy, since the file may change and tensors in it may share memory.
+    """A copy of a tensor: the file may change, and tensors in it may share memory.
 
     Raises:
-        CorruptDonorError: It holds no floating-point values, or none at all.
+        CorruptDonorError: The tensor has no floating-point values, or none at all.
     """
     if tensor.dtype not in _FLOATS:
         raise CorruptDonorError(f"{name} is {tensor.dtype}, not floating-point")
     if tensor.layout != torch.strided or tensor.is_meta:
         raise CorruptDonorError(f"{name} is not a dense tensor with values")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise CorruptDonorError(f"{name} repeats few values to shape {tuple(tensor.shape)}")
+        raise CorruptDonorError(f"{name} has shape {tuple(tensor.shape)} but fewer values (an expanded tensor)")
     if tensor.numel() == 0:
         raise CorruptDonorError(f"{name} is empty, shape {tuple(tensor.shape)}")
     return tensor.detach().clone(memory_format=torch.contiguous_format)

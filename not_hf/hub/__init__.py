@@ -1,1 +1,1 @@
-"""Files of a checkpoint, here and on the Hub."""
+"""Files of donors and bases, in folders and on the Hub."""

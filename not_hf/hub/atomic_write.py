@@ -1,4 +1,4 @@
-"""Writing a donor's folder: all of it or nothing, and nothing stays that a later load would prefer."""
+"""Writing a donor's folder atomically, without stale weights that a later load would prefer."""
 
 from __future__ import annotations
 
@@ -15,53 +15,54 @@ from transformers.utils import CONFIG_NAME
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError
 
-# Begins the name of the folder that is written first; Trainer does not upload what begins with _
+# Prefix of the temporary folder; Trainer does not upload names that begin with _
 DRAFT = "_draft-"
-# the files of one checkpoint; group 1 or 3 is its variant
+# Names of weight files; group 1 or 3 is the variant
 _WEIGHTS = re.compile(r"model(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.\w+)?\.json")
 
 
 @contextlib.contextmanager
 def replacing(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Write into a draft; its files take their places in `folder` when the block is through.
+    """Write into a temporary folder, whose files move into `folder` when the block ends.
 
-    What fails leaves `folder` as it was. Weights of an earlier save that the new ones do not overwrite are removed.
+    If the block or the move fails, `folder` stays as it was. Weights of an earlier save that the new files do not
+    overwrite are removed.
 
     Args:
-        folder: Of a donor; created when missing.
+        folder: The donor's folder; created if missing.
 
     Yields:
-        The draft's folder, empty.
+        Path of the temporary folder, which is empty.
     """
     _require_room(Path(folder), "any")
     existed = os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     try:
-        # beside its destination, so that files need only be renamed
+        # inside its destination, so that files need only be renamed
         with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder) as draft:
             yield draft
             _move(Path(draft), Path(folder))
     except BaseException:
         if not existed:
-            with contextlib.suppress(OSError):  # something else was put there meanwhile
+            with contextlib.suppress(OSError):  # not empty: somebody else has written to it
                 os.rmdir(folder)
         raise
 
 
 def stale_weights(present: Iterable[str], written: Iterable[str]) -> list[str]:
-    """The weights that a load could take for those of a donor that was just written.
+    """Weight files of an earlier save that a load could take for those of the donor just written.
 
-    A load prefers `model.safetensors` to shards, so that of an earlier save must not stay beside new shards. Other
-    files, other folders and other variants are none of ours.
+    A load prefers `model.safetensors` to shards, so an old one must not stay beside new shards. Other files, folders
+    and variants are left alone.
 
     Args:
         present: Files that were there before, as paths from the repo's root.
-        written: Files that were written, likewise.
+        written: Files that were written, as paths from the repo's root.
     """
     new = set(written)
     checkpoints = {_checkpoint(path) for path in new} - {None}
     with_weights = {folder for folder, _ in filter(None, checkpoints)}
-    # a composition has its weights in subfolders: those beside its config are of a single organ that was there before
+    # a composition has its weights in subfolders; weights beside its config belong to a single organ saved earlier
     configs = {_split(path)[0] for path in new if _split(path)[1] == CONFIG_NAME}
     checkpoints |= {(folder, None) for folder in configs - with_weights}
     return sorted(path for path in set(present) - new if _checkpoint(path) in checkpoints)
@@ -73,14 +74,14 @@ def files_in(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def require_donor_folder(folder: str | os.PathLike[str], name: str | None = None) -> None:
-    """Refuse to save over another model: both kinds of repo use the same file names.
+    """Refuse to overwrite a model that is not a donor: both kinds of repo use the same file names.
 
     Args:
-        folder: Where a donor is going to be saved.
-        name: What to call it in the error; `None`: by its path.
+        folder: Where a donor will be saved.
+        name: What to call the folder in the error; `None`: its path.
 
     Raises:
-        NotHFError: It holds the config of something else.
+        NotHFError: The folder holds another kind of model.
     """
     config = Path(folder, CONFIG_NAME)
     if not config.is_file():
@@ -88,18 +89,19 @@ def require_donor_folder(folder: str | os.PathLike[str], name: str | None = None
     try:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError):
-        return  # no model's
+        return  # not the config of a model
     if model_type != DonorConfig.model_type:
         raise NotHFError(
-            f"{name or folder} holds a model of type {model_type!r}, which an organ would overwrite; choose another"
+            f"{name or folder} holds a model of type {model_type!r}, which a donor would overwrite; choose another"
         )
 
 
 def _move(draft: Path, folder: Path) -> None:
-    """Put the draft's files in place. What fails, an interruption too, puts back what was there.
+    """Move the draft's files into `folder`. After an error, or an interruption, the old files are back.
 
-    Configs go first and come last: a process that is killed in between leaves a folder that no longer loads, and the
-    old files in a folder beside, but never an organ with the weights of another.
+    Old configs are the first to leave and new ones the last to arrive: a process that is killed in between leaves a
+    folder that does not load, with the old files in a subfolder, but never the config of one organ with the weights of
+    another.
     """
     written = sorted(files_in(draft), key=_is_config)
     for path in written:
@@ -132,7 +134,7 @@ def _is_config(path: str) -> bool:
 
 
 def _require_room(folder: Path, path: str) -> None:
-    """Refuse to put a file where a folder is, or a folder where a file is."""
+    """Refuse to write a file where a folder is, or a folder where a file is."""
     if (folder / path).is_dir():
         raise NotHFError(f"{folder / path} is a folder, where a file is to be written; choose another folder")
     for parent in PurePosixPath(path).parents:
@@ -145,7 +147,7 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _checkpoint(path: str) -> tuple[str, str | None] | None:
-    """Folder and variant of the checkpoint that a file belongs to; `None` for another kind of file."""
+    """Folder and variant of the checkpoint that a file belongs to; `None` if it is not a weight file."""
     folder, name = _split(path)
     match = _WEIGHTS.fullmatch(name)
     return None if match is None else (folder, match[1] or match[3])

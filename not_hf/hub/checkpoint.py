@@ -12,16 +12,15 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from not_hf.architecture.upstream import fetch_file
 from not_hf.errors import CorruptDonorError
 from not_hf.hub.headers import read_header
 
-# safetensors names of the dtypes a trained weight may have, and what torch calls them
+# The dtypes that trained weights may have: safetensors' names, and torch's
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# those of quantized ones too
+# The dtypes that a file may hold
 DTYPES = FLOAT_DTYPES | {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 DTYPES |= {
     f"{sign}{bits}": f"{name}{bits}" for sign, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
@@ -31,39 +30,31 @@ DTYPES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "
 
 @dataclass(frozen=True)
 class View:
-    """A tensor in a safetensors file, read through a memory map when it is indexed, as slices of `safe_open` are.
+    """A tensor in a safetensors file, memory-mapped when it is indexed, as slices of `safe_open` are.
 
-    Each has a map of its own. In one for all, every tensor that is kept would keep the memory of those that were only
-    read to be converted (the experts of a Mixtral, which a model has in one tensor).
+    Each view has a memory map of its own. With one map per file, every tensor that is kept would hold on to the memory
+    of those that were only read to be converted (the experts of a Mixtral, which transformers fuses into one tensor).
     """
 
     path: str
     identity: tuple[int, ...]  # of the file when its header was read
-    info: TensorInfo  # what the header says; offsets in bytes from the file's beginning
-
-    @property
-    def dtype(self) -> str:
-        """As safetensors calls it."""
-        return self.info.dtype
-
-    @property
-    def shape(self) -> list[int]:
-        """Length of each dimension."""
-        return self.info.shape
+    dtype: str  # as safetensors calls it
+    shape: list[int]
+    data_offsets: tuple[int, int]  # in bytes from the file's beginning
 
     def get_dtype(self) -> str:
-        """As of `safe_open(...).get_slice`: transformers asks lazy tensors so, when it dequantizes them."""
+        """As in `safe_open(...).get_slice`; transformers calls it on lazy tensors that it dequantizes."""
         return self.dtype
 
     def get_shape(self) -> list[int]:
-        """As of `safe_open(...).get_slice`."""
+        """As in `safe_open(...).get_slice`."""
         return self.shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if self.dtype not in DTYPES:
             raise CorruptDonorError(f"{self.path} holds a tensor of dtype {self.dtype}, which cannot be read here")
         dtype = getattr(torch, DTYPES[self.dtype])
-        start, end = self.info.data_offsets
+        start, end = self.data_offsets
         if start == end:
             return torch.empty(self.shape, dtype=dtype)[index]
         if _identity(self.path) != self.identity:
@@ -187,7 +178,7 @@ def file_names(variant: str | None = None) -> tuple[str, str]:
 
 
 def _require_reach(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> None:
-    """Raise `OSError` for a file that was not found merely because the Hub could not be asked for it."""
+    """Raise `OSError` if a file was not found only because the Hub could not be asked for it."""
     try:
         found = cached_file(source, file, **hub_kwargs)
     except OSError as error:
@@ -205,11 +196,11 @@ def open_file(path: str) -> dict[str, View]:
     """A view of each tensor in one safetensors file, by name.
 
     Raises:
-        CorruptDonorError: It is truncated or none.
+        CorruptDonorError: It is truncated, or not a safetensors file.
     """
     identity = _identity(path)
     header = read_header(path)
-    return {name: View(path, identity, info) for name, info in header.items()}
+    return {name: View(path, identity, info.dtype, info.shape, info.data_offsets) for name, info in header.items()}
 
 
 def _identity(path: str) -> tuple[int, ...]:
@@ -222,7 +213,7 @@ def read_weight_map(index: str) -> dict[str, str]:
     """Which file holds which tensor, from the index of a sharded checkpoint.
 
     Raises:
-        CorruptDonorError: It is no index, or names files elsewhere.
+        CorruptDonorError: It is not an index, or names files in other folders.
     """
     try:
         weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]

@@ -12,7 +12,7 @@ from huggingface_hub.utils import TensorInfo
 from not_hf.errors import CorruptDonorError, one_line
 from not_hf.hub.ranges import RemoteFile
 
-# bits per value, by what safetensors calls a dtype: a file may hold tensors that nobody here wants to read
+# Bits per value by safetensors' name of the dtype; a file may hold tensors that are not read here
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -26,11 +26,11 @@ _MAX_HEADER = 100_000_000  # bytes, as in safetensors
 
 
 def read_remote_header(file: RemoteFile) -> dict[str, TensorInfo]:
-    """The tensors of a file on the Hub; no other bytes of it are read.
+    """The tensors of a file on the Hub, from its header alone.
 
     Raises:
         OSError: The header cannot be read.
-        CorruptDonorError: It is no safetensors header.
+        CorruptDonorError: It is not a safetensors header, or contradicts the size of the file.
     """
     length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
     _check_length(length, file.size, file.url)
@@ -42,7 +42,7 @@ def read_header(path: str) -> dict[str, TensorInfo]:
 
     Raises:
         OSError: It cannot be read.
-        CorruptDonorError: It has no safetensors header, or not the length that the header tells.
+        CorruptDonorError: It has no safetensors header, or the header contradicts its size.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -57,19 +57,19 @@ def _check_length(length: int, size: int, where: str) -> None:
 
 
 def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorInfo]:
-    """What a header says; `data_offsets` are made to count from the file's beginning.
+    """The tensors that a header lists; `data_offsets` count from the file's beginning.
 
-    Strict as safetensors is: the tensors lie one after the other and fill the file, each as long as its shape and
-    dtype demand. Whoever reads parts of a file must be able to rely on that.
+    As strict as safetensors: the tensors follow each other without gaps and fill the file, and each is as long as its
+    shape and dtype require. Reading parts of a file depends on it.
     """
     try:
-        entries = json.loads(text, object_pairs_hook=_without_twins)
+        entries = json.loads(text, object_pairs_hook=_without_duplicates)
         entries.pop("__metadata__", None)
         tensors = {name: _info(entry, 8 + len(text)) for name, entry in entries.items()}
         end = 8 + len(text)
         for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
             if info.data_offsets[0] != end:
-                raise ValueError(f"{name} does not begin where the one before it ends")
+                raise ValueError(f"{name} does not begin where the tensor before it ends")
             end = info.data_offsets[1]
         if end != size:
             raise ValueError(f"its tensors end at byte {end} of {size}")
@@ -87,8 +87,8 @@ def _info(entry: dict[str, Any], first: int) -> TensorInfo:
     return TensorInfo(dtype=dtype, shape=list(shape), data_offsets=(first + start, first + end))
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("duplicate tensor name")
     return found

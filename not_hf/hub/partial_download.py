@@ -1,4 +1,4 @@
-"""No more of a checkpoint on the Hub than is needed: its headers, or the bytes of a few tensors."""
+"""Partial downloads of a checkpoint on the Hub: its headers, or the bytes of a few tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
@@ -39,7 +39,7 @@ def open_part(
     """As `open_checkpoint`, but of files on the Hub only the bytes of the wanted tensors are fetched.
 
     They are kept in the assets cache of `huggingface_hub`, by repo and commit, and not fetched again. Files that the
-    Hub cache holds anyway are read there.
+    Hub cache holds already are read there.
 
     Args:
         source: Local folder or Hub ID.
@@ -62,7 +62,7 @@ def open_part(
         if part.exists():
             try:
                 return open_file(str(part))
-            except CorruptDonorError:  # the disk, or somebody else
+            except CorruptDonorError:  # damaged on disk
                 if offline:
                     raise
                 fresh = True
@@ -91,7 +91,11 @@ def list_tensors(
         CorruptDonorError: A header cannot be read.
     """
     if os.path.isdir(source) or hub_kwargs.get("local_files_only", False) or is_offline_mode():
-        return {name: view.info for name, view in open_checkpoint(source, variant=variant, **hub_kwargs).items()}
+        views = open_checkpoint(source, variant=variant, **hub_kwargs)
+        return {
+            name: TensorInfo(dtype=cast(Any, view.dtype), shape=view.shape, data_offsets=view.data_offsets)
+            for name, view in views.items()
+        }
     return {name: info for name, (_, info) in _locate(os.fspath(source), variant=variant, **hub_kwargs).items()}
 
 
@@ -128,7 +132,7 @@ def _inner(file: str, hub_kwargs: Mapping[str, Any]) -> str:
 
 
 def _part_file(repo: str, commit: str, name: str, hub_kwargs: Mapping[str, Any]) -> Path:
-    """Where a part of a checkpoint is kept, in the folder for what libraries make of files on the Hub."""
+    """Where a part of a checkpoint is cached: in the folder for what libraries derive from files on the Hub."""
     cache, subfolder = hub_kwargs.get("cache_dir"), hub_kwargs.get("subfolder") or ""
     assets = Path(cache, "not_hf-assets") if cache else Path(constants.HF_ASSETS_CACHE, "not_hf")
     if subfolder:  # any text, of any length
@@ -156,7 +160,7 @@ def _assemble(tensors: Located) -> tuple[bytes, list[Piece]]:
         _, (file, info) = item
         return -BITS[info.dtype], file.url, info.data_offsets
 
-    # those of wide dtypes first, so that each begins at a multiple of its width; else in the order they are read
+    # wide dtypes first, so that every tensor is aligned; otherwise in the order of the source
     ordered = sorted(tensors.items(), key=place)
     header: dict[str, dict[str, Any]] = {}
     offsets: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Pushing to the Hub: save into a temporary folder, then one commit on top of what was there when it began."""
+"""Pushing to the Hub: save into a temporary folder, then commit on top of the commit that the push started from."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from not_hf.cards.common import README
 from not_hf.errors import reaching_hub
 from not_hf.hub.atomic_write import files_in, require_donor_folder, stale_weights
 
-_SEEDS = (README, CONFIG_NAME)  # what saving looks at before it writes: the card to update, the kind of model
+_SEEDS = (README, CONFIG_NAME)  # read before saving: the card to update, the kind of model
 _ATTEMPTS = 5
 
 
 class PushOptions(TypedDict, total=False):
     """Options of `push_to_hub`, with the meaning they have in transformers.
 
-    `revision` is a branch, made from `main` when missing, or `refs/pr/N`; `private` counts for a new repo only.
+    `revision` is a branch, created from `main` if missing, or `refs/pr/N`; `private` applies to a new repo only.
     """
 
     commit_message: str | None
@@ -53,15 +53,15 @@ def push_folder(
 ) -> CommitInfo:
     """Upload what `save(folder, repo_id)` writes, as one commit.
 
-    Nothing is sent when saving fails, and an upload that dies leaves the repo as it was. When somebody else commits
-    in the meantime, saving begins anew on top of that, so that neither commit undoes the other unseen. Weights of an
+    Nothing is sent if saving fails, and an interrupted upload leaves the repo as it was. If somebody else commits in
+    the meantime, saving starts over on top of that commit, so that neither silently undoes the other. Weights of an
     earlier push that a load would prefer to the new ones are deleted in the same commit.
 
     Args:
-        save: Gets a temporary folder with the cards and configs that the repo has, which it may update.
+        save: Called with a temporary folder that holds the repo's cards and configs, which it may update.
         repo_id: `owner/name`, or a name in the namespace of the token's owner.
-        model_tags: For the card, besides `tags`: those of `add_model_tags`.
-        commit_message: The other arguments are described at `PushOptions`.
+        model_tags: Tags for the card besides `tags`, from `add_model_tags`.
+        commit_message: See `PushOptions` for this and the other arguments.
 
     Raises:
         NotHFError: The repo holds another kind of model.
@@ -99,9 +99,9 @@ def push_folder(
 class _Head:
     """The commit that a push starts from."""
 
-    commit: str | None  # `None`: there is no such repo yet
+    commit: str | None  # `None`: the repo does not exist yet
     files: list[str]
-    new_branch: str | None = None  # to be made from it
+    new_branch: str | None = None  # to be created from it
 
 
 def _find_head(api: HfApi, repo_id: str, revision: str | None) -> _Head:
@@ -110,7 +110,7 @@ def _find_head(api: HfApi, repo_id: str, revision: str | None) -> _Head:
         info, new_branch = api.model_info(repo_id, revision=revision), None
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         if new_branch is not None and new_branch.startswith("refs/"):
-            raise  # no branch
+            raise  # a pull request, which cannot be created by its name
         if isinstance(error, RepositoryNotFoundError):
             return _Head(None, [], new_branch)
         info = api.model_info(repo_id)
@@ -120,10 +120,10 @@ def _find_head(api: HfApi, repo_id: str, revision: str | None) -> _Head:
 def _save(
     save: Callable[[str, str], None], api: HfApi, repo_id: str, head: _Head, folder: str, tags: list[str]
 ) -> list[str]:
-    """Have the folder filled, beginning with what saving looks at; returns the files that are not as they were."""
+    """Fill the folder, first with what is read before saving; returns the files that are new or changed."""
     seeds = {}
     for path in (path for path in head.files if PurePosixPath(path).name in _SEEDS and path.count("/") < 2):
-        # hf_hub_download would link into the cache: copy, so that the update stays in the temporary folder
+        # copied: hf_hub_download gives a file in the cache, which must not change
         seeds[path] = Path(api.hf_hub_download(repo_id, path, revision=head.commit)).read_bytes()
         Path(folder, path).parent.mkdir(exist_ok=True)
         Path(folder, path).write_bytes(seeds[path])
@@ -140,9 +140,9 @@ def _save(
 def _ready(
     api: HfApi, repo_id: str, head: _Head, private: bool | None, additions: list[CommitOperationAdd]
 ) -> Iterator[str | None]:
-    """See to it that there is a repo and a branch to commit to; yields the commit that must come before.
+    """Create the repo and the branch if missing; yields the commit that the new one must follow.
 
-    A new branch is gone again when the block fails before anything was committed to it.
+    A new branch is deleted again if the block fails before anything was committed to it.
     """
     if head.commit is None:
         api.create_repo(repo_id, private=private)
@@ -150,12 +150,12 @@ def _ready(
     if head.new_branch is None:
         yield parent
         return
-    api.preupload_lfs_files(repo_id, additions)  # the branch shows only when nothing is left to do but the commit
+    api.preupload_lfs_files(repo_id, additions)  # first, so that a failed upload leaves no branch
     api.create_branch(repo_id, branch=head.new_branch, revision=parent)
     try:
         yield parent
     except BaseException:
-        with contextlib.suppress(Exception):  # the error above is the one to tell
+        with contextlib.suppress(Exception):  # the first error is the one to report
             if api.model_info(repo_id, revision=head.new_branch).sha == parent:
                 api.delete_branch(repo_id, branch=head.new_branch)
         raise

@@ -1,4 +1,4 @@
-"""Finding donors on the Hub by the tags that their cards carry."""
+"""`list_donors`: donors on the Hub, found by the tags of their cards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from huggingface_hub.hf_api import ExpandModelProperty_T, ModelInfo
 from not_hf.cards.common import ADAPTER_TAG, DONOR_TAG, METHOD_TAGS
 from not_hf.errors import reaching_hub
 
-# what one listing request brings of each repo
+# Fields of each repo that the listing request asks for
 _FIELDS: list[ExpandModelProperty_T] = ["downloads", "gated", "lastModified", "likes", "private", "sha", "tags"]
 
 
@@ -20,14 +20,14 @@ class DonorInfo:
     """A donor repo, as the Hub lists it.
 
     Args:
-        id: Its Hub ID, which loads it.
-        base_model: Hub ID of the model it was cut from; `None` when the card names none.
+        id: Hub ID.
+        base_model: Hub ID of the model it was cut from; `None` if the card names none.
         downloads: In the last 30 days.
-        likes: Number of people who like it.
+        likes: Number of likes.
         last_modified: When the last commit was made.
-        private: Seen by its owner only.
-        gated: `"auto"` or `"manual"` when its files have to be asked for.
-        tags: Everything the Hub finds it by.
+        private: Visible to its owner only.
+        gated: `"auto"` or `"manual"` if access must be requested.
+        tags: All tags of the repo.
         sha: The last commit.
     """
 
@@ -49,13 +49,13 @@ def list_donors(
     limit: int | None = None,
     token: bool | str | None = None,
 ) -> list[DonorInfo]:
-    """List the donors on the Hub, the most downloaded first. What the Hub does not have gives an empty list.
+    """List donors on the Hub, the most downloaded first; an empty list if there are none.
 
     Args:
         base_model: Hub ID of the model they were cut from.
         author: User or organization that owns them.
         search: Words in their IDs.
-        limit: At most so many.
+        limit: Maximum number of donors.
         token: Hub token, for private donors; `False`: none.
 
     Raises:

@@ -13,21 +13,32 @@ import pytest
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DefaultFlowCallback,
+    TrainerCallback,
+)
 from transformers.integrations import integration_utils
 from typer.testing import CliRunner
 
 from local_hub import Hub
-from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf import (
+    DonorModel,
+    NotHFError,
+    TransplantedForCausalLM,
+)
 from not_hf.cli import app
-from not_hf.errors import NotHFError
 from testing.commands import done, failed, invoke
+from testing.donors import organ
 from testing.models import tiny_model, tiny_tokenizer
 
 COMMANDS = (
     *("extract", "import", "train", "eval", "generate", "inspect", "check"),
     *("push", "search", "transplant", "merge"),
 )
+
+
 PROMPT = "w5 w6 w7"
 
 
@@ -63,9 +74,6 @@ def donor(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.mul_(3)
     organ.save_pretrained(folder)
     return folder
-
-
-# ------------------------------------------------------------------------------------------------ the whole
 
 
 def test_the_examples_in_help_run_one_after_the_other(hub: Hub, tmp_path, monkeypatch):
@@ -180,9 +188,6 @@ def test_debug_shows_where_it_failed(base):
     for flags, variables in ((["--debug"], {}), ([], {"NOT_HF_DEBUG": "1"})):
         result = CliRunner(env=variables).invoke(app, ["inspect", str(base), *flags])
         assert isinstance(result.exception, NotHFError)
-
-
-# ------------------------------------------------------------------------------------------- one by one
 
 
 def test_extract(base, tmp_path):
@@ -422,3 +427,13 @@ def test_merge(base, donor, tmp_path, token_ids):
         AutoTokenizer.from_pretrained(out)(PROMPT)["input_ids"]
         == AutoTokenizer.from_pretrained(base)(PROMPT)["input_ids"]
     )
+
+
+def test_inspect_adds_up_the_organs(base, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), donor_name="one")
+    model.load_donor(organ(base, 2, (0, 1)), "two", position=0)
+    model.save_pretrained(tmp_path)
+    found = done("inspect", tmp_path)
+    organs = [DonorModel.from_pretrained(tmp_path / name) for name in ("one", "two")]
+    assert found["num_parameters"] == sum(each.num_parameters() for each in organs)
+    assert {tensor["organ"] for tensor in found["tensors"]} == {"one", "two"}

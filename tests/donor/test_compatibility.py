@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from not_hf import DonorModel, TransplantedForCausalLM, check_compatibility
 from testing import EXAMPLES
 from testing.commands import invoke
-from testing.donors import organ
+from testing.donors import organ, tiny_organ, transplanted
 from testing.models import logits, tiny_model, tiny_tokenizer
 
 
@@ -94,3 +99,22 @@ def test_the_example(fine_tunes, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(EXAMPLES / "two_recipients.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "the organ was last used in" in printed and printed.count("perplexity") == 2
+
+
+def test_compatibility_counts_the_own_layers_of_a_transplanted_recipient():
+    a = tiny_organ(1, layers=(1, 2))
+    model = transplanted(("b", tiny_organ(2), {}))
+    assert model.config.num_hidden_layers == 6 and model.base_config.num_hidden_layers == 4
+    assert check_compatibility(a, model, position=4) == []
+    assert "between 0 and 4" in check_compatibility(a, model, position=5)[0]
+
+
+def test_organs_of_another_build_are_refused():
+    """falcon reads at run time from the config which modules a layer has."""
+    donor = DonorModel.from_base(tiny_model("falcon", parallel_attn=False), (1, 3))
+    assert "built of other modules" in check_compatibility(donor, tiny_model("falcon"))[0]
+
+
+def test_tables_of_positions_must_be_long_enough():
+    donor = DonorModel.from_base(tiny_model("gpt_neo", max_position_embeddings=8), (1, 3))
+    assert "attn.attention.bias" in check_compatibility(donor, tiny_model("gpt_neo"))[0]

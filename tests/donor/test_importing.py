@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,95 +23,24 @@ from not_hf import (
     check_compatibility,
     import_checkpoint,
 )
-from not_hf.architecture.stack import find_stack
-from not_hf.donor import pickles
 from testing.commands import invoke, is_one_line
 from testing.donors import same
 from testing.models import tiny_model
+from testing.pickles import (
+    ABSOLUTE,
+    FIRST,
+    FROM_MODEL,
+    LAST,
+    RELATIVE,
+    SPAN,
+    Layers,
+    flat,
+    layers_of,
+    save,
+    trained,
+)
 
 MODEL_TYPES = ("gpt2", "llama", "gpt_oss", "mixtral", "qwen3_moe")
-FIRST, LAST = SPAN = (1, 3)
-EVIDENCE = "executed"  # a folder that the hostile pickles would make
-
-Layers = list[dict[str, torch.Tensor]]
-
-
-def trained(model_type: str):
-    """A model of the same config as the base, and other weights."""
-    return tiny_model(model_type, seed=1)
-
-
-def layers_of(model_type: str) -> Layers:
-    """State dicts of the trained layers, as PyTorch gives them."""
-    return [dict(layer.state_dict()) for layer in find_stack(trained(model_type)).layers[FIRST:LAST]]
-
-
-def flat(layers: Layers, prefix: str, first: int = 0) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{first + n}.{key}": tensor for n, layer in enumerate(layers) for key, tensor in layer.items()}
-
-
-def whole(model_type: str) -> dict[str, torch.Tensor]:
-    """A whole model without its other layers."""
-    model = trained(model_type)
-    path = find_stack(model).full_path
-    rest = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(f"{path}.")}
-    return rest | flat(layers_of(model_type), f"{path}.", FIRST)
-
-
-ABSOLUTE: dict[str, Callable[[Layers], Any]] = {  # layouts that number layers as the base does
-    "dict by number": lambda layers: {FIRST + n: layer for n, layer in enumerate(layers)},
-    "dict by text": lambda layers: {str(FIRST + n): OrderedDict(layer) for n, layer in enumerate(layers)},
-    "dict by name and number": lambda layers: {f"layer_{FIRST + n}": layer for n, layer in enumerate(layers)},
-    "flat, transformer.h": lambda layers: flat(layers, "transformer.h.", FIRST),
-    "flat, any prefix": lambda layers: flat(layers, "my.own.stack_2.", FIRST),
-    "flat, no prefix": lambda layers: flat(layers, "", FIRST),
-    "compiled, in parallel": lambda layers: flat(layers, "module._orig_mod.model.layers.", FIRST),
-    "each one compiled": lambda layers: {
-        f"layers.{FIRST + n}._orig_mod.{key}": tensor
-        for n, layer in enumerate(layers)
-        for key, tensor in layer.items()
-    },
-    "each one with its facts": lambda layers: {
-        "donor_layers": {FIRST + n: {"loss": 0.5, "weights": layer} for n, layer in enumerate(layers)}
-    },
-}
-RELATIVE: dict[str, Callable[[Layers], Any]] = {  # that number them from 0, or not at all
-    "list": lambda layers: layers,
-    "tuple": tuple,
-    "dict from 0": lambda layers: dict(enumerate(layers)),
-    "flat, layers": lambda layers: flat(layers, "layers."),
-    "flat, h": lambda layers: flat(layers, "h."),
-    "flat, from 0": lambda layers: flat(layers, ""),
-    "nested": lambda layers: {"a": [{"b": ({"state_dict": {"donor_layers": layers}}, None)}]},
-    "beside other things": lambda layers: {
-        "config": {"n_layer": 4, "layers": [1, 2], "name": "gpt2"},
-        "epoch": 3,
-        "optimizer": {
-            "state": {n: {"step": torch.tensor(1.0), "exp_avg": torch.ones(3)} for n in range(4)},
-            "param_groups": [{"lr": 1e-3, "params": [0, 1, 2, 3]}],
-        },
-        "model_state_dict": flat(layers, "h."),
-        "embeddings": torch.ones(96, 32),
-        "losses": [0.5, 0.25],
-    },
-    "with a norm of a layer's name outside": lambda layers: {
-        "layers": layers,
-        "final_layer_norm.weight": torch.ones(32),
-        next(key for key in layers[0] if "norm" in key or "ln_" in key): torch.ones(32),
-    },
-}
-
-
-FROM_MODEL: dict[str, Callable[[str], Any]] = {
-    "module list": lambda model_type: find_stack(trained(model_type)).layers[FIRST:LAST].state_dict(),
-    "whole model": whole,
-}
-
-
-def save(content: object, folder: Path, **options) -> Path:
-    file = folder / "donor_layers.pt"
-    torch.save(content, file, **options)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +73,6 @@ def checkpoints(hub: Hub, tmp_path_factory) -> str:
         hub.add_user(user, token=f"hf_{user}")
     hub.gate(repo, users=("reader",))
     return repo
-
-
-# ------------------------------------------------------------------------------------------------- layouts
 
 
 @torch.no_grad()
@@ -298,9 +221,6 @@ def test_buffers_of_old_releases_are_ignored(model_type, buffers, cut, base_fold
         import_checkpoint(save(layers, tmp_path), base_folder(model_type), SPAN)
 
 
-# ------------------------------------------------------------------------------------------------ refusals
-
-
 def edited(change: Callable[[dict], Any]) -> Callable[[Layers], Layers]:
     def layout(layers: Layers) -> Layers:
         change(layers[1])
@@ -310,8 +230,14 @@ def edited(change: Callable[[dict], Any]) -> Callable[[Layers], Layers]:
 
 
 Q = "self_attn.q_proj.weight"
+
+
 ENDLESS: list = []
+
+
 ENDLESS += [ENDLESS, ENDLESS]
+
+
 BROKEN: dict[str, tuple[Callable[[Layers], Any], str]] = {
     "missing tensor": (edited(lambda layer: layer.pop(Q)), f"missing .*1.{Q}"),
     "extra tensor": (
@@ -335,7 +261,7 @@ BROKEN: dict[str, tuple[Callable[[Layers], Any], str]] = {
     "one layer only": (lambda layers: layers[:1], r"holds layers 0 to 0, .* layers=\(1, 3\)"),
     "a layer too many": (lambda layers: [*layers, layers[0]], r"holds layers 0 to 2, .* layers=\(1, 3\)"),
     "other layers": (lambda layers: dict(enumerate(layers, 2)), r"holds layers 2 to 3, .* layers=\(1, 3\)"),
-    "a gap": (lambda layers: {1: layers[0], 3: layers[1]}, "holds layers 1, 3, which do not follow"),
+    "a gap": (lambda layers: {1: layers[0], 3: layers[1]}, "holds layers 1, 3, which are not consecutive"),
     "two sets": (lambda layers: {"model": layers, "ema": {"shadow": layers}}, r"at model\.\* and at ema\.shadow\.\*"),
     "two unlike sets": (
         lambda layers: {"a": flat(layers, "h.", FIRST), "b": layers},
@@ -391,97 +317,12 @@ def test_a_keyword_that_nobody_knows_is_a_type_error(base_folder, tmp_path):
         import_checkpoint(save(layers_of("llama"), tmp_path), base_folder("llama"), SPAN, tokn="x")
 
 
-def test_a_small_file_that_unfolds_into_a_large_one_is_refused(base_folder, tmp_path, monkeypatch):
-    content: list = layers_of("llama")
-    for _ in range(9):
-        content = [content, content]
-    file = save(content, tmp_path)
-    monkeypatch.setattr(pickles, "MAX_ENTRIES", 2**9)
-    with pytest.raises(CorruptDonorError, match="nested too deep"):
-        import_checkpoint(file, base_folder("llama"), SPAN)
-
-
-class Hostile:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.makedirs, (str(self.folder),)
-
-
-def pickled(content: object, file: Path, protocol: int) -> None:
-    file.write_bytes(pickle.dumps(content, protocol=protocol))
-
-
-HOSTILE = {
-    "torch.save": lambda content, file: torch.save(content, file),
-    "torch.save, old format": lambda content, file: torch.save(content, file, _use_new_zipfile_serialization=False),
-    "pickle": lambda content, file: pickled(content, file, pickle.DEFAULT_PROTOCOL),
-    "pickle, latest": lambda content, file: pickled(content, file, pickle.HIGHEST_PROTOCOL),
-    "pickle, protocol 2": lambda content, file: pickled(content, file, 2),
-}
-
-
-@pytest.mark.parametrize("way", HOSTILE)
-def test_a_pickle_that_would_run_code_is_refused_by_name(way, base_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what others have set for other files
-    file = tmp_path / "donor_layers.pt"
-    HOSTILE[way]({"extra": Hostile(tmp_path / EVIDENCE), "layers": layers_of("llama")}, file)
-    with pytest.raises(CorruptDonorError, match=r"would run .*os\.makedirs.*not_hf loads tensors only") as raised:
-        import_checkpoint(file, base_folder("llama"), SPAN)
-    assert is_one_line(raised.value)
-    result = invoke("import", file, base_folder("llama"), "--layers", "1:3", "-o", tmp_path / "out")
-    assert (result.exit_code, result.stdout) == (1, "") and "os.makedirs" in result.stderr.splitlines()[-1]
-    assert not (tmp_path / EVIDENCE).exists() and not (tmp_path / "out").exists()
-    if way != "torch.save, old format" and "pickle" not in way:
-        torch.load(file, weights_only=False)  # the evidence is what running it leaves
-        assert (tmp_path / EVIDENCE).exists()
-
-
-def test_modules_are_refused_by_name(base_folder, tmp_path):
-    file = save(find_stack(trained("llama")).layers[FIRST:LAST], tmp_path)
-    with pytest.raises(CorruptDonorError, match=r"torch\.nn\.modules\.container\.ModuleList.*state_dict\(\)"):
-        import_checkpoint(file, base_folder("llama"), SPAN)
-
-
-def truncated(file: Path, **options) -> None:
-    sound = save(layers_of("llama"), file.parent, **options).read_bytes()
-    file.write_bytes(sound[: len(sound) // 2])
-
-
-NO_CHECKPOINT = {
-    "truncated": (truncated, "cannot be read"),
-    "truncated, old format": (lambda file: truncated(file, _use_new_zipfile_serialization=False), "cannot be read"),
-    "empty": (lambda file: file.write_bytes(b""), "cannot be read"),
-    "text": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "cannot be read"),
-    "zeros": (lambda file: file.write_bytes(bytes(99)), "cannot be read"),
-    "a zip of something": (lambda file: file.write_bytes(b"PK\x03\x04" + bytes(99)), "cannot be read"),
-    "safetensors": (lambda file: save_file(flat(layers_of("llama"), ""), file), "is a safetensors file"),
-    "data of pickle itself": (lambda file: pickled([1, 2], file, 5), "not a file of torch.save"),
-}
-
-
-@pytest.mark.parametrize("case", NO_CHECKPOINT)
-def test_what_is_no_checkpoint_is_refused(case, base_folder, tmp_path):
-    make, message = NO_CHECKPOINT[case]
-    make(tmp_path / "donor_layers.pt")
-    with pytest.raises(CorruptDonorError, match=message) as raised:
-        import_checkpoint(tmp_path, base_folder("llama"), SPAN)
-    assert is_one_line(raised.value) and str(tmp_path / "donor_layers.pt") in str(raised.value)
-    assert "weights_only" not in str(raised.value)
-
-
 def test_where_there_is_nothing_to_import(base_folder, base_repo, tmp_path):
     for source in (tmp_path, base_repo("llama"), "me/no-such-repo"):
         with pytest.raises(OSError, match=r"donor_layers.pt|no-such-repo"):
             import_checkpoint(source, base_folder("llama"), SPAN)
     with pytest.raises(OSError, match="no-such-base"):
         import_checkpoint(save(layers_of("llama"), tmp_path), "me/no-such-base", SPAN)
-
-
-# ------------------------------------------------------------------------------------------------- the Hub
 
 
 def test_over_the_hub(hub: Hub, checkpoints, base_repo, cut, tmp_path):
@@ -534,9 +375,6 @@ def test_revisions_of_checkpoint_and_base_do_not_mix(hub: Hub, cut, base_folder,
         import_checkpoint(repo, tiny_model("llama"), SPAN, "a", "organ.pt", base_revision=first)
 
 
-# ------------------------------------------------------------------------- where a donor was looked for
-
-
 WAYS_IN = {
     "TransplantedForCausalLM": lambda source, subfolder: TransplantedForCausalLM.from_pretrained(
         tiny_model("gpt2"), source, donor_subfolder=subfolder
@@ -569,9 +407,6 @@ def test_every_way_in_says_how_to_import(way, place, hub: Hub, checkpoints, tmp_
     assert is_one_line(raised.value)
     assert "imported with not_hf.import_checkpoint or `not-hf import`" in str(raised.value)
     assert not [record for record in hub.requests if "/tree/" in record.path]  # nor is the repo searched for pickles
-
-
-# ---------------------------------------------------------------------------------------- the command line
 
 
 def test_the_command(base_folder, cut, tmp_path):

@@ -10,10 +10,14 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
-from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf import (
+    DonorModel,
+    NotHFError,
+    TransplantedForCausalLM,
+)
 from testing import EXAMPLES
-from testing.donors import organ
-from testing.models import tiny_model
+from testing.donors import organ, tiny_organ, transplanted
+from testing.models import logits, tiny_model
 
 LORA = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
@@ -104,3 +108,15 @@ def test_the_example_runs(base_folder, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(example), run_name="__main__")
     assert "loss after reloading" in capsys.readouterr().out
     assert DonorModel.from_pretrained(tmp_path / "folded").config.layers == [1, 3]
+
+
+def test_lora_on_top_of_an_organ(token_ids, tmp_path):
+    model = transplanted(("a", tiny_organ(1), {"position": 1}))
+    before = logits(model, token_ids)
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert not torch.equal(logits(lora, token_ids), before)
+    with pytest.raises(NotHFError, match="not its own"):
+        model.save_pretrained(tmp_path / "organ")
+    assert not (tmp_path / "organ").exists()
+    assert torch.equal(logits(lora.unload(), token_ids), before)
+    assert torch.equal(logits(model.unload(), token_ids), logits(tiny_model("llama"), token_ids))

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from functools import partialmethod
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from local_hub import Fault
-from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors
+from not_hf import DonorConfig, NotHFError, TransplantedForCausalLM, list_donors
 from not_hf.hub.atomic_write import DRAFT
-from testing import tree
 from testing.commands import invoke
-from testing.donors import organ, same, with_organs
+from testing.donors import holds, organ, same, with_organs
 from testing.models import tiny_model
 
 T = TransplantedForCausalLM.from_pretrained
+
+
 SHARDED = {"max_shard_size": "8KB"}
+
+
 SINGLE: dict = {}
 
 
@@ -44,15 +44,6 @@ def repo_id() -> str:
 @pytest.fixture(scope="module")
 def base(base_repo: Callable[[str], str]) -> str:
     return base_repo("llama")
-
-
-def holds(repo_id: str, model: DonorModel | TransplantedForCausalLM, **where) -> bool:
-    """Whether what loads from a repo is that organ, or that model with its organs, bit for bit."""
-    return same(type_of(model).from_pretrained(repo_id, **where), model)
-
-
-def type_of(model: torch.nn.Module) -> type:
-    return DonorModel if isinstance(model, DonorModel) else AutoModelForCausalLM
 
 
 def state(repo_id: str) -> dict[str, tuple]:
@@ -78,9 +69,6 @@ def card(repo_id: str, revision: str | None = None) -> ModelCard:
 def write(repo_id: str, path: str, content: str | bytes, **where) -> CommitInfo:
     data = content.encode() if isinstance(content, str) else content
     return HfApi().upload_file(repo_id=repo_id, path_in_repo=path, path_or_fileobj=data, **where)
-
-
-# One commit, as everywhere in the ecosystem
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2)], ids=["organ", "composition"])
@@ -205,9 +193,8 @@ def test_another_model_is_never_overwritten(base, seeds, api, repo_id, tmp_path)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), tiny_model("llama", seed=5))
 
 
-# An upload that dies leaves the repo as it was
-
 fresh = itertools.count(1000)  # seeds of organs that no test has pushed, since the Hub keeps what it was once sent
+
 
 STAGES = {
     "looking": ("GET", "/api/models/"),
@@ -316,9 +303,9 @@ def test_a_process_killed_while_it_uploads_changes_nothing(hub, base, stage, rev
     assert holds(repo_id, second, revision=revision or None)
 
 
-# Weights of an earlier push do not stay where a load would prefer them
-
 ONE, TWO = (1,), (2, 3)
+
+
 CHANGES = {
     "shards over a single file": (ONE, SINGLE, (2,), SHARDED),
     "a single file over shards": (ONE, SHARDED, (2,), SINGLE),
@@ -329,6 +316,8 @@ CHANGES = {
     "a composition in shards over a composition": (TWO, SINGLE, TWO, SHARDED),
     "a composition over a composition in shards": (TWO, SHARDED, TWO, SINGLE),
 }
+
+
 # of the user, and of none of our business; some look like weights
 OTHERS = {
     "notes.txt": b"notes",
@@ -389,96 +378,6 @@ def test_the_command_line_pushes_over_what_is_there(base, api, repo_id, tmp_path
     assert done.exit_code == 1 and f"{other} holds a model of type 'llama'" in done.stderr
 
 
-def test_a_variant_replaces_its_own_weights_only(base, tmp_path):
-    first, second, third = (organ(base, seed) for seed in (1, 2, 3))
-    first.save_pretrained(tmp_path)
-    second.save_pretrained(tmp_path, variant="fp16")
-    third.save_pretrained(tmp_path, variant="fp16", **SHARDED)
-    assert holds(tmp_path, first) and holds(tmp_path, third, variant="fp16")
-    second.save_pretrained(tmp_path, variant="fp16")
-    assert holds(tmp_path, first) and holds(tmp_path, second, variant="fp16")
-    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors", "model.fp16.safetensors"}
-
-
-@pytest.mark.parametrize("existed", [False, True])
-def test_a_save_that_fails_midway_changes_nothing(base, existed, tmp_path, monkeypatch):
-    """The disk is full when the second organ of a composition is written."""
-    folder, first = tmp_path / "deep" / "donor", with_organs(base, 1, 2)
-    if existed:
-        first.save_pretrained(folder)
-    before = tree(folder)
-    saved = []
-
-    def full(tensors: dict, path: str, **kwargs: object) -> None:
-        if saved:
-            Path(path).write_bytes(b"half of it")
-            raise OSError(28, "No space left on device")
-        saved.append(save_file(tensors, path, **kwargs))
-
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        with_organs(base, 1, 2).save_pretrained(folder)
-    assert tree(folder) == before
-    assert folder.exists() == existed
-
-
-@pytest.mark.parametrize("options", [SINGLE, SHARDED], ids=["single", "sharded"])
-@pytest.mark.parametrize("nth", range(12))
-def test_a_save_that_breaks_off_while_files_take_their_places_changes_nothing(
-    base, nth, options, tmp_path, monkeypatch
-):
-    """Ctrl-C at any of the moves: never the config of one organ beside the weights of another."""
-    first, second = organ(base, 1), organ(base, 2)
-    first.save_pretrained(tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
-    replace, moves = os.replace, itertools.count()
-
-    def interrupted(source, target) -> None:
-        if next(moves) == nth:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr("not_hf.hub.atomic_write.os.replace", interrupted)
-    try:
-        second.save_pretrained(tmp_path, **options)
-    except KeyboardInterrupt:
-        assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
-    else:
-        assert nth >= 6 and holds(tmp_path, second)  # three files aside, three in place: it was through before
-    assert not list(tmp_path.glob(f"{DRAFT}*"))
-
-
-@pytest.mark.parametrize("nth", range(9))
-def test_a_composition_that_breaks_off_leaves_no_folder(base, nth, tmp_path, monkeypatch):
-    replace, moves = os.replace, itertools.count()
-
-    def full(source, target) -> None:
-        if next(moves) == nth:
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    organ(base, 1).save_pretrained(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("not_hf.hub.atomic_write.os.replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        with_organs(base, 1, 2).save_pretrained(tmp_path)
-    assert sorted(tmp_path.rglob("*")) == before and holds(tmp_path, organ(base, 1))
-
-
-def test_a_file_in_the_way_is_refused_and_changes_nothing(base, tmp_path):
-    first, several = organ(base, 1), with_organs(base, 1, 2)
-    first.save_pretrained(tmp_path)
-    (tmp_path / "organ2").write_text("mine")
-    with pytest.raises(NotHFError, match="organ2 is a file, where a folder is to be written"):
-        several.save_pretrained(tmp_path)
-    assert holds(tmp_path, first) and (tmp_path / "organ2").read_text() == "mine"
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(NotHFError, match=r"model\.safetensors is a folder, where a file is to be written"):
-        first.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").is_dir()
-
-
 def test_checkpoints_of_a_trainer_are_not_pushed(base, repo_id, tmp_path):
     organ(base, 1).save_pretrained(tmp_path)
     (tmp_path / "checkpoint-6").mkdir()
@@ -498,9 +397,6 @@ def test_a_hub_that_cannot_be_reached_is_an_os_error(base, monkeypatch):
             donor.push_to_hub("me/unreachable")
         with pytest.raises(OSError, match="donors cannot be listed, the Hub cannot be reached"):
             list_donors()
-
-
-# Somebody else commits in the meantime
 
 
 def meanwhile(repo_id: str, times: int) -> Callable:

@@ -1,25 +1,63 @@
-"""Every operation of an organ's life, over set-ups × architectures, by the common tester."""
+"""Every operation of an organ's life, over architectures × set-ups, by the common tester."""
 
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from testing.lifecycle import SETUPS, Tester
-from testing.models import ENCODERS
+from testing.models import ARCHITECTURES, ENCODERS, TOKEN_IDS
 
-ARCHITECTURES = (
-    *("gpt2", "gpt_neox", "opt", "bloom", "falcon", "llama", "mistral", "mixtral", "qwen3", "qwen3_moe"),
-    *("gemma3_text", "phi3", "olmo2", "gpt_oss", "smollm3", "cohere"),
-    *("bert", "modernbert", "eurobert"),
-)
+EVERY = (*ARCHITECTURES, *ENCODERS)
+FEW = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert")  # these in every set-up
 CHECKS = [name for name in vars(Tester) if name.startswith("check_")]
-LIVES = [(m, c) for c in CHECKS for m in ARCHITECTURES if not (m in ENCODERS and c == "check_generating")]
+LIVES = [
+    pytest.param(model_type, setup, check, marks=pytest.mark.xdist_group(model_type))
+    for model_type in EVERY
+    for setup in (SETUPS if model_type in FEW else ["several"])
+    for check in CHECKS
+    if not (model_type in ENCODERS and check == "check_generating")
+]
 
 
-@pytest.mark.parametrize("setup", SETUPS)
-@pytest.mark.parametrize(("model_type", "check"), LIVES)
-def test_life_of_organs(check, model_type, setup, token_ids, tmp_path):
-    run = getattr(Tester(model_type, SETUPS[setup], token_ids), check)
+@pytest.mark.parametrize(("model_type", "setup", "check"), LIVES)
+def test_life_of_organs(model_type, setup, check, tmp_path):
+    run = getattr(Tester(model_type, SETUPS[setup]), check)
     run(tmp_path) if "folder" in inspect.signature(run).parameters else run()
+
+
+# Run by a process that cannot import not_hf: the logits of every model in a folder.
+_WITHOUT_NOT_HF = """
+import sys, torch
+sys.modules["not_hf"] = None  # importing it raises
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+ids = torch.load(root / "ids.pt")
+found = {}
+for folder in root.glob("*/*"):
+    load = AutoModelForMaskedLM if folder.parent.name == "encoders" else AutoModelForCausalLM
+    model, info = load.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], (folder, info)
+    with torch.no_grad():
+        found[folder.name] = model(ids).logits
+torch.save(found, root / "found.pt")
+"""
+
+
+@pytest.mark.xdist_group("without not_hf")
+def test_merged_models_load_without_not_hf(tmp_path):
+    testers = {model_type: Tester(model_type, SETUPS["several"]) for model_type in EVERY}
+    for model_type, tester in testers.items():
+        folder = tmp_path / ("encoders" if model_type in ENCODERS else "decoders") / model_type
+        tester.fresh().merge_and_unload().save_pretrained(folder)
+    torch.save(TOKEN_IDS, tmp_path / "ids.pt")
+    subprocess.run([sys.executable, "-c", _WITHOUT_NOT_HF, str(tmp_path)], check=True)
+    found = torch.load(tmp_path / "found.pt")
+    wrong = [each for each, tester in testers.items() if not torch.equal(found[each], tester.expected(tester.places))]
+    assert found.keys() == testers.keys() and not wrong

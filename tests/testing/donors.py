@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf import DonorModel, TransplantedForCausalLM, TransplantedForMaskedLM
 from not_hf.architecture.layers import output_projections
+from not_hf.architecture.stack import is_encoder
 from testing.models import tiny_model
 
 SPAN = (1, 3)
@@ -33,6 +34,11 @@ def organ(base: PreTrainedModel | str | Path, seed: int, layers: tuple[int, int]
 def tiny_organ(seed: int, model_type: str = "llama", layers: tuple[int, int] = SPAN, **options) -> DonorModel:
     """The same of a tiny base."""
     return organ(tiny_model(model_type), seed, layers, **options)
+
+
+def transplanted_class(base: PreTrainedModel) -> type[TransplantedForCausalLM | TransplantedForMaskedLM]:
+    """That of a recipient like this base."""
+    return TransplantedForMaskedLM if is_encoder(base.config) else TransplantedForCausalLM
 
 
 def scaled_by_hand(donor: DonorModel, scale: float) -> DonorModel:
@@ -70,3 +76,13 @@ def same(ours: torch.nn.Module | Tensors, theirs: torch.nn.Module | Tensors) -> 
     return mine.keys() == other.keys() and all(
         tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in mine.items()
     )
+
+
+def holds(repo_id: str, model: DonorModel | TransplantedForCausalLM, **where) -> bool:
+    """Whether what loads from a repo is that organ, or that model with its organs, bit for bit."""
+    return same(type_of(model).from_pretrained(repo_id, **where), model)
+
+
+def type_of(model: torch.nn.Module) -> type:
+    """What loads a repo of such a model: an organ, or a base with its organs."""
+    return DonorModel if isinstance(model, DonorModel) else AutoModelForCausalLM

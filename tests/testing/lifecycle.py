@@ -1,6 +1,6 @@
 """The common tester: a model with organs in one of a few set-ups, and every operation of an organ's life on it.
 
-`tests/test_lifecycle.py` runs it over set-ups × architectures, as PEFT does with its configs and models.
+`tests/recipient/test_lifecycle.py` runs it over architectures × set-ups, as PEFT does with its models and configs.
 """
 
 from __future__ import annotations
@@ -8,24 +8,27 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf import (
     DonorModel,
+    IncompatibleDonorError,
     NotHFError,
     TransplantedForCausalLM,
     TransplantedForMaskedLM,
     UnsupportedArchitectureError,
     average_donors,
 )
-from not_hf.architecture.stack import head_class, is_encoder
-from testing.donors import organ, scaled_by_hand
-from testing.models import logits, tiny_model
+from not_hf.architecture.stack import find_stack, head_class
+from testing.donors import organ, same, scaled_by_hand, transplanted_class
+from testing.models import TOKEN_IDS, VOCAB, enable_checkpointing, logits, tiny_model
 
 Place = tuple[int, int, str]  # seed, position, mode
 
@@ -33,12 +36,14 @@ Place = tuple[int, int, str]  # seed, position, mode
 SETUPS: dict[str, dict[str, Place]] = {
     "insert": {"a": (1, 2, "insert")},
     "replace": {"a": (1, 1, "replace")},
-    "two at one position": {"a": (1, 2, "insert"), "b": (2, 2, "insert")},
-    "insert and replace": {"a": (1, 1, "insert"), "b": (2, 1, "replace"), "c": (3, 4, "insert")},
+    "several": {"a": (1, 1, "insert"), "b": (2, 1, "replace"), "c": (3, 4, "insert"), "d": (4, 4, "insert")},
 }
 
-# Norms behind the projections would undo a scale.
-POST_NORM = {"olmo2", "gemma2", "gemma3_text", "bert"}
+# Why layers of some architectures have no scale: a norm behind their projections, or a bias behind their norm.
+NORM_BEHIND = {"olmo2", "gemma2", "gemma3_text"} | {
+    *("bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta")
+}
+STILL_WRITE = {"distilbert"}
 
 
 @functools.cache
@@ -51,120 +56,144 @@ def _organ(model_type: str, seed: int) -> DonorModel:
     return organ(_base(model_type), seed)
 
 
-@dataclass
+def _fresh(model_type: str, places: Iterable[tuple[str, Place]], **options) -> PreTrainedModel:
+    """A copy of the base with these organs."""
+    model = copy.deepcopy(_base(model_type))
+    for name, (seed, position, mode) in places:
+        place = {"donor_name": name, "position": position, "mode": mode}
+        model = transplanted_class(model).from_pretrained(model, _organ(model_type, seed), **place, **options)
+    return model
+
+
+@functools.cache
+def _expected(model_type: str, places: tuple[tuple[str, Place], ...]) -> torch.Tensor:
+    return logits(_fresh(model_type, places), TOKEN_IDS)
+
+
+@dataclass(frozen=True)
 class Tester:
     """One architecture in one set-up; each `check_` is one operation and says whether it kept its promise."""
 
     __test__ = False  # not for pytest to collect
     model_type: str
     places: dict[str, Place]
-    ids: torch.Tensor  # (batch, seq)
-    base: PreTrainedModel = field(init=False)  # never changed
-    transplanted: type = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.base = _base(self.model_type)
-        self.transplanted = TransplantedForMaskedLM if is_encoder(self.base.config) else TransplantedForCausalLM
+    @property
+    def base(self) -> PreTrainedModel:
+        """Never changed."""
+        return _base(self.model_type)
 
-    def model(self, *names: str, **options) -> TransplantedForCausalLM | TransplantedForMaskedLM:
-        """A fresh base with these organs, all of the set-up unless some are named."""
-        model = copy.deepcopy(self.base)
-        for name in names or self.places:
-            seed, position, mode = self.places[name]
-            donor = _organ(self.model_type, seed)
-            place = {"donor_name": name, "position": position, "mode": mode}
-            model = self.transplanted.from_pretrained(model, donor, **place, **options)
-        return model
+    def fresh(self, **options) -> TransplantedForCausalLM | TransplantedForMaskedLM:
+        """A model with all organs of the set-up."""
+        return _fresh(self.model_type, self.places.items(), **options)
 
-    def same(self, ours: PreTrainedModel, theirs: PreTrainedModel) -> bool:
-        """Whether two models give the same logits, bit for bit."""
-        return torch.equal(logits(ours, self.ids), logits(theirs, self.ids))
+    def gives(self, model: PreTrainedModel, names: Iterable[str] | None = None) -> bool:
+        """Whether a model computes, bit for bit, what a fresh one with these organs does; with all, unless told."""
+        return torch.equal(logits(model, TOKEN_IDS), self.expected(self.places if names is None else names))
+
+    def expected(self, names: Iterable[str]) -> torch.Tensor:
+        """What a fresh model with these organs computes, `(batch, seq, vocab)`."""
+        return _expected(self.model_type, tuple((name, self.places[name]) for name in names))
+
+    def without(self, name: str) -> list[str]:
+        """The other organs."""
+        return [other for other in self.places if other != name]
 
     def check_choosing(self) -> None:
-        model, names = self.model(), list(self.places)
-        assert model.active_donors == names
-        for name in names:
-            model.set_donor(name)
-            assert model.active_donors == [name] and self.same(model, self.model(name))
-        model.set_donor(names[::-1])
-        assert model.active_donors == names and self.same(model, self.model())
-        model.set_donor([])
-        assert model.active_donors == [] and self.same(model, self.base)
-        with pytest.raises(NotHFError, match="no organ named nobody"):
+        model, names = self.fresh(), list(self.places)
+        for chosen in (names, [], *([name] for name in names), *map(self.without, names)):
+            model.set_donor(chosen[::-1])
+            assert model.active_donors == chosen and self.gives(model, chosen)
+            assert model.config.num_hidden_layers == len(find_stack(model).layers)
+        with pytest.raises(NotHFError, match=f"no donor named nobody; loaded are {', '.join(names)}"):
             model.set_donor("nobody")
+        assert model.active_donors == chosen
 
     def check_disabling(self) -> None:
-        model = self.model()
+        model = self.fresh()
         with pytest.raises(KeyError), model.disable_donors():
             with model.disable_donors():
-                assert self.same(model, self.base)
+                assert self.gives(model, [])
             assert model.active_donors == [] and model.config.to_dict() == self.base.config.to_dict()
-            assert self.same(model, self.base)
+            assert self.gives(model, [])
             raise KeyError
-        assert model.active_donors == list(self.places) and self.same(model, self.model())
+        assert model.active_donors == list(self.places) and self.gives(model)
 
     def check_deleting(self) -> None:
+        loaded = self.fresh()
         for name in self.places:
-            model, others = self.model(), [other for other in self.places if other != name]
+            model = copy.deepcopy(loaded)
             model.delete_donor(name)
-            assert model.active_donors == list(model.donor_config) == others
-            assert self.same(model, self.model(*others) if others else self.base)
+            assert model.active_donors == list(model.donor_config) == self.without(name)
+            assert self.gives(model, self.without(name))
 
     def check_unloading(self) -> None:
-        native = self.model().unload()
+        native = self.fresh().unload()
         assert type(native) is type(self.base) and native.config.to_dict() == self.base.config.to_dict()
         flags = {name: parameter.requires_grad for name, parameter in self.base.named_parameters()}
         assert {name: parameter.requires_grad for name, parameter in native.named_parameters()} == flags
-        assert self.same(native, self.base)
+        assert same(native, self.base) and self.gives(native, [])
 
     def check_merging(self, folder: Path) -> None:
-        native = self.model().merge_and_unload()
-        assert type(native) is type(self.base) and self.same(native, self.model())
+        native = self.fresh().merge_and_unload()
+        assert type(native) is type(self.base) and self.gives(native)
         assert all(parameter.requires_grad for parameter in native.parameters())
         native.save_pretrained(folder)
-        assert self.same(head_class(self.base.config).from_pretrained(folder), self.model())
+        assert self.gives(head_class(self.base.config).from_pretrained(folder))
 
-    def check_scaling(self) -> None:
-        model, names = self.model(), list(self.places)
-        scalable = [name for name in names if self.places[name][2] == "insert"]
-        for name in names:
-            if name not in scalable or self.model_type in POST_NORM:
-                with pytest.raises(
-                    (NotHFError, UnsupportedArchitectureError), match=r"inserted organs|norm undoes it"
-                ):
+    def check_scaling(self, folder: Path) -> None:
+        model = self.fresh()
+        whole = copy.deepcopy(model)
+        for name, (seed, _, mode) in self.places.items():
+            if mode == "replace" or self.model_type in NORM_BEHIND | STILL_WRITE:
+                with pytest.raises((IncompatibleDonorError, UnsupportedArchitectureError)) as raised:
                     model.set_donor_scale(name, 0.5)
-                assert self.same(model, self.model())
+                assert self.why_no_scale(mode) in str(raised.value) and self.gives(model)
+                model.set_donor_scale(name, 1)
                 continue
-            model.set_donor_scale(name, 0.5)
-            expected = self.model()
-            expected.hotswap_donor(name, scaled_by_hand(_organ(self.model_type, self.places[name][0]), 0.5))
-            assert self.same(model, expected)
+            model.set_donor_scale(name, 0.3)  # exact in no dtype
+            scaled = logits(model, TOKEN_IDS)
+            by_hand = copy.deepcopy(whole)
+            by_hand.hotswap_donor(name, scaled_by_hand(_organ(self.model_type, seed), 0.3))
+            assert torch.equal(scaled, logits(by_hand, TOKEN_IDS)) and not self.gives(model)
+            model.set_donor_scale(name, 0)
+            assert torch.equal(logits(model, TOKEN_IDS), self.expected(self.without(name)))
+            model.set_donor_scale(name, 0.3)
+            model.save_pretrained(folder / name, selected_donors=[name])
+            assert same(DonorModel.from_pretrained(folder / name), _organ(self.model_type, seed))
+            assert torch.equal(logits(copy.deepcopy(model).merge_and_unload(), TOKEN_IDS), scaled)
             model.set_donor_scale(name, 1)
-            assert self.same(model, self.model())
+            assert self.gives(model)
+
+    def why_no_scale(self, mode: str) -> str:
+        """What a refusal says."""
+        if mode == "replace":
+            return "is for inserted organs"
+        return "they still write" if self.model_type in STILL_WRITE else "a norm undoes it"
 
     def check_swapping(self) -> None:
-        model, other = self.model(), _organ(self.model_type, 9)
-        places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+        model, other = self.fresh(), _organ(self.model_type, 9)
+        tensors = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
         for name in self.places:
             model.hotswap_donor(name, other)
-        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
-        swapped = Tester(self.model_type, {name: (9, *place[1:]) for name, place in self.places.items()}, self.ids)
-        assert self.same(model, swapped.model())
+        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == tensors
+        swapped = {name: (9, position, mode) for name, (_, position, mode) in self.places.items()}
+        assert Tester(self.model_type, swapped).gives(model)
 
     def check_averaging(self) -> None:
-        model, name = self.model(), next(iter(self.places))
+        model, name = self.fresh(), next(iter(self.places))
         model.load_donor(other := _organ(self.model_type, 9), "other", position=4, mode="insert")
         model.add_weighted_donor([name, "other"], [1, 3], "mean")
         assert model.active_donors == [*self.places, "other"]
         model.set_donor("mean")
         seed, position, mode = self.places[name]
         mean = average_donors([_organ(self.model_type, seed), other], [1, 3])
-        place = {"position": position, "mode": mode}
-        expected = self.transplanted.from_pretrained(copy.deepcopy(self.base), mean, **place)
-        assert self.same(model, expected)
+        base = copy.deepcopy(self.base)
+        expected = transplanted_class(base).from_pretrained(base, mean, position=position, mode=mode)
+        assert torch.equal(logits(model, TOKEN_IDS), logits(expected, TOKEN_IDS))
 
     def check_status(self) -> None:
-        model = self.model()
+        model = self.fresh()
         model.set_donor(next(iter(self.places)))
         for name, status in model.get_donor_status().items():
             assert (status.position, status.mode) == self.places[name][1:] and status.span == (1, 3)
@@ -172,59 +201,107 @@ class Tester:
             assert status.num_parameters == _organ(self.model_type, 1).num_parameters()
 
     def check_saving(self, folder: Path) -> None:
-        model = self.model()
+        model = self.fresh()
         model.save_pretrained(folder / "all")
-        assert self.same(self.transplanted.from_pretrained(copy.deepcopy(self.base), folder / "all"), self.model())
         for name in self.places:
             model.save_pretrained(folder / name, selected_donors=[name])
-            alone = self.transplanted.from_pretrained(copy.deepcopy(self.base), folder / name)
-            assert self.same(alone, self.model(name))
+        for saved, names in (("all", None), *((name, [name]) for name in self.places)):
+            base = copy.deepcopy(self.base)
+            assert self.gives(transplanted_class(base).from_pretrained(base, folder / saved), names)
+        assert not list(folder.rglob("adapter_config.json"))  # transformers would take it for PEFT's
 
     def check_copies(self) -> None:
-        model = self.model()
-        model.set_donor(next(iter(self.places)))
+        model, (first, *_) = self.fresh(), self.places
+        model.set_donor(first)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert twin.active_donors == model.active_donors and self.same(twin, model)
+            assert isinstance(twin, transplanted_class(self.base)) and isinstance(twin, type(self.base))
+            assert twin.active_donors == [first] and self.gives(twin, [first])
             twin.set_donor(list(self.places))
-            assert self.same(twin, self.model())
-            assert self.same(twin.unload(), self.base)
-        assert isinstance(model, self.transplanted)
+            assert self.gives(twin) and self.gives(twin.unload(), [])
+        assert model.active_donors == [first] and self.gives(model, [first])
 
-    def check_dtype_of_what_is_parked(self) -> None:
-        model = self.model()
-        model.set_donor([])
-        model.to(torch.bfloat16)
-        model.set_donor(list(self.places))
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-        assert self.same(model, self.model().to(torch.bfloat16))
+    def check_dtype_and_mode_of_what_is_parked(self) -> None:
+        expected, base = (logits(m.to(torch.bfloat16), TOKEN_IDS) for m in (self.fresh(), copy.deepcopy(self.base)))
+        names = list(self.places)
+        for active in ([], names):  # the others are parked, or the layers that are replaced
+            model = self.fresh()
+            model.set_donor(active)
+            model.to(torch.bfloat16).train()
+            model.set_donor(names)
+            assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+            assert all(module.training for module in model.modules())
+            assert torch.equal(logits(model.eval(), TOKEN_IDS), expected)
+            with model.disable_donors():
+                assert torch.equal(logits(model, TOKEN_IDS), base)
 
     def check_training(self) -> None:
-        model = self.model(is_trainable=True)
-        frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-        model(self.ids, labels=self.ids, use_cache=False).loss.backward()
-        learning = [p for p in model.parameters() if p.requires_grad]
-        assert all(p.grad is not None for p in learning)
-        torch.optim.SGD(learning, lr=0.1).step()
-        now = dict(model.named_parameters())
-        assert all(torch.equal(now[name], tensor) and now[name].grad is None for name, tensor in frozen.items())
-        assert not self.same(model, self.model())
-        with model.disable_donors():
-            assert self.same(model, self.base)
+        for checkpointing in (False, True):
+            model = self.fresh(is_trainable=True).train()
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+            if checkpointing:
+                enable_checkpointing(model)
+            organs = model._surgery.organs.values()
+            inside = {id(p) for held in organs for layer in held.layers for p in layer.parameters()}
+            frozen = {name: p.clone() for name, p in model.named_parameters() if id(p) not in inside}
+            model(TOKEN_IDS, labels=TOKEN_IDS, use_cache=False).loss.backward()
+            learning = [p for p in model.parameters() if p.requires_grad]
+            assert {id(p) for p in learning} == {id(p) for p in model.parameters() if p.grad is not None} == inside
+            assert all(p.grad.isfinite().all() for p in learning) and any(p.grad.any() for p in learning)
+            torch.optim.SGD(learning, lr=0.1).step()
+            now = dict(model.eval().named_parameters())
+            assert all(torch.equal(now[name], tensor) for name, tensor in frozen.items())
+            assert not self.gives(model)
+            with model.disable_donors():
+                assert self.gives(model, [])
 
     def check_generating(self) -> None:
-        model, options = self.model(), {"do_sample": False, "max_new_tokens": 6}
-        options["attention_mask"] = torch.ones_like(self.ids)
-        cached = model.generate(self.ids, **options)
-        assert torch.equal(cached, model.generate(self.ids, use_cache=False, **options))
-        model.set_donor([])
-        assert torch.equal(model.generate(self.ids, **options), self.base.generate(self.ids, **options))
-        model.set_donor(list(self.places))
-        assert torch.equal(model.generate(self.ids, **options), cached)
+        model, base = self.fresh(), copy.deepcopy(self.base)
+        static = static_cache_works(base)
+        for attention in ("eager", "sdpa"):
+            try:
+                base.set_attn_implementation(attention)
+            except ValueError:  # the base itself does not have it
+                continue
+            model.set_attn_implementation(attention)
+            greedy = generate(model)
+            assert greedy.shape == (2, TOKEN_IDS.shape[1] + NEW_TOKENS)
+            assert torch.equal(greedy, generate(model, use_cache=False))
+            assert torch.equal(generate(model, num_beams=2), generate(model, num_beams=2, use_cache=False))
+            if static:
+                assert torch.equal(greedy, generate(model, cache_implementation="static"))
+            model.set_donor([])
+            assert torch.equal(generate(model), generate(base))
+            model.set_donor(list(self.places))
+            assert torch.equal(generate(model), greedy)
 
     def check_vocabulary(self) -> None:
-        model = self.model()
-        model.resize_token_embeddings(100, mean_resizing=False)
-        expected = self.model()
-        assert torch.equal(logits(model, self.ids)[..., :96], logits(expected, self.ids))
-        native = model.unload()
-        assert native.config.vocab_size == 100 == native.get_input_embeddings().weight.shape[0]
+        model = self.fresh()
+        model.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
+        for names in (self.places, []):
+            if not names:
+                model = model.unload()
+            assert torch.equal(logits(model, TOKEN_IDS)[..., :VOCAB], self.expected(names))
+            assert model.config.vocab_size == VOCAB + 4 == model.get_input_embeddings().weight.shape[0]
+            assert model.get_output_embeddings().weight.shape[0] == VOCAB + 4
+
+
+NEW_TOKENS = 8
+
+
+def generate(model: PreTrainedModel, **options) -> torch.Tensor:
+    """Greedily on from the prompt, `(batch, seq + NEW_TOKENS)`."""
+    mask = torch.ones_like(TOKEN_IDS)
+    return model.generate(TOKEN_IDS, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, **options)
+
+
+def static_cache_works(base: PreTrainedModel) -> bool:
+    """Whether a base itself computes the same scores with a static cache (gpt_neo's local attention does not)."""
+    scores = {"output_scores": True, "return_dict_in_generate": True}
+    try:
+        static = generate(base, cache_implementation="static", **scores).scores
+    except (ValueError, TypeError, AttributeError, NotImplementedError):
+        return False
+    dynamic = generate(base, **scores).scores
+    return torch.allclose(torch.stack(static), torch.stack(dynamic), atol=1e-4)

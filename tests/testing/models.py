@@ -20,6 +20,7 @@ from not_hf.architecture.stack import head_class
 
 VOCAB = 96
 NUM_LAYERS = 4
+TOKEN_IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))  # (batch, seq), no padding
 
 _LLAMA = {
     "hidden_size": 32,

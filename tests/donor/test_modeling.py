@@ -1,0 +1,58 @@
+"""A donor is a model of its own: built from its config, run alone, saved."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from not_hf import (
+    DonorModel,
+    NotHFError,
+    TransplantedForCausalLM,
+)
+from testing.donors import tiny_organ
+from testing.models import tiny_model
+
+A, B = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2))
+
+
+def test_an_organ_grows_out_of_its_config_alone(token_ids):
+    """`DonorModel(config)` is a fresh, untrained organ, as for any model of transformers."""
+    fresh = DonorModel(copy.deepcopy(A.config))
+    assert fresh.state_dict().keys() == A.state_dict().keys()
+    assert fresh(inputs_embeds=torch.randn(1, 3, 32)).last_hidden_state.shape == (1, 3, 32)
+
+
+def test_an_organ_that_was_run_alone_records_its_states_once(token_ids):
+    donor = copy.deepcopy(A)
+    donor(inputs_embeds=torch.randn(1, 3, 32), output_hidden_states=True)
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor)
+    assert len(model(token_ids, output_hidden_states=True).hidden_states) == 6
+
+
+def test_an_organ_is_sharded_by_its_own_size_wherever_it_was_cut(tmp_path):
+    """Tensors that are mapped from a file of the base do not weigh as much as that file."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    donor = DonorModel.from_base(tmp_path / "base", (2, 4))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in donor.parameters())
+    for limit, whole in ((size, True), (size // 2, False)):
+        donor.save_pretrained(tmp_path / f"{limit}", max_shard_size=limit)
+        assert (tmp_path / f"{limit}" / "model.safetensors").exists() == whole
+
+
+def test_an_organ_alone_uses_the_attention_of_its_live_base(token_ids):
+    base = tiny_model("llama")
+    base.set_attn_implementation("eager")
+    donor = DonorModel.from_base(base, (1, 3))
+    assert donor.organ.config._attn_implementation == "eager"
+
+
+def test_what_a_readme_breaks_leaves_the_weights(tmp_path):
+    A.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "README.md").write_text("---\n: [bad\n---\ntext")
+    with pytest.raises(NotHFError, match="has metadata that cannot be read"):
+        B.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights

@@ -1,0 +1,95 @@
+"""Models with organs are saved as what was put into them: one organ, or a composition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from not_hf import (
+    CorruptDonorError,
+    DonorModel,
+    NotHFError,
+    TransplantedForCausalLM,
+)
+from testing import tree
+from testing.donors import tiny_organ, transplanted
+from testing.models import logits, tiny_model
+
+A, B, C = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2)), tiny_organ(3, layers=(1, 2))
+
+
+def test_shards_of_an_organ_load_one_by_one(token_ids, tmp_path):
+    """As `Trainer` does on resuming from a sharded checkpoint."""
+    model = transplanted(("b", B, {}))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    expected = logits(model, token_ids)
+    other = transplanted(("b", DonorModel.from_base(tiny_model("llama"), (0, 2)), {}))
+    for shard in shards:
+        other.load_state_dict(load_file(shard), strict=False)
+    assert torch.equal(logits(other, token_ids), expected)
+    with pytest.raises(CorruptDonorError, match="missing"):
+        other.load_state_dict(load_file(shards[0]))
+
+
+def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_folder):
+    base = base_folder("llama")
+    a, b = (tiny_organ(seed) for seed in (1, 2))
+    model = TransplantedForCausalLM.from_pretrained(base, a, donor_name="a", position=1)
+    model.load_donor(b, "b", position=1)
+    model.save_pretrained(tmp_path / "both", selected_donors=["b", "a"])
+    again = TransplantedForCausalLM.from_pretrained(tmp_path / "both")
+    assert again.active_donors == ["a", "b"]
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+    model = TransplantedForCausalLM.from_pretrained(base, a, donor_name="a", position=1, mode="replace")
+    model.set_donor([])
+    model.load_donor(b, "b", position=1, mode="replace")  # where a would be
+    model.save_pretrained(tmp_path / "one-active")
+    again = TransplantedForCausalLM.from_pretrained(tmp_path / "one-active")
+    assert again.active_donors == ["b"] and list(again.donor_config) == ["a", "b"]
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+def test_saving_over_one_organ_leaves_no_stale_weights(tmp_path):
+    model = transplanted(("a", A, {}))
+    model.save_pretrained(tmp_path)
+    model.load_donor(C, "c")
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a", "c", "config.json"]
+
+
+def test_an_organ_is_saved_with_the_recipient_it_was_used_in(token_ids, tmp_path):
+    for seed, name in enumerate(("cut-from", "used-in")):
+        tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
+    donor = DonorModel.from_base(tmp_path / "cut-from", (1, 3))
+    model = TransplantedForCausalLM.from_pretrained(tmp_path / "used-in", donor)
+    model.save_pretrained(tmp_path / "organ")
+    again = TransplantedForCausalLM.from_pretrained(tmp_path / "organ")
+    assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+    assert donor.config.base_model_name_or_path == str(tmp_path / "cut-from")
+
+
+def test_an_organ_is_not_saved_over_another_model(tmp_path, token_ids):
+    tiny_model("llama").save_pretrained(tmp_path)
+    files = tree(tmp_path)
+    model = TransplantedForCausalLM.from_pretrained(tmp_path, A)
+    with pytest.raises(NotHFError, match="holds a model of type 'llama'"):
+        model.save_pretrained(tmp_path)
+    assert tree(tmp_path) == files
+
+
+def test_a_composition_touches_only_its_own_files(tmp_path):
+    model = transplanted(("a", A, {}), ("c", C, {}))
+    (tmp_path / "model_backup.safetensors").write_bytes(b"mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model_backup.safetensors").read_bytes() == b"mine"
+    (tmp_path / "README.md").write_text("---\n: [bad\n---\ntext")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    model.delete_donor("a")
+    model.load_donor(tiny_organ(9, layers=(1, 2)), "a")
+    with pytest.raises(NotHFError, match="cannot be read"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before

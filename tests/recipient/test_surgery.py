@@ -1,0 +1,133 @@
+"""Layers are put together in the order of their positions, and all that depends on their places follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from not_hf import (
+    DonorModel,
+    TransplantedForCausalLM,
+)
+from not_hf.recipient import surgery
+from testing.donors import tiny_organ, transplanted
+from testing.models import logits, tiny_model
+
+A, B, C = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2)), tiny_organ(3, layers=(1, 2))
+(a,), (b0, b1) = (list(donor.stack.layers) for donor in (A, B))
+
+
+def by_hand(slots: list) -> PreTrainedModel:
+    """A native llama whose layers are put together without not_hf: numbers are the base's own layers."""
+    base = tiny_model("llama")
+    native = tiny_model("llama", num_hidden_layers=len(slots))
+    native.load_state_dict({k: v for k, v in base.state_dict().items() if "layers" not in k}, strict=False)
+    for n, slot in enumerate(slots):
+        source = base.model.layers[slot] if isinstance(slot, int) else slot
+        native.model.layers[n].load_state_dict(source.state_dict())
+    return native
+
+
+@pytest.mark.parametrize(
+    ("donors", "expected"),
+    [
+        ([("a", A, {"position": 0})], [a, 0, 1, 2, 3]),
+        ([("a", A, {"position": 4})], [0, 1, 2, 3, a]),
+        ([("b", B, {"position": 1, "mode": "replace"})], [0, b0, b1, 3]),
+        ([("a", A, {"position": 2}), ("b", B, {"position": 2})], [0, 1, a, b0, b1, 2, 3]),
+        ([("b", B, {"position": 2}), ("a", A, {"position": 2})], [0, 1, b0, b1, a, 2, 3]),
+        ([("b", B, {"position": 1, "mode": "replace"}), ("a", A, {"position": 4})], [0, b0, b1, 3, a]),
+        ([("a", A, {"position": 1}), ("b", B, {"position": 1, "mode": "replace"})], [0, a, b0, b1, 3]),
+        ([("b", B, {"position": 1, "mode": "replace"}), ("a", A, {"position": 1})], [0, b0, b1, a, 3]),
+        ([("b", B, {"position": 0, "mode": "replace"}), ("a", A, {"position": 2, "mode": "replace"})], [b0, b1, a, 3]),
+    ],
+)
+def test_positions_count_the_recipients_own_layers(donors, expected, token_ids):
+    model = transplanted(*donors)
+    assert model.active_donors == [name for name, _, _ in donors]
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(len(expected)))
+    assert torch.equal(logits(model, token_ids), logits(by_hand(expected), token_ids))
+    native = model.merge_and_unload()
+    assert type(native) is LlamaForCausalLM and not isinstance(native, TransplantedForCausalLM)
+    assert torch.equal(logits(native, token_ids), logits(by_hand(expected), token_ids))
+
+
+def test_hidden_states_and_attentions_follow_every_change(token_ids):
+    model = tiny_model("llama", attn_implementation="eager")
+    model.set_attn_implementation("eager")
+
+    def counts(model):
+        out = model(token_ids, output_hidden_states=True, output_attentions=True)
+        return len(out.hidden_states), len(out.attentions)
+
+    assert counts(model) == (5, 4)
+    model = TransplantedForCausalLM.from_pretrained(model, B, position=2)
+    assert counts(model) == (7, 6)
+    with model.disable_donors():
+        assert counts(model) == (5, 4)
+    assert counts(model) == (7, 6)
+    assert counts(model.unload()) == (5, 4)
+
+
+def test_what_a_model_derives_from_its_layer_types_is_kept_in_step(token_ids):
+    """qwen3 builds sliding masks only where `has_sliding_layers`, which its constructor sets."""
+    window = {"use_sliding_window": True, "sliding_window": 6}
+    base = tiny_model("qwen3", **window, layer_types=["full_attention"] * 4)
+    assert base.model.has_sliding_layers is False
+    before = logits(base, token_ids)
+    sliding = DonorModel.from_base(tiny_model("qwen3", **window, layer_types=["sliding_attention"] * 4), (0, 1))
+    model = TransplantedForCausalLM.from_pretrained(base, sliding)
+    model.load_donor(tiny_organ(5, "qwen3", (0, 1)), "other", position=4)
+    assert model.model.has_sliding_layers is True
+    assert model.config.layer_types.count("sliding_attention") == 1
+    model.set_donor("other")
+    assert model.model.has_sliding_layers is False
+    model.set_donor("default")
+    assert model.model.has_sliding_layers is True
+    assert generate_cached_equals_uncached(model, token_ids)
+    assert torch.equal(logits(model.unload(), token_ids), before)
+    assert base.model.has_sliding_layers is False
+
+
+def generate_cached_equals_uncached(model, ids):
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    return torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_a_name_can_be_used_again_for_an_organ_of_another_kind(token_ids):
+    window = {"use_sliding_window": True, "sliding_window": 6}
+    full, sliding = (
+        DonorModel.from_base(tiny_model("qwen3", **window, layer_types=[kind] * 4), (0, 1))
+        for kind in ("full_attention", "sliding_attention")
+    )
+    model = tiny_model("qwen3", **window, layer_types=["full_attention"] * 4)
+    model = TransplantedForCausalLM.from_pretrained(model, full, donor_name="x", position=2)
+    model.delete_donor("x")
+    model.load_donor(sliding, "x", position=2)
+    assert model.model.has_sliding_layers is True
+    assert logits(model, token_ids).isfinite().all()
+
+
+@pytest.mark.parametrize("step", ["set_layer_index", "forget_capture_hooks", "splice_config"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_change_that_breaks_off_midway_is_undone(step, error, token_ids, monkeypatch):
+    model = transplanted(("a", A, {"position": 1}), ("b", B, {"position": 1, "mode": "replace"}))
+    model.set_donor("a")
+    before, config = logits(model, token_ids), model.config.to_dict()
+    real = getattr(surgery, step)
+
+    def breaks_once(*args):
+        monkeypatch.setattr(surgery, step, real)
+        raise error
+
+    for change in (lambda: model.set_donor("b"), lambda: model.load_donor(C, "c"), lambda: model.delete_donor("a")):
+        monkeypatch.setattr(surgery, step, breaks_once)
+        with pytest.raises(error):
+            change()
+        assert model.active_donors == ["a"] and list(model.donor_config) == ["a", "b"]
+        assert model.config.to_dict() == config and torch.equal(logits(model, token_ids), before)
+        assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(5))
