@@ -1,10 +1,10 @@
-"""Do organs fit a recipient, and are their files in order? Found out from configs and headers, without weights."""
+"""Check organs against a recipient, and donors' files, from configs and headers; no weights are read."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,45 +31,35 @@ from not_hf.donor.compatibility import (
 )
 from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import (
-    CorruptDonorError,
-    IncompatibleDonorError,
-    NotHFError,
-    UnsupportedArchitectureError,
-)
+from not_hf.errors import CorruptDonorError, IncompatibleDonorError, UnsupportedArchitectureError
 from not_hf.hub.partial_download import list_tensors
 
 
-class PlacedOrgan(Protocol):
-    """An organ and its place, whether it is loaded already or not."""
+class _PlacedOrgan(Protocol):
+    """A `ResolvedOrgan`, or an organ in a model."""
 
     @property
-    def place(self) -> Place:
-        """Where it goes."""
-
+    def place(self) -> Place: ...
     @property
-    def spec(self) -> OrganSpec:
-        """What its donor's config says."""
-
+    def spec(self) -> OrganSpec: ...
     @property
-    def active(self) -> bool:
-        """Whether it stands in the stack."""
+    def active(self) -> bool: ...
 
 
 class Fit(NamedTuple):
-    """What configs tell of organs in a recipient."""
+    """Whether organs fit a recipient."""
 
-    problems: list[str]  # what keeps them out
-    stack: list[StackEntry]  # that the active organs make of the recipient, if nothing does
-    differences: list[str]  # in what a native model of that stack would compute otherwise: no merge will hold them
+    problems: list[str]  # why they do not
+    stack: list[StackEntry]  # of the recipient with its active organs
+    differences: list[str]  # from a native model of that stack, which prevent a merge
 
 
-def validate(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[PlacedOrgan] = ()) -> Fit:
-    """`examine`, but what keeps the organs out is raised.
+def validate(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[_PlacedOrgan] = ()) -> Fit:
+    """`examine`, but raise the problems.
 
     Raises:
         NotHFError: As in `examine`.
-        IncompatibleDonorError: With every problem.
+        IncompatibleDonorError: Lists all problems.
     """
     fit = examine(organs, recipient, loaded)
     if fit.problems:
@@ -77,31 +67,30 @@ def validate(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loade
     return fit
 
 
-def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[PlacedOrgan] = ()) -> Fit:
-    """Check everything that configs tell of organs that are to go into a recipient.
+def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded: Sequence[_PlacedOrgan] = ()) -> Fit:
+    """Check from configs alone whether organs fit a recipient.
 
     Args:
-        organs: In load order.
-        recipient: Native config of a model without organs.
-        loaded: Organs that are there already.
+        organs: Organs to load, in load order.
+        recipient: Native config of the recipient without organs.
+        loaded: Organs that are already in the model.
 
     Raises:
-        NotHFError: A name is not plain, or taken.
+        NotHFError: A name is invalid or taken.
     """
     require_free_names([organ.name for organ in organs], [organ.place.name for organ in loaded])
 
-    def told(organ: ResolvedOrgan, problems: Iterable[str]) -> list[str]:
+    def named(organ: ResolvedOrgan, problems: Iterable[str]) -> list[str]:
         return [f"organ {organ.name!r}: {problem}" if len(organs) > 1 else problem for problem in problems]
 
     problems = []
     for organ in organs:
-        place: tuple[Any, str] = (organ.source.position, organ.place.mode)
-        if config_mismatches(organ.spec, recipient) or place_problems(organ.spec, recipient, *place):
-            problems += told(organ, mismatches(organ.spec, recipient, *place))
-        elif not organ.active:  # the others are looked at together
-            problems += told(organ, structure_problems(organ.spec, recipient, *place))
+        spec, place = organ.spec, (organ.source.position, organ.place.mode)
+        # the structure of active organs is checked below, for the whole stack at once
+        if not organ.active or config_mismatches(spec, recipient) or place_problems(spec, recipient, *place):
+            problems += named(organ, mismatches(spec, recipient, *place))
         if organ.scale != 1 and (problem := scale_problem(organ.scale, organ.place.mode)):
-            problems += told(organ, [problem])
+            problems += named(organ, [problem])
     if problems:
         return Fit(problems, [], [])
     try:
@@ -113,23 +102,14 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
         return Fit([str(error)], [], [])
     except UnsupportedArchitectureError as error:
         return Fit([f"{name_of(recipient)} cannot take these layers: {error}"], [], [])
-    if odd_tensors(built, native):  # of which organ?
+    if odd_tensors(built, native):
         for organ in organs:
-            place = (organ.place.position, organ.place.mode)
-            problems += told(organ, structure_problems(organ.spec, recipient, *place))
+            problems += named(organ, structure_problems(organ.spec, recipient, organ.place.position, organ.place.mode))
     return Fit(problems, stack, native_differences(built, native))
 
 
 def header_problems(spec: OrganSpec, headers: Mapping[str, TensorInfo]) -> list[str]:
-    """What is wrong with a donor's weights as far as the headers of its files tell; the weights are not read.
-
-    Args:
-        spec: What the organ is.
-        headers: What `list_tensors` gives for it.
-
-    Returns:
-        One line for each tensor that is missing, unexpected, mis-shaped, empty or not floating-point.
-    """
+    """Report missing, unexpected, mis-shaped, empty and non-floating-point tensors, from `list_tensors`."""
     problems = tensor_problems(headers) + expert_problems(headers)
     hollow = {name: torch.empty(each.shape, dtype=dtype_of(each), device="meta") for name, each in headers.items()}
     try:
@@ -141,7 +121,7 @@ def header_problems(spec: OrganSpec, headers: Mapping[str, TensorInfo]) -> list[
 
 @dataclass(frozen=True)
 class SurveyedOrgan:
-    """One organ of a donor, as far as its config and the headers of its files tell."""
+    """One organ of a donor, and the headers of its files."""
 
     organ: ResolvedOrgan
     tensors: Mapping[str, TensorInfo]
@@ -149,22 +129,17 @@ class SurveyedOrgan:
 
 
 def survey(
-    donor: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None, **hub_kwargs: Any
+    donor: str | os.PathLike[str],
+    position: int | None = None,
+    mode: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    **hub_kwargs: Any,
 ) -> tuple[DonorConfig, list[SurveyedOrgan]]:
-    """A donor's config and its organs, of which a composition has several. No weights are read.
-
-    Args:
-        donor: Folder or Hub ID.
-        revision: Branch, tag or commit; pinned, so that all that is read is of one state.
-        subfolder: Folder of the donor within its repo.
-        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, …
-
-    Raises:
-        NotHFError: A config is not what it is taken for, or not in order.
-        OSError: A config or a header cannot be read.
-    """
+    """Read the config of a donor, and its organs with their headers. Arguments and errors as in `check_donor`."""
     require_known(hub_kwargs)
-    root, resolved = resolve_donor(OrganSource(DEFAULT_NAME, os.fspath(donor), revision, subfolder), hub_kwargs)
+    source = OrganSource(DEFAULT_NAME, os.fspath(donor), revision, subfolder, position, mode)
+    root, resolved = resolve_donor(source, hub_kwargs)
     organs = []
     for organ in resolved:
         where = {**hub_kwargs, "revision": organ.source.revision, "subfolder": organ.source.subfolder or ""}
@@ -184,54 +159,55 @@ def check_donor(
     subfolder: str | None = None,
     **hub_kwargs: Any,
 ) -> Mismatches:
-    """List everything that keeps a donor from working in a recipient, from configs and the headers of its files.
+    """List all reasons why a donor or composition cannot be loaded into a recipient, from configs and file headers.
 
-    `check_compatibility` reads configs alone; this one also reads a donor's headers, and all organs of a composition.
+    `check_compatibility` reads configs only. This also reads the headers of the donor's files.
 
     Args:
-        donor: Folder or Hub ID of an organ or a composition.
+        donor: Folder or Hub ID of a donor or composition.
         recipient: Folder, Hub ID, native config or model.
-        position: Where the organ is to go, in the recipient's own layers; `None`: as the donor says.
-        mode: `"insert"` or `"replace"`; `None`: as the donor says.
+        position: Position among the recipient's own layers; default: the donor's.
+        mode: `"insert"` or `"replace"`; default: the donor's.
         revision: Branch, tag or commit of the donor's repo.
         subfolder: Folder of the donor within its repo.
-        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, …, for both repos.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, … for both repos.
 
     Returns:
-        One line per problem; an empty list when the donor can be loaded. `differences` as in `check_compatibility`.
+        One line per problem, none if the donor can be loaded; with `differences` as in `check_compatibility`.
 
     Raises:
-        NotHFError: A config contradicts itself, or is not what it is taken for; a composition is to be moved.
+        NotHFError: A config is invalid, or a composition is given another place.
         OSError: A config or a header cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, check_donor
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     DonorModel.from_base(base, layers=(1, 3)).save_pretrained(folder)
+        ...     check_donor(folder, base)
+        ...     check_donor(folder, base, position=9)
+        []
+        ['cannot insert 2 layers at position 9 of 4 (the recipient); position must be between 0 and 4']
     """
-    root, organs = survey(donor, revision, subfolder, **hub_kwargs)
-    if root.donors is not None and (position is not None or mode is not None):
-        raise NotHFError(
-            f"{donor} is a composition whose organs have their places; check them one by one to move them"
-        )
-    return recipient_problems(organs, recipient, position, mode, **hub_kwargs)
+    _, organs = survey(donor, position, mode, revision, subfolder, **hub_kwargs)
+    return recipient_problems(organs, recipient, **hub_kwargs)
 
 
 def recipient_problems(
     surveyed: Sequence[SurveyedOrgan],
     recipient: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel,
-    position: int | None = None,
-    mode: str | None = None,
     **hub_kwargs: Any,
 ) -> Mismatches:
-    """What `check_donor` lists, of organs that were surveyed. Arguments as there."""
+    """`check_donor` for organs returned by `survey`."""
     if isinstance(recipient, PreTrainedModel):
         recipient = getattr(recipient, "base_config", recipient.config)
     elif not isinstance(recipient, PreTrainedConfig):
         name = os.fspath(recipient)
         revision = resolve_commit(name, hub_kwargs)
         recipient, _ = read_base_config(name, None, {**hub_kwargs, "revision": revision})
-    organs = [each.organ for each in surveyed]
-    if len(organs) == 1:
-        (organ,) = organs
-        position = organ.source.position if position is None else position
-        organs = [replace(organ, source=replace(organ.source, position=position, mode=mode or organ.source.mode))]
-    problems, differences = examine(organs, recipient).problems, []
+    problems, differences = examine([each.organ for each in surveyed], recipient).problems, []
     for each in surveyed:
         prefix = f"organ {each.organ.name!r}: " if len(surveyed) > 1 else ""
         found = [each.unreadable] if each.unreadable else header_problems(each.organ.spec, each.tensors)

@@ -1,4 +1,4 @@
-"""Compositions without weights: `compose` plans one from the names of donors, the plan writes it to a folder."""
+"""Compose donors by name, without weights: `compose` makes a plan, which writes the composition to a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME
 from not_hf.architecture.upstream import commit_of, fetch_file, require_known, resolve_commit
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
-from not_hf.cards.license import License, joint_license
+from not_hf.cards.license import License
 from not_hf.composition.check import header_problems, validate
 from not_hf.composition.layout import StackEntry, require_distinct
 from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
@@ -37,29 +37,29 @@ from not_hf.hub.partial_download import list_tensors
 class PlannedOrgan:
     """One organ of a plan."""
 
-    source: OrganSource  # its revision is a commit, `None` for a folder
-    config: DonorConfig  # position, mode and scale are those in force
+    source: OrganSource  # with a commit as revision, `None` for a folder
+    config: DonorConfig  # with the position, mode and scale of the plan
     num_parameters: int
-    size: int  # of its weights, in bytes
+    size: int  # of its weights in bytes
 
     @property
     def name(self) -> str:
-        """What it is called in the model."""
+        """Name in the model."""
         return self.source.name
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked composition that is not written yet.
+    """A checked composition, to be written by `save_pretrained`.
 
     Args:
-        base: The recipient.
+        base: Folder or Hub ID of the recipient.
         base_revision: Its commit, `None` for a folder.
-        base_subfolder: Folder of it within its repo.
+        base_subfolder: Its folder within the repo.
         base_config: Its native config.
-        organs: In load order.
-        stack: The layers of the model that it makes, front to back, with the active organs in it.
-        hub_kwargs: How repos are reached.
+        organs: Organs in load order.
+        stack: Layers of the recipient with its active organs, front to back.
+        hub_kwargs: `token`, `cache_dir`, …
     """
 
     base: str
@@ -71,7 +71,7 @@ class Plan:
     hub_kwargs: Mapping[str, Any] = field(repr=False)  # with the token
 
     def config(self, embed: bool = False) -> DonorConfig:
-        """The root config of the composition; `embed` as in `save_pretrained`."""
+        """Make the root config; `embed` as in `save_pretrained`."""
         entries = []
         for organ in self.organs:
             source = organ.source
@@ -79,35 +79,29 @@ class Plan:
             if embed or source.is_local:
                 where = {"subfolder": organ.name}
             entries.append(write_entry(organ.name, organ.config, source.active, **where))
-        config = composition_config(self.base, self.base_revision, self.base_subfolder, self.base_config, entries)
-        joint_license(License.of(organ.config) for organ in self.organs).set(config)
-        return config
+        licenses = (License.of(organ.config) for organ in self.organs)
+        base = (self.base, self.base_revision, self.base_subfolder, self.base_config)
+        return composition_config(*base, entries, licenses)
 
     def save_pretrained(self, folder: str | os.PathLike[str], embed: bool = False) -> None:
-        """Write the composition: its config, its card, and the organs that it does not only refer to.
+        """Write the composition: its config, its card, and copies of local donors.
 
         Args:
-            folder: Created when missing. A donor that is there is written over.
-            embed: Copy donors from the Hub into the folder too. Otherwise they are listed by reference, pinned to
-                their commits; local donors are always copied, since a path means nothing on another machine.
+            folder: Folder; created if missing. A donor in it is overwritten.
+            embed: Also copy donors from the Hub. Otherwise they are listed by ID and commit.
 
         Raises:
-            NotHFError: The folder holds another model. Whatever is raised, the folder stays as it was.
-            CorruptDonorError: The weights of an organ that is to be copied are off.
+            NotHFError: The folder holds another model. As with any error, the folder is unchanged.
+            CorruptDonorError: The weights of a copied donor are damaged.
             OSError: They cannot be fetched.
         """
-        copied = [organ for organ in self.organs if embed or organ.source.is_local]
-        places = {organ.name: Path(folder, organ.name) for organ in copied}
-        for place in (Path(folder), *places.values()):
+        copied = {organ.name: organ.source for organ in self.organs if embed or organ.source.is_local}
+        for place in (Path(folder), *(Path(folder, name) for name in copied)):
             require_donor_folder(place)
-        files = {organ.name: self._files(organ.source) for organ in copied}
+        files = {name: self._files(source) for name, source in copied.items()}
         config = self.config(embed)
-        card = updated_card(
-            folder,
-            config,
-            sum(organ.num_parameters for organ in self.organs),
-            sum(organ.size for organ in self.organs),
-        )
+        num_parameters = sum(organ.num_parameters for organ in self.organs)
+        card = updated_card(folder, config, num_parameters, sum(organ.size for organ in self.organs))
         with replacing(folder) as draft:
             for name, paths in files.items():
                 Path(draft, name).mkdir()
@@ -118,10 +112,10 @@ class Plan:
             save_local_tokenizer(self.base, folder, draft)
 
     def _files(self, source: OrganSource) -> dict[str, str]:
-        """The files of a donor, whole and on this machine: paths by name."""
+        """Fetch the files of a donor, and return their local paths by name."""
         donor = str(source.donor)
         where: dict[str, Any] = {**self.hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
-        open_checkpoint(donor, **where)  # raises if they are not whole
+        open_checkpoint(donor, **where)  # raises if a file is incomplete
         files = checkpoint_files(donor, **where)
         for name in (CONFIG_NAME, README):
             path = fetch_file(donor, name, **where)
@@ -135,34 +129,45 @@ def compose(
     base_revision: str | None = None,
     **hub_kwargs: Any,
 ) -> Plan:
-    """Plan a composition from the names of donors. Configs and headers are read, no weights; nothing is written.
-
-        compose(["me/gpt2-kjv", OrganSource("law", "me/gpt2-law", position=8, mode="replace")]).save_pretrained("both")
+    """Plan a composition of donors. Configs and headers are read, weights are not, and nothing is written.
 
     Args:
-        donors: Folders, Hub IDs, or `OrganSource`s that say more: in load order. An organ with an empty name, and
-            one given by its ID alone, is named after its repo. A donor that is a composition stands for its organs.
-        base: Folder or Hub ID of the recipient; `None`: the base that all donors name.
-        base_revision: Branch, tag or commit of it.
-        **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only`, for base and donors.
+        donors: Folders, Hub IDs or `OrganSource`s, in load order. Organs without a name are named after their repo. A
+            composition stands for its organs.
+        base: Folder or Hub ID of the recipient; default: the base that all donors name.
+        base_revision: Its branch, tag or commit.
+        **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only` for base and donors.
 
     Raises:
-        IncompatibleDonorError: With every mismatch of every organ, or the overlap of two.
-        CorruptDonorError: A donor contradicts itself.
-        NotHFError: Names are not distinct, or the donors do not agree on a base.
+        IncompatibleDonorError: Lists all mismatches of all organs, or names two that overlap.
+        CorruptDonorError: A donor is damaged.
+        NotHFError: Two organs have one name, or the donors name different bases.
         OSError: A repo cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, OrganSource, compose
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/base")
+        ...     DonorModel.from_base(f"{folder}/base", layers=(1, 3)).save_pretrained(f"{folder}/kjv")
+        ...     plan = compose([f"{folder}/kjv", OrganSource("law", f"{folder}/kjv", position=0)])
+        ...     plan.save_pretrained(f"{folder}/both")
+        >>> [organ.name for organ in plan.organs], len(plan.stack)
+        (['kjv', 'law'], 8)
     """
     require_known(hub_kwargs)
-    wishes = [_wish(donor) for donor in ([donors] if isinstance(donors, str) else donors)]
-    if not wishes:
-        raise NotHFError("name at least one donor to compose")
-    read = [(wish, *resolve_donor(wish, hub_kwargs)) for wish in wishes]
+    sources = [_source(donor) for donor in ([donors] if isinstance(donors, str) else donors)]
+    if not sources:
+        raise NotHFError("compose needs at least one donor; give folders or Hub IDs: compose([donor, ...])")
+    read = [(source, *resolve_donor(source, hub_kwargs)) for source in sources]
     base_subfolder = None
     if base is None:
-        base, base_revision, base_subfolder = _common_base([(wish, config) for wish, config, _ in read], base_revision)
+        base, base_revision, base_subfolder = _common_base([each[:2] for each in read], base_revision)
     else:
         _require_repo(base, base_revision)
-    organs = [organ for wish, config, found in read for organ in _named(wish, config, found, hub_kwargs)]
+    organs = [organ for source, config, found in read for organ in _named(source, config, found, hub_kwargs)]
     require_distinct([organ.name for organ in organs])
 
     base = os.fspath(base)
@@ -175,7 +180,7 @@ def compose(
 
 
 def _planned(organ: ResolvedOrgan, hub_kwargs: Mapping[str, Any]) -> PlannedOrgan:
-    """An organ whose headers were found to be in order."""
+    """Check the headers of an organ's files, and fill in its place and size."""
     source, config = organ.source, copy.copy(organ.spec.config)
     config.position, config.mode, config.scale = int(organ.place.position), organ.place.mode, organ.scale
     where = {"revision": source.revision, "subfolder": source.subfolder or ""}
@@ -186,62 +191,56 @@ def _planned(organ: ResolvedOrgan, hub_kwargs: Mapping[str, Any]) -> PlannedOrga
     return PlannedOrgan(source, config, num_parameters, sum(sizes))
 
 
-def _wish(donor: str | os.PathLike[str] | OrganSource) -> OrganSource:
-    """A donor as it was asked for."""
-    wish = donor if isinstance(donor, OrganSource) else OrganSource("", donor)
-    if isinstance(wish.donor, DonorModel):
-        raise NotHFError("compose takes donors by name; save the DonorModel first, then give its folder")
-    _require_repo(wish.donor, wish.revision)
-    return replace(wish, donor=os.fspath(wish.donor))
+def _source(donor: str | os.PathLike[str] | OrganSource) -> OrganSource:
+    source = donor if isinstance(donor, OrganSource) else OrganSource("", donor)
+    if isinstance(source.donor, DonorModel):
+        raise NotHFError("compose takes folders and Hub IDs, not a DonorModel; save it first, then give its folder")
+    _require_repo(source.donor, source.revision)
+    return replace(source, donor=os.fspath(source.donor))
 
 
 def _require_repo(name: str | os.PathLike[str], revision: str | None) -> None:
-    """Refuse a revision of a folder, which would be ignored."""
+    """Check that a revision is not that of a folder, where it would be ignored."""
     if revision is not None and os.path.isdir(name):
-        raise NotHFError(f"{name} is a folder and has no revision {revision!r}; leave it out, or name a repo")
+        raise NotHFError(f"{name} is a folder and has no revision {revision!r}; leave it out, or give a Hub ID")
 
 
 def _named(
-    wish: OrganSource, config: DonorConfig, organs: Sequence[ResolvedOrgan], hub_kwargs: Mapping[str, Any]
+    source: OrganSource, config: DonorConfig, organs: Sequence[ResolvedOrgan], hub_kwargs: Mapping[str, Any]
 ) -> Iterator[ResolvedOrgan]:
-    """The organs that a donor stands for, each with a name and its commit."""
-    if config.donors is not None and (wish.name or not wish.active):
+    """Give the organs of a donor names, and commits as revisions."""
+    if config.donors is not None and (source.name or not source.active):
         raise NotHFError(
-            f"{wish.donor} is a composition whose organs have their names; give its organs one by one to change that"
+            f"{source.donor} is a composition, whose organs have names; to rename or deactivate one, give it by itself"
         )
     for organ in organs:
-        source = organ.source
-        last = os.path.basename(os.path.abspath(source.subfolder or str(source.donor)))
-        name = source.name or re.sub(r"[^\w-]", "-", last)
-        commit = _commit(str(source.donor), source.revision, hub_kwargs)
-        yield replace(organ, source=replace(source, name=name, revision=commit))
+        own = organ.source
+        last = os.path.basename(os.path.abspath(own.subfolder or str(own.donor)))
+        commit = _commit(str(own.donor), own.revision, hub_kwargs)
+        yield replace(organ, source=replace(own, name=own.name or re.sub(r"[^\w-]", "-", last), revision=commit))
 
 
 def _common_base(
     donors: Sequence[tuple[OrganSource, DonorConfig]], revision: str | None
 ) -> tuple[str, str | None, str | None]:
-    """The base that all donors name, the commit that all of them name unless another is given, and its subfolder."""
+    """Return the base that all donors name, its given or common revision, and its subfolder."""
     names = {(config.base_model_name_or_path, config.base_subfolder): source.donor for source, config in donors}
     ((name, subfolder), *others) = names
     if name is None or others:
-        said = ", ".join(f"{donor} {'/'.join(filter(None, base)) or 'none'}" for base, donor in names.items())
-        raise NotHFError(f"the donors do not name one base ({said}); give it: compose(donors, base)")
+        named = ", ".join(f"{donor}: {'/'.join(filter(None, base)) or 'none'}" for base, donor in names.items())
+        raise NotHFError(f"the donors do not name one base ({named}); give it: compose(donors, base)")
     revisions = sorted({config.base_revision for _, config in donors if config.base_revision})
     if revision is None and len(revisions) > 1:
         raise NotHFError(
-            f"the donors name different commits of {name} ({', '.join(revisions)}); give base_revision to choose one"
+            f"the donors name different commits of {name} ({', '.join(revisions)}); choose one: base_revision=..."
         )
     return name, revision or (revisions[0] if revisions else None), subfolder
 
 
 def _commit(name: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
-    """The commit that a resolved revision stands for; `None` for a folder.
-
-    Raises:
-        OSError: It could not be resolved.
-    """
+    """Return the commit of a resolved revision, `None` for a folder."""
     if os.path.isdir(name):
         return None
-    # what is in the cache can be read where the Hub refuses to answer: ask it again, to hear why
+    # a revision stays unresolved if the config was in the cache and the Hub answered with an error: raise that error
     with reaching_hub(f"{name} cannot be read"):
         return commit_of(revision) or model_info(name, revision=revision, token=hub_kwargs.get("token")).sha

@@ -1,4 +1,4 @@
-"""Pushing a donor that lies in a folder, without loading it into a model."""
+"""Push the folder of a donor to the Hub, without loading it into a model."""
 
 from __future__ import annotations
 
@@ -24,37 +24,49 @@ from not_hf.hub.push import PushOptions, push_folder
 def push_donor(
     folder: str | os.PathLike[str], repo_id: str, ignore: Sequence[str] = (), **options: Unpack[PushOptions]
 ) -> CommitInfo:
-    """Check a donor's folder strictly, then push it, its card brought up to date, as one commit.
+    """Check the folder of a donor or composition strictly, then push it with an updated card as one commit.
 
     Args:
-        folder: Of an organ, or of a composition: the organs that lie in it are pushed, those it refers to must be
-            on the Hub.
+        folder: Folder of the donor. Organs that a composition lists from elsewhere must be on the Hub.
         repo_id: As in `push_to_hub`.
-        ignore: Patterns of names that stay here, besides those that begin with a dot and `Trainer`'s checkpoints.
+        ignore: Patterns of file names to leave out, besides names that begin with a dot and Trainer's checkpoints.
         **options: As in `push_to_hub`.
 
     Raises:
-        NotHFError: It is no donor, or refers to an organ on this machine.
+        NotHFError: The folder is not a donor, or lists an organ from another folder.
         CorruptDonorError: An organ is damaged.
-        OSError: The Hub refuses, or cannot be reached; the repo is as it was.
+        OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, push_donor
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     DonorModel.from_base(base, layers=(1, 3)).save_pretrained(folder)
+        ...     commit = push_donor(folder, "me/gpt2-example", commit_message="First organ")
+        >>> commit.commit_message
+        'First organ'
     """
     folder, token = Path(folder), options.get("token")
     if not folder.is_dir():
-        raise NotHFError(f"no folder {folder}; name one that holds a donor")
+        raise NotHFError(f"no folder {folder}; give the folder of a donor")
     config, organs = resolve_donor(OrganSource("", folder), {} if token is None else {"token": token})
     sources = [organ.source for organ in organs]
     for source in sources:
         if source.is_local and source.donor != folder:
-            raise NotHFError(f"organ {source.name!r} lies in {source.donor}, a folder of this machine; copy it in")
+            raise NotHFError(
+                f"organ {source.name!r} is in {source.donor}, a folder of this machine; copy it into {folder}"
+            )
     inside = [source for source in sources if source.is_local]
     num_parameters, size = _measured(folder, inside)
-    if inside != sources:  # the sizes of those that lie elsewhere are missing
+    if inside != sources:  # the sizes of organs in other repos are unknown
         num_parameters = size = None
     stated = config.license
     inherit_license(config, revision=config.base_revision, token=token)
 
     def save(target: str, repo_id: str) -> None:
-        readme = Path(target, README)  # the one that is published, if any
+        readme = Path(target, README)  # the published card, if any
         card = updated_card(folder, config, num_parameters, size, repo_id, published=readme)
         ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", "checkpoint-*", *ignore)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
@@ -66,7 +78,7 @@ def push_donor(
 
 
 def _measured(folder: Path, inside: Sequence[OrganSource]) -> tuple[int | None, int | None]:
-    """Number of parameters and of bytes of the organs in a folder, each of which is loaded to check it."""
+    """Load the organs in a folder to check them; returns their number of parameters and bytes."""
     num_parameters = size = 0
     for source in inside:
         donor = DonorModel.from_pretrained(folder, subfolder=source.subfolder or "")

@@ -1,4 +1,4 @@
-"""Resolving a call: names become pinned repos with their configs, each of which is read once."""
+"""Resolve names to pinned repos and their configs, each of which is read once."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from not_hf.donor.cutting import has_adapters
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError, one_line, reading_base
 
-# arguments of a model's `from_pretrained` that its config is not to take over, but for those that reach its repo
+# Arguments of a model's `from_pretrained` that are not values of its config, besides those in HUB_KWARGS.
 _NOT_OF_CONFIG = ("code_revision", "dtype", "quantization_config", "torch_dtype", "trust_remote_code")
 
 
 @dataclass(frozen=True)
 class ResolvedOrgan:
-    """One organ: its repo pinned, its config read and checked.
+    """An organ to load.
 
     Args:
-        source: Where it comes from and goes; revision, position, mode and scale are those in force.
-        spec: What its donor's config says.
+        source: Its source, with a pinned revision, and with position, mode and scale.
+        spec: Its donor's checked config.
     """
 
     source: OrganSource
@@ -37,36 +37,36 @@ class ResolvedOrgan:
 
     @property
     def name(self) -> str:
-        """What it is called in the model."""
+        """Name in the model."""
         return self.source.name
 
     @property
     def active(self) -> bool:
-        """Whether it stands in the stack after loading."""
+        """Whether the organ is active after loading."""
         return self.source.active
 
     @property
     def scale(self) -> float:
-        """Of what its layers write to the residual stream."""
+        """Factor of what its layers add to the residual stream."""
         return 1.0 if self.source.scale is None else self.source.scale
 
     @property
     def place(self) -> Place:
-        """Where it goes, in the recipient's own layers."""
+        """Place in the recipient."""
         return Place(self.name, self.source.position or 0, self.source.mode or "insert", self.spec.num_layers)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What `TransplantedForCausalLM.from_pretrained` was asked for: a recipient, and organs to put into it.
+    """A recipient, and organs to load into it.
 
     Args:
         base: The recipient: folder, Hub ID or live model.
-        base_config: Its native config, without organs.
-        base_kwargs: For its `from_pretrained`; the revision is pinned, and the config is among them.
-        organs: In load order.
-        shared: How repos are reached, for base and donors alike.
-        named_by: The donor that names the recipient, when the user does not.
+        base_config: Its native config without organs.
+        base_kwargs: Arguments of its `from_pretrained`, with the config and a pinned revision.
+        organs: Organs to load, in load order.
+        shared: Hub arguments for base and donors (`token`, `cache_dir`, …).
+        named_by: The donor whose config names the base, unless the user does.
     """
 
     base: str | PreTrainedModel
@@ -80,57 +80,55 @@ class Resolved:
 def resolve(
     first: str | os.PathLike[str] | PreTrainedModel,
     donor: DonorLike | None,
-    wish: OrganSource,
+    source: OrganSource,
     config: PreTrainedConfig | None,
     base_kwargs: Mapping[str, Any],
 ) -> Resolved:
-    """Tell base from donor in the forms that `TransplantedForCausalLM.from_pretrained` takes, and read their configs.
+    """Resolve the arguments of `TransplantedForCausalLM.from_pretrained`: pin repos and read configs.
 
     Args:
-        first: Its first argument: the recipient, or the donor repo when `donor` is `None`.
-        donor: Its second argument.
-        wish: Name, revision, subfolder and place that were asked for; its `donor` does not count.
-        config: Config of the repo named first, if it was given.
-        base_kwargs: The other keyword arguments.
+        first: The recipient, or the donor if `donor` is `None`.
+        donor: The donor.
+        source: Its name, revision, subfolder and place, from the arguments; the `donor` in it is ignored.
+        config: Config of `first`, if given.
+        base_kwargs: Other keyword arguments.
 
     Raises:
-        NotHFError: No donor is named, or a donor names no base.
-        CorruptDonorError: A donor's config contradicts itself, or a composition is not in order.
+        NotHFError: There is no donor, or no base.
+        CorruptDonorError: A config is invalid.
         OSError: A config cannot be read.
     """
     if isinstance(first, nn.Module) and (not isinstance(first, PreTrainedModel) or has_adapters(first)):
         raise NotHFError(
             f"the recipient ({type(first).__name__}) has adapters or is wrapped; merge or unload them "
-            "(merge_and_unload()), put the organ in, then put adapters on top"
+            "(merge_and_unload()), load the organ, then add adapters again"
         )
     kwargs = {key: value for key, value in base_kwargs.items() if key not in AUTO_KWARGS}
     shared = {key: value for key, value in kwargs.items() if key in SHARED_KWARGS}
     if isinstance(first, PreTrainedModel):
         if donor is None:
-            raise NotHFError("name a donor to put into the live model: from_pretrained(model, donor)")
-        if odd := sorted(kwargs.keys() - set(SHARED_KWARGS)):
-            raise TypeError(f"{', '.join(odd)}: only for a recipient that is loaded here, this one is live")
-        _, organs = resolve_donor(replace(wish, donor=donor), shared)
+            raise NotHFError("a live recipient needs a donor; give it: from_pretrained(model, donor)")
+        if unusable := sorted(kwargs.keys() - set(SHARED_KWARGS)):
+            raise TypeError(f"unexpected arguments for a live recipient: {', '.join(unusable)}; leave them out")
+        _, organs = resolve_donor(replace(source, donor=donor), shared)
         native = getattr(first, "base_config", first.config)
         return Resolved(first, native, {}, organs, shared)
     if donor is not None:
         base, named_by = os.fspath(first), None
-        _, organs = resolve_donor(replace(wish, donor=donor), shared)
+        _, organs = resolve_donor(replace(source, donor=donor), shared)
         kwargs["revision"] = resolve_commit(base, kwargs)
     else:
-        wish = replace(
-            wish,
-            donor=os.fspath(first),
-            revision=wish.revision or kwargs.pop("revision", None),
-            subfolder=wish.subfolder or kwargs.pop("subfolder", None),
-        )
-        root, organs = resolve_donor(wish, shared, config if isinstance(config, DonorConfig) else None)
-        config, named_by = None, str(wish.donor)
+        named_by = os.fspath(first)
+        revision = source.revision or kwargs.pop("revision", None)
+        subfolder = source.subfolder or kwargs.pop("subfolder", None)
+        source = replace(source, donor=named_by, revision=revision, subfolder=subfolder)
+        root, organs = resolve_donor(source, shared, config if isinstance(config, DonorConfig) else None)
+        config = None
         if root.base_model_name_or_path is None:
-            raise NotHFError(f"{wish.donor} does not name its base; give it: from_pretrained(base, {wish.donor!r})")
+            raise NotHFError(f"{named_by} does not name its base; give it: from_pretrained(base, {named_by!r})")
         base = root.base_model_name_or_path
         kwargs = {**implementations(root), **kwargs}
-        kwargs.pop("trust_remote_code", None)  # given for the repo that was named, not for the one that it names
+        kwargs.pop("trust_remote_code", None)  # the caller trusts the donor, not the base that it names
         kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": root.base_revision})
         if root.base_subfolder:
             kwargs["subfolder"] = root.base_subfolder
@@ -141,13 +139,16 @@ def resolve(
 def read_base_config(
     base: str, config: PreTrainedConfig | str | None, kwargs: dict[str, Any], named_by: str | None = None
 ) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The native config of a recipient, and what to load it with.
+    """Read the native config of a recipient.
 
     Args:
-        base: Folder or Hub ID.
-        config: It, or where it is read from; `None`: in the base's repo.
-        kwargs: For the recipient's `from_pretrained`. Values of the config among them go into it, as in transformers.
-        named_by: The donor that names the base, for errors.
+        base: Folder or Hub ID of the recipient.
+        config: The config, or another place to read it from.
+        kwargs: Arguments of the recipient's `from_pretrained`. As in transformers, they may override config values.
+        named_by: The donor whose config names the base, for errors.
+
+    Returns:
+        The config, and the remaining arguments together with it.
 
     Raises:
         NotHFError: The base is a donor.
@@ -171,44 +172,44 @@ def read_base_config(
 def resolve_donor(
     source: OrganSource, hub_kwargs: Mapping[str, Any], config: DonorConfig | None = None
 ) -> tuple[DonorConfig, list[ResolvedOrgan]]:
-    """The config of a donor, and its organs: the donor itself, or those that a composition lists.
+    """Read the config of a donor, and resolve its organ, or those that a composition lists.
 
     Args:
-        source: Where the donor lies.
-        hub_kwargs: How repos are reached.
-        config: Of the donor, if it was read already.
+        source: The donor.
+        hub_kwargs: `token`, `cache_dir`, …
+        config: Its config, if already read.
 
     Raises:
-        CorruptDonorError: A config contradicts itself, or a composition lists another one or itself.
-        NotHFError: A composition cannot be had as it was asked for.
+        CorruptDonorError: A config is invalid, or compositions are nested.
+        NotHFError: A composition is given a name or place.
         OSError: A config cannot be read.
     """
     source = _pin(source, hub_kwargs)
     config = config or _read_config(source, hub_kwargs)
     if config.donors is None:
-        return config, [_in_force(source, config)]
+        return config, [_checked(source, config)]
     entries = read_entries(config, source)
     if source.name not in ("", DEFAULT_NAME):
         raise NotHFError(
-            f"{source.donor} is a composition whose organs have their names; leave out the name {source.name!r}"
+            f"{source.donor} is a composition, whose organs have names; leave out the name {source.name!r}"
         )
-    asked = source.position is not None or source.mode is not None
-    if asked or config.position is not None or config.mode != "insert":  # where AutoModelForCausalLM puts arguments
+    place = (source.position, source.mode, config.position)  # AutoModelForCausalLM puts arguments into the config
+    if any(value is not None for value in place) or config.mode != "insert":
         raise NotHFError(
-            f"{source.donor} is a composition whose organs have their places; load them one by one to move"
+            f"{source.donor} is a composition, whose organs have places; to move one, name its repo or subfolder"
         )
     return config, [_resolve_entry(entry, source, hub_kwargs) for entry in entries]
 
 
 def resolve_organ(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> ResolvedOrgan:
-    """A donor that is one organ; arguments and errors as in `resolve_donor`."""
+    """Resolve a donor that is one organ. Arguments and errors as in `resolve_donor`."""
     require_known(hub_kwargs)
     source = _pin(source, hub_kwargs)
-    return _in_force(source, _read_config(source, hub_kwargs))
+    return _checked(source, _read_config(source, hub_kwargs))
 
 
 def _resolve_entry(entry: OrganSource, composition: OrganSource, hub_kwargs: Mapping[str, Any]) -> ResolvedOrgan:
-    """An organ that a composition lists."""
+    """Resolve an organ that a composition lists."""
     entry = _pin(entry, hub_kwargs)
     try:
         config = _read_config(entry, hub_kwargs)
@@ -219,16 +220,16 @@ def _resolve_entry(entry: OrganSource, composition: OrganSource, hub_kwargs: Map
     if config.donors is not None:
         raise CorruptDonorError(
             f"{composition.donor}: organ {entry.name!r} is a composition itself ({entry.donor}); "
-            "compositions cannot be nested: list its organs"
+            "list its organs instead, compositions cannot be nested"
         )
     try:
-        return _in_force(entry, config)
+        return _checked(entry, config)
     except NotHFError as error:
         raise type(error)(f"organ {entry.name!r}: {error}") from error
 
 
 def _pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
-    """The same organ with its revision resolved to a commit, so that all that is read of it is of one state."""
+    """Resolve the revision to a commit, so that everything read from the repo is consistent."""
     if isinstance(source.donor, DonorModel):
         return source
     revision = resolve_commit(os.fspath(source.donor), {**hub_kwargs, "revision": source.revision})
@@ -237,14 +238,14 @@ def _pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
 
 def _read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorConfig:
     if isinstance(source.donor, DonorModel):
-        return copy.deepcopy(source.donor.config)  # which stays the caller's
+        return copy.deepcopy(source.donor.config)  # the caller keeps the model
     return DonorConfig.from_pretrained(
         source.donor, **{**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
     )
 
 
-def _in_force(source: OrganSource, config: DonorConfig) -> ResolvedOrgan:
-    """An organ whose place and scale are those that were asked for, else those of its own config."""
+def _checked(source: OrganSource, config: DonorConfig) -> ResolvedOrgan:
+    """Check a donor's config, which completes the place and scale of its source."""
     spec = config.check()
     position = config.position if source.position is None else source.position
     scale = config.scale if source.scale is None else source.scale

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
-from not_hf.cards.license import License, joint_license
+from not_hf.cards.license import License
 from not_hf.composition.sources import composition_config, write_entry
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saving import write_donor
@@ -98,8 +98,8 @@ def save_organs(
     first = shells[names[0]].config  # all have the same base
     base = (first.base_model_name_or_path, first.base_revision, first.base_subfolder)
     entries = [write_entry(name, shells[name].config, surgery.organs[name].active, subfolder=name) for name in names]
-    config = composition_config(*base, surgery.base_config, entries)
-    joint_license(License.of(shell.config) for shell in shells.values()).set(config)
+    licenses = (License.of(shell.config) for shell in shells.values())
+    config = composition_config(*base, surgery.base_config, entries, licenses)
     tensors = [tensor for state in states.values() for tensor in state.values()]
     num_parameters = sum(tensor.numel() for tensor in tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -100,7 +100,7 @@ def test_it_runs_as_a_program():
     command = [sys.executable, *program, "push", "nowhere", "me/nothing"]
     wrong = subprocess.run(command, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert wrong.stderr == "error: no folder nowhere; name one that holds a donor\n"
+    assert wrong.stderr == "error: no folder nowhere; give the folder of a donor\n"
 
 
 def test_help_needs_no_slow_import():

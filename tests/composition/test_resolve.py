@@ -200,9 +200,9 @@ def first(donors: list[dict]) -> dict:
 BROKEN: dict[str, tuple[Sequence, type, str]] = {
     "two of one name": ((first, second(name="c-kjv")), CorruptDonorError, "several organs are named 'c-kjv'"),
     "unknown key": ((first, second(color="red")), CorruptDonorError, "'law' .* has an unknown key 'color'; known are"),
-    "no place": (({"name": "law"},), CorruptDonorError, "lacks a name or a place"),
-    "no name": ((second(name=""),), CorruptDonorError, "lacks a name or a place"),
-    "a list": (([],), CorruptDonorError, "lacks a name or a place"),
+    "no place": (({"name": "law"},), CorruptDonorError, "needs a name, and a donor or subfolder"),
+    "no name": ((second(name=""),), CorruptDonorError, "needs a name, and a donor or subfolder"),
+    "a list": (([],), CorruptDonorError, "needs a name, and a donor or subfolder"),
     "name of a wrong type": ((second(name=3),), CorruptDonorError, "has name 3, which must be str"),
     "donor of a wrong type": ((second(donor=["me/a"]),), CorruptDonorError, "has donor .*, which must be str"),
     "position as text": ((second(position="1"),), CorruptDonorError, "has position '1', which must be int"),
@@ -299,10 +299,10 @@ def test_a_composition_that_refers_to_itself_is_refused(edited):
 def test_a_composition_is_not_moved_nor_taken_for_one_organ(both, base):
     for load in (TransplantedForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
         for place in ({"position": 1}, {"mode": "replace"}):
-            with pytest.raises(NotHFError, match="composition whose organs have their places"):
+            with pytest.raises(NotHFError, match="composition, whose organs have places"):
                 load(both, **place)
     for source in (OrganSource("", both, position=1), OrganSource("x", both), OrganSource("", both, active=False)):
-        with pytest.raises(NotHFError, match="composition whose organs have their"):
+        with pytest.raises(NotHFError, match="composition, whose organs have"):
             compose([source])
     with pytest.raises(NotHFError, match="composition of several organs"):
         AutoModel.from_pretrained(both)
@@ -343,5 +343,5 @@ def test_a_name_for_all_of_a_composition_is_refused(base, tmp_path):
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), donor_name="one")
     model.load_donor(organ(base, 2), "two", position=0)
     model.save_pretrained(tmp_path)
-    with pytest.raises(NotHFError, match="whose organs have their names; leave out the name 'mine'"):
+    with pytest.raises(NotHFError, match="whose organs have names; leave out the name 'mine'"):
         TransplantedForCausalLM.from_pretrained(base, tmp_path, donor_name="mine")

@@ -105,7 +105,7 @@ class Tester:
             model.set_donor(chosen[::-1])
             assert model.active_donors == chosen and self.gives(model, chosen)
             assert model.config.num_hidden_layers == len(find_stack(model).layers)
-        with pytest.raises(NotHFError, match=f"no donor named nobody; loaded are {', '.join(names)}"):
+        with pytest.raises(NotHFError, match=f"no organ named nobody; loaded organs: {', '.join(names)}"):
             model.set_donor("nobody")
         assert model.active_donors == chosen
 
