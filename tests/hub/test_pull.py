@@ -15,10 +15,11 @@ import pytest
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from local_hub import DEFAULT_TOKEN, Fault, Hub
-from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
+from not_hf import CorruptDonorError, DonorConfig, DonorModel, TransplantedForCausalLM
 from testing.commands import invoke
 from testing.donors import organ, same, with_organs
 from testing.models import tiny_model, tiny_tokenizer
@@ -66,6 +67,23 @@ def expected(base_seed: int, organ_seed: int) -> TransplantedForCausalLM:
     """The transplanted model, made without a Hub."""
     base = tiny_model("llama", seed=base_seed)
     return T(base, organ(tiny_model("llama", seed=1), organ_seed))
+
+
+def test_a_damaged_donor_costs_no_weights_of_its_recipient(hub, tmp_path):
+    """Everything about a donor, its values too, is found out before the recipient's weights are asked for."""
+    tiny_model("llama").push_to_hub("me/costly-base")
+    donor = organ("me/costly-base", 1)
+    donor.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    next(iter(tensors.values()))[0] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    HfApi().upload_folder(repo_id=HfApi().create_repo("me/damaged-organ").repo_id, folder_path=tmp_path)
+    hub.requests.clear()
+    with pytest.raises(CorruptDonorError, match="non-finite values"):
+        T("me/damaged-organ")
+    assert not [
+        record.path for record in hub.requests if "costly-base" in record.path and "safetensors" in record.path
+    ]
 
 
 # Revisions: those of the base and those of the organ never mix
