@@ -57,7 +57,9 @@ def test_the_base_is_the_one_that_all_donors_name(base, kjv, law, tmp_path):
     live.save_pretrained(tmp_path / "third")
     assert compose([tmp_path / "third"]).base_revision == second  # as it is now
     assert compose([tmp_path / "third", "me/c-first"]).base_revision == first
-    with pytest.raises(NotHFError, match=f"different commits of me/c-other-base .*{first}.* choose one: base_revision="):
+    with pytest.raises(
+        NotHFError, match=f"different commits of me/c-other-base .*{first}.* choose one: base_revision="
+    ):
         compose(["me/c-first", "me/c-second"])
     assert compose(["me/c-first", "me/c-second"], base_revision=first).base_revision == first
     assert compose(["me/c-first", "me/c-second"], "me/c-other-base").base_revision == second
