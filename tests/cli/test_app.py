@@ -92,15 +92,13 @@ def test_the_examples_in_help_run_one_after_the_other(hub: Hub, tmp_path, monkey
     assert AutoModelForCausalLM.from_pretrained("gpt2-kjv-merged").config.n_layer == 11
 
 
-@pytest.mark.parametrize("module", [["-m", "not_hf.cli"], ["-c", "from not_hf.cli import app; app()"]])
-def test_it_runs_as_a_program(module):
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, *module, *arguments], capture_output=True, text=True)
-
-    shown = run("--help")
-    assert shown.returncode == 0
-    assert re.findall(r"^│ (\w+) ", shown.stdout, re.MULTILINE) == list(COMMANDS)
-    wrong = run("push", "nowhere", "me/nothing")
+def test_it_runs_as_a_program():
+    for program in (["-m", "not_hf.cli"], ["-c", "from not_hf.cli import app; app()"]):  # as a module and as a script
+        shown = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True)
+        assert shown.returncode == 0
+        assert re.findall(r"^│ (\w+) ", shown.stdout, re.MULTILINE) == list(COMMANDS)
+    command = [sys.executable, *program, "push", "nowhere", "me/nothing"]
+    wrong = subprocess.run(command, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr == "error: no folder nowhere; give the folder of a donor\n"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from local_hub import Hub
-from testing import EXAMPLES
+from testing import EXAMPLES, load_script
 
 DEMO = EXAMPLES / "demo.py"
 VERSE = "And the king said unto the people, Behold, I have seen the work of thine hands, and it is good."
@@ -70,10 +69,7 @@ def test_a_base_of_ones_own_is_pushed_only_when_told(hub: Hub, demo_base, tmp_pa
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
     """The demo's functions, without running it."""
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DEMO)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def alone(base_folder, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_make_what_one_does_and_resume(mode, base_folder, alone, tmp_path):
     launcher, options = MODES[mode]
@@ -35,6 +36,8 @@ def test_two_processes_make_what_one_does_and_resume(mode, base_folder, alone, t
     assert (run / "checkpoint-2" / "pytorch_model_fsdp.bin").exists() == (mode == "fsdp2")
     assert not [path for path in run.rglob("*") if "draft" in path.name]
 
+    if mode == "ddp":  # the rest is as under torchrun: only what starts the processes differs
+        return
     # stopped after two steps: what a killed run leaves behind
     half = tmp_path / "half"
     half.mkdir()

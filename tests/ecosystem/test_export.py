@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -16,19 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from not_hf import TransplantedForCausalLM
-from testing import EXAMPLES
+from testing import EXAMPLES, load_script
 from testing.donors import organ
 from testing.models import tiny_tokenizer
-
-EXPORT = EXAMPLES / "export_gguf.py"
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("export_gguf", EXPORT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXAMPLES / "export_gguf.py")
 
 
 def contents(folder: Path) -> dict[str, tuple]:

@@ -23,7 +23,7 @@ SERVE = EXAMPLES / "serve.py"
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 PROMPT = "w5 w6 w7"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serving")]
 
 
 def free_port() -> int:

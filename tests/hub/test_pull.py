@@ -23,6 +23,8 @@ from testing.commands import invoke
 from testing.donors import organ, same, with_organs
 from testing.models import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.xdist_group("pull")  # what is on the Hub is pushed once
+
 BASE, DONOR = "me/pull-base", "me/pull-organ"
 INSIDE = "organs/kjv"  # a folder within a repo
 T = TransplantedForCausalLM.from_pretrained
@@ -257,19 +259,6 @@ assert AutoTokenizer.from_pretrained(donor)("w5").input_ids == [5]
 write = pipeline("text-generation", model=donor, device="cpu")
 print(write("w5 w6", max_new_tokens=3, do_sample=False)[0]["generated_text"])
 """
-LOCAL = """
-import sys
-from transformers import AutoConfig, AutoTokenizer
-from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
-cache_dir, base, *donors = sys.argv[1:]
-local = {"local_files_only": True, "cache_dir": cache_dir}
-for donor in donors:
-    AutoConfig.from_pretrained(donor, **local), AutoTokenizer.from_pretrained(donor, **local)
-    DonorConfig.from_pretrained(donor, **local), DonorModel.from_pretrained(donor, **local)
-    TransplantedForCausalLM.from_pretrained(donor, **local)
-    TransplantedForCausalLM.from_pretrained(base, donor, **local)
-DonorModel.from_base(base, layers=(0, 1), **local)
-"""
 
 
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -295,7 +284,7 @@ def test_what_is_cached_loads_without_a_request(hub, commits, api, tmp_path):
     assert hub.requests == []
 
 
-def test_local_files_only_asks_nobody(hub, commits, api, tmp_path):
+def test_local_files_only_asks_nobody(hub, commits, api, cache, tmp_path):
     """Even where whole repos were downloaded, which does not tell the cache what they do not have.
 
     `AutoModel` is left out: of every repo it asks the Hub for an `adapter_config.json`, whatever it was told.
@@ -306,7 +295,12 @@ def test_local_files_only_asks_nobody(hub, commits, api, tmp_path):
     for each in (*donors, BASE):
         snapshot_download(each, cache_dir=tmp_path / "cache")
     hub.requests.clear()
-    run(LOCAL, str(tmp_path / "cache"), BASE, *donors, HF_HOME=str(tmp_path / "home"))
+    local = {"local_files_only": True, "cache_dir": tmp_path / "cache"}
+    for donor in donors:
+        for load in (AutoConfig, AutoTokenizer, DonorConfig, DonorModel, TransplantedForCausalLM):
+            load.from_pretrained(donor, **local)
+        T(BASE, donor, **local)
+    DonorModel.from_base(BASE, layers=(0, 1), **local)
     assert hub.requests == []
 
 

@@ -387,7 +387,7 @@ def test_checkpoints_of_a_trainer_are_not_pushed(base, repo_id, tmp_path):
     assert not [file for file in HfApi().list_repo_files(repo_id) if "checkpoint" in file]
 
 
-def test_a_hub_that_cannot_be_reached_is_an_os_error(base, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_an_os_error(base, no_waiting, monkeypatch):
     donor = organ(base, 1)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

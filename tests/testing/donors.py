@@ -9,7 +9,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from not_hf import DonorModel, TransplantedForCausalLM, TransplantedForMaskedLM
+from not_hf import (
+    DonorModel,
+    TransplantedForCausalLM,
+    TransplantedForMaskedLM,
+)
 from not_hf.architecture.layers import output_projections
 from not_hf.architecture.stack import is_encoder
 from testing.models import tiny_model
@@ -86,3 +90,9 @@ def holds(repo_id: str, model: DonorModel | TransplantedForCausalLM, **where) ->
 def type_of(model: torch.nn.Module) -> type:
     """What loads a repo of such a model: an organ, or a base with its organs."""
     return DonorModel if isinstance(model, DonorModel) else AutoModelForCausalLM
+
+
+def weights(model: TransplantedForCausalLM, name: str = "default") -> dict[str, torch.Tensor]:
+    """Copies of an organ's tensors in a model, by layer and name."""
+    layers = model._surgery.organs[name].layers
+    return {f"{n}.{key}": t.clone() for n, layer in enumerate(layers) for key, t in layer.state_dict().items()}

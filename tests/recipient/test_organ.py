@@ -1,0 +1,85 @@
+"""Other weights are put into an organ in place, whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from not_hf import (
+    IncompatibleDonorError,
+    TransplantedForCausalLM,
+)
+from testing.donors import organ, same, scaled_by_hand, tiny_organ, transplanted, weights
+from testing.models import logits, tiny_model
+
+
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+def test_a_swap_puts_other_weights_into_the_same_tensors(mode, token_ids, tmp_path):
+    a, b = tiny_organ(1, mode=mode), tiny_organ(2, mode=mode)
+    b.save_pretrained(tmp_path)
+    model = transplanted(("kjv", a, {"position": 1}), ("law", tiny_organ(3), {"position": 4}))
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    model.hotswap_donor("kjv", tmp_path)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
+    expected = transplanted(("kjv", b, {"position": 1}), ("law", tiny_organ(3), {"position": 4}))
+    assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
+    assert model.get_donor_status()["kjv"].donor == str(tmp_path)
+    model.hotswap_donor("kjv", a)
+    with model.disable_donors():
+        assert torch.equal(logits(model, token_ids), logits(tiny_model("llama"), token_ids))
+
+
+def test_a_swap_keeps_the_place_the_scale_and_the_flags(token_ids):
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1), position=2, is_trainable=True)
+    model.set_donor_scale("default", 0.5)
+    model.hotswap_donor("default", tiny_organ(2))
+    status = model.get_donor_status()["default"]
+    assert (status.position, status.scale) == (2, 0.5)
+    assert status.num_trainable_parameters == status.num_parameters
+    expected = transplanted(("default", scaled_by_hand(tiny_organ(2), 0.5), {"position": 2}))
+    assert torch.equal(logits(model, token_ids), logits(expected, token_ids))
+    model.set_donor_scale("default", 1)
+    assert same(weights(model), weights(transplanted(("default", tiny_organ(2), {}))))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: tiny_organ(2, layers=(1, 2)), r"it holds layers \[1, 2\], not \[1, 3\]"),
+        (lambda: tiny_organ(2, layers=(0, 2)), r"it holds layers \[0, 2\], not \[1, 3\]"),
+        (lambda: tiny_organ(2, "mistral"), "model_type mistral does not fit"),
+        (
+            lambda: organ(tiny_model("llama", intermediate_size=40), 2),
+            r"has shape \(32, 40\), here \(32, 48\)",
+        ),
+    ],
+)
+def test_a_swap_for_another_kind_is_refused_whole(other, message, token_ids):
+    model = transplanted(("default", tiny_organ(1), {}))
+    before = logits(model, token_ids)
+    with pytest.raises(IncompatibleDonorError, match=message):
+        model.hotswap_donor("default", other())
+    assert torch.equal(logits(model, token_ids), before)
+
+
+@pytest.mark.parametrize("change", ["swap", "scale"])
+def test_a_change_that_breaks_off_leaves_the_weights(change, token_ids, monkeypatch):
+    model = transplanted(("default", tiny_organ(1), {}))
+    model.set_donor_scale("default", 0.5)
+    before, held = logits(model, token_ids), model._surgery.organs["default"]
+    other = transplanted(("default", tiny_organ(2), {}))._surgery.organs["default"]
+    real, calls = torch.Tensor.copy_, []
+
+    def breaks_once(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", breaks_once)
+    with pytest.raises(KeyboardInterrupt):
+        held.take_over(other) if change == "swap" else held.rescale(0.25)
+    monkeypatch.undo()
+    assert torch.equal(logits(model, token_ids), before) and held.config.scale == 0.5
+    model.set_donor_scale("default", 1)
+    assert same(weights(model), weights(transplanted(("default", tiny_organ(1), {}))))
