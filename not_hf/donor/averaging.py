@@ -1,4 +1,4 @@
-"""Organs of one span averaged into a new one."""
+"""Average donors of one span into a new one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def linear(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The weighted mean of tensors of one shape, `sum(w_i t_i) / sum(w_i)`."""
+    """Compute the weighted mean of tensors of one shape, `sum(w_i t_i) / sum(w_i)`."""
     return sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True)) / sum(weights)  # type: ignore
 
 
 def slerp(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Two tensors of one shape averaged along the arc between them, so that the length is not averaged away.
+    """Average two tensors of one shape along the arc between them, which preserves their length.
 
     Source: Shoemake, "Animating rotation with quaternion curves", 1985, on flattened tensors, at `w_2 / (w_1 + w_2)`.
     """
@@ -30,7 +30,7 @@ def slerp(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Te
     t = weights[1] / sum(weights)
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
     angle = torch.arccos(cosine)
-    if not (a.any() and b.any() and torch.sin(angle) > 1e-4):  # without directions, or two along one line: no arc
+    if not (a.any() and b.any() and torch.sin(angle) > 1e-4):  # zero or parallel: there is no arc
         return linear(tensors, weights)
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
@@ -46,19 +46,27 @@ def average_donors(
     weights: Sequence[float] | None = None,
     combination_type: str = "linear",
 ) -> DonorModel:
-    """Average organs of one span of one architecture into a new organ.
+    """Average donors of one span and architecture into a new donor.
 
     Args:
         donors: Two or more donor models, folders or Hub IDs.
-        weights: One number per donor; they count relative to their sum. `None`: equal.
-        combination_type: `"linear"`, or `"slerp"` for two of them.
+        weights: One number per donor, relative to their sum; default: equal weights.
+        combination_type: `"linear"`, or `"slerp"` for two donors.
 
     Returns:
-        An organ that goes where the first one goes, in the first one's dtype.
+        A donor with the place and dtype of the first one.
 
     Raises:
-        IncompatibleDonorError: They are not of one span, or their layers differ.
+        IncompatibleDonorError: The donors have different spans or layers.
         NotHFError: An argument is out of range.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, average_donors
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> donors = [DonorModel.from_base(base, layers=(1, 3), domain=domain) for domain in ("Bible", "law")]
+        >>> average_donors(donors, weights=[0.7, 0.3]).config.domain
+        'Bible + law'
     """
     models = [each if isinstance(each, DonorModel) else DonorModel.from_pretrained(each) for each in donors]
     tensors = combined([model.state_dict() for model in models], weights, combination_type)
@@ -73,22 +81,22 @@ def average_donors(
 def combined(
     states: Sequence[Tensors], weights: Sequence[float] | None, combination_type: str
 ) -> dict[str, torch.Tensor]:
-    """Average tensors name by name, in float32; arguments and errors as in `average_donors`."""
+    """Average tensors by name, in float32. Arguments and errors as in `average_donors`."""
     weights = [1.0] * len(states) if weights is None else [float(weight) for weight in weights]
     if combination_type not in COMBINATIONS:
         raise NotHFError(f"combination_type must be one of {tuple(COMBINATIONS)}, got {combination_type!r}")
     if len(states) < 2 or len(weights) != len(states) or (combination_type == "slerp" and len(states) != 2):
         wanted = "two" if combination_type == "slerp" else "two or more"
         raise NotHFError(
-            f"{combination_type} averages {wanted} organs with a weight each; "
-            f"got {len(states)} organs and {len(weights)} weights"
+            f"{combination_type} needs {wanted} donors with a weight each, "
+            f"got {len(states)} donors and {len(weights)} weights"
         )
     if not all(-torch.inf < weight < torch.inf for weight in weights) or abs(sum(weights)) < 1e-6:
         raise NotHFError(f"weights must be finite and must not sum to 0, got {weights}")
     first = states[0]
     for n, other in enumerate(states[1:], 2):
         if odd := [k for k in first.keys() | other.keys() if _shape(first, k) != _shape(other, k)]:
-            raise IncompatibleDonorError(f"organ {n} has other tensors than the first: {some(sorted(odd))}")
+            raise IncompatibleDonorError(f"donor {n} has other tensors than donor 1: {some(sorted(odd))}")
     combine = COMBINATIONS[combination_type]
     return {
         name: combine([state[name].to(tensor.device, torch.float32) for state in states], weights).to(tensor.dtype)
@@ -97,20 +105,19 @@ def combined(
 
 
 def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
-    """The config of an average: the first one's place, and what all were trained on.
+    """Make the config of an average: the place of the first donor, and the training data of all.
 
     Raises:
-        IncompatibleDonorError: They are not of one span, or their layers compute otherwise.
+        IncompatibleDonorError: The donors have different spans or configs.
     """
     config = copy.deepcopy(configs[0])
     for other in configs[1:]:
         if other.span != config.span:
             raise IncompatibleDonorError(
-                f"organs of layers {list(config.span)} and {list(other.span)} cannot be averaged; "
-                "choose organs of one span"
+                f"layers {list(config.span)} and {list(other.span)} cannot be averaged; choose donors of one span"
             )
         if differences := computing_differences(config.native_config(), other.native_config()):
-            raise IncompatibleDonorError(f"organs of two kinds cannot be averaged: {some(differences)}")
+            raise IncompatibleDonorError(f"layers with different configs cannot be averaged: {some(differences)}")
     config.scale, config.metrics, config.init = 1.0, None, "copy"
     config.domain = " + ".join(_unique(each.domain for each in configs)) or None
     config.datasets = _unique(name for each in configs for name in each.datasets or []) or None

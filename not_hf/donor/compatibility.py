@@ -1,4 +1,4 @@
-"""`check_compatibility`: does a donor fit a recipient? Answered from configs alone, every mismatch in one go."""
+"""`check_compatibility`: whether a donor fits a recipient, from configs alone, with all mismatches at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from not_hf.donor.modeling import DonorModel
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
 from not_hf.errors import UnsupportedArchitectureError
 
-# What the recipient computes once for all its layers, or allocates in its caches: an organ must agree on it.
+# Values that the recipient uses for all its layers at once or for its caches: an organ must have the same.
 SHARED_GEOMETRY = (
     "is_decoder",
     "hidden_size",
@@ -34,12 +34,11 @@ RecipientLike = str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel
 
 
 class Mismatches(list[str]):
-    """What keeps a donor from fitting a recipient, one line each; empty when it fits.
+    """Reasons why a donor does not fit a recipient, one line each; empty if it fits.
 
     Args:
         problems: These lines.
-        differences: What else differs between the model the organ was last used in and the recipient. It works all the
-            same, but not as it did there.
+        differences: Other differences between the donor's base and the recipient, with which the organ can run.
     """
 
     def __init__(self, problems: Iterable[str] = (), differences: Iterable[str] = ()) -> None:
@@ -54,23 +53,32 @@ def check_compatibility(
     mode: str | None = None,
     **hub_kwargs: Any,
 ) -> Mismatches:
-    """List everything that keeps a donor from fitting a recipient. No weights are read.
+    """List all reasons why a donor does not fit a recipient, from configs alone.
 
     Args:
         donor: Donor model, config, folder or Hub ID.
         recipient: Recipient model, native config, folder or Hub ID.
-        position: Where the organ is to go, in the recipient's own layers; `None`: as the donor says.
-        mode: `"insert"` or `"replace"`; `None`: as the donor says.
-        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, … for what is read from the Hub.
+        position: Position among the recipient's own layers; default: the donor's.
+        mode: `"insert"` or `"replace"`; default: the donor's.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, …
 
     Returns:
-        One line per mismatch; an empty list when the organ fits. Where only the place is wrong, the line says which
-        positions would do. When it fits, the list's `differences` say what is otherwise here all the same: another
-        base, values that layers compute with, the vocabulary.
+        One line per mismatch, none if the organ fits. If only the position is wrong, the line names those that fit. If
+        the organ fits, the list's `differences` name the rest: another base, other config values, another vocabulary.
 
     Raises:
-        CorruptDonorError: The donor's config contradicts itself.
+        CorruptDonorError: The donor's config is invalid.
         OSError: A config cannot be read.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, check_compatibility
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> donor = DonorModel.from_base(base, layers=(1, 3))
+        >>> check_compatibility(donor, base)
+        []
+        >>> check_compatibility(donor, GPT2Config(vocab_size=9, n_embd=16, n_layer=4, n_head=2))
+        ['donor hidden_size 8 does not fit recipient hidden_size 16 (the recipient); choose a recipient ...']
     """
     donor_config, config = _donor_config(donor, hub_kwargs), _recipient_config(recipient, hub_kwargs)
     spec = donor_config.check()
@@ -81,14 +89,7 @@ def check_compatibility(
 
 
 def mismatches(spec: OrganSpec, recipient: PreTrainedConfig, position: Any, mode: str) -> list[str]:
-    """What keeps an organ from standing at a place of a recipient, one line each.
-
-    Args:
-        spec: What the organ is.
-        recipient: Native config of a model without organs.
-        position: Counts the recipient's own layers.
-        mode: `"insert"` or `"replace"`.
-    """
+    """List all reasons why an organ does not fit at a place in a recipient, given its config without organs."""
     problems, misplaced = config_mismatches(spec, recipient), place_problems(spec, recipient, position, mode)
     problems += misplaced
     if problems and (of_stack := _stack_problems(recipient)):
@@ -99,7 +100,7 @@ def mismatches(spec: OrganSpec, recipient: PreTrainedConfig, position: Any, mode
 
 
 def config_mismatches(spec: OrganSpec, recipient: PreTrainedConfig) -> list[str]:
-    """The config values in which an organ must agree with a recipient and does not."""
+    """List the config values that must be equal and are not."""
     organ, name = spec.organ, name_of(recipient)
     problems = []
     if organ.model_type != recipient.model_type:
@@ -113,11 +114,11 @@ def config_mismatches(spec: OrganSpec, recipient: PreTrainedConfig) -> list[str]
 def describe_stack(
     origins: Sequence[tuple[OrganSpec | None, int]], recipient: PreTrainedConfig
 ) -> tuple[list[LayerDescription], list[LayerDescription]]:
-    """The layers of a stack as they were built, and as a native model of as many would build them.
+    """Describe the layers of a stack as built in their own models, and as built in a native model of that stack.
 
     Args:
-        origins: For each layer of the stack its organ, `None` for the recipient, and its index there.
-        recipient: Native config of a model without organs.
+        origins: For each layer, its organ (`None` for the recipient) and its index in that.
+        recipient: Native config of the recipient without organs.
 
     Raises:
         UnsupportedArchitectureError: No native model can be built of such a stack.
@@ -132,12 +133,12 @@ def describe_stack(
 
 
 def odd_tensors(built: Sequence[LayerDescription], native: Sequence[LayerDescription]) -> set[str]:
-    """Tensors that native layers have more or fewer of; arguments as `describe_stack` returns them.
+    """Name the tensors that only one of the two sides of `describe_stack` has.
 
-    The recipient's own layers count too: a model whose first layers are special cannot have others before them.
+    The recipient's own layers are compared too: if its first layers are special, no others can be before them.
     """
 
-    def tensors(layer: LayerDescription) -> set[str]:  # buffers must be long enough
+    def tensors(layer: LayerDescription) -> set[str]:  # with shapes, since buffers must be long enough
         return layer.parameters.keys() | {f"{name} {shape}" for name, shape in layer.buffers.items()}
 
     return {
@@ -151,27 +152,27 @@ def odd_tensors(built: Sequence[LayerDescription], native: Sequence[LayerDescrip
 def recipient_differences(
     spec: OrganSpec, recipient: PreTrainedConfig, cache_dir: str | os.PathLike[str] | None = None
 ) -> list[str]:
-    """In what a recipient differs from the model that an organ was last used in; none of it keeps the organ out.
+    """List the differences between a donor's base and a recipient with which the organ can run.
 
-    Args:
-        spec: What the organ is; its base is that model.
-        recipient: Native config.
-        cache_dir: Of the Hub's client; tokenizers are compared where they are here already.
+    Tokenizers are compared only if they are in the Hub cache (`cache_dir`) or on disk.
     """
     base, name = spec.config.base_model_name_or_path, recipient.name_or_path
-    differences = [f"the organ was last used in {base}, this is {name}"] if base and name and base != name else []
+    differences = [f"the organ was last used in {base}, not in {name}"] if base and name and base != name else []
     if spec.base.model_type == recipient.model_type:
-        differences += [f"there, {each} here" for each in computing_differences(spec.base, recipient)]
+        differences += [
+            f"{key} is {theirs!r} in the recipient, {ours!r} in the base"
+            for key, ours, theirs in computing_differences(spec.base, recipient)
+        ]
     return differences + vocabulary_differences(spec, recipient, recipient_repo=Repo(name), cache_dir=cache_dir)
 
 
 def name_of(recipient: PreTrainedConfig) -> str:
-    """What to call a recipient in messages."""
+    """Name a recipient in messages."""
     return recipient.name_or_path or "the recipient"
 
 
 def _stack_problems(config: PreTrainedConfig) -> list[str]:
-    """Why a recipient takes no layers at all."""
+    """List reasons why a recipient cannot take any layers."""
     try:
         _ = meta_twin(config).stack
     except UnsupportedArchitectureError as error:
@@ -184,7 +185,7 @@ def _mismatch(key: str, ours: Any, theirs: Any, name: str) -> str:
 
 
 def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name: str) -> list[str]:
-    """Layer types of the organ for which the recipient has no mask or no rotary embedding."""
+    """List layer types of the organ for which the recipient has no mask or no rotary embedding."""
     types = set(getattr(organ, "layer_types", None) or ())
     problems = []
     windowed = types & {"sliding_attention", "chunked_attention"} or not types
@@ -202,7 +203,7 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
 
 
 def structure_problems(spec: OrganSpec, recipient: PreTrainedConfig, position: int, mode: str) -> list[str]:
-    """Whether the recipient's class would build other modules where the organ goes, and where it would not."""
+    """Check whether a native model would have other modules at a place than the organ; names places that fit."""
     k, name = spec.num_layers, name_of(recipient)
 
     def odd(position: int) -> set[str]:
@@ -217,15 +218,14 @@ def structure_problems(spec: OrganSpec, recipient: PreTrainedConfig, position: i
     if not found:
         return []
     fitting = [n for n in range(_last_position(k, mode, recipient) + 1) if n != position and not odd(n)]
-    here = f"layers of {name} are built of other modules than the donor's ({', '.join(sorted(found)[:4])}, …)"
+    problem = f"layers of {name} have other modules than the donor's ({', '.join(sorted(found)[:4])}, …)"
     if not fitting:
-        return [f"{here}, wherever they stand; cut an organ of layers like the recipient's"]
-    where = ", ".join(map(str, fitting))
-    return [f"{here} at position {position}; position{'s' * (len(fitting) > 1)} {where} would do"]
+        return [f"{problem} at every position; cut a donor of layers like the recipient's"]
+    return [f"{problem} at position {position}; fitting positions: {', '.join(map(str, fitting))}"]
 
 
 def place_problems(spec: OrganSpec, config: PreTrainedConfig, position: Any, mode: str) -> list[str]:
-    """What is wrong with a place that an organ is to have in a recipient."""
+    """Check position and mode of an organ in a recipient."""
     k, name, num_layers = spec.num_layers, name_of(config), getattr(config, "num_hidden_layers", None)
     if num_layers is None:
         return []
@@ -254,5 +254,5 @@ def _recipient_config(recipient: RecipientLike, hub_kwargs: dict[str, Any]) -> P
     if isinstance(recipient, PreTrainedConfig):
         return recipient
     if isinstance(recipient, PreTrainedModel):
-        return getattr(recipient, "base_config", recipient.config)  # positions count its own layers
+        return getattr(recipient, "base_config", recipient.config)  # without organs
     return AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)

@@ -1,4 +1,4 @@
-"""What an organ is cut from: a live model, or a checkpoint in a folder or on the Hub."""
+"""Bases to cut from: a live model, or a checkpoint in a folder or on the Hub."""
 
 from __future__ import annotations
 
@@ -26,44 +26,44 @@ from not_hf.hub.partial_download import open_part
 
 Span = tuple[int, int]  # half-open, in layers
 
-# config keys that say nothing about the layers of an organ
+# Config keys that do not concern the layers of a donor.
 _STORAGE = (
     *("id2label", "label2id", "_name_or_path", "architectures", "transformers_version"),
-    "quantization_config",  # of the base's files; organs are not quantized
+    "quantization_config",  # donors are not quantized
 )
 
 
 @dataclass(frozen=True)
 class LiveBase:
-    """A model in memory."""
+    """A base in memory."""
 
     model: PreTrainedModel
     stack: Stack
 
     @property
     def name(self) -> str | None:
-        """Hub ID or folder it was loaded from, if any."""
+        """Hub ID or folder, if any."""
         return self.model.config.name_or_path or None
 
-    revision = None  # transformers does not keep the commit a model was loaded at
-    quantization = None  # what is quantized in memory cannot be cut
-    hub_kwargs: ClassVar[Mapping[str, Any]] = {"local_files_only": True}  # it is in memory: no network for its card
+    revision = None  # transformers does not record it
+    quantization = None  # a quantized live model cannot be cut
+    hub_kwargs: ClassVar[Mapping[str, Any]] = {"local_files_only": True}  # no requests for its card
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Its native config."""
+        """Native config."""
         return self.model.config
 
     @property
     def path(self) -> str:
-        """Path of its stack below the base model."""
+        """Path of the stack in the base model."""
         return self.stack.path
 
     def tensors(self, span: Span) -> dict[str, torch.Tensor]:
-        """Copies of the span's tensors by name below the base model, layers numbered from 0.
+        """Copy the tensors of a span, by name in the base model, with layers numbered from 0.
 
         Raises:
-            NotHFError: They are not in memory.
+            NotHFError: The model is offloaded.
         """
         tensors = {
             f"{self.path}.{n}.{key}": tensor.detach().clone()
@@ -71,7 +71,7 @@ class LiveBase:
             for key, tensor in layer.state_dict().items()
         }
         if any(tensor.is_meta for tensor in tensors.values()):
-            raise NotHFError("the live model is offloaded; cut the organ from its folder or Hub ID instead")
+            raise NotHFError("the live model is offloaded; give its folder or Hub ID instead")
         return tensors
 
 
@@ -82,14 +82,13 @@ class StoredBase:
     name: str
     revision: str | None  # commit on the Hub
     config: PreTrainedConfig
-    prefix: str  # of the base model in the causal LM
+    prefix: str  # name of the base model in the causal LM
     path: str
     hub_kwargs: Mapping[str, Any]
-    # as transformers wants it to dequantize what it loads; `None` for weights that are not quantized
-    quantization: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None  # for transformers to dequantize the weights, if quantized
 
     def tensors(self, span: Span) -> dict[str, Any]:
-        """As `LiveBase.tensors`, but lazy views into a file; from the Hub only these tensors' bytes are fetched.
+        """`LiveBase.tensors` as lazy views of files. Only the bytes of these tensors are downloaded.
 
         Raises:
             CorruptDonorError: A layer of the span has no tensors.
@@ -101,10 +100,10 @@ class StoredBase:
         present = set()
         for name, view in views.items():
             match = span_pattern.match(name)
-            assert match is not None  # only such were opened
+            assert match is not None  # as `open_part` selected it
             new = f"{self.path}.{int(match[1]) - span[0]}.{match[2]}"
             if new in tensors:
-                raise CorruptDonorError(f"{self.name} holds {name} twice, with and without {self.prefix!r} before it")
+                raise CorruptDonorError(f"{self.name} holds {name} twice, with and without the prefix {self.prefix!r}")
             tensors[new] = view
             present.add(int(match[1]))
         if absent := set(range(*span)) - present:
@@ -112,40 +111,36 @@ class StoredBase:
         return tensors
 
     def outside(self) -> dict[str, Any]:
-        """Lazy views of everything but the layers, by name in the checkpoint; from the Hub no other bytes are fetched.
-
-        Raises:
-            OSError: The checkpoint cannot be read.
-        """
+        """Return lazy views of all tensors outside the layers; only their bytes are downloaded."""
         outside = re.compile(f"(?!{layer_pattern(self.prefix, self.path).pattern})")
         return open_part(self.name, outside, "outside-layers", **self.hub_kwargs)
 
 
 def layer_pattern(prefix: str, path: str, span: Span | None = None) -> re.Pattern[str]:
-    """Matches the names of tensors in layers; group 1 is the layer's number, group 2 the name below it.
+    """Compile a pattern for names of tensors in layers; its groups are the layer's number and the name in the layer.
 
     Args:
-        prefix: The base model's prefix in a causal LM (`model`, `transformer`), which a checkpoint may leave out.
-        path: Path of the stack below the base model (`layers`, `h`, `decoder.layers`).
-        span: Layers that are meant; `None`: all.
+        prefix: Name of the base model in a causal LM (`model`, `transformer`), which a checkpoint may omit.
+        path: Path of the stack in the base model (`layers`, `h`, `decoder.layers`).
+        span: Layers to match; `None`: all.
     """
     number = r"\d+" if span is None else "|".join(map(str, range(*span)))
     return re.compile(rf"(?:{re.escape(prefix)}\.)?{re.escape(path)}\.({number})\.(.+)")
 
 
 def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any) -> LiveBase | StoredBase:
-    """Find the decoder stack of a model, in memory or stored. No weights are read.
+    """Find the stack of a base. No weights are read.
 
     Raises:
-        UnsupportedArchitectureError: It has no stack that can be cut, or it is quantized.
-        NotHFError: It is not a plain base model.
+        UnsupportedArchitectureError: The base has no stack that can be cut, or is quantized.
+        NotHFError: The base is a donor, or has organs or adapters.
         OSError: Its config cannot be read.
     """
     if isinstance(base, PreTrainedModel):
         if hub_kwargs:
             raise TypeError(f"{', '.join(hub_kwargs)}: only for a base that is read from a folder or the Hub")
         if getattr(base, "active_donors", None):
-            raise NotHFError("the live model carries organs; unload() or merge_and_unload() it, then cut")
+            raise NotHFError("the live model has organs; unload() or merge_and_unload() it, then cut")
         if has_adapters(base):
             raise NotHFError("the live model has adapters; merge or unload them (merge_and_unload()), then cut")
         if getattr(base.config, "quantization_config", None) is not None:
@@ -155,7 +150,7 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
         name = os.fspath(base)
     except TypeError as error:
         kind = type(base).__name__
-        raise NotHFError(f"a base is a folder, a Hub ID or a model of transformers, not a {kind}") from error
+        raise NotHFError(f"base must be a folder, a Hub ID or a model of transformers, not a {kind}") from error
     require_known(hub_kwargs, HUB_KWARGS)
     hub_kwargs["revision"] = resolve_commit(name, hub_kwargs)
     config = AutoConfig.from_pretrained(name, **hub_kwargs)
@@ -165,11 +160,7 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
 
 
 def stored_base(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, Any]) -> StoredBase:
-    """Find the decoder stack of a stored model whose config has been read and whose revision is pinned.
-
-    Raises:
-        UnsupportedArchitectureError: It has no stack that can be cut, or it is quantized.
-    """
+    """Find the stack of a stored base from its config; `hub_kwargs` have a pinned revision. Raises as `open_base`."""
     stack, commit = meta_twin(config).stack, commit_of(hub_kwargs.get("revision"))
     quantization = _dequantization(config)
     if getattr(config, "quantization_config", None) is not None and quantization is None:
@@ -179,23 +170,23 @@ def stored_base(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, An
 
 def _quantized(name: str | None) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
-        f"{name} is quantized; dequantize it first (model.dequantize(), save_pretrained) and cut from that"
+        f"{name} is quantized; dequantize it first (model.dequantize(), save_pretrained), then cut"
     )
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT has put layers of its own into a model, whichever way it was called."""
+    """Whether a model has layers of PEFT."""
     return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
 def _dequantization(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The config's quantization, with the wish to have it undone on loading where transformers can (MXFP4, FP8, …)."""
+    """Return a `quantization_config` that makes transformers dequantize, if it can (MXFP4, FP8, …)."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
     try:
         known = AutoQuantizationConfig.from_dict(stored if isinstance(stored, dict) else stored.to_dict())
-    except Exception:  # a quantization config may raise anything on values of a wrong type
+    except Exception:  # an invalid quantization config may raise anything
         return None
     return {**known.to_dict(), "dequantize": True} if hasattr(known, "dequantize") else None
 
@@ -208,10 +199,10 @@ def cut_config(
     init: str,
     license: str | None = None,
 ) -> DonorConfig:
-    """The config of an organ that is cut from `base`, its licence included; arguments as in `DonorModel.from_base`.
+    """Make the config of a donor, with its licence. Arguments as in `DonorModel.from_base`.
 
     Raises:
-        NotHFError: One is out of range.
+        NotHFError: An argument is out of range.
     """
     num_layers = base.config.num_hidden_layers
     try:
@@ -246,7 +237,7 @@ def cut_config(
 
 
 def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """A native config as a dict that survives JSON, without what says nothing about the layers."""
+    """Convert a native config to a dict for JSON, without keys that do not concern the layers."""
     values = config.to_dict()
     for key in _STORAGE:
         values.pop(key, None)

@@ -87,27 +87,22 @@ def import_checkpoint(
     base_revision: str | None = None,
     **hub_kwargs: Any,
 ) -> DonorModel:
-    """Turn layers that were saved with `torch.save` into an organ.
+    """Turn layers that were saved with `torch.save` into a donor.
 
     The layers may be a list of state dicts, a dict by layer number, or flat names with any prefix, nested under any
-    keys beside anything else: they are found by the names and shapes of the base's own layers. The file is read as
-    tensors only; a pickle that would run code is refused. The organs of the paper (arXiv 2601.13580) are published as
-    such files.
+    keys: they are found by the names and shapes of tensors in the base's layers. The file is read as tensors only; a
+    pickle that would run code is refused. The organs of the paper (arXiv 2601.13580) are published in such files.
 
     Args:
         path_or_repo: The file; or a folder or Hub ID that holds it.
         base: The model that the layers are from: folder, Hub ID or live model. Only its config is read.
         layers: Half-open span `(i, j)` of the base's layers. `None`: as the file numbers them, if not from 0.
         subfolder: Folder within `path_or_repo`.
-        filename: The file's name there.
-        position: As in `DonorModel.from_base`.
-        mode: As in `DonorModel.from_base`.
-        init: As in `DonorModel.from_base`.
-        domain: What the organ was trained for, free text.
-        dtype: Of the organ; `"auto"` keeps the file's.
+        filename: Name of the file.
+        position: As in `DonorModel.from_base`, like `mode`, `init`, `domain` and `dtype`.
         revision: Branch, tag or commit of the repo that holds the file.
-        base_revision: Of the base's repo.
-        **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only`, for both repos.
+        base_revision: Branch, tag or commit of the base's repo.
+        **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only` for both repos.
 
     Raises:
         CorruptDonorError: The file is not a pickle of tensors, holds no layers of the base or several sets of them,
@@ -115,6 +110,17 @@ def import_checkpoint(
         NotHFError: `layers` is needed, or contradicts the file; another argument is out of range.
         UnsupportedArchitectureError: As in `DonorModel.from_base`.
         OSError: The file or the base's config cannot be read.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import import_checkpoint
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save([layer.state_dict() for layer in base.transformer.h[1:3]], f"{folder}/donor_layers.pt")
+        ...     donor = import_checkpoint(folder, base, layers=(1, 3))
+        >>> donor.config.layers
+        [1, 3]
     """
     require_known(hub_kwargs)
     base_kwargs = {} if isinstance(base, PreTrainedModel) else dict(hub_kwargs)
@@ -148,7 +154,7 @@ def _fetch(source: str, subfolder: str | None, filename: str, **hub_kwargs: Any)
     """The path of the file on this machine."""
     if os.path.isfile(source):
         if subfolder:
-            raise NotHFError(f"{source} is a file and has no subfolder {subfolder!r}; name the folder it lies in")
+            raise NotHFError(f"{source} is a file and has no subfolder {subfolder!r}; give its folder instead")
         return source
     return str(cached_file(source, filename, subfolder=subfolder, **hub_kwargs))
 

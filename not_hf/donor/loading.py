@@ -18,13 +18,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.+)")
 
 
 def loading_problems(info: dict[str, Any], partial: bool = False, foreign: bool = False) -> list[str]:
-    """One line for each tensor that transformers could not load.
-
-    Args:
-        info: Its `output_loading_info`.
-        partial: Accept missing tensors.
-        foreign: Accept unexpected tensors.
-    """
+    """Report tensors in transformers' `output_loading_info`, without missing if `partial`, unexpected if `foreign`."""
     problems = [] if partial else [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [] if foreign else [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
     return problems + [
@@ -34,7 +28,7 @@ def loading_problems(info: dict[str, Any], partial: bool = False, foreign: bool 
 
 
 def tensor_problems(tensors: Mapping[str, View | TensorInfo]) -> list[str]:
-    """Tensors that no organ has, whatever its architecture."""
+    """Report tensors that are not floating-point or are empty."""
     return [
         f"tensor {name} is {tensor.dtype}, not floating-point"
         for name, tensor in tensors.items()
@@ -43,15 +37,8 @@ def tensor_problems(tensors: Mapping[str, View | TensorInfo]) -> list[str]:
 
 
 def expert_problems(tensors: Mapping[str, Any]) -> list[str]:
-    """What is off about experts that a checkpoint keeps one by one; transformers stacks what it finds, in order.
-
-    Args:
-        tensors: Tensors or lazy views by name.
-
-    Returns:
-        One line for each tensor that is missing, has a number too high, or another shape than most of its kind.
-    """
-    lists: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {}  # shapes by list of experts, name in one, number
+    """Report missing, unexpected and mis-shaped tensors of experts, of which transformers stacks those it finds."""
+    lists: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {}  # shapes by list, name and number
     for name, tensor in tensors.items():
         if match := _EXPERT.fullmatch(name):
             lists.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = tuple(tensor.shape)
@@ -71,20 +58,20 @@ def expert_problems(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def refuse(source: str, problems: Sequence[str]) -> None:
-    """Raise if there are any."""
+    """Raise problems, if there are any."""
     if problems:
         raise CorruptDonorError(f"{source}: {some(problems)}")
 
 
 def dtype_of(tensor: torch.Tensor | View | TensorInfo) -> torch.dtype | None:
-    """dtype of a tensor, or of one in a file; `None` when it is not floating-point."""
+    """Return the dtype of a tensor in memory or in a file; `None` if it is not floating-point."""
     if isinstance(tensor, torch.Tensor):
         return tensor.dtype if tensor.is_floating_point() else None
     return getattr(torch, FLOAT_DTYPES.get(tensor.dtype, ""), None)
 
 
 def common_dtype(tensors: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that most of the floating-point values of a checkpoint have."""
+    """Return the dtype of most floating-point values in a checkpoint."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         if dtype := dtype_of(tensor):

@@ -1,4 +1,4 @@
-"""`DonorModel`: an organ on its own. Cut it, load it, save it, share it."""
+"""`DonorModel`: cut, load, save and push a donor."""
 
 from __future__ import annotations
 
@@ -25,13 +25,7 @@ from not_hf.architecture.upstream import (
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
-from not_hf.donor.loading import (
-    common_dtype,
-    expert_problems,
-    loading_problems,
-    refuse,
-    tensor_problems,
-)
+from not_hf.donor.loading import common_dtype, expert_problems, loading_problems, refuse, tensor_problems
 from not_hf.donor.saving import write_donor
 from not_hf.donor.stripped import StrippedModel
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line
@@ -40,17 +34,27 @@ from not_hf.hub.push import PushOptions, push_folder
 
 
 class DonorModel(StrippedModel):
-    """One organ: `k` layers of a causal or masked LM, without embeddings, head or final norm.
+    """A donor: `k` layers of a causal or masked LM, without embeddings, head or final norm.
 
-    It is the native base model with everything but its layers taken out, so checkpoints are stored in the layout the
-    architecture has on the Hub, and masks, rotary embeddings and caches are the native ones.
+    It is the native base model stripped of everything but its layers. So checkpoints have the architecture's layout on
+    the Hub, and masks, rotary embeddings and caches are native.
 
     Args:
-        config: What the organ is and where it was cut.
+        config: Describes the organ and its base.
 
     Raises:
         CorruptDonorError: The config contradicts itself.
         UnsupportedArchitectureError: The architecture has no stack that can be cut.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> donor = DonorModel.from_base(base, layers=(1, 3), domain="Bible")
+        >>> hidden_states = torch.zeros(1, 5, 8)  # (batch, seq, hidden)
+        >>> donor(inputs_embeds=hidden_states).last_hidden_state.shape
+        torch.Size([1, 5, 8])
     """
 
     @classmethod
@@ -67,26 +71,32 @@ class DonorModel(StrippedModel):
         dtype: str | torch.dtype = "auto",
         **hub_kwargs: Any,
     ) -> DonorModel:
-        """Cut an organ out of a causal or masked LM.
+        """Cut a donor out of a causal or masked LM.
 
         Args:
-            base: Local folder, Hub ID or live model. A live model is not changed: the organ owns copies.
+            base: Folder, Hub ID or live model. The layers of a live model are copied.
             layers: Half-open span `(i, j)` of the base's layers.
-            position: Where the organ goes by default, in the recipient's own layers. `None`: right after the span for
+            position: Default position in a recipient, among its own layers. `None`: right after the span for
                 `mode="insert"`, the span itself for `mode="replace"`.
             mode: `"insert"` before layer `position`, or `"replace"` layers `position … position + k`.
-            init: `"copy"` keeps the layers as cut; `"identity"` zeroes their output projections, so that an inserted
-                organ starts as an exact no-op.
-            domain: What the organ is going to be trained for, free text.
-            license: The Hub's identifier of the organ's licence; `None`: what the base's card says. For a live model
-                that card is read only if it is on this machine.
-            dtype: Of the organ; `"auto"` keeps the checkpoint's.
+            init: `"copy"` keeps the weights; `"identity"` zeroes the output projections, so that an inserted organ
+                starts as an exact no-op.
+            domain: Intended domain, free text.
+            license: The Hub's identifier of the donor's licence; `None`: the licence on the base's card. For a live
+                model that card is read only from the cache.
+            dtype: dtype of the donor; `"auto"` keeps that of the checkpoint.
             **hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
             NotHFError: An argument is out of range.
-            UnsupportedArchitectureError: The base cannot give layers, or `init="identity"` cannot make them a no-op.
+            UnsupportedArchitectureError: The base has no layers that can be cut, or `init="identity"` does not make
+                them a no-op.
             OSError: The base cannot be read.
+
+        Example:
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+            >>> donor = DonorModel.from_base(base, layers=(1, 3), mode="replace")
         """
         source = open_base(base, **hub_kwargs)
         config = cut_config(source, layers, position, mode, init, license)
@@ -94,7 +104,7 @@ class DonorModel(StrippedModel):
         name, live = source.name or "the live model", isinstance(source, LiveBase)
         tensors = source.tensors(config.span)
         if source.quantization is not None and dtype == "auto":
-            dtype = source.config.dtype or dtype  # those of the tensors are of blocks and their scales
+            dtype = source.config.dtype or dtype  # the tensors are packed blocks and their scales
         return cls.from_tensors(
             source, config, tensors, dtype, name=name, foreign=not live, quantization=source.quantization
         )
@@ -111,32 +121,21 @@ class DonorModel(StrippedModel):
         foreign: bool = False,
         quantization: dict[str, Any] | None = None,
     ) -> DonorModel:
-        """Build an organ of a base out of its tensors, and try that it runs without the rest of the base.
+        """Build a donor from tensors of a base, apply `init`, and check that it runs without the rest of the base.
 
         Args:
-            base: What the organ is a part of; where it is live, the organ goes to its device.
-            config: What the organ is. `init="identity"` is applied here.
-            tensors: Tensors or lazy views by name below the base model, layers numbered from 0.
-            dtype: As in `load_tensors`.
-            name: Where the tensors are from, for errors.
-            foreign: As in `load_tensors`.
+            base: The base. If it is live, the donor is put on its device.
+            config: The donor's config.
+            tensors: Tensors or lazy views by their names in the base model, with layers numbered from 0.
+            dtype: As in `load_tensors`, like `foreign` and the errors.
+            name: Source of the tensors, for errors.
+            foreign: Accept unexpected tensors.
             quantization: As in `fill`.
-
-        Raises:
-            CorruptDonorError: As in `load_tensors`.
-            UnsupportedArchitectureError: As in `from_base`.
         """
         state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
-        attention = attention_of(base.config) if isinstance(base, LiveBase) else None
-        organ, _ = cls.load_tensors(
-            config.check(),
-            state,
-            dtype,
-            source=name,
-            foreign=foreign,
-            quantization=quantization,
-            attn_implementation=attention,
-        )
+        options: dict[str, Any] = {"source": name, "foreign": foreign, "quantization": quantization}
+        options["attn_implementation"] = attention_of(base.config) if isinstance(base, LiveBase) else None
+        organ, _ = cls.load_tensors(config.check(), state, dtype, **options)
         if isinstance(base, LiveBase):
             nn.Module.to(organ, base.model.device)
         hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -155,11 +154,11 @@ class DonorModel(StrippedModel):
         dtype: str | torch.dtype | None = "auto",
         **kwargs: Any,
     ) -> DonorModel:
-        """Load an organ from a folder or the Hub, strictly. Arguments as in `PreTrainedModel.from_pretrained`.
+        """Load a donor strictly from a folder or the Hub. Arguments as in `PreTrainedModel.from_pretrained`.
 
         Raises:
             CorruptDonorError: A tensor is missing, unexpected, mis-shaped, non-finite or not floating-point, a file is
-                truncated, or the config contradicts the weights.
+                truncated, or the config is invalid.
             OSError: The repo cannot be read.
         """
         if pretrained_model_name_or_path is None:
@@ -187,15 +186,12 @@ class DonorModel(StrippedModel):
         variant: str | None = None,
         **kwargs: Any,
     ) -> tuple[DonorModel, set[str]]:
-        """Load an organ whose config has been read and whose revision is pinned.
+        """Load a donor whose config has been read; the rest is as in `load_tensors`.
 
         Args:
-            spec: What the organ is.
             source: Folder or Hub ID.
-            hub_kwargs: How its files are reached.
-            dtype: As in `load_tensors`, like what it returns and raises.
-            variant: As in transformers: `model.<variant>.safetensors`.
-            **kwargs: As in `PreTrainedModel.from_pretrained`.
+            hub_kwargs: `token`, `cache_dir`, …, with a pinned revision.
+            variant: As in transformers, for `model.<variant>.safetensors`.
         """
         views = open_checkpoint(source, variant=variant, **hub_kwargs)
         refuse(source, tensor_problems(views))
@@ -215,19 +211,19 @@ class DonorModel(StrippedModel):
         foreign: bool = False,
         **kwargs: Any,
     ) -> tuple[DonorModel, set[str]]:
-        """Build an organ out of tensors, strictly.
+        """Build a donor from tensors, strictly.
 
         Args:
-            spec: What the organ is.
-            tensors: Tensors or lazy views of them, by the names they have in a checkpoint.
-            dtype: Of the organ; `"auto"` keeps theirs.
-            source: Where they are from, for errors.
-            partial: Accept missing tensors, as in one shard of a checkpoint.
-            foreign: Accept tensors that the native class has no use for, as old checkpoints of a base have.
+            spec: Checked config of the donor.
+            tensors: Tensors or lazy views by their names in a checkpoint.
+            dtype: dtype of the donor; `"auto"`: the most frequent one.
+            source: Source of the tensors, for errors.
+            partial: Accept missing tensors, for one shard of a checkpoint.
+            foreign: Accept unexpected tensors, which old checkpoints of a base may have.
             **kwargs: As in `fill`.
 
         Returns:
-            The organ, and the names of its tensors that were missing.
+            The donor, and the names of missing tensors.
 
         Raises:
             CorruptDonorError: As in `from_pretrained`.
@@ -236,14 +232,8 @@ class DonorModel(StrippedModel):
             refuse(source, expert_problems(tensors))
         organ, info = cls.fill(spec, tensors, dtype, *model_args, source=source, **kwargs)
         refuse(source, loading_problems(info, partial, foreign))
-        refuse(
-            source,
-            [
-                f"non-finite values in {name}"
-                for name, tensor in organ.state_dict().items()
-                if not tensor.is_meta and not is_finite(tensor)
-            ],
-        )
+        state = organ.state_dict().items()
+        refuse(source, [f"non-finite values in {name}" for name, t in state if not (t.is_meta or is_finite(t))])
         return organ, set(info["missing_keys"])
 
     @classmethod
@@ -257,44 +247,32 @@ class DonorModel(StrippedModel):
         quantization: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[DonorModel, dict[str, Any]]:
-        """Build an organ and load those tensors that fit.
+        """Build a donor and load the tensors that fit. Other arguments as in `load_tensors`.
 
         Args:
-            spec: What the organ is.
-            tensors: Tensors or lazy views of them, by the names they have in a checkpoint.
-            dtype: Of the organ; `"auto"` is the one that most of the floating-point values have.
-            source: Where they are from, for errors.
-            quantization: The base's `quantization_config`, for transformers to undo.
+            quantization: The base's `quantization_config`, which transformers uses to dequantize the tensors.
             **kwargs: As in `PreTrainedModel.from_pretrained`.
 
         Returns:
-            The organ, and transformers' `output_loading_info`, for `loading_problems`.
+            The donor, and transformers' `output_loading_info` for `loading_problems`.
 
         Raises:
-            CorruptDonorError: There is no tensor, or they cannot be brought into the layout of the modules.
+            CorruptDonorError: There are no tensors, or they cannot be converted to the layout of the modules.
         """
         if not tensors:
-            raise CorruptDonorError(f"{source}: the checkpoint holds no tensor")
+            raise CorruptDonorError(f"{source}: the checkpoint holds no tensors")
         if dtype in (None, "auto"):
             dtype = common_dtype(tensors)
         config = spec.config
         if quantization is not None:
             config = copy.deepcopy(config)
-            config.quantization_config = quantization  # transformers takes it away when it has dequantized
+            config.quantization_config = quantization  # transformers removes it after dequantizing
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": dtype}
+        options |= {"config": config, "spec": spec, "state_dict": dict(tensors)}
         try:
             with built_whole(), without_load_report():
-                loaded: Any = super().from_pretrained(
-                    None,
-                    *model_args,
-                    config=config,
-                    spec=spec,
-                    state_dict=dict(tensors),
-                    dtype=dtype,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **kwargs,
-                )
-        except RuntimeError as error:  # tensors that cannot be brought into the module's layout
+                loaded: Any = super().from_pretrained(None, *model_args, **options, **kwargs)
+        except RuntimeError as error:  # from transformers' conversion of the tensors
             raise CorruptDonorError(f"{source}: {one_line(error, 300)}") from error
         organ, info = loaded
         forget_conversions(organ)
@@ -309,17 +287,18 @@ class DonorModel(StrippedModel):
         max_shard_size: int | str = "5GB",
         **kwargs: Any,
     ) -> None:
-        """Write `config.json`, `model.safetensors`, the card and, for a local base, its tokenizer.
+        """Save `config.json`, `model.safetensors`, the card and, for a local base, its tokenizer.
 
         Args:
-            save_directory: Folder; created when missing.
-            is_main_process: Write on this process; `False` on the other ranks of a distributed run.
-            state_dict: Tensors to save instead of the organ's own, by the organ's names.
-            push_to_hub: Push afterwards to `repo_id` (default: the folder's name), as transformers does.
-            max_shard_size: Past this size the weights are sharded.
+            save_directory: Folder; created if missing.
+            is_main_process: Whether this process writes files.
+            state_dict: Tensors to save instead of the donor's own, by the same names.
+            push_to_hub: Also push to `repo_id` (default: the folder's name).
+            max_shard_size: Size above which the weights are sharded.
+            **kwargs: As in `PreTrainedModel.save_pretrained` and `push_to_hub`.
 
         Raises:
-            CorruptDonorError: A tensor is empty, not materialized or not finite; nothing is written then.
+            CorruptDonorError: A tensor is empty, on the meta device or not finite; nothing is written.
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
@@ -330,11 +309,11 @@ class DonorModel(StrippedModel):
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, max_shard_size: int | str = "5GB", **options: Unpack[PushOptions]
     ) -> CommitInfo:
-        """Push the organ and its card to the Hub as one commit. Arguments as in `PreTrainedModel.push_to_hub`.
+        """Push the donor and its card to the Hub as one commit. Arguments as in `PreTrainedModel.push_to_hub`.
 
         Raises:
             NotHFError: The repo holds another kind of model.
-            OSError: The Hub refuses, or cannot be reached; the repo is as it was.
+            OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
         """
         inherit_license(self.config, revision=self.config.base_revision, token=options.get("token"))
 
@@ -345,16 +324,16 @@ class DonorModel(StrippedModel):
 
     @torch.no_grad()
     def _make_identity(self, hidden: torch.Tensor) -> None:
-        """Zero the output projections of every layer, then check that hidden states go through unchanged."""
+        """Zero the output projections of every layer, then check that hidden states pass unchanged."""
         for layer in self.stack.layers:
             silence(layer)
         try:
             silent = torch.equal(self(inputs_embeds=hidden).last_hidden_state, hidden)
-        except Exception as error:  # native forwards raise anything on what they do not expect
+        except Exception as error:  # a native forward may raise anything
             reason = one_line(error, 200)
-            raise UnsupportedArchitectureError(f"an organ of these layers cannot be run alone: {reason}") from error
+            raise UnsupportedArchitectureError(f"these layers cannot be run without their base: {reason}") from error
         if not silent:
             raise UnsupportedArchitectureError(
-                f"layers of model_type {self.organ.config.model_type!r} do not become a no-op when their output "
-                "projections are zero; use init='copy'"
+                f"layers of model_type {self.organ.config.model_type!r} with zero output projections are not a no-op; "
+                "use init='copy'"
             )

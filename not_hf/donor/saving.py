@@ -1,4 +1,4 @@
-"""Writing a donor's folder: tensors, config, card and tokenizer, all of them or nothing."""
+"""Write the folder of a donor: tensors, config, card and tokenizer, all or nothing."""
 
 from __future__ import annotations
 
@@ -28,28 +28,27 @@ def write_donor(
     draft: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Write a donor's folder.
+    """Write the folder of a donor.
 
     Args:
-        donor: Its config, and the layout its tensors are saved in.
-        folder: Created when missing.
-        is_main_process: Write on this process.
-        tensors: Tensors to save instead of the donor's own, by their names.
-        repo_id: Where the card says the donor lies.
-        draft: Write there, for the caller to move to `folder`, which has a tokenizer if it needs one.
+        donor: Gives the config and the layout of the tensors.
+        folder: Folder; created if missing.
+        is_main_process: Whether this process writes files.
+        tensors: Tensors to save instead of the donor's own, by the same names.
+        repo_id: The donor's repo, for the card.
+        draft: Folder to write to instead, without a tokenizer; the caller moves it to `folder`.
         **kwargs: For `PreTrainedModel.save_pretrained`.
 
     Raises:
-        CorruptDonorError: A tensor is empty, not materialized or not finite; nothing is written then.
+        CorruptDonorError: A tensor is empty, on the meta device or not finite; nothing is written.
         NotHFError: The folder holds another model.
     """
     tensors = donor.state_dict() if tensors is None else tensors
-    hollow = [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]
-    if hollow:
-        raise CorruptDonorError(f"refusing to save empty or unmaterialized tensors: {', '.join(hollow[:5])}")
+    if hollow := [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]:
+        raise CorruptDonorError(f"cannot save tensors that are empty or on the meta device: {', '.join(hollow[:5])}")
     if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise CorruptDonorError(
-            f"refusing to save NaN or infinity, which no load takes: {', '.join(broken[:5])}; did it diverge?"
+            f"cannot save tensors with NaN or infinity: {', '.join(broken[:5])}; check whether training diverged"
         )
     require_donor_folder(folder)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

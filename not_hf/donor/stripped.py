@@ -1,4 +1,4 @@
-"""`StrippedModel`: a native base model of which only the layers are left."""
+"""`StrippedModel`: a native base model stripped of everything but its layers."""
 
 from __future__ import annotations
 
@@ -27,21 +27,12 @@ from not_hf.architecture.upstream import (
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line, some
 
-# modules beside the layers that do not touch hidden states: they say where tokens stand
+# Names of modules that stay beside the layers: they compute positions, not hidden states.
 POSITIONAL = ("rotary", "rope")
 
 
 class StrippedModel(DelegatesAttention, PreTrainedModel):
-    """The layers of a span in the native base model they were cut from, everything else taken out.
-
-    Args:
-        config: What the organ is and where it was cut.
-        spec: What `config.check()` returned, where it was called before.
-
-    Raises:
-        CorruptDonorError: The config contradicts itself.
-        UnsupportedArchitectureError: The architecture has no stack that can be cut.
-    """
+    """The base class of `DonorModel`; `spec` is the result of `config.check()`, if already called."""
 
     config: DonorConfig
     config_class = DonorConfig
@@ -56,7 +47,7 @@ class StrippedModel(DelegatesAttention, PreTrainedModel):
             raise CorruptDonorError(
                 f"donor config: organ_config contradicts layers {config.layers} of base_config: {some(contradictions)}"
             )
-        attention = attention_of(config)  # as asked for; the next line chooses one where nothing was
+        attention = attention_of(config)  # `None` lets the next line choose one
         super().__init__(config, *args, **kwargs)
         stack = _build_layers(spec, attention)
         _strip(stack)
@@ -67,14 +58,14 @@ class StrippedModel(DelegatesAttention, PreTrainedModel):
 
     @property
     def stack(self) -> Stack:
-        """Where the organ's layers are."""
+        """The donor's layers."""
         return Stack(self, self.base_model_prefix, self._stack_path)
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
-        """An organ has no embeddings."""
+        """Return `None`: a donor has no embeddings."""
 
     def get_output_embeddings(self) -> None:
-        """An organ has no head."""
+        """Return `None`: a donor has no head."""
 
     def forward(
         self,
@@ -84,13 +75,12 @@ class StrippedModel(DelegatesAttention, PreTrainedModel):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the organ alone on hidden states.
+        """Run the layers on hidden states: on the base's `hidden_states[i]`, they return its `hidden_states[j]`.
 
-        Given the base's `hidden_states[i]`, the result is its `hidden_states[j]` (before the final norm if `j` is the
-        last).
+        If `j` is the base's last layer, these are the hidden states before the final norm.
 
         Args:
-            inputs_embeds: Hidden states at the organ's entry, `(batch, seq, hidden)`.
+            inputs_embeds: Input hidden states, `(batch, seq, hidden)`.
             attention_mask: 1 for tokens, 0 for padding, `(batch, seq)`.
             position_ids: Positions of the tokens, `(batch, seq)`.
             use_cache: Return `past_key_values`.
@@ -109,40 +99,37 @@ class StrippedModel(DelegatesAttention, PreTrainedModel):
 
     @torch.no_grad()
     def require_bare(self, hidden: torch.Tensor) -> None:
-        """Check that nothing but the layers is left: without them hidden states go through unchanged.
-
-        Args:
-            hidden: Any hidden states, `(batch, seq, hidden)`.
+        """Check that without layers any hidden states, `(batch, seq, hidden)`, pass unchanged.
 
         Raises:
-            UnsupportedArchitectureError: Something beside the layers changes hidden states, or needs the rest.
+            UnsupportedArchitectureError: Another module changes them, or needs the rest of the base.
         """
         kind = f"model_type {self.organ.config.model_type!r}"
         try:
             with swapped_layers(self.stack.layers, []):
                 found = self(inputs_embeds=hidden).last_hidden_state
-        except Exception as error:  # native forwards raise anything on what they do not expect
+        except Exception as error:  # a native forward may raise anything
             raise UnsupportedArchitectureError(
-                f"layers of {kind} cannot be run without the rest: {one_line(error, 200)}"
+                f"layers of {kind} cannot be run without their base: {one_line(error, 200)}"
             ) from error
         if not torch.equal(found, hidden):
             raise UnsupportedArchitectureError(f"{kind} changes hidden states outside of its layers")
 
 
 def _build_layers(spec: OrganSpec, attn_implementation: str | None) -> Stack:
-    """The organ's layers in a native model, as they are at their place in the base."""
+    """Build a native model of the span, with layers as at their place in the base."""
     native = copy.deepcopy(spec.organ)
     set_attention(native, attn_implementation)
     for key, neutral in NEUTRAL_EMBEDDING.items():
         if hasattr(native, key):
             setattr(native, key, neutral)
-    # in the dtype that is being loaded, not in the one the base's config names
+    # the dtype that is being loaded, not that of the base's config
     dtype, span = torch.get_default_dtype(), slice(*spec.config.span)
-    hollow = torch.get_default_device().type == "meta"  # to be filled: there is nothing to initialize
+    hollow = torch.get_default_device().type == "meta"  # filled later
     with built_whole(hollow):
         stack = find_stack(build(head_class(native).from_config, native, dtype=dtype))
     originals = meta_twin(spec.base).descriptions[span]
-    if not same_modules(map(describe, stack.layers), originals):  # what a layer is made of depends on where it stands
+    if not same_modules(map(describe, stack.layers), originals):  # modules depend on the place in the stack
         base = copy.deepcopy(spec.base)
         set_attention(base, attn_implementation)
         with built_whole():
@@ -156,7 +143,7 @@ def _build_layers(spec: OrganSpec, attn_implementation: str | None) -> Stack:
 
 
 def _strip(stack: Stack) -> None:
-    """Put a `Passthrough` in the place of everything in the base model but its layers and its rotary embeddings."""
+    """Replace all modules of the base model but its layers and rotary embeddings by a `Passthrough`."""
     parent: nn.Module = stack.base_model
     for step in stack.path.split("."):
         for name, _ in list(parent.named_children()):
@@ -166,12 +153,12 @@ def _strip(stack: Stack) -> None:
 
 
 class Passthrough(nn.Module):
-    """Stands where a stripped module was: hands hidden states on, answers anything else with a zero."""
+    """Replaces a stripped module: returns hidden states unchanged, and zero for other inputs."""
 
     def forward(self, x: Any = None, *args: Any, inputs_embeds: Any = None, **kwargs: Any) -> torch.Tensor:
-        """`x` itself when it is `(batch, seq, hidden)`, else a zero without dimensions.
+        """Return `x` if it is `(batch, seq, hidden)`, else a zero without dimensions.
 
-        Embeddings of encoders are called with no ids, and with the hidden states second or by name.
+        Encoders call their embeddings without `x`, and pass the hidden states second or by name.
         """
         if x is None:
             x = next((arg for arg in (inputs_embeds, *args) if isinstance(arg, torch.Tensor)), None)

@@ -1,4 +1,4 @@
-"""The tokenizer of a donor: its base's, which a donor's folder brings along where others cannot reach the base."""
+"""The tokenizer of a donor: that of its base, copied into the donor's folder if the base is local."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from not_hf.errors import NotHFError, reading_base
 
 
 class DonorTokenizer:
-    """Redirects `AutoTokenizer.from_pretrained(donor)` to the base named in the donor's config."""
+    """Redirects `AutoTokenizer.from_pretrained(donor)` to the donor's base."""
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *inputs: Any, **kwargs: Any
     ) -> PreTrainedTokenizerBase:
-        """Load the base's tokenizer at the base's recorded revision; arguments as in `AutoTokenizer`."""
+        """Load the tokenizer of the base, at its recorded revision. Arguments as in `AutoTokenizer`."""
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         config = DonorConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if not config.base_model_name_or_path:
-            raise NotHFError(f"{pretrained_model_name_or_path} names no base to take a tokenizer from")
-        # what was given for the donor's repo does not hold for another: its revision, and trust in its code
+            raise NotHFError(
+                f"{pretrained_model_name_or_path} does not name its base; load the base's tokenizer by its own name"
+            )
+        # arguments for the donor's repo do not apply to the base: revision, subfolder, trust in its code, …
         own = ("subfolder", "revision", "trust_remote_code", "config", *AUTO_KWARGS)
         kwargs = {key: value for key, value in kwargs.items() if key not in own}
         shared = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
@@ -36,18 +38,12 @@ class DonorTokenizer:
         with reading_base(base, os.fspath(pretrained_model_name_or_path)):
             base_config = AutoConfig.from_pretrained(base, **where, **shared)
             if isinstance(base_config, DonorConfig):
-                raise NotHFError(f"{pretrained_model_name_or_path} names {base} as its base, which is a donor itself")
+                raise NotHFError(f"{pretrained_model_name_or_path} names {base} as its base, which is a donor")
             return AutoTokenizer.from_pretrained(base, *inputs, **where, **kwargs)
 
 
 def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
-    """Bring along the tokenizer of a base that others cannot reach.
-
-    Args:
-        base: Hub ID or folder.
-        folder: Of the donor; a tokenizer that is there stays.
-        draft: Where the donor is written before it goes to `folder`.
-    """
+    """Save the tokenizer of a local base in `draft`, unless `folder`, to which the draft is moved, has one."""
     if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
         return
     with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base

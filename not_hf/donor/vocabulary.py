@@ -1,7 +1,6 @@
-"""Whether an organ and its recipient speak of the same tokens.
+"""Compare the vocabularies of a donor's base and a recipient.
 
-An organ holds layers only and works on hidden states, so any vocabulary will do; but what it learnt, it learnt from
-tokens. What can be told without fetching anything is told in a warning.
+An organ runs on hidden states, so it fits any vocabulary, but it was trained with one. Differences give a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from transformers.utils import cached_file
 
 from not_hf.config import OrganSpec
 
-# Config keys that name tokens. Padding is left out: it is attended to by nothing, and often set as an afterthought.
+# Config keys of special tokens, without padding: it is never attended to, and often set later.
 TOKEN_IDS = ("bos_token_id", "eos_token_id")
 VOCABULARY = ("vocab_size", *TOKEN_IDS)
 _PADDED_TO = (8, 16, 32, 64, 128, 256)
@@ -37,27 +36,24 @@ def vocabulary_differences(
     recipient_repo: Repo | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[str]:
-    """In what the vocabularies of an organ and of its recipient differ, as far as this machine can tell.
+    """List the differences between two vocabularies, except padding of the embedding matrix. Nothing is downloaded.
 
     Args:
-        spec: What the organ is; its base is compared, and its base's tokenizer.
-        recipient: Native config.
-        donor_repo: Where the organ was read from, which may have a tokenizer of its own.
-        recipient_repo: Where the recipient was read from.
-        cache_dir: Of the Hub's client.
-
-    Returns:
-        One line per difference. An embedding matrix that is merely padded is none.
+        spec: The donor; its base is compared.
+        recipient: Native config of the recipient.
+        donor_repo: Repo of the donor, which has the base's tokenizer if the base is local.
+        recipient_repo: Repo of the recipient.
+        cache_dir: Cache of the Hub client.
     """
     donor = spec.config
     differences = []
     ours, theirs = (getattr(config, "vocab_size", None) for config in (spec.base, recipient))
     if ours and theirs and ours != theirs and not _is_padding(*sorted((ours, theirs))):
-        differences.append(f"vocab_size is {theirs} here, {ours} there")
+        differences.append(f"vocab_size is {theirs} in the recipient, {ours} in the base")
     for key in TOKEN_IDS:
         ours, theirs = (getattr(config, key, None) for config in (spec.base, recipient))
         if not (ours is None or theirs is None or _ids(ours) & _ids(theirs)):
-            differences.append(f"{key} is {theirs} here, {ours} there")
+            differences.append(f"{key} is {theirs} in the recipient, {ours} in the base")
     base_repo = Repo(donor.base_model_name_or_path, donor.base_revision, donor.base_subfolder)
     if base_repo == recipient_repo:
         return differences
@@ -76,12 +72,12 @@ def _tokenizer_differences(there: Path, here: Path) -> list[str]:
     lost = sum(theirs.get(token) != n for token, n in ours.items())
     more = len(theirs.keys() - ours.keys())
     if not lost:
-        return [f"the tokenizer here has {more} more tokens"]
-    return [f"the tokenizer here lacks or renumbers {lost} of {len(ours)} tokens and has {more} more"]
+        return [f"the recipient's tokenizer has {more} more tokens"]
+    return [f"the recipient's tokenizer lacks or renumbers {lost} of {len(ours)} tokens and has {more} more"]
 
 
 def _is_padding(small: int, large: int) -> bool:
-    """Whether a vocabulary was rounded up, as it is done for speed: to a multiple, and by little."""
+    """Whether a vocabulary was only padded: by less than 1 %, to a multiple."""
     return large - small < small // 100 and any(large == -(-small // step) * step for step in _PADDED_TO)
 
 
@@ -90,7 +86,7 @@ def _ids(value: int | list[int]) -> set[int]:
 
 
 def _tokenizer_file(repo: Repo | None, cache_dir: str | os.PathLike[str] | None) -> Path | None:
-    """The tokenizer's file where it is here already: nothing is fetched for a warning."""
+    """Find the tokenizer's file in a folder or the cache."""
     if repo is None or not repo.name:
         return None
     at = {"revision": repo.revision, "subfolder": repo.subfolder or "", "cache_dir": cache_dir}
@@ -102,7 +98,7 @@ def _tokenizer_file(repo: Repo | None, cache_dir: str | os.PathLike[str] | None)
 
 
 def _tokens(file: Path) -> dict[str, int]:
-    """Ids by token; empty for a file that says it in another way."""
+    """Read ids by token; empty for a file of another layout."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]

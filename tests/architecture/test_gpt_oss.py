@@ -95,10 +95,10 @@ def test_experts_of_another_number_work_but_have_no_native_config(folder, token_
 @pytest.mark.parametrize(
     ("layers", "position", "mode", "told"),
     [
-        ((0, 1), 3, "insert", r"at position 3; positions 0, 1 would do"),  # a dense layer among those with experts
-        ((2, 3), 0, "insert", r"at position 0; positions 1, 2, 3, 4 would do"),
-        ((0, 1), 2, "replace", r"at position 2; positions 0, 1 would do"),
-        ((0, 2), 2, "insert", r"at position 2; position 1 would do"),
+        ((0, 1), 3, "insert", r"at position 3; fitting positions: 0, 1$"),  # a dense layer among those with experts
+        ((2, 3), 0, "insert", r"at position 0; fitting positions: 1, 2, 3, 4$"),
+        ((0, 1), 2, "replace", r"at position 2; fitting positions: 0, 1$"),
+        ((0, 2), 2, "insert", r"at position 2; fitting positions: 1$"),
     ],
 )
 def test_the_check_says_which_positions_would_do(layers, position, mode, told):
@@ -106,7 +106,7 @@ def test_the_check_says_which_positions_would_do(layers, position, mode, told):
     base = tiny_model("dots1")
     donor = DonorModel.from_base(base, layers)
     (problem,) = check_compatibility(donor, base.config, position=position, mode=mode)
-    assert "built of other modules" in problem
+    assert "have other modules than the donor's" in problem
     with pytest.raises(IncompatibleDonorError, match=told):
         TransplantedForCausalLM.from_pretrained(base, donor, position=position, mode=mode)
 
@@ -115,4 +115,4 @@ def test_the_check_says_when_no_position_would_do():
     donor = DonorModel.from_base(tiny_model("llama", attention_bias=True), (1, 3))
     (problem,) = check_compatibility(donor, tiny_config("llama"))
     assert "self_attn.q_proj.bias" in problem
-    assert problem.endswith("wherever they stand; cut an organ of layers like the recipient's")
+    assert problem.endswith("at every position; cut a donor of layers like the recipient's")

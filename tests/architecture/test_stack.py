@@ -47,8 +47,8 @@ def test_what_cannot_be_cut_is_refused_with_a_reason(model_type, reason, tmp_pat
     ("model_type", "overrides", "reason"),
     [
         ("albert", {}, "no list of num_hidden_layers=4 layers"),
-        ("mpnet", {}, "cannot be run without the rest"),
-        ("deberta-v2", {"relative_attention": True}, "cannot be run without the rest"),
+        ("mpnet", {}, "cannot be run without their base"),
+        ("deberta-v2", {"relative_attention": True}, "cannot be run without their base"),
     ],
 )
 def test_layers_that_share_are_refused(model_type, overrides, reason):
@@ -63,5 +63,5 @@ def test_the_first_layer_of_modernbert_stays_first():
     base = tiny_model("modernbert")
     first, second = DonorModel.from_base(base, (0, 1), mode="replace"), DonorModel.from_base(base, (1, 2))
     assert check_compatibility(first, base) == []
-    assert "built of other modules" in check_compatibility(first, base, position=1)[0]
-    assert "built of other modules" in check_compatibility(second, base, position=0)[0]
+    assert "have other modules than the donor's" in check_compatibility(first, base, position=1)[0]
+    assert "have other modules than the donor's" in check_compatibility(second, base, position=0)[0]

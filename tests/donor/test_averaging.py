@@ -64,11 +64,11 @@ def test_averages_count_at_scale_one():
 @pytest.mark.parametrize(
     ("names", "weight", "name", "kind", "message"),
     [
-        (["a"], [1], "mean", "linear", "averages two or more organs with a weight each; got 1"),
-        (["a", "b"], [1], "mean", "linear", "got 2 organs and 1 weights"),
+        (["a"], [1], "mean", "linear", "needs two or more donors with a weight each, got 1"),
+        (["a", "b"], [1], "mean", "linear", "got 2 donors and 1 weights"),
         (["a", "b"], [1, -1], "mean", "linear", "must not sum to 0"),
         (["a", "b"], [1, float("inf")], "mean", "linear", "must be finite"),
-        (["a", "b", "b"], [1, 1, 1], "mean", "slerp", "slerp averages two organs"),
+        (["a", "b", "b"], [1, 1, 1], "mean", "slerp", "slerp needs two donors"),
         (["a", "b"], [1, 1], "mean", "ties", "combination_type must be one of"),
         (["a", "c"], [1, 1], "mean", "linear", r"layers \[1, 3\] and \[0, 2\] cannot be averaged"),
         (["a", "x"], [1, 1], "mean", "linear", "no organ named x"),

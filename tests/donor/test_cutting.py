@@ -84,7 +84,7 @@ def test_cut_from_a_folder_saved_and_loaded_by_itself(model_type, token_ids, bas
 
 
 def test_cutting_from_a_model_with_organs_is_refused():
-    with pytest.raises(NotHFError, match="carries organs"):
+    with pytest.raises(NotHFError, match="has organs"):
         DonorModel.from_base(transplanted(("a", tiny_organ(1), {})), (0, 1))
 
 

@@ -116,12 +116,15 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ({"vocab_size": VOCAB + 1}, "vocab_size is 97 here, 96 there"),
-        ({"vocab_size": 128}, "vocab_size is 128 here, 96 there"),
-        ({"vocab_size": 90}, "vocab_size is 90 here, 96 there"),
-        ({"eos_token_id": 5}, "eos_token_id is 5 here, 2 there"),
-        ({"eos_token_id": [5, 6]}, "eos_token_id is [5, 6] here, 2 there"),
-        ({"bos_token_id": 7, "vocab_size": 100}, "vocab_size is 100 here, 96 there; bos_token_id is 7 here, 1 there"),
+        ({"vocab_size": VOCAB + 1}, "vocab_size is 97 in the recipient, 96 in the base"),
+        ({"vocab_size": 128}, "vocab_size is 128 in the recipient, 96 in the base"),
+        ({"vocab_size": 90}, "vocab_size is 90 in the recipient, 96 in the base"),
+        ({"eos_token_id": 5}, "eos_token_id is 5 in the recipient, 2 in the base"),
+        ({"eos_token_id": [5, 6]}, "eos_token_id is [5, 6] in the recipient, 2 in the base"),
+        (
+            {"bos_token_id": 7, "vocab_size": 100},
+            "vocab_size is 100 in the recipient, 96 in the base; bos_token_id is 7 in the recipient, 1 in the base",
+        ),
     ],
 )
 def test_another_vocabulary_is_told(overrides, told, caplog, token_ids):
@@ -176,7 +179,7 @@ def test_a_recipient_that_grew_meanwhile_is_told(caplog):
     assert warnings(caplog) == []
     model.load_donor(organ(tiny_model("llama"), 2), "second")
     (line,) = warnings(caplog)
-    assert f"vocab_size is {MORE} here, {VOCAB} there" in line
+    assert f"vocab_size is {MORE} in the recipient, {VOCAB} in the base" in line
 
 
 def test_an_organ_tells_the_vocabulary_it_was_last_used_with(base_folder, tmp_path, caplog):
@@ -192,7 +195,10 @@ def test_an_organ_tells_the_vocabulary_it_was_last_used_with(base_folder, tmp_pa
     assert warnings(caplog) == []
     T(base_folder("llama"), tmp_path / "organ")
     (line,) = warnings(caplog)
-    assert f"vocab_size is {VOCAB} here, {MORE} there" in line and "eos_token_id is 2 here, 9 there" in line
+    assert (
+        f"vocab_size is {VOCAB} in the recipient, {MORE} in the base" in line
+        and "eos_token_id is 2 in the recipient, 9 in the base" in line
+    )
 
 
 # Tokenizers, where they are at hand
@@ -210,7 +216,7 @@ def other_tokenizer(kind: str = "WordLevel") -> PreTrainedTokenizerFast:
     )
 
 
-TOLD = f"the tokenizer here lacks or renumbers {VOCAB - 3} of {VOCAB} tokens and has {VOCAB - 3} more"
+TOLD = f"the recipient's tokenizer lacks or renumbers {VOCAB - 3} of {VOCAB} tokens and has {VOCAB - 3} more"
 
 
 @pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
