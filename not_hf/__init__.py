@@ -1,7 +1,7 @@
 """Neural Organ Transplantation (arXiv 2601.13580) for Hugging Face transformers.
 
-Importing the package registers donors with the AutoClasses; nothing else happens. What it exports is imported on
-first use, so that `import not_hf` costs no more than `import transformers`.
+Importing the package registers donors with the AutoClasses and does nothing else. Its names are imported on first use,
+so that `import not_hf` is as fast as `import transformers`.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`DonorConfig`: what a donor repo's `config.json` says about an organ and the model it was cut from."""
+"""`DonorConfig`: the `config.json` of a donor."""
 
 from __future__ import annotations
 
@@ -20,30 +20,37 @@ INITS = ("copy", "identity")
 
 
 class DonorConfig(PreTrainedConfig):
-    """Configuration of a donor: one organ, or a composition that lists several.
+    """Config of a donor, or of a composition of donors.
 
     Args:
-        base_model_name_or_path: Hub ID or local path of the model the organ was cut from.
-        base_revision: Commit of that repo at cut time, `None` for a local folder or a live model.
-        base_subfolder: Folder of the base within its repo, `None` when it is at the root.
+        base_model_name_or_path: Hub ID or folder of the base.
+        base_revision: Commit of the base, `None` for a folder or a live model.
+        base_subfolder: Folder of the base within its repo.
         layers: Half-open span `[i, j]` of the base's layers.
-        position: Where the organ goes, counted in the recipient's own layers.
-        mode: `"insert"` (before layer `position`) or `"replace"` (of layers `position … position + k`).
-        scale: What each layer of an inserted organ writes to the residual stream is multiplied by this in a recipient.
-            The weights are stored without it.
+        position: Position of the organ among the recipient's own layers.
+        mode: `"insert"` (before layer `position`) or `"replace"` (layers `position … position + k`).
+        scale: Factor of what each layer of an inserted organ adds to the residual stream; the weights are unscaled.
         init: `"copy"` (layers as cut) or `"identity"` (an inserted organ starts as an exact no-op).
-        base_config: The base's native config as a dict, its `model_type` included.
-        organ_config: The same config reduced to the span: `num_hidden_layers == j - i`.
-        domain: Free text naming what the organ was trained for.
-        datasets: Names of the training datasets, Hub IDs where there are.
+        base_config: Native config of the base as a dict, with its `model_type`.
+        organ_config: The same config, reduced to the span: `num_hidden_layers == j - i`.
+        domain: Domain of the training data, free text.
+        datasets: Names of the training datasets, preferably Hub IDs.
         tokens_seen: Number of training tokens.
-        metrics: Measured numbers, a nested dict of floats.
-        license: The Hub's identifier of the organ's licence, a list when several hold; the base's unless given.
-        license_name: What `license: other` stands for.
-        license_link: Where its text is.
-        not_hf_version: Version of not_hf that cut the organ.
-        fingerprint: SHA-256 of the base's config reduced to what shapes its layers.
-        donors: For a composition, one entry per organ (see `docs/architecture.md`); `None` for a single organ.
+        metrics: Results, a nested dict of floats.
+        license: The Hub's identifier of the licence, or a list of them; default: the base's.
+        license_name: Name of the licence, if `license` is `other`.
+        license_link: Link to that licence.
+        not_hf_version: Version of not_hf that cut the donor.
+        fingerprint: SHA-256 of the part of the base's config that concerns its layers.
+        donors: Entries of a composition, one per organ; `None` for a donor.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> config = DonorModel.from_base(base, layers=(1, 3)).config
+        >>> config.layers, config.position, config.mode, config.native_config().num_hidden_layers
+        ([1, 3], 3, 'insert', 2)
     """
 
     model_type = "not_donor"
@@ -78,33 +85,33 @@ class DonorConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, but the config of something else raises `NotHFError`."""
+        """As in transformers, but a config that is not a donor's raises `NotHFError`."""
         where = "/".join(filter(None, (os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder"))))
         try:
             values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (TypeError, AttributeError) as error:  # valid JSON, but not an object
-            raise CorruptDonorError(f"{where}: config.json holds no JSON object") from error
+        except (TypeError, AttributeError):  # valid JSON, but not an object
+            values = None
         if not isinstance(values, dict):
-            raise CorruptDonorError(f"{where}: config.json holds no JSON object")
-        if not values:  # how transformers reports a missing file
+            raise CorruptDonorError(f"{where}: config.json must hold a JSON object")
+        if not values:  # transformers' result for a missing file
             raise NotHFError(
                 f"{where} is not a donor: it has no config.json; "
-                "layers saved with torch.save are imported with not_hf.import_checkpoint or `not-hf import`"
+                "to import layers saved with torch.save, use not_hf.import_checkpoint or `not-hf import`"
             )
         if (model_type := values.get("model_type")) != cls.model_type:
-            raise NotHFError(f"{where} is not a donor: its config has model_type {model_type!r}")
+            raise NotHFError(f"{where} is not a donor: its config has model_type {model_type!r}, not 'not_donor'")
         return values, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # (config, unused kwargs) when asked for
-        """As in transformers, but values of a wrong type or meaning raise `CorruptDonorError`."""
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # or (config, unused kwargs)
+        """As in transformers, but invalid values raise `CorruptDonorError`."""
         try:
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, TypeError, AttributeError, IndexError, KeyError) as error:
             raise CorruptDonorError(f"donor config.json: {one_line(error, 300)}") from error
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """As in transformers, but the keys that place an organ are written even where they are the default."""
+        """As in transformers, but always with `mode` and `init`."""
         return {**super().to_diff_dict(), "mode": self.mode, "init": self.init}
 
     @property
@@ -115,17 +122,17 @@ class DonorConfig(PreTrainedConfig):
 
     @property
     def num_organ_layers(self) -> int:
-        """Number of layers in the organ, `k = j - i`."""
+        """Number of layers, `k = j - i`."""
         return self.span[1] - self.span[0]
 
     def native_config(self, which: str = "organ_config") -> PreTrainedConfig:
-        """The base's (`"base_config"`) or the organ's (`"organ_config"`) config as its native class.
+        """Return `base_config` or `organ_config` as an instance of its native class.
 
         Raises:
-            CorruptDonorError: The dict is missing or the native class refuses it.
-            UnsupportedArchitectureError: transformers does not know its `model_type`.
+            CorruptDonorError: The dict is missing or invalid.
+            UnsupportedArchitectureError: This release of transformers does not have its `model_type`.
         """
-        from transformers import AutoConfig  # its table of classes asks for this module, see registration
+        from transformers import AutoConfig  # its import registers this module's class, see registration
 
         values = getattr(self, which)
         model_type = values.get("model_type") if isinstance(values, dict) else None
@@ -133,48 +140,43 @@ class DonorConfig(PreTrainedConfig):
             raise CorruptDonorError(f"donor config has no {which} with a model_type; cut the organ again")
         try:
             return AutoConfig.for_model(**copy.deepcopy(values))
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # a native config may raise anything on invalid values
             if "Unrecognized model identifier" in str(error):
                 raise UnsupportedArchitectureError(
-                    f"this transformers release does not know model_type {model_type!r}; upgrade transformers"
+                    f"this release of transformers does not have model_type {model_type!r}; upgrade transformers"
                 ) from error
-            raise CorruptDonorError(f"donor config has an unusable {which}: {one_line(error, 300)}") from error
-        except Exception as error:  # a native config may raise anything on values of a wrong type
-            raise CorruptDonorError(f"donor config has an unusable {which}: {one_line(error, 300)}") from error
+            raise CorruptDonorError(f"donor config has an invalid {which}: {one_line(error, 300)}") from error
 
     def check(self) -> OrganSpec:
-        """Check that the config agrees with itself.
-
-        Returns:
-            The config with the native configs it stands for.
+        """Check the config, and return it with its native configs.
 
         Raises:
-            CorruptDonorError: One line naming the first contradiction.
-            NotHFError: It lists organs and is not an organ itself.
+            CorruptDonorError: A value is invalid, or values contradict each other.
+            NotHFError: This is the config of a composition.
         """
         if self.donors is not None:
             raise NotHFError(
-                "this repo is a composition of several organs; load it with TransplantedForCausalLM.from_pretrained, "
-                "or name the repo or the subfolder of one organ"
+                "this is a composition of several organs; load it with TransplantedForCausalLM.from_pretrained, "
+                "or give the repo or subfolder of one organ"
             )
         span = self.layers
         if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):
             raise CorruptDonorError(f"donor config layers must be two integers [i, j], got {span!r}")
         if self.mode not in MODES or self.init not in INITS:
             raise CorruptDonorError(
-                f"donor config needs mode in {MODES} and init in {INITS}, got {self.mode!r} and {self.init!r}"
+                f"donor config mode must be in {MODES} and init in {INITS}, got {self.mode!r} and {self.init!r}"
             )
         if type(self.scale) not in (int, float) or not math.isfinite(self.scale):
             raise CorruptDonorError(f"donor config scale must be a finite number, got {self.scale!r}")
         base, organ = self.native_config("base_config"), self.native_config()
         if not 0 <= span[0] < span[1] <= base.num_hidden_layers:
             raise CorruptDonorError(
-                f"donor config layers {span} are not a span of the base's {base.num_hidden_layers} layers"
+                f"donor config layers must be a span [i, j] of the base's {base.num_hidden_layers} layers, got {span}"
             )
         if organ.num_hidden_layers != self.num_organ_layers:
             raise CorruptDonorError(
-                f"donor config layers {span} name {self.num_organ_layers} layers, "
-                f"its organ_config has {organ.num_hidden_layers}"
+                f"donor config layers {span} are {self.num_organ_layers} layers, "
+                f"but organ_config has {organ.num_hidden_layers}"
             )
         if type(self.position) is not int or self.position < 0:
             raise CorruptDonorError(f"donor config position must be an integer >= 0, got {self.position!r}")
@@ -183,19 +185,13 @@ class DonorConfig(PreTrainedConfig):
 
 @dataclass(frozen=True)
 class OrganSpec:
-    """A donor's config that agrees with itself, and the native configs it stands for, which nobody changes.
-
-    Args:
-        config: Of the donor.
-        base: Native config of the model that the layers were cut from.
-        organ: The same, reduced to the span.
-    """
+    """A checked config of a donor with its native configs, which must not be changed."""
 
     config: DonorConfig
     base: PreTrainedConfig
-    organ: PreTrainedConfig
+    organ: PreTrainedConfig  # the base's, reduced to the span
 
     @property
     def num_layers(self) -> int:
-        """Number of layers in the organ."""
+        """Number of layers."""
         return self.config.num_organ_layers

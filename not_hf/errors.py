@@ -6,27 +6,57 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
-# huggingface_hub is imported where it is needed: `not-hf --help` comes past here, and is to be quick
+# huggingface_hub is imported in functions: it is slow, and `not-hf --help` imports this module.
 
 
 class NotHFError(ValueError):
-    """Base class of every error that not_hf raises on purpose."""
+    """Base class of the errors that not_hf raises.
+
+    Example:
+        >>> from not_hf import compose
+        >>> compose([])
+        Traceback (most recent call last):
+        not_hf.errors.NotHFError: compose needs at least one donor; give folders or Hub IDs: compose([donor, ...])
+    """
 
 
 class IncompatibleDonorError(NotHFError):
-    """A donor does not fit the recipient, the position or the organs already there."""
+    """A donor does not fit the recipient, its position, or the organs in the model.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, TransplantedForCausalLM
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)), position=9)
+        Traceback (most recent call last):
+        not_hf.errors.IncompatibleDonorError: cannot insert 2 layers at position 9 of 4 (the recipient); ...
+    """
 
 
 class UnsupportedArchitectureError(NotHFError):
-    """A model is built in a way that its layers cannot be cut out, put in or merged."""
+    """The layers of an architecture cannot be cut, transplanted or merged.
+
+    Example:
+        >>> from not_hf import DonorConfig
+        >>> DonorConfig(organ_config={"model_type": "unheard-of"}).native_config()
+        Traceback (most recent call last):
+        not_hf.errors.UnsupportedArchitectureError: this release of transformers does not have model_type ...
+    """
 
 
 class CorruptDonorError(NotHFError):
-    """A donor's files or config contradict themselves or cannot be read."""
+    """The files or config of a donor are damaged or contradict each other.
+
+    Example:
+        >>> from not_hf import DonorConfig
+        >>> DonorConfig(layers=[4, 7]).check()
+        Traceback (most recent call last):
+        not_hf.errors.CorruptDonorError: donor config has no base_config with a model_type; cut the organ again
+    """
 
 
 def some(problems: Sequence[object]) -> str:
-    """The first five problems of a list, in one line."""
+    """Join the first five problems in one line."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     return "; ".join(map(str, problems[:5])) + more
 
@@ -36,7 +66,7 @@ def reaching_hub(what: str) -> Iterator[None]:
     """Turn a failure to reach the Hub into a `ConnectionError`; errors that the Hub answers with pass unchanged.
 
     Args:
-        what: What could not be done, for the error.
+        what: What failed, for the error.
     """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -49,7 +79,7 @@ def reaching_hub(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """What an error says, in one line of at most `limit` characters; its class, if it says nothing."""
+    """Return the message of an error in one line of at most `limit` characters; its class, if it has none."""
     return (" ".join(str(error).split()) or type(error).__name__)[:limit]
 
 
@@ -72,7 +102,7 @@ def reading_base(base: str, donor: str | None) -> Iterator[None]:
         if donor is None:
             raise
         raise OSError(
-            f"{donor} names {base} as its base, which cannot be read: {one_line(error)} – to use a copy of your own, "
+            f"{donor} names {base} as its base, which cannot be read: {one_line(error)}; to use another copy, "
             f"name it: TransplantedForCausalLM.from_pretrained(base, {donor!r}), AutoTokenizer.from_pretrained(base)"
         ) from error
 
@@ -84,4 +114,4 @@ def _require_hub_id(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise OSError("it was a folder, and there is none of that name here") from error
+        raise OSError("there is no such folder, and it is not a Hub ID") from error

@@ -1,7 +1,7 @@
-"""Makes transformers' AutoClasses know donors, without importing torch before anybody needs it.
+"""Register donors with transformers' AutoClasses, without importing torch early.
 
-`import transformers` alone is lazy, and `import not_hf` stays so: the config class is registered when transformers
-imports its own table of config classes, the model classes when the first `DonorConfig` is made.
+`import transformers` is lazy, and so is `import not_hf`: the config class is registered when transformers imports its
+table of config classes, and the model classes when the first `DonorConfig` is made.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _register_config() -> None:
 
 
 class _ConfigTableFinder(MetaPathFinder):
-    """Finds transformers' table of config classes as Python would, and has `DonorConfig` added once it is loaded."""
+    """Finds transformers' table of config classes as Python does, and adds `DonorConfig` once it is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

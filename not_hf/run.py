@@ -1,6 +1,6 @@
-"""`python -m not_hf.run MODULE [ARGS]`: run another tool's module with donors known to transformers.
+"""`python -m not_hf.run MODULE [ARGS]`: run the module of another tool with donors registered.
 
-What stands before it has happened by then: Python imports the package, which registers donors, and then this file.
+Python imports the package before this file, which registers donors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ USAGE = "usage: python -m not_hf.run MODULE [ARGS], as in python -m not_hf.run l
 
 
 def main() -> None:
-    """Run the module that the command line names, as `python -m` would."""
+    """Run the module, as `python -m` does."""
     del sys.argv[0]
     if not sys.argv or sys.argv[0].startswith("-"):
         sys.exit(USAGE)

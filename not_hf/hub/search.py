@@ -60,6 +60,12 @@ def list_donors(
 
     Raises:
         OSError: The Hub cannot be reached, or refuses the token.
+
+    Example:
+        >>> from not_hf import list_donors
+        >>> donors = list_donors(base_model="openai-community/gpt2", limit=5)
+        >>> isinstance(donors, list) and all("not-hf" in donor.tags for donor in donors)
+        True
     """
     wanted = [DONOR_TAG, METHOD_TAGS[0], *([f"{ADAPTER_TAG}{base_model}"] if base_model else [])]
     api = HfApi(token=token)

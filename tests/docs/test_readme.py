@@ -150,6 +150,11 @@ def test_docstring_examples_run(path, stand_ins):
     assert not result.failed
 
 
+@pytest.mark.parametrize("name", sorted(set(not_hf.__all__) - {"__version__"}))
+def test_every_public_name_has_an_example(name):
+    assert ">>> " in getattr(not_hf, name).__doc__
+
+
 def test_pages_import_top_level_names_only():
     for page in PAGES:
         for block in blocks(page):

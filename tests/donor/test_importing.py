@@ -405,7 +405,7 @@ def test_every_way_in_says_how_to_import(way, place, hub: Hub, checkpoints, tmp_
     with pytest.raises(NotHFError, match=r"gpt2 is not a donor: it has no config\.json") as raised:
         WAYS_IN[way](source, "gpt2")
     assert is_one_line(raised.value)
-    assert "imported with not_hf.import_checkpoint or `not-hf import`" in str(raised.value)
+    assert "use not_hf.import_checkpoint or `not-hf import`" in str(raised.value)
     assert not [record for record in hub.requests if "/tree/" in record.path]  # nor is the repo searched for pickles
 
 

@@ -115,7 +115,7 @@ BROKEN = {
     "config lies about its span": (
         edit_config(layers=[0, 3]),
         CorruptDonorError,
-        "name 3 layers, .* has 2",
+        "are 3 layers, but organ_config has 2",
     ),
     "config lies about its layers": (
         edit_config(layers=[0, 3], organ_config__num_hidden_layers=3),
@@ -125,7 +125,7 @@ BROKEN = {
     "config names a span the base lacks": (
         edit_config(layers=[3, 5]),
         CorruptDonorError,
-        "not a span",
+        "must be a span",
     ),
     "config with a wrong type": (edit_config(layers="4-7"), CorruptDonorError, "layers"),
     "config with three ends": (edit_config(layers=[1, 2, 3]), CorruptDonorError, "two integers"),
@@ -151,8 +151,8 @@ BROKEN = {
         CorruptDonorError,
         "needs a name, and a donor",
     ),
-    "config is a list": (write("config.json", b"[]"), CorruptDonorError, "no JSON object"),
-    "config is a number": (write("config.json", b"3"), CorruptDonorError, "no JSON object"),
+    "config is a list": (write("config.json", b"[]"), CorruptDonorError, "must hold a JSON object"),
+    "config is a number": (write("config.json", b"3"), CorruptDonorError, "must hold a JSON object"),
     "config is no JSON": (write("config.json", b"{"), OSError, "valid JSON"),
     "config of a native model": (
         lambda folder: tiny_model("llama").config.save_pretrained(folder),

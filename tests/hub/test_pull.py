@@ -377,7 +377,7 @@ def test_a_base_in_a_folder_that_is_not_here_is_told_with_the_way_out(folder_bas
     with pytest.raises((OSError, ValueError)) as raised:
         ENTRIES[entry](here)
     line = str(raised.value).strip().splitlines()[-1]  # a pipeline shows the traceback of what went wrong inside
-    told = f"{here} names {folder_base} as its base, which cannot be read: it was a folder, and there is none"
+    told = f"{here} names {folder_base} as its base, which cannot be read: there is no such folder"
     assert told in line and f"TransplantedForCausalLM.from_pretrained(base, {here!r})" in line
     assert torch.equal(T(moved, here)(token_ids).logits, expected_logits)  # as the message says
     assert same(DonorModel.from_pretrained(here), donor)
