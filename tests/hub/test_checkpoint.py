@@ -125,7 +125,7 @@ def test_every_dtype_of_safetensors_is_told_and_read(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     views = open_checkpoint(tmp_path)
     assert {view.dtype for view in views.values()} == DTYPES.keys()
-    offsets = {name: view.info.data_offsets for name, view in views.items()}
+    offsets = {name: view.data_offsets for name, view in views.items()}
     bits = {name: 8 * (end - start) // 8 for name, (start, end) in offsets.items()}
     assert bits == {name: BITS[view.dtype] for name, view in views.items()}
     for name, view in views.items():
