@@ -190,8 +190,3 @@ class OrganSpec:
     config: DonorConfig
     base: PreTrainedConfig
     organ: PreTrainedConfig  # the base's, reduced to the span
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers."""
-        return self.config.num_organ_layers

@@ -18,17 +18,8 @@ from not_hf.composition.layout import Place, StackEntry, arrange, require_free_n
 from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
 from not_hf.composition.sources import DEFAULT_NAME, OrganSource
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.donor.compatibility import (
-    Mismatches,
-    config_mismatches,
-    describe_stack,
-    mismatches,
-    name_of,
-    odd_tensors,
-    place_problems,
-    recipient_differences,
-    structure_problems,
-)
+from not_hf.donor import compatibility
+from not_hf.donor.compatibility import Mismatches
 from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, UnsupportedArchitectureError
@@ -85,10 +76,8 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
 
     problems = []
     for organ in organs:
-        spec, place = organ.spec, (organ.source.position, organ.place.mode)
-        # the structure of active organs is checked below, for the whole stack at once
-        if not organ.active or config_mismatches(spec, recipient) or place_problems(spec, recipient, *place):
-            problems += named(organ, mismatches(spec, recipient, *place))
+        place = (organ.source.position, organ.place.mode)
+        problems += named(organ, compatibility.mismatches(organ.spec, recipient, *place, in_stack=organ.active))
         if organ.scale != 1 and (problem := scale_problem(organ.scale, organ.place.mode)):
             problems += named(organ, [problem])
     if problems:
@@ -97,14 +86,16 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
         active = [organ for organ in (*loaded, *organs) if organ.active]
         stack = arrange(recipient.num_hidden_layers, [organ.place for organ in active])
         specs = {organ.place.name: organ.spec for organ in active}
-        built, native = describe_stack([(specs[name] if name else None, n) for name, n in stack], recipient)
+        origins = [(specs[name] if name else None, n) for name, n in stack]
+        built, native = compatibility.describe_stack(origins, recipient)
     except IncompatibleDonorError as error:
         return Fit([str(error)], [], [])
     except UnsupportedArchitectureError as error:
-        return Fit([f"{name_of(recipient)} cannot take these layers: {error}"], [], [])
-    if odd_tensors(built, native):
+        return Fit([f"{compatibility.name_of(recipient)} cannot take these layers: {error}"], [], [])
+    if compatibility.odd_tensors(built, native):
         for organ in organs:
-            problems += named(organ, structure_problems(organ.spec, recipient, organ.place.position, organ.place.mode))
+            place = (organ.place.position, organ.place.mode)
+            problems += named(organ, compatibility.structure_problems(organ.spec, recipient, *place))
     return Fit(problems, stack, native_differences(built, native))
 
 
@@ -212,6 +203,6 @@ def recipient_problems(
         prefix = f"organ {each.organ.name!r}: " if len(surveyed) > 1 else ""
         found = [each.unreadable] if each.unreadable else header_problems(each.organ.spec, each.tensors)
         problems += [f"{prefix}{problem}" for problem in found]
-        others = recipient_differences(each.organ.spec, recipient, hub_kwargs.get("cache_dir"))
+        others = compatibility.recipient_differences(each.organ.spec, recipient, hub_kwargs.get("cache_dir"))
         differences += [f"{prefix}{other}" for other in others]
     return Mismatches(problems, () if problems else differences)

@@ -53,7 +53,8 @@ class ResolvedOrgan:
     @property
     def place(self) -> Place:
         """Place in the recipient."""
-        return Place(self.name, self.source.position or 0, self.source.mode or "insert", self.spec.num_layers)
+        source, num_layers = self.source, self.spec.config.num_organ_layers
+        return Place(source.name, source.position or 0, source.mode or "insert", num_layers)
 
 
 @dataclass(frozen=True)

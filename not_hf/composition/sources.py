@@ -108,15 +108,14 @@ def composition_config(
     licenses: Iterable[License],
 ) -> DonorConfig:
     """Make the root config of a composition from its recipient, and the entries and licences of its organs."""
-    config = DonorConfig(
+    return DonorConfig(
         base_model_name_or_path=base,
         base_revision=base_revision,
         base_subfolder=base_subfolder,
         base_config=plain_config(base_config),
         donors=list(entries),
+        **joint_license(licenses)._asdict(),
     )
-    joint_license(licenses).set(config)
-    return config
 
 
 def _problem(entry: dict[str, Any]) -> str | None:

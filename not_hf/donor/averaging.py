@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from not_hf.architecture.differences import computing_differences
+from not_hf.cards.common import unite
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
@@ -93,14 +94,14 @@ def combined(
         )
     if not all(-torch.inf < weight < torch.inf for weight in weights) or abs(sum(weights)) < 1e-6:
         raise NotHFError(f"weights must be finite and must not sum to 0, got {weights}")
-    first = states[0]
-    for n, other in enumerate(states[1:], 2):
-        if odd := [k for k in first.keys() | other.keys() if _shape(first, k) != _shape(other, k)]:
+    first, *others = ({name: tensor.shape for name, tensor in state.items()} for state in states)
+    for n, other in enumerate(others, 2):
+        if odd := {name for name, _ in first.items() ^ other.items()}:
             raise IncompatibleDonorError(f"donor {n} has other tensors than donor 1: {some(sorted(odd))}")
     combine = COMBINATIONS[combination_type]
     return {
         name: combine([state[name].to(tensor.device, torch.float32) for state in states], weights).to(tensor.dtype)
-        for name, tensor in first.items()
+        for name, tensor in states[0].items()
     }
 
 
@@ -119,16 +120,8 @@ def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
         if differences := computing_differences(config.native_config(), other.native_config()):
             raise IncompatibleDonorError(f"layers with different configs cannot be averaged: {some(differences)}")
     config.scale, config.metrics, config.init = 1.0, None, "copy"
-    config.domain = " + ".join(_unique(each.domain for each in configs)) or None
-    config.datasets = _unique(name for each in configs for name in each.datasets or []) or None
+    config.domain = " + ".join(unite([each.domain for each in configs if each.domain])) or None
+    config.datasets = unite(*(each.datasets for each in configs)) or None
     counts = [each.tokens_seen for each in configs]
     config.tokens_seen = None if None in counts else sum(counts)  # type: ignore[arg-type]
     return config
-
-
-def _unique(names: Iterable[str | None]) -> list[str]:
-    return list(dict.fromkeys(name for name in names if name))
-
-
-def _shape(state: Tensors, name: str) -> torch.Size | None:
-    return state[name].shape if name in state else None

@@ -88,18 +88,26 @@ def check_compatibility(
     return Mismatches((), recipient_differences(spec, config, hub_kwargs.get("cache_dir")))
 
 
-def mismatches(spec: OrganSpec, recipient: PreTrainedConfig, position: Any, mode: str) -> list[str]:
-    """List all reasons why an organ does not fit at a place in a recipient, given its config without organs."""
-    problems, misplaced = config_mismatches(spec, recipient), place_problems(spec, recipient, position, mode)
-    problems += misplaced
-    if problems and (of_stack := _stack_problems(recipient)):
-        return of_stack + problems
-    if spec.organ.model_type == recipient.model_type and not misplaced:
+def mismatches(
+    spec: OrganSpec, recipient: PreTrainedConfig, position: Any, mode: str, in_stack: bool = False
+) -> list[str]:
+    """List all reasons why an organ does not fit at a place in a recipient, given its config without organs.
+
+    With `in_stack`, the structure of an organ is checked only if there are other problems: `describe_stack` does it.
+    """
+    misplaced = _place_problems(spec, recipient, position, mode)
+    problems = _config_mismatches(spec, recipient) + misplaced
+    if problems:
+        try:
+            _ = meta_twin(recipient).stack
+        except UnsupportedArchitectureError as error:
+            return [f"{name_of(recipient)}: {error}", *problems]
+    if spec.organ.model_type == recipient.model_type and not misplaced and (problems or not in_stack):
         problems += structure_problems(spec, recipient, int(position), mode)
     return problems
 
 
-def config_mismatches(spec: OrganSpec, recipient: PreTrainedConfig) -> list[str]:
+def _config_mismatches(spec: OrganSpec, recipient: PreTrainedConfig) -> list[str]:
     """List the config values that must be equal and are not."""
     organ, name = spec.organ, name_of(recipient)
     problems = []
@@ -171,15 +179,6 @@ def name_of(recipient: PreTrainedConfig) -> str:
     return recipient.name_or_path or "the recipient"
 
 
-def _stack_problems(config: PreTrainedConfig) -> list[str]:
-    """List reasons why a recipient cannot take any layers."""
-    try:
-        _ = meta_twin(config).stack
-    except UnsupportedArchitectureError as error:
-        return [f"{name_of(config)}: {error}"]
-    return []
-
-
 def _mismatch(key: str, ours: Any, theirs: Any, name: str) -> str:
     return f"donor {key} {ours} does not fit recipient {key} {theirs} ({name}); choose a recipient with {key} {ours}"
 
@@ -204,7 +203,7 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
 
 def structure_problems(spec: OrganSpec, recipient: PreTrainedConfig, position: int, mode: str) -> list[str]:
     """Check whether a native model would have other modules at a place than the organ; names places that fit."""
-    k, name = spec.num_layers, name_of(recipient)
+    k, name = spec.config.num_organ_layers, name_of(recipient)
 
     def odd(position: int) -> set[str]:
         rest = position + (k if mode == "replace" else 0)
@@ -224,9 +223,9 @@ def structure_problems(spec: OrganSpec, recipient: PreTrainedConfig, position: i
     return [f"{problem} at position {position}; fitting positions: {', '.join(map(str, fitting))}"]
 
 
-def place_problems(spec: OrganSpec, config: PreTrainedConfig, position: Any, mode: str) -> list[str]:
+def _place_problems(spec: OrganSpec, config: PreTrainedConfig, position: Any, mode: str) -> list[str]:
     """Check position and mode of an organ in a recipient."""
-    k, name, num_layers = spec.num_layers, name_of(config), getattr(config, "num_hidden_layers", None)
+    k, name, num_layers = spec.config.num_organ_layers, name_of(config), getattr(config, "num_hidden_layers", None)
     if num_layers is None:
         return []
     if mode not in ("insert", "replace"):

@@ -65,11 +65,8 @@ class LiveBase:
         Raises:
             NotHFError: The model is offloaded.
         """
-        tensors = {
-            f"{self.path}.{n}.{key}": tensor.detach().clone()
-            for n, layer in enumerate(self.stack.layers[span[0] : span[1]])
-            for key, tensor in layer.state_dict().items()
-        }
+        state = self.stack.layers[slice(*span)].state_dict()
+        tensors = {f"{self.path}.{key}": tensor.detach().clone() for key, tensor in state.items()}
         if any(tensor.is_meta for tensor in tensors.values()):
             raise NotHFError("the live model is offloaded; give its folder or Hub ID instead")
         return tensors

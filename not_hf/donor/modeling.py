@@ -12,16 +12,8 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import PreTrainedModel
 
+from not_hf.architecture import upstream
 from not_hf.architecture.layers import is_finite, silence
-from not_hf.architecture.upstream import (
-    AUTO_KWARGS,
-    HUB_KWARGS,
-    attention_of,
-    built_whole,
-    forget_conversions,
-    resolve_commit,
-    without_load_report,
-)
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
@@ -134,7 +126,7 @@ class DonorModel(StrippedModel):
         """
         state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
         options: dict[str, Any] = {"source": name, "foreign": foreign, "quantization": quantization}
-        options["attn_implementation"] = attention_of(base.config) if isinstance(base, LiveBase) else None
+        options["attn_implementation"] = upstream.attention_of(base.config) if isinstance(base, LiveBase) else None
         organ, _ = cls.load_tensors(config.check(), state, dtype, **options)
         if isinstance(base, LiveBase):
             nn.Module.to(organ, base.model.device)
@@ -164,9 +156,9 @@ class DonorModel(StrippedModel):
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *model_args, config=config, dtype=dtype, **kwargs)
         source = os.fspath(pretrained_model_name_or_path)
-        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        hub_kwargs["revision"] = resolve_commit(source, hub_kwargs)
-        for auto in (*AUTO_KWARGS, "trust_remote_code"):
+        hub_kwargs = {key: kwargs.pop(key) for key in upstream.HUB_KWARGS if key in kwargs}
+        hub_kwargs["revision"] = upstream.resolve_commit(source, hub_kwargs)
+        for auto in (*upstream.AUTO_KWARGS, "trust_remote_code"):
             kwargs.pop(auto, None)
         if not isinstance(config, DonorConfig):
             config = DonorConfig.from_pretrained(config or source, **hub_kwargs)
@@ -270,12 +262,12 @@ class DonorModel(StrippedModel):
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": dtype}
         options |= {"config": config, "spec": spec, "state_dict": dict(tensors)}
         try:
-            with built_whole(), without_load_report():
+            with upstream.built_whole(), upstream.without_load_report():
                 loaded: Any = super().from_pretrained(None, *model_args, **options, **kwargs)
         except RuntimeError as error:  # from transformers' conversion of the tensors
             raise CorruptDonorError(f"{source}: {one_line(error, 300)}") from error
         organ, info = loaded
-        forget_conversions(organ)
+        upstream.forget_conversions(organ)
         return organ, info
 
     def save_pretrained(  # type: ignore[override]

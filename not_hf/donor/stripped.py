@@ -10,20 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from not_hf.architecture import upstream
 from not_hf.architecture.differences import config_differences, describe, inherit_attributes, same_modules
 from not_hf.architecture.layers import adopt
 from not_hf.architecture.splicing import set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
-from not_hf.architecture.upstream import (
-    DelegatesAttention,
-    attention_of,
-    built_whole,
-    set_attention,
-    set_layers,
-    swapped_layers,
-)
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line, some
 
@@ -31,7 +24,7 @@ from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_l
 POSITIONAL = ("rotary", "rope")
 
 
-class StrippedModel(DelegatesAttention, PreTrainedModel):
+class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
     """The base class of `DonorModel`; `spec` is the result of `config.check()`, if already called."""
 
     config: DonorConfig
@@ -47,12 +40,12 @@ class StrippedModel(DelegatesAttention, PreTrainedModel):
             raise CorruptDonorError(
                 f"donor config: organ_config contradicts layers {config.layers} of base_config: {some(contradictions)}"
             )
-        attention = attention_of(config)  # `None` lets the next line choose one
+        attention = upstream.attention_of(config)  # `None` lets the next line choose one
         super().__init__(config, *args, **kwargs)
         stack = _build_layers(spec, attention)
         _strip(stack)
         self.organ: PreTrainedModel = stack.base_model
-        set_attention(config, attention_of(self.organ.config))
+        upstream.set_attention(config, upstream.attention_of(self.organ.config))
         self._stack_path = stack.path
         self.post_init()
 
@@ -106,7 +99,7 @@ class StrippedModel(DelegatesAttention, PreTrainedModel):
         """
         kind = f"model_type {self.organ.config.model_type!r}"
         try:
-            with swapped_layers(self.stack.layers, []):
+            with upstream.swapped_layers(self.stack.layers, []):
                 found = self(inputs_embeds=hidden).last_hidden_state
         except Exception as error:  # a native forward may raise anything
             raise UnsupportedArchitectureError(
@@ -119,22 +112,22 @@ class StrippedModel(DelegatesAttention, PreTrainedModel):
 def _build_layers(spec: OrganSpec, attn_implementation: str | None) -> Stack:
     """Build a native model of the span, with layers as at their place in the base."""
     native = copy.deepcopy(spec.organ)
-    set_attention(native, attn_implementation)
+    upstream.set_attention(native, attn_implementation)
     for key, neutral in NEUTRAL_EMBEDDING.items():
         if hasattr(native, key):
             setattr(native, key, neutral)
     # the dtype that is being loaded, not that of the base's config
     dtype, span = torch.get_default_dtype(), slice(*spec.config.span)
     hollow = torch.get_default_device().type == "meta"  # filled later
-    with built_whole(hollow):
+    with upstream.built_whole(hollow):
         stack = find_stack(build(head_class(native).from_config, native, dtype=dtype))
     originals = meta_twin(spec.base).descriptions[span]
     if not same_modules(map(describe, stack.layers), originals):  # modules depend on the place in the stack
         base = copy.deepcopy(spec.base)
-        set_attention(base, attn_implementation)
-        with built_whole():
+        upstream.set_attention(base, attn_implementation)
+        with upstream.built_whole():
             whole = find_stack(build(head_class(base).from_config, base, dtype=dtype))
-        set_layers(stack.layers, list(whole.layers)[span])
+        upstream.set_layers(stack.layers, list(whole.layers)[span])
         for n, layer in enumerate(stack.layers):
             set_layer_index(layer, n)
             adopt(layer, native, {}, layer.training)

@@ -188,11 +188,7 @@ class Recipient(_Native):
         for organ in chosen:
             require_own_modules(surgery, organ)
         states = [
-            {
-                f"{n}.{key}": organ.at_scale_one(f"{n}.{key}", tensor)
-                for n, layer in enumerate(organ.layers)
-                for key, tensor in layer.state_dict().items()
-            }
+            {key: organ.at_scale_one(key, tensor) for key, tensor in nn.ModuleList(organ.layers).state_dict().items()}
             for organ in chosen
         ]
         tensors = combined(states, weights, combination_type)

@@ -65,10 +65,7 @@ class Organ:
     def take_over(self, other: Organ) -> None:
         """Copy the weights and config of `other`, which has scale 1 and the same structure; keep place and scale."""
         scale = self.config.scale
-        ours, theirs = (
-            {f"{n}.{key}": t for n, layer in enumerate(organ.layers) for key, t in layer.state_dict().items()}
-            for organ in (self, other)
-        )
+        ours, theirs = (nn.ModuleList(organ.layers).state_dict() for organ in (self, other))
         originals = {name: theirs[name].clone() for name in self.originals}
         with _overwriting(ours.values()):
             for name, tensor in ours.items():

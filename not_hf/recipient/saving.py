@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -122,7 +123,7 @@ def require_own_modules(surgery: Surgery, organ: Organ) -> None:
     """
     shell = _shell(surgery, organ)
     prefix = shell.stack.full_path
-    names = {f"{prefix}.{n}.{key}" for n, layer in enumerate(organ.layers) for key in layer.state_dict()}
+    names = {f"{prefix}.{key}" for key in nn.ModuleList(organ.layers).state_dict()}
     _require_own(organ.name, names, shell)
 
 
