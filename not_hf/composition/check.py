@@ -76,9 +76,9 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
 
     problems = []
     for organ in organs:
-        place = (organ.source.position, organ.place.mode)
+        place = (organ.position, organ.mode)
         problems += named(organ, compatibility.mismatches(organ.spec, recipient, *place, in_stack=organ.active))
-        if organ.scale != 1 and (problem := scale_problem(organ.scale, organ.place.mode)):
+        if organ.scale != 1 and (problem := scale_problem(organ.scale, organ.mode)):
             problems += named(organ, [problem])
     if problems:
         return Fit(problems, [], [])
@@ -94,8 +94,8 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
         return Fit([f"{compatibility.name_of(recipient)} cannot take these layers: {error}"], [], [])
     if compatibility.odd_tensors(built, native):
         for organ in organs:
-            place = (organ.place.position, organ.place.mode)
-            problems += named(organ, compatibility.structure_problems(organ.spec, recipient, *place))
+            found = compatibility.structure_problems(organ.spec, recipient, organ.place.position, organ.mode)
+            problems += named(organ, found)
     return Fit(problems, stack, native_differences(built, native))
 
 
@@ -133,9 +133,9 @@ def survey(
     root, resolved = resolve_donor(source, hub_kwargs)
     organs = []
     for organ in resolved:
-        where = {**hub_kwargs, "revision": organ.source.revision, "subfolder": organ.source.subfolder or ""}
+        where = {**hub_kwargs, "revision": organ.revision, "subfolder": organ.subfolder or ""}
         try:
-            organs.append(SurveyedOrgan(organ, list_tensors(str(organ.source.donor), **where)))
+            organs.append(SurveyedOrgan(organ, list_tensors(str(organ.donor), **where)))
         except CorruptDonorError as error:
             organs.append(SurveyedOrgan(organ, {}, str(error)))
     return root, organs
@@ -157,11 +157,9 @@ def check_donor(
     Args:
         donor: Folder or Hub ID of a donor or composition.
         recipient: Folder, Hub ID, native config or model.
-        position: Position among the recipient's own layers; default: the donor's.
-        mode: `"insert"` or `"replace"`; default: the donor's.
+        position: As in `check_compatibility`, like `mode` and `hub_kwargs`.
         revision: Branch, tag or commit of the donor's repo.
         subfolder: Folder of the donor within its repo.
-        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, … for both repos.
 
     Returns:
         One line per problem, none if the donor can be loaded; with `differences` as in `check_compatibility`.

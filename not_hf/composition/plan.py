@@ -181,14 +181,13 @@ def compose(
 
 def _planned(organ: ResolvedOrgan, hub_kwargs: Mapping[str, Any]) -> PlannedOrgan:
     """Check the headers of an organ's files, and fill in its place and size."""
-    source, config = organ.source, copy.copy(organ.spec.config)
-    config.position, config.mode, config.scale = int(organ.place.position), organ.place.mode, organ.scale
-    where = {"revision": source.revision, "subfolder": source.subfolder or ""}
-    tensors = list_tensors(str(source.donor), **hub_kwargs, **where)
-    refuse(str(source.donor), header_problems(organ.spec, tensors))
+    donor, config = str(organ.donor), copy.copy(organ.spec.config)
+    config.position, config.mode, config.scale = int(organ.place.position), organ.mode, organ.scale
+    tensors = list_tensors(donor, **hub_kwargs, revision=organ.revision, subfolder=organ.subfolder or "")
+    refuse(donor, header_problems(organ.spec, tensors))
     sizes = [tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values()]
     num_parameters = sum(tensor.parameter_count for tensor in tensors.values())
-    return PlannedOrgan(source, config, num_parameters, sum(sizes))
+    return PlannedOrgan(organ, config, num_parameters, sum(sizes))
 
 
 def _source(donor: str | os.PathLike[str] | OrganSource) -> OrganSource:
@@ -214,10 +213,9 @@ def _named(
             f"{source.donor} is a composition, whose organs have names; to rename or deactivate one, give it by itself"
         )
     for organ in organs:
-        own = organ.source
-        last = os.path.basename(os.path.abspath(own.subfolder or str(own.donor)))
-        commit = _commit(str(own.donor), own.revision, hub_kwargs)
-        yield replace(organ, source=replace(own, name=own.name or re.sub(r"[^\w-]", "-", last), revision=commit))
+        last = os.path.basename(os.path.abspath(organ.subfolder or str(organ.donor)))
+        commit = _commit(str(organ.donor), organ.revision, hub_kwargs)
+        yield replace(organ, name=organ.name or re.sub(r"[^\w-]", "-", last), revision=commit)
 
 
 def _common_base(

@@ -24,37 +24,17 @@ _NOT_OF_CONFIG = ("code_revision", "dtype", "quantization_config", "torch_dtype"
 
 
 @dataclass(frozen=True)
-class ResolvedOrgan:
-    """An organ to load.
+class ResolvedOrgan(OrganSource):
+    """An organ to load: its source, with a pinned revision and without defaults, and its donor's checked config."""
 
-    Args:
-        source: Its source, with a pinned revision, and with position, mode and scale.
-        spec: Its donor's checked config.
-    """
-
-    source: OrganSource
-    spec: OrganSpec
-
-    @property
-    def name(self) -> str:
-        """Name in the model."""
-        return self.source.name
-
-    @property
-    def active(self) -> bool:
-        """Whether the organ is active after loading."""
-        return self.source.active
-
-    @property
-    def scale(self) -> float:
-        """Factor of what its layers add to the residual stream."""
-        return 1.0 if self.source.scale is None else self.source.scale
+    mode: str = "insert"
+    scale: float = 1.0
+    spec: OrganSpec = field(kw_only=True)
 
     @property
     def place(self) -> Place:
         """Place in the recipient."""
-        source, num_layers = self.source, self.spec.config.num_organ_layers
-        return Place(source.name, source.position or 0, source.mode or "insert", num_layers)
+        return Place(self.name, self.position or 0, self.mode, self.spec.config.num_organ_layers)
 
 
 @dataclass(frozen=True)
@@ -90,7 +70,7 @@ def resolve(
     Args:
         first: The recipient, or the donor if `donor` is `None`.
         donor: The donor.
-        source: Its name, revision, subfolder and place, from the arguments; the `donor` in it is ignored.
+        source: Name, revision, subfolder and place; its `donor` is ignored.
         config: Config of `first`, if given.
         base_kwargs: Other keyword arguments.
 
@@ -173,12 +153,7 @@ def read_base_config(
 def resolve_donor(
     source: OrganSource, hub_kwargs: Mapping[str, Any], config: DonorConfig | None = None
 ) -> tuple[DonorConfig, list[ResolvedOrgan]]:
-    """Read the config of a donor, and resolve its organ, or those that a composition lists.
-
-    Args:
-        source: The donor.
-        hub_kwargs: `token`, `cache_dir`, …
-        config: Its config, if already read.
+    """Read the config of a donor, unless given, and resolve its organ, or those that a composition lists.
 
     Raises:
         CorruptDonorError: A config is invalid, or compositions are nested.
@@ -248,6 +223,5 @@ def _read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorCon
 def _checked(source: OrganSource, config: DonorConfig) -> ResolvedOrgan:
     """Check a donor's config, which completes the place and scale of its source."""
     spec = config.check()
-    position = config.position if source.position is None else source.position
-    scale = config.scale if source.scale is None else source.scale
-    return ResolvedOrgan(replace(source, position=position, mode=source.mode or config.mode, scale=scale), spec)
+    own = {key: getattr(config, key) for key in ("position", "mode", "scale") if getattr(source, key) is None}
+    return ResolvedOrgan(**{**vars(source), **own}, spec=spec)

@@ -37,27 +37,15 @@ _STORAGE = (
 class LiveBase:
     """A base in memory."""
 
+    name: str | None  # Hub ID or folder, if any
+    config: PreTrainedConfig
+    path: str  # of the stack in the base model
     model: PreTrainedModel
     stack: Stack
-
-    @property
-    def name(self) -> str | None:
-        """Hub ID or folder, if any."""
-        return self.model.config.name_or_path or None
 
     revision = None  # transformers does not record it
     quantization = None  # a quantized live model cannot be cut
     hub_kwargs: ClassVar[Mapping[str, Any]] = {"local_files_only": True}  # no requests for its card
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """Native config."""
-        return self.model.config
-
-    @property
-    def path(self) -> str:
-        """Path of the stack in the base model."""
-        return self.stack.path
 
     def tensors(self, span: Span) -> dict[str, torch.Tensor]:
         """Copy the tensors of a span, by name in the base model, with layers numbered from 0.
@@ -142,7 +130,8 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
             raise NotHFError("the live model has adapters; merge or unload them (merge_and_unload()), then cut")
         if getattr(base.config, "quantization_config", None) is not None:
             raise _quantized(base.config.name_or_path or "the live model")
-        return LiveBase(base, find_stack(base))
+        stack = find_stack(base)
+        return LiveBase(base.config.name_or_path or None, base.config, stack.path, base, stack)
     try:
         name = os.fspath(base)
     except TypeError as error:

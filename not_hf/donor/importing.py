@@ -21,7 +21,7 @@ from not_hf.architecture.upstream import require_known
 from not_hf.donor.cutting import Span, cut_config, open_base
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.pickles import read_tensors
-from not_hf.errors import CorruptDonorError, NotHFError
+from not_hf.errors import CorruptDonorError, NotHFError, some
 from not_hf.hub.checkpoint import FLOAT_DTYPES
 
 DONOR_LAYERS = "donor_layers.pt"  # the file name of the paper's author
@@ -45,7 +45,7 @@ class Naming:
 
     @classmethod
     def of(cls, lead: str) -> Naming:
-        """From what comes before a tensor's name in its layer: empty, or ending with a dot."""
+        """Parse what comes before a tensor's name in its layer: empty, or ending with a dot."""
         *parts, _ = lead.split(".")
         for n in reversed(range(len(parts))):
             if match := _NUMBERED.fullmatch(parts[n]):
@@ -57,11 +57,11 @@ class Naming:
         return f"{self.before}*{self.after}".strip(".")
 
     def name(self, number: int, key: str) -> str:
-        """A tensor's name in the file."""
+        """Return the name of a tensor in the file."""
         return f"{self.before}{number if self.is_numbered else ''}{self.after}{key}"
 
     def layers(self, tensors: Mapping[str, torch.Tensor]) -> dict[int, Layer]:
-        """The layers that are named so, by number. A layer without a number is number 0."""
+        """Collect the layers with this naming, by number; 0 if they have none."""
         number = "([0-9]{1,6})" if self.is_numbered else "()"
         pattern = re.compile(f"{re.escape(self.before)}{number}{re.escape(self.after)}(.+)", re.DOTALL)
         found: dict[int, Layer] = {}
@@ -151,7 +151,7 @@ def import_checkpoint(
 
 
 def _fetch(source: str, subfolder: str | None, filename: str, **hub_kwargs: Any) -> str:
-    """The path of the file on this machine."""
+    """Return the local path of the file."""
     if os.path.isfile(source):
         if subfolder:
             raise NotHFError(f"{source} is a file and has no subfolder {subfolder!r}; give its folder instead")
@@ -160,16 +160,7 @@ def _fetch(source: str, subfolder: str | None, filename: str, **hub_kwargs: Any)
 
 
 def _find_layers(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Collection[Shape]], name: str) -> Naming:
-    """The one naming under which there are tensors with the names and shapes of the base's layers.
-
-    Args:
-        tensors: Those in the file.
-        shapes: Of each tensor of the base's layers, by name in the layer. Layers of one base may differ.
-        name: Of the file, for errors.
-
-    Raises:
-        CorruptDonorError: There is none, or there are several.
-    """
+    """Find the one naming under which the tensors of a file have names and `shapes` of those in the base's layers."""
     depth = max(key.count(".") for key in shapes) + 1
     fits: dict[Naming, dict[str, bool]] = {}  # for each: names in a layer, and whether any tensor has the shape
     for path, tensor in tensors.items():
@@ -181,8 +172,8 @@ def _find_layers(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Colle
                 break
     if not fits:
         raise CorruptDonorError(
-            f"{name} holds no layers of this base: none of its {len(tensors)} tensors ({_some(list(tensors))}) "
-            f"is named like a tensor of its layers ({_some(list(shapes))})"
+            f"{name} holds no layers of this base: expected tensors with names such as {some(list(shapes))}, "
+            f"got {some(list(tensors)) or 'none'}"
         )
     score = {naming: sum(found.values()) for naming, found in fits.items()}
     best = max(fits, key=lambda naming: (score[naming], len(fits[naming])))
@@ -197,22 +188,17 @@ def _find_layers(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Colle
 
 
 def _span(numbers: Sequence[int], wanted: Span | None, name: str) -> Span:
-    """The span that a file's layers, numbered as given, have in the base.
-
-    Raises:
-        CorruptDonorError: The file leaves layers out.
-        NotHFError: Neither the file nor `wanted` tells it, or they contradict each other.
-    """
+    """Find the span of a file's layers in the base, from their numbers in the file and from the wanted span."""
     first, k = numbers[0], len(numbers)
     if numbers[-1] - first != k - 1:
         raise CorruptDonorError(f"{name} holds layers {', '.join(map(str, numbers))}, which are not consecutive")
     if wanted is None and first == 0:
         raise NotHFError(
-            f"{name} does not say which layers of the base its {k} layers are; "
-            f"name them: layers=(i, i + {k}), or --layers I:J on the command line"
+            f"{name} does not number its {k} layers as in the base; "
+            f"give their span: layers=(i, i + {k}), or --layers I:J on the command line"
         )
     if wanted is not None and (wanted[1] - wanted[0] != k or first not in (0, wanted[0])):
-        raise NotHFError(f"{name} holds layers {first} to {numbers[-1]}, which are not those of layers={wanted}")
+        raise NotHFError(f"{name} holds layers {first} to {numbers[-1]}, which contradict layers={wanted}")
     return wanted or (first, first + k)
 
 
@@ -222,11 +208,7 @@ def _is_old_buffer(key: str, tensor: torch.Tensor) -> bool:
 
 
 def _owned(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """A copy of a tensor: the file may change, and tensors in it may share memory.
-
-    Raises:
-        CorruptDonorError: The tensor has no floating-point values, or none at all.
-    """
+    """Check and copy a tensor: the file may change, and tensors in it may share memory."""
     if tensor.dtype not in _FLOATS:
         raise CorruptDonorError(f"{name} is {tensor.dtype}, not floating-point")
     if tensor.layout != torch.strided or tensor.is_meta:
@@ -236,7 +218,3 @@ def _owned(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if tensor.numel() == 0:
         raise CorruptDonorError(f"{name} is empty, shape {tuple(tensor.shape)}")
     return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") or "none"

@@ -34,7 +34,7 @@ def write_donor(
         donor: Gives the config and the layout of the tensors.
         folder: Folder; created if missing.
         is_main_process: Whether this process writes files.
-        tensors: Tensors to save instead of the donor's own, by the same names.
+        tensors: Tensors to save instead of the donor's own.
         repo_id: The donor's repo, for the card.
         draft: Folder to write to instead, without a tokenizer; the caller moves it to `folder`.
         **kwargs: For `PreTrainedModel.save_pretrained`.

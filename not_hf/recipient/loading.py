@@ -29,12 +29,7 @@ logger = logging.getLogger(__name__)
 def load_donors(
     organs: Sequence[ResolvedOrgan], attn_implementation: str | None, hub_kwargs: Mapping[str, Any]
 ) -> list[DonorModel]:
-    """Load donors on the CPU, each in its own dtype; a `DonorModel` is returned as it is.
-
-    Args:
-        organs: Validated organs in load order.
-        attn_implementation: The recipient's; `None`: the default.
-        hub_kwargs: `token`, `cache_dir`, …
+    """Load donors of validated organs on the CPU, each in its own dtype; a `DonorModel` is returned as it is.
 
     Raises:
         CorruptDonorError: A donor is damaged, or its tensors contradict its config.
@@ -42,9 +37,9 @@ def load_donors(
     """
     donors = []
     for organ in organs:
-        donor, source = organ.source.donor, organ.source
+        donor = organ.donor
         if not isinstance(donor, DonorModel):
-            where = {**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
+            where = {**hub_kwargs, "revision": organ.revision, "subfolder": organ.subfolder or ""}
             options = {"attn_implementation": attn_implementation}
             donor, _ = DonorModel.load_files(organ.spec, str(donor), where, **options)
         donors.append(donor)
@@ -67,9 +62,9 @@ def fit_organs(
         surgery: Its state.
         organs: Validated organs in load order.
         donors: Their donors, from `load_donors`.
-        differences: Why they cannot be merged, from `validate`.
-        is_trainable: Make their parameters trainable.
-        cache_dir: Cache of the Hub client, for tokenizers to compare.
+        differences: From `validate`.
+        is_trainable: Make the organs trainable.
+        cache_dir: Cache of the Hub client, to compare tokenizers.
 
     Raises:
         CorruptDonorError: A value overflows in that dtype.
@@ -94,20 +89,18 @@ def _fit_organ(
     is_trainable: bool,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Organ:
-    source, spec = resolved.source, resolved.spec
-    repo = None if isinstance(source.donor, DonorModel) else str(source.donor)
+    spec, repo = resolved.spec, None if isinstance(resolved.donor, DonorModel) else str(resolved.donor)
     config = copy.deepcopy(spec.config)
-    config.position, config.mode, config.scale = int(resolved.place.position), resolved.place.mode, 1.0
+    config.position, config.mode, config.scale = int(resolved.place.position), resolved.mode, 1.0
     layers = _own_layers(model, surgery, resolved, donor)
-    commit = commit_of(source.revision)
-    organ = Organ(resolved.name, config, spec, layers, source.active, repo, commit)
+    organ = Organ(resolved.name, config, spec, layers, resolved.active, repo, commit_of(resolved.revision))
     organ.set_trainable(is_trainable)
     if resolved.scale != 1:
         require_scalable(surgery.stack(model), layers[0])
         organ.rescale(resolved.scale)
     if others := computing_differences(spec.organ, surgery.base_config):
         logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))
-    there = None if repo is None else Repo(repo, source.revision, source.subfolder)
+    there = None if repo is None else Repo(repo, resolved.revision, resolved.subfolder)
     here = Repo(model.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
     if tokens := vocabulary_differences(spec, model.config, there, here, cache_dir):
         logger.warning("organ %r was cut from a model with another vocabulary: %s", organ.name, some(tokens))
@@ -125,7 +118,7 @@ def _own_layers(
         raise NotHFError("the recipient's layers have no weights (meta device); load its weights first")
     if is_partitioned(neighbour):
         raise NotHFError("the recipient is partitioned (DeepSpeed ZeRO-3); load organs before training begins")
-    if donor is resolved.source.donor:  # the caller's
+    if donor is resolved.donor:  # the caller's
         if any(parameter.is_meta for parameter in donor.parameters()):
             raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device first")
         layers, known = [copy.deepcopy(layer) for layer in donor.stack.layers], {}

@@ -22,9 +22,8 @@ from not_hf.config import DonorConfig
 from not_hf.donor.averaging import combined, combined_config
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.loading import fit_organs, load_donors
-from not_hf.recipient.organ import Organ
+from not_hf.recipient.organ import DonorStatus, Organ
 from not_hf.recipient.saving import require_own_modules
-from not_hf.recipient.status import DonorStatus, donor_status
 from not_hf.recipient.surgery import Surgery
 
 if TYPE_CHECKING:
@@ -204,7 +203,7 @@ class Recipient(_Native):
         surgery = self._surgery
         places = {id(layer): n for n, layer in enumerate(surgery.stack(self).layers)}
         return {
-            name: donor_status(organ, [places[id(layer)] for layer in organ.layers if id(layer) in places])
+            name: organ.status([places[id(layer)] for layer in organ.layers if id(layer) in places])
             for name, organ in surgery.organs.items()
         }
 

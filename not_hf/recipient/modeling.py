@@ -127,16 +127,12 @@ class Transplanted(Recipient):
         max_shard_size: int | str = "5GB",
         **kwargs: Any,
     ) -> None:
-        """Save organs only: one as a donor repo, several as a composition with a subfolder each.
+        """Save organs only: one as a donor, several as a composition with a subfolder each.
 
         Args:
-            save_directory: Folder; created if missing.
+            save_directory: Folder. Other arguments are as in `DonorModel.save_pretrained`.
             selected_donors: Names of the organs to save; default: all.
-            is_main_process: Whether this process writes files.
             state_dict: Tensors of the whole model, if already gathered (as by `Trainer`).
-            push_to_hub: Also push to `repo_id` (default: the folder's name).
-            max_shard_size: Size above which an organ's weights are sharded.
-            **kwargs: As in `PreTrainedModel.save_pretrained` and `push_to_hub`.
         """
         names = self._selected(selected_donors)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
@@ -154,12 +150,7 @@ class Transplanted(Recipient):
         max_shard_size: int | str = "5GB",
         **options: Unpack[PushOptions],
     ) -> CommitInfo:
-        """Push the organs and their cards as one commit. Arguments as in `PreTrainedModel.push_to_hub`.
-
-        Raises:
-            NotHFError: The repo holds another kind of model.
-            OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
-        """
+        """Push organs and cards as one commit. Arguments and errors as in `DonorModel.push_to_hub`."""
         names = self._selected(selected_donors)
         for config in (self.donor_config[name] for name in names):
             inherit_license(config, revision=config.base_revision, token=options.get("token"))
@@ -260,8 +251,6 @@ class TransplantedForCausalLM(Transplanted):
         ...     model.config.num_hidden_layers
         4
         >>> native = model.merge_and_unload()
-        >>> type(native).__name__, native.config.num_hidden_layers
-        ('GPT2LMHeadModel', 6)
     """
 
     native_auto_class = AutoModelForCausalLM

@@ -16,6 +16,43 @@ from not_hf.composition.layout import Place
 from not_hf.config import DonorConfig, OrganSpec
 
 
+@dataclass(frozen=True)
+class DonorStatus:
+    """Status of one loaded organ.
+
+    Args:
+        name: Name in the model.
+        active: Whether the organ is in the stack; `False` inside `disable_donors()`.
+        position: Position among the recipient's own layers.
+        mode: `"insert"` or `"replace"`.
+        scale: Factor of what its layers add to the residual stream.
+        layers: Indices of its layers in the model's stack; empty if inactive.
+        span: Half-open span of the base's layers that it was cut from.
+        base: Hub ID or folder of that base.
+        donor: Folder or Hub ID of the donor, `None` for a `DonorModel`.
+        revision: Commit of the donor's repo.
+        num_parameters: Number of parameters.
+        num_trainable_parameters: Number of parameters that require gradients.
+        dtypes: dtypes of its parameters (`float32`, …).
+        devices: Devices of its parameters (`cpu`, `cuda:0`, …).
+    """
+
+    name: str
+    active: bool
+    position: int
+    mode: str
+    scale: float
+    layers: list[int]
+    span: tuple[int, int]
+    base: str | None
+    donor: str | None
+    revision: str | None
+    num_parameters: int
+    num_trainable_parameters: int
+    dtypes: list[str]
+    devices: list[str]
+
+
 @dataclass
 class Organ:
     """One loaded organ."""
@@ -33,6 +70,26 @@ class Organ:
     def place(self) -> Place:
         """The organ's place in the recipient."""
         return Place(self.name, self.config.position or 0, self.config.mode, len(self.layers))
+
+    def status(self, layers: list[int]) -> DonorStatus:
+        """Describe the organ, whose layers have these indices in the stack."""
+        parameters = [parameter for layer in self.layers for parameter in layer.parameters()]
+        return DonorStatus(
+            name=self.name,
+            active=bool(layers),
+            position=self.place.position,
+            mode=self.config.mode,
+            scale=self.config.scale,
+            layers=layers,
+            span=self.config.span,
+            base=self.config.base_model_name_or_path,
+            donor=self.repo,
+            revision=self.revision,
+            num_parameters=sum(parameter.numel() for parameter in parameters),
+            num_trainable_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            dtypes=sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
+            devices=sorted({str(parameter.device) for parameter in parameters}),
+        )
 
     def set_trainable(self, is_trainable: bool) -> None:
         """Freeze the organ, or restore the native `requires_grad` flags (some parameters are frozen by design)."""

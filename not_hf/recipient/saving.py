@@ -31,16 +31,10 @@ from not_hf.recipient.surgery import Surgery
 def organ_tensors(
     model: PreTrainedModel, surgery: Surgery, name: str, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Collect an organ's unscaled tensors by their names in a `DonorModel`.
-
-    Args:
-        model: The transplanted model.
-        surgery: Its state.
-        name: Name of the organ.
-        state_dict: Tensors of the whole model, if already gathered; preferred to the organ's own.
+    """Collect an organ's unscaled tensors, by name in a `DonorModel`, from the model or its gathered `state_dict`.
 
     Raises:
-        NotHFError: The organ is partitioned, and `state_dict` does not have it.
+        NotHFError: The organ is partitioned, and not in `state_dict`.
     """
     organ, stack = surgery.organs[name], surgery.stack(model)
     places = {id(layer): n for n, layer in enumerate(stack.layers)}
@@ -77,17 +71,7 @@ def save_organs(
     is_main_process: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Save one organ as a donor repo, several as a composition with a subfolder each.
-
-    Args:
-        model: The transplanted model.
-        surgery: Its state.
-        names: Names of the organs, at least one.
-        folder: Folder; created if missing.
-        state_dict: As in `organ_tensors`.
-        repo_id: As in `write_donor`, like `is_main_process`.
-        **kwargs: For `PreTrainedModel.save_pretrained`.
-    """
+    """Save one organ as a donor, several as a composition. Arguments as in `organ_tensors` and `write_donor`."""
     shells = {name: _shell(surgery, surgery.organs[name]) for name in names}
     states = {name: organ_tensors(model, surgery, name, state_dict) for name in names}
     for name, shell in shells.items():

@@ -5,6 +5,7 @@ This is the independent training of arXiv 2601.13580. It reads and holds only th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from not_hf.architecture.stack import find_stack
 from not_hf.architecture.twin import meta_twin
 from not_hf.architecture.upstream import HUB_KWARGS
-from not_hf.donor.cutting import StoredBase, stored_base
+from not_hf.donor.cutting import stored_base
 from not_hf.donor.loading import common_dtype
 from not_hf.errors import NotHFError
 
@@ -41,15 +42,7 @@ def wants_scaffold(scaffold: str, recipient: Any, base_kwargs: Mapping[str, Any]
 
 
 def load_scaffold(base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a base with an empty stack; only tensors outside the layers are read. Class and config are the base's.
-
-    Args:
-        base: Folder or Hub ID.
-        config: Its native config.
-        **kwargs: As in `PreTrainedModel.from_pretrained`.
-
-    Returns:
-        The model in eval mode, and transformers' `output_loading_info`.
+    """Load a base with an empty stack, and transformers' `output_loading_info`; only other tensors are read.
 
     Raises:
         UnsupportedArchitectureError: The base has no stack, or its quantization cannot be undone.
@@ -64,7 +57,9 @@ def load_scaffold(base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[P
     if stored.quantization is not None:
         config.quantization_config = stored.quantization
     if native.can_generate():
-        kwargs.setdefault("generation_config", _generation_config(stored))
+        with contextlib.suppress(OSError):  # the base has none
+            generation_config = GenerationConfig.from_pretrained(stored.name, **stored.hub_kwargs)
+            kwargs.setdefault("generation_config", generation_config)
     model, info = _hollow(native, stored.name).from_pretrained(
         None, config=config, state_dict=views, dtype=dtype, output_loading_info=True, **kwargs
     )
@@ -82,10 +77,3 @@ def _hollow(native: Any, name: str) -> Any:
 
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__}
     return type(native.__name__, (native,), {**names, "config_class": native.config_class, "__init__": init})
-
-
-def _generation_config(base: StoredBase) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(base.name, **base.hub_kwargs)
-    except OSError:  # the base has none
-        return None

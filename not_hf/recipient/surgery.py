@@ -1,7 +1,6 @@
-"""The state machine behind a transplanted model: which layers stand in the stack, and everything kept in step with it.
+"""The state of a transplanted model: the layers in its stack, and all that must agree with them.
 
-Every change rebuilds the stack from the pristine base and the active organs, so undoing one is exact and several
-organs need no extra code.
+Every change rebuilds the stack from the unchanged base and the active organs, so it can be undone exactly.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ PlacedLayer = tuple[nn.Module, LayerOrigin]
 
 
 class Surgery:
-    """What a transplanted model remembers of its base, and its organs in load order.
+    """The base of a transplanted model, and its organs in load order.
 
-    It hangs on the model as a plain attribute, so that `state_dict`, `parameters` and hooks see the native model only;
-    `deepcopy` and pickle carry it along.
+    It is a plain attribute of the model: `state_dict`, `parameters` and hooks see only the native model, while
+    `deepcopy` and pickle include it.
     """
 
     def __init__(
@@ -44,11 +43,11 @@ class Surgery:
         stack = meta_twin(model.config, type(model)).stack if is_scaffold else find_stack(model)
         self.native_class = type(model)
         self._where = (stack.base, stack.path)
-        self.is_scaffold = is_scaffold  # without the base's own layers; places count them all the same
+        self.is_scaffold = is_scaffold  # without the base's own layers, which positions count all the same
         self.base_layers: list[nn.Module] = list(self.stack(model).layers)
         self.base_config = copy.deepcopy(model.config)
-        self.base_revision = base_revision  # commit it was loaded at, where known
-        self.base_subfolder = base_subfolder  # likewise
+        self.base_revision = base_revision  # commit, if known
+        self.base_subfolder = base_subfolder
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.organs: dict[str, Organ] = {}
         self.disabled = 0
@@ -57,29 +56,26 @@ class Surgery:
         self._base_derived: dict[tuple[str, str], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is outside of every `disable_donors()` block."""
+        """Enable the organs of a copy made inside `disable_donors()`."""
         return {**vars(self), "disabled": 0}
 
     def stack(self, model: PreTrainedModel) -> Stack:
-        """Where the live layers are."""
+        """Return the stack of the live model."""
         return Stack(model, *self._where)
 
     @property
     def active(self) -> list[str]:
-        """Names of the organs in the stack, in load order."""
+        """Names of the active organs, in load order."""
         return [] if self.disabled else [name for name, organ in self.organs.items() if organ.active]
 
     def _chosen(self) -> list[Organ]:
         return [self.organs[name] for name in self.active]
 
     def plan(self, organs: Iterable[Organ] | None = None) -> list[PlacedLayer]:
-        """The stack, front to back: each layer with its origin.
-
-        Args:
-            organs: In load order; `None` means the active ones.
+        """Return the layers of the stack with their origins, front to back, for organs (default: the active ones).
 
         Raises:
-            IncompatibleDonorError: Two organs want the same recipient layers.
+            IncompatibleDonorError: Two organs overlap.
         """
         chosen = {organ.name: organ for organ in (self._chosen() if organs is None else organs)}
         placed: list[PlacedLayer] = []
@@ -91,19 +87,19 @@ class Surgery:
         return placed
 
     def twin(self, placed: list[PlacedLayer]) -> Twin:
-        """The native model of that stack's config, on the meta device."""
+        """Return the native model of that stack's config, on the meta device."""
         return meta_twin(spliced_config(self.base_config, [origin for _, origin in placed]), self.native_class)
 
     def base_twin(self) -> Twin:
-        """The base's, with all its layers."""
+        """Return that of the base, with all its layers."""
         return meta_twin(self.base_config, self.native_class)
 
     def differences(self, placed: list[PlacedLayer]) -> list[str]:
-        """In what those live layers would differ after saving natively and loading without not_hf."""
+        """List the differences of those live layers from the layers of the native model."""
         return native_differences([describe(layer) for layer, _ in placed], self.twin(placed).descriptions)
 
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
-        """What keeps one organ's weights from going into the tensors of another."""
+        """List the reasons why the weights of `other` cannot be copied into the tensors of `organ`."""
         if organ.config.span != other.config.span:
             return [f"it holds layers {list(other.config.span)}, not {list(organ.config.span)}"]
         spliced, others = (
@@ -117,7 +113,7 @@ class Surgery:
 
     @contextlib.contextmanager
     def changing(self, model: PreTrainedModel) -> Iterator[None]:
-        """Change organs or their flags inside the block; then the stack follows. What fails leaves all as it was."""
+        """Change organs or their flags inside the block, then the stack; undo everything on failure."""
         organs, disabled = dict(self.organs), self.disabled
         flags = {name: organ.active for name, organ in organs.items()}
         try:
@@ -131,7 +127,7 @@ class Surgery:
             raise
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Make the live model agree with `plan()`. What can refuse is computed first; `changing` undoes the rest."""
+        """Make the live model agree with `plan()`. What may raise is computed first; `changing` undoes the rest."""
         placed = self.plan()
         values = splice_config(self.base_config, [origin for _, origin in placed])
         if not self.active:
@@ -155,7 +151,7 @@ class Surgery:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
 
     def _device_map(self, placed: list[PlacedLayer], path: str) -> dict[str, Any]:
-        """accelerate's map under the numbers that layers have in that stack."""
+        """Return accelerate's device map with the indices of that stack."""
         assert self.device_map is not None
         origins = [
             i if config is self.base_config else execution_device(layer) or next(layer.parameters()).device
@@ -164,9 +160,9 @@ class Surgery:
         return spliced_device_map(self.device_map, path, origins) if self.active else dict(self.device_map)
 
     def _attributes(self, placed: list[PlacedLayer]) -> dict[tuple[str, str], Any]:
-        """What model-level attributes derived from the per-layer config must be for that stack.
+        """Return model-level attributes derived from per-layer config values, if any stack so far has changed them.
 
-        Only those that any stack so far has changed; worked out once per stack, since it builds a twin.
+        They are cached by stack, since computing them builds a twin.
         """
         signature = "" if not self.active else repr(splice_config(self.base_config, [origin for _, origin in placed]))
         if signature not in self._derived:
@@ -176,13 +172,13 @@ class Surgery:
         return {**self._base_derived, **self._derived[signature]}
 
     def release(self, model: PreTrainedModel) -> None:
-        """Restore the `requires_grad` flags that the base's parameters had; organs must be out of the stack."""
+        """Restore the `requires_grad` flags of the base, from whose stack the organs have been removed."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
 
     @contextlib.contextmanager
     def at_scale_one(self) -> Iterator[None]:
-        """Every organ's own weights inside the block, for what converts or replaces them."""
+        """Unscale all organs inside the block, to convert or replace their weights."""
         scales = {name: organ.config.scale for name, organ in self.organs.items() if organ.config.scale != 1}
         try:
             for name in scales:
@@ -193,7 +189,7 @@ class Surgery:
                 self.organs[name].rescale(scale)
 
     def parked(self, model: PreTrainedModel) -> Iterator[nn.Module]:
-        """Layers that belong to the model but do not stand in the stack now."""
+        """Yield the layers of the model that are not in the stack."""
         standing = {id(layer) for layer in self.stack(model).layers}
         for layer in (*self.base_layers, *(layer for organ in self.organs.values() for layer in organ.layers)):
             if id(layer) not in standing:

@@ -271,7 +271,7 @@ BROKEN: dict[str, tuple[Callable[[Layers], Any], str]] = {
     "one name twice": (lambda layers: {1: layers[0], "1": layers[0]}, "two tensors named '1."),
     "another architecture": (
         lambda layers: layers_of("gpt2"),
-        "no layers of this base: none of its 24 tensors .*ln_1",
+        "no layers of this base: expected .*q_proj.*, got .*ln_1.* and 19 more",
     ),
     "another width": (
         lambda layers: [
@@ -279,8 +279,8 @@ BROKEN: dict[str, tuple[Callable[[Layers], Any], str]] = {
         ],
         r"input_layernorm.weight has shape \(64,\), expected \(32,\)",
     ),
-    "no tensor": (lambda layers: {"config": {"layers": [1, 2]}}, "none of its 0 tensors"),
-    "a number": (lambda layers: 3, "none of its 0 tensors"),
+    "no tensor": (lambda layers: {"config": {"layers": [1, 2]}}, "got none"),
+    "a number": (lambda layers: 3, "got none"),
     "something endless": (lambda layers: ENDLESS, "nested too deep"),
 }
 
@@ -424,7 +424,7 @@ def test_the_command(base_folder, cut, tmp_path):
         organ.stack.layers[1].mlp.up_proj.weight, cut("llama").stack.layers[1].mlp.up_proj.weight.bfloat16()
     )
 
-    for arguments, message in (((), "--layers I:J"), (("--layers", "0:3"), "which are not those of layers=(0, 3)")):
+    for arguments, message in (((), "--layers I:J"), (("--layers", "0:3"), "which contradict layers=(0, 3)")):
         result = invoke("import", file, base, *arguments, "-o", tmp_path / "other")
         assert (result.exit_code, result.stdout) == (1, "")
         assert result.stderr.splitlines()[-1].startswith("error: ") and message in result.stderr
