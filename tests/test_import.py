@@ -26,6 +26,7 @@ def test_import_is_as_cheap_as_that_of_transformers():
     assert "torch" not in cumulative
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -55,6 +56,7 @@ def test_the_auto_classes_know_donors_in_any_order_of_imports(imports):
     assert [line for line in out.splitlines() if "torchvision" not in line] == ["DonorTokenizer"]
 
 
+@pytest.mark.slow
 def test_what_it_exports_is_there():
     names = run("import not_hf; print(*(getattr(not_hf, name).__class__.__name__ for name in dir(not_hf)))").split()
     assert len(names) == 29

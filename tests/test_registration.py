@@ -97,6 +97,7 @@ def test_the_tokenizer_is_the_bases(where):
     assert AutoTokenizer.from_pretrained(where[1])(PROMPT).input_ids == [5, 6, 7, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["repo"], indirect=True)
 def test_pipeline_works_and_logs_no_warning(where, token_ids):
     """In a process of its own, since warnings are logged once per process."""

@@ -11,16 +11,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
+from not_hf.architecture import tables
 from not_hf.architecture.stack import Stack
-from not_hf.architecture.tables import (
-    DENSE_PREFIXES,
-    LAYER_INDEX_LISTS,
-    LAYERLESS,
-    NAMES,
-    NOT_DERIVED,
-    PER_LAYER_LISTS,
-    PERIODS,
-)
 from not_hf.architecture.upstream import BOOKKEEPING
 from not_hf.errors import UnsupportedArchitectureError
 
@@ -39,14 +31,21 @@ class Difference(NamedTuple):
 def config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[Difference]:
     """The keys in which two configs differ, other than names and dtypes."""
     mine, other = ours.to_dict(), theirs.to_dict()
-    keys = sorted((mine.keys() | other.keys()) - NAMES)
+    keys = sorted((mine.keys() | other.keys()) - tables.NAMES)
     pairs = [Difference(key, mine.get(key), other.get(key)) for key in keys]
     return [pair for pair in pairs if not _same(pair.ours, pair.theirs)]
 
 
 def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[Difference]:
     """The differences of two configs that may change what layers compute: some layers read the recipient's config."""
-    ignored = {"num_hidden_layers", *PER_LAYER_LISTS, *LAYER_INDEX_LISTS, *DENSE_PREFIXES, *PERIODS, *LAYERLESS}
+    ignored = {
+        "num_hidden_layers",
+        *tables.PER_LAYER_LISTS,
+        *tables.LAYER_INDEX_LISTS,
+        *tables.DENSE_PREFIXES,
+        *tables.PERIODS,
+        *tables.LAYERLESS,
+    }
     ignored |= {ours.attribute_map.get(key, key) for key in ignored}
     return [
         difference
@@ -152,7 +151,7 @@ def inherit_attributes(layers: Sequence[nn.Module], originals: Sequence[LayerDes
 
 def fingerprint(config: PreTrainedConfig) -> str:
     """SHA-256 of the config keys that concern layers: equal for two fine-tunes of one model."""
-    ignored = NAMES | {
+    ignored = tables.NAMES | {
         "vocab_size",
         "bos_token_id",
         "eos_token_id",
@@ -169,7 +168,7 @@ def _derived(module: nn.Module) -> dict[str, Any]:
     attributes = vars(module)
     return {
         key: value
-        for key in attributes.keys() - NOT_DERIVED
+        for key in attributes.keys() - tables.NOT_DERIVED
         if isinstance(value := attributes[key], (bool, int, float, str, tuple, type(None)))
         and "dropout" not in key
         and not (key == "p" and isinstance(module, nn.Dropout))  # for training only

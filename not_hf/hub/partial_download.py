@@ -17,18 +17,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from not_hf.architecture.upstream import commit_of
 from not_hf.errors import CorruptDonorError
-from not_hf.hub.checkpoint import (
-    EVERY,
-    View,
-    file_names,
-    matching,
-    missing_shard,
-    open_checkpoint,
-    open_file,
-    pick,
-    read_shards,
-    read_weight_map,
-)
+from not_hf.hub import checkpoint
+from not_hf.hub.checkpoint import View, open_checkpoint, open_file
 from not_hf.hub.headers import BITS, read_remote_header
 from not_hf.hub.ranges import Piece, RemoteFile, gather
 
@@ -102,16 +92,18 @@ def list_tensors(
 Located = dict[str, tuple[RemoteFile, TensorInfo]]  # tensors on the Hub, each with the file that holds it
 
 
-def _locate(repo: str, wanted: re.Pattern[str] = EVERY, variant: str | None = None, **hub_kwargs: Any) -> Located:
+def _locate(
+    repo: str, wanted: re.Pattern[str] = checkpoint.EVERY, variant: str | None = None, **hub_kwargs: Any
+) -> Located:
     """The wanted tensors of a repo's checkpoint, all at one commit; only headers and the index are read."""
-    if file := _find(repo, file_names(variant)[0], hub_kwargs):
-        return matching(_read_header(file), wanted)
+    if file := _find(repo, checkpoint.file_names(variant)[0], hub_kwargs):
+        return checkpoint.matching(_read_header(file), wanted)
     located: Located = {}
-    for shard, names in read_shards(repo, wanted, variant, **hub_kwargs).items():
+    for shard, names in checkpoint.read_shards(repo, wanted, variant, **hub_kwargs).items():
         if (file := _find(repo, shard, hub_kwargs)) is None:
-            raise missing_shard(repo, shard, **hub_kwargs)
+            raise checkpoint.missing_shard(repo, shard, **hub_kwargs)
         hub_kwargs["revision"] = file.commit
-        located |= pick(_read_header(file), names, repo, shard)
+        located |= checkpoint.pick(_read_header(file), names, repo, shard)
     return located
 
 
@@ -150,7 +142,9 @@ def _is_cached(repo: str, wanted: re.Pattern[str], commit: str | None, hub_kwarg
     if path(SAFE_WEIGHTS_NAME):
         return True
     index = path(SAFE_WEIGHTS_INDEX_NAME)
-    return index is not None and all(map(path, matching(read_weight_map(index), wanted).values()))
+    return index is not None and all(
+        map(path, checkpoint.matching(checkpoint.read_weight_map(index), wanted).values())
+    )
 
 
 def _assemble(tensors: Located) -> tuple[bytes, list[Piece]]:

@@ -202,6 +202,7 @@ def test_composition_lists_its_organs():
     assert "```text" not in text
 
 
+@pytest.mark.slow
 def test_snippets_of_a_pushed_organ_run_anywhere(hub, base_repo, tmp_path, monkeypatch):
     donor = DonorModel.from_base(base_repo("llama"), layers=(1, 3))
     donor.push_to_hub("me/card-snippets")

@@ -46,6 +46,7 @@ def rows(card: ModelCard) -> list[str]:
     return re.findall(r"^\| .* \|$", card.text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_merge_writes_a_card(recipient, organ, tmp_path):
     out = tmp_path / "merged"
     done("merge", organ, "-o", out)

@@ -76,6 +76,7 @@ def donor(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_examples_in_help_run_one_after_the_other(hub: Hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = Path("openai-community/gpt2")
@@ -92,6 +93,7 @@ def test_the_examples_in_help_run_one_after_the_other(hub: Hub, tmp_path, monkey
     assert AutoModelForCausalLM.from_pretrained("gpt2-kjv-merged").config.n_layer == 11
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_program():
     for program in (["-m", "not_hf.cli"], ["-c", "from not_hf.cli import app; app()"]):  # as a module and as a script
         shown = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True)

@@ -68,6 +68,7 @@ def test_its_tokenizer_is_the_bases(where):
     assert AutoTokenizer.from_pretrained(where)(PROMPT).input_ids == [5, 6, 7, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["repo"], indirect=True)
 def test_a_pipeline_loads_it_and_logs_no_warning(where, one_by_one):
     """In a process of its own, since warnings are logged once per process."""

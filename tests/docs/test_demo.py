@@ -29,6 +29,7 @@ def run(*arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_through_the_demos_own_hub(demo_base, tmp_path):
     shown = run("--cache", demo_base.parent, "--output", tmp_path)
     result = json.loads((tmp_path / "demo.json").read_text())
@@ -55,6 +56,7 @@ def test_through_the_demos_own_hub(demo_base, tmp_path):
     assert left == ["demo.json", "merged", "organ"]
 
 
+@pytest.mark.slow
 def test_a_base_of_ones_own_is_pushed_only_when_told(hub: Hub, demo_base, tmp_path):
     text = tmp_path / "verses.txt"
     text.write_text("\n".join(f"{n} {VERSE}" for n in range(400)))

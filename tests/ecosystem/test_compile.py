@@ -33,6 +33,7 @@ def two_organs() -> TransplantedForCausalLM:
     return transplanted(("kjv", organ(base, 1), {}), ("law", organ(base, 2), {"position": 1}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text"])
 def test_one_graph_without_breaks(model_type, token_ids):
     base = tiny_model(model_type)
@@ -40,6 +41,7 @@ def test_one_graph_without_breaks(model_type, token_ids):
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_logits_are_those_of_the_model(token_ids, backend):
     model = two_organs()
@@ -70,6 +72,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", COMPILED)
 def test_a_compiled_model_follows_its_organs(token_ids, way):
     plain, model, counter = two_organs(), two_organs(), CompileCounter()
@@ -106,6 +109,7 @@ def test_weights_change_without_recompiling(token_ids, way):
     assert counter.frame_count == graphs == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "end"), [*zip(COMPILED, ["delete_donor", "unload", "merge_and_unload"], strict=True)])
 def test_a_compiled_model_outlives_its_organs(token_ids, way, end):
     plain, model = two_organs(), two_organs()
@@ -147,6 +151,7 @@ def test_an_exported_program_is_the_model_of_then(token_ids):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_example(base_folder, tmp_path, monkeypatch, capsys):
     base = str(base_folder("llama"))
     for seed in (1, 2):

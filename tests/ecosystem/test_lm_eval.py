@@ -92,6 +92,7 @@ def test_scores_of_an_organ_by_its_id(base_repo, task, tmp_path):
     assert score == pytest.approx(accuracy(model))
 
 
+@pytest.mark.slow
 def test_a_model_object_goes_in_as_it_is(base_folder):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -111,6 +112,7 @@ def test_a_model_object_goes_in_as_it_is(base_folder):
             assert scores(question) == pytest.approx(log_likelihoods(model, question), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_example(base_folder, task, tmp_path, monkeypatch, capsys):
     base = str(base_folder("llama"))
     organ(base, 1).save_pretrained(tmp_path / "donor")

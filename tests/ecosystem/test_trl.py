@@ -66,6 +66,7 @@ def test_a_reference_needs_organs():
         reference_model(tiny_model("llama"))
 
 
+@pytest.mark.slow
 def test_dpo_with_the_shared_reference_is_dpo_with_a_second_base(base_folder, tmp_path):
     base = base_folder("llama")
     shared, separate = trainable(base), trainable(base)

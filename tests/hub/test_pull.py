@@ -291,6 +291,7 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
     return done
 
 
+@pytest.mark.slow
 def test_what_is_cached_loads_without_a_request(hub, commits, api, tmp_path):
     names = ["me/pull-cached-organ", "me/pull-cached-composition"]
     organ(BASE, 2).push_to_hub(names[0])
@@ -460,6 +461,7 @@ assert pipeline("text-generation", model="me/xet-organ", device="cpu")("w5", max
 """
 
 
+@pytest.mark.slow
 def test_organs_travel_over_xet(base_folder, tmp_path):
     with Hub(tmp_path / "hub", xet=True) as hub:
         client = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": DEFAULT_TOKEN, "HF_HUB_DISABLE_XET": "0"}

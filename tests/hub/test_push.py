@@ -270,6 +270,7 @@ DonorModel.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2], revision=sys.ar
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revision", ["", "new-branch"])
 @pytest.mark.parametrize("stage", ["lfs put", "commit"])
 def test_a_process_killed_while_it_uploads_changes_nothing(hub, base, stage, revision, api, repo_id, tmp_path):

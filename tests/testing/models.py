@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -154,6 +155,19 @@ REFUSED: dict[str, dict] = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "state_size": 4},
     "t5": {"d_model": 32, "num_layers": NUM_LAYERS, "num_heads": 4},
 }
+
+
+FAST = ("gpt2", "llama", "mixtral", "bert")  # of the architectures, those that `make test-fast` tries
+
+
+def marks(model_type: str) -> list[pytest.MarkDecorator]:
+    """Of a test of an architecture: slow, but for a few; and all of an architecture run in one worker."""
+    return [pytest.mark.xdist_group(model_type), *([] if model_type in FAST else [pytest.mark.slow])]
+
+
+def each(model_types: Iterable[str]) -> list:
+    """A parameter for each architecture, marked."""
+    return [pytest.param(model_type, marks=marks(model_type)) for model_type in model_types]
 
 
 def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:

@@ -96,6 +96,7 @@ def test_stores_unused_for_longest_make_room(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["new", "old"]
 
 
+@pytest.mark.slow
 def test_several_processes_write_into_one_store(tmp_path):
     code = (
         "import sys; from pathlib import Path; import test_row_store as t\n"

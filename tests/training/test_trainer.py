@@ -22,7 +22,7 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.training.trainer import DonorTrainer, last_complete_checkpoint
-from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
+from testing.models import CHECKPOINTING, each, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["bloom", "cohere", "gemma2", "gpt_neox", "gpt2", "granite", "llama", "opt", "phi3", "qwen3"]
 EXPERTS = ["gpt_oss", "mixtral", "qwen3_moe"]
@@ -90,7 +90,7 @@ def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
         torch.testing.assert_close(tensor, theirs[1][name], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES + EXPERTS)
+@pytest.mark.parametrize("model_type", each(ARCHITECTURES + EXPERTS))
 def test_cached_and_uncached_train_the_same_organ(model_type, tmp_path):
     cached, plain = (
         trained(tmp_path / str(cache), recipient(model_type), cache_prefix=cache) for cache in (True, False)
@@ -100,7 +100,10 @@ def test_cached_and_uncached_train_the_same_organ(model_type, tmp_path):
     assert plain[0][-1] < plain[0][0]
 
 
-@pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *EXPERTS} - {"gpt2", "opt"}))  # those have dropout
+WITHOUT_DROPOUT = sorted({*ARCHITECTURES, *EXPERTS} - {"gpt2", "opt"})
+
+
+@pytest.mark.parametrize("model_type", each(WITHOUT_DROPOUT))
 def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
     plain = trained(tmp_path / "a", recipient(model_type), cls=Trainer)
     assert_same(trained(tmp_path / "b", recipient(model_type), head_chunk=0), plain)
@@ -174,6 +177,7 @@ def test_bf16_autocast(tmp_path):
     assert ours[0] == pytest.approx(plain[0], abs=5e-2)
 
 
+@pytest.mark.slow
 def test_weights_position_and_precision_have_caches_of_their_own(tmp_path):
     def keys(**options: Any) -> str:
         model = options.pop("model", None) or recipient()
@@ -294,10 +298,10 @@ class MostLogits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, (tuple, list)) else [out]:
-            of_tokens = isinstance(each, torch.Tensor) and each.ndim and each.shape[-1] == self.vocab
-            if of_tokens and each.untyped_storage().nbytes() >= each.nbytes:  # else a view of the head, expanded
-                self.tokens = max(self.tokens, each.numel() // self.vocab)
+        for part in out if isinstance(out, (tuple, list)) else [out]:
+            of_tokens = isinstance(part, torch.Tensor) and part.ndim and part.shape[-1] == self.vocab
+            if of_tokens and part.untyped_storage().nbytes() >= part.nbytes:  # else a view of the head, expanded
+                self.tokens = max(self.tokens, part.numel() // self.vocab)
         return out
 
 
@@ -353,6 +357,7 @@ def test_kl_keeps_what_the_base_says(tmp_path):
     assert drift[20.0] < 0.7 * drift[0.0]
 
 
+@pytest.mark.slow
 def test_a_compiled_model(tmp_path):
     plain = trained(tmp_path / "a")
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "num_train_epochs": 3}
@@ -459,6 +464,7 @@ trainer.save_model(folder / "organ")
 KILLED = {"num_train_epochs": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "seed": 3}
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_resumed_gives_the_same_organ(tmp_path):
     """A process killed at several moments, checkpoints half written among them; with dropout in the organ."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
