@@ -29,7 +29,7 @@ class DonorConfig(PreTrainedConfig):
         layers: Half-open span `[i, j]` of the base's layers.
         position: Position of the organ among the recipient's own layers.
         mode: `"insert"` (before layer `position`) or `"replace"` (layers `position … position + k`).
-        scale: Factor of what each layer of an inserted organ adds to the residual stream; the weights are unscaled.
+        scale: Factor of an inserted organ's contribution to the residual stream; the weights are unscaled.
         init: `"copy"` (layers as cut) or `"identity"` (an inserted organ starts as an exact no-op).
         base_config: Native config of the base as a dict, with its `model_type`.
         organ_config: The same config, reduced to the span: `num_hidden_layers == j - i`.

@@ -92,7 +92,7 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
         return Fit([str(error)], [], [])
     except UnsupportedArchitectureError as error:
         return Fit([f"{compatibility.name_of(recipient)} cannot take these layers: {error}"], [], [])
-    if compatibility.odd_tensors(built, native):
+    if compatibility.unmatched_tensors(built, native):
         for organ in organs:
             found = compatibility.structure_problems(organ.spec, recipient, organ.place.position, organ.mode)
             problems += named(organ, found)

@@ -46,7 +46,7 @@ class OrganSource:
         subfolder: Folder of the donor in its repo.
         position: Position among the recipient's own layers; default: the donor's.
         mode: `"insert"` or `"replace"`; default: the donor's.
-        scale: Factor of what an inserted organ's layers add to the residual stream; default: the donor's.
+        scale: Factor of an inserted organ's contribution to the residual stream; default: the donor's.
         active: Whether the organ is active after loading.
 
     Example:

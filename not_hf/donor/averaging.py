@@ -96,8 +96,8 @@ def combined(
         raise NotHFError(f"weights must be finite and must not sum to 0, got {weights}")
     first, *others = ({name: tensor.shape for name, tensor in state.items()} for state in states)
     for n, other in enumerate(others, 2):
-        if odd := {name for name, _ in first.items() ^ other.items()}:
-            raise IncompatibleDonorError(f"donor {n} has other tensors than donor 1: {some(sorted(odd))}")
+        if unmatched := {name for name, _ in first.items() ^ other.items()}:
+            raise IncompatibleDonorError(f"donor {n} has other tensors than donor 1: {some(sorted(unmatched))}")
     combine = COMBINATIONS[combination_type]
     return {
         name: combine([state[name].to(tensor.device, torch.float32) for state in states], weights).to(tensor.dtype)

@@ -140,7 +140,7 @@ def describe_stack(
     return [(own if spec is None else organs[id(spec)])[n] for spec, n in origins], native
 
 
-def odd_tensors(built: Sequence[LayerDescription], native: Sequence[LayerDescription]) -> set[str]:
+def unmatched_tensors(built: Sequence[LayerDescription], native: Sequence[LayerDescription]) -> set[str]:
     """Name the tensors that only one of the two sides of `describe_stack` has.
 
     The recipient's own layers are compared too: if its first layers are special, no others can be before them.
@@ -205,18 +205,19 @@ def structure_problems(spec: OrganSpec, recipient: PreTrainedConfig, position: i
     """Check whether a native model would have other modules at a place than the organ; names places that fit."""
     k, name = spec.config.num_organ_layers, name_of(recipient)
 
-    def odd(position: int) -> set[str]:
+    def unmatched(position: int) -> set[str]:
         rest = position + (k if mode == "replace" else 0)
-        own: list[tuple[OrganSpec | None, int]] = [(None, n) for n in range(recipient.num_hidden_layers)]
-        return odd_tensors(*describe_stack([*own[:position], *((spec, n) for n in range(k)), *own[rest:]], recipient))
+        stack: list[tuple[OrganSpec | None, int]] = [(None, n) for n in range(recipient.num_hidden_layers)]
+        stack[position:rest] = [(spec, n) for n in range(k)]
+        return unmatched_tensors(*describe_stack(stack, recipient))
 
     try:
-        found = odd(position)
+        found = unmatched(position)
     except UnsupportedArchitectureError as error:
         return [f"{name} cannot take these layers: {error}"]
     if not found:
         return []
-    fitting = [n for n in range(_last_position(k, mode, recipient) + 1) if n != position and not odd(n)]
+    fitting = [n for n in range(_last_position(k, mode, recipient) + 1) if n != position and not unmatched(n)]
     problem = f"layers of {name} have other modules than the donor's ({', '.join(sorted(found)[:4])}, …)"
     if not fitting:
         return [f"{problem} at every position; cut a donor of layers like the recipient's"]

@@ -53,7 +53,7 @@ def _reason(file: str, head: bytes, error: Exception) -> str:
             return f"its pickle would run {', '.join(unsafe[:5])}"
     if head[:1] == b"\x80" and head[1:2] > b"\x03":  # torch.save uses protocol 2
         return "it was written by pickle, not by torch.save"
-    # torch wraps the error of its unpickler in advice on how to run the code all the same
+    # torch wraps the error of its unpickler in advice on how to run the code anyway
     cause = (isinstance(error, pickle.UnpicklingError) and error.__context__) or error
     return one_line(cause, 200).partition(". ")[0]
 
@@ -61,7 +61,7 @@ def _reason(file: str, head: bytes, error: Exception) -> str:
 def _flatten(content: Any, name: str) -> dict[str, torch.Tensor]:
     """All tensors in nested dicts, lists and tuples, by their keys and indices joined with dots."""
     tensors: dict[str, torch.Tensor] = {}
-    todo = [("", 0, content)]  # depth first: what contains itself is soon too deep
+    todo = [("", 0, content)]  # depth first: a list that contains itself soon exceeds MAX_DEPTH
     num_entries = 0
     while todo:
         path, depth, value = todo.pop()

@@ -55,16 +55,9 @@ def fit_organs(
     is_trainable: bool,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Organ]:
-    """Turn donors into organs, with layers of their own in the dtype and on the device of the model's layers.
+    """Turn donors from `load_donors` into organs with their own layers, in the dtype and on the device of the model.
 
-    Args:
-        model: The recipient, which is not changed.
-        surgery: Its state.
-        organs: Validated organs in load order.
-        donors: Their donors, from `load_donors`.
-        differences: From `validate`.
-        is_trainable: Make the organs trainable.
-        cache_dir: Cache of the Hub client, to compare tokenizers.
+    Warns of `differences` from `validate`, and of those in vocabularies, for which tokenizers in `cache_dir` are read.
 
     Raises:
         CorruptDonorError: A value overflows in that dtype.

@@ -104,7 +104,7 @@ class Recipient(_Native):
                     surgery.disabled -= 1
 
     def set_donor_scale(self, donor_name: str, scale: float) -> None:
-        """Multiply what each layer of an inserted organ adds to the residual stream.
+        """Scale the contribution of an inserted organ's layers to the residual stream.
 
         The output projections are scaled in place, so a scale costs nothing at run time and any scale can be merged.
         Saving writes the unscaled weights, and the scale in the config.
@@ -298,11 +298,11 @@ class Recipient(_Native):
             raise NotHFError(f"no organ named {', '.join(unknown)}; loaded organs: {', '.join(organs) or 'none'}")
         return [name for name in organs if name in chosen]
 
-    def _require_layers(self, what: str) -> None:
+    def _require_layers(self, operation: str) -> None:
         """Check that the model is not a scaffold."""
         if self._surgery.is_scaffold:
             raise NotHFError(
-                f"{what}() needs the base's own layers, which scaffold='minimal' leaves out; save the organ with "
+                f"{operation}() needs the base's own layers, which scaffold='minimal' leaves out; save the organ with "
                 "save_pretrained() and load it into the whole base: from_pretrained(base, folder)"
             )
 

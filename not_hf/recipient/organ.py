@@ -25,7 +25,7 @@ class DonorStatus:
         active: Whether the organ is in the stack; `False` inside `disable_donors()`.
         position: Position among the recipient's own layers.
         mode: `"insert"` or `"replace"`.
-        scale: Factor of what its layers add to the residual stream.
+        scale: Factor of its layers' contribution to the residual stream.
         layers: Indices of its layers in the model's stack; empty if inactive.
         span: Half-open span of the base's layers that it was cut from.
         base: Hub ID or folder of that base.

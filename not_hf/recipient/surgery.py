@@ -43,7 +43,7 @@ class Surgery:
         stack = meta_twin(model.config, type(model)).stack if is_scaffold else find_stack(model)
         self.native_class = type(model)
         self._where = (stack.base, stack.path)
-        self.is_scaffold = is_scaffold  # without the base's own layers, which positions count all the same
+        self.is_scaffold = is_scaffold  # without the base's own layers, though positions count them
         self.base_layers: list[nn.Module] = list(self.stack(model).layers)
         self.base_config = copy.deepcopy(model.config)
         self.base_revision = base_revision  # commit, if known
@@ -127,7 +127,7 @@ class Surgery:
             raise
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Make the live model agree with `plan()`. What may raise is computed first; `changing` undoes the rest."""
+        """Make the live model agree with `plan()`. Steps that may raise come first; `changing` undoes the rest."""
         placed = self.plan()
         values = splice_config(self.base_config, [origin for _, origin in placed])
         if not self.active:
