@@ -34,7 +34,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 
 from not_hf.training.data import pack
-from testing.models import TOKEN_IDS, tiny_model, tiny_tokenizer
+from testing.models import FAST, TOKEN_IDS, tiny_model, tiny_tokenizer
 
 _connect = socket.socket.connect
 
@@ -46,6 +46,15 @@ def _connect_locally(self: socket.socket, address) -> None:
 
 
 socket.socket.connect = _connect_locally
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is tried with one more architecture as slow."""
+    for item in items:
+        model_type = item.callspec.params.get("model_type", FAST[0]) if hasattr(item, "callspec") else FAST[0]
+        if model_type not in FAST:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

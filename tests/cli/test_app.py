@@ -246,6 +246,7 @@ def test_train_and_eval(base, donor, words, tmp_path):
     assert only["perplexity_without_organ"] is None
 
 
+@pytest.mark.slow
 def test_a_training_shows_a_line_and_leaves_a_plot(donor, words, tmp_path):
     arguments = ("--max-steps", "10", "--control-data", words, "--eval-steps", "5", *TRAINING)
     result = invoke("train", donor, "--data", words, "-o", tmp_path / "out", *arguments)
@@ -266,6 +267,7 @@ class Diary(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
+@pytest.mark.slow
 def test_a_tracker_is_told_and_keeps_its_logs(donor, words, tmp_path, monkeypatch):
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "diary", Diary)
     arguments = ("train", donor, "--data", words, "-o", tmp_path / "out", *TRAINING)
@@ -277,6 +279,7 @@ def test_a_tracker_is_told_and_keeps_its_logs(donor, words, tmp_path, monkeypatc
     assert "nobody is not supported, only " in failed(*arguments, "--report-to", "nobody", "--force")
 
 
+@pytest.mark.slow
 def test_trackio(donor, words, tmp_path):
     pytest.importorskip("trackio")
     arguments = ("--max-steps", "10", "--report-to", "trackio", *TRAINING)
@@ -291,6 +294,7 @@ def test_trackio(donor, words, tmp_path):
     assert loss["value"] == pytest.approx(shown["train_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--streaming", "--gradient-checkpointing")])
 def test_an_interrupted_training_resumes(more, donor, words, tmp_path, monkeypatch):
     arguments = ("train", donor, "--data", words, "--max-steps", "4", "--save-steps", "2", *TRAINING, *more)

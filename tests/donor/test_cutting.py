@@ -23,9 +23,10 @@ from not_hf import (
     UnsupportedArchitectureError,
 )
 from testing.donors import SPAN, moved, same, tiny_organ, transplanted, transplanted_class
-from testing.models import ARCHITECTURES, ENCODERS, PRE_NORM, each, logits, tiny_model
+from testing.models import ARCHITECTURES, ENCODERS, PRE_NORM, logits, tiny_model
 
-every = pytest.mark.parametrize("model_type", each((*ARCHITECTURES, *ENCODERS)))
+EVERY = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in (*ARCHITECTURES, *ENCODERS)]
+every = pytest.mark.parametrize("model_type", EVERY)
 
 
 @every

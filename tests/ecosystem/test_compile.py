@@ -89,6 +89,7 @@ def test_a_compiled_model_follows_its_organs(token_ids, way):
     assert counter.frame_count <= 4  # a graph per choice at most; a depth that was seen before costs none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", COMPILED)
 def test_weights_change_without_recompiling(token_ids, way):
     plain, model, counter = two_organs(), two_organs(), CompileCounter()
@@ -122,6 +123,7 @@ def test_a_compiled_model_outlives_its_organs(token_ids, way, end):
     assert torch.equal(after, before) == (end == "merge_and_unload")
 
 
+@pytest.mark.slow
 def test_generating_with_a_static_cache_compiles_once_for_all_swaps(token_ids):
     plain, model, graphs = two_organs(), two_organs(), []
 

@@ -85,6 +85,7 @@ def test_dpo_with_the_shared_reference_is_dpo_with_a_second_base(base_folder, tm
     assert same(resumed, shared)
 
 
+@pytest.mark.slow
 def test_sft_saves_organs_and_resumes(base_folder, tmp_path):
     def sft(model):
         args = SFTConfig(output_dir=str(tmp_path / "run"), max_length=16, **COMMON)
@@ -103,6 +104,7 @@ def test_sft_saves_organs_and_resumes(base_folder, tmp_path):
     assert same(resumed, model)
 
 
+@pytest.mark.slow
 def test_the_example_runs(base_folder, tmp_path, monkeypatch):
     example = EXAMPLES / "train_with_trl.py"
     options = ["--base", str(base_folder("llama")), "--layers", "1", "3", "--steps", "2", "--cpu"]

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from testing.lifecycle import SETUPS, Tester
-from testing.models import ARCHITECTURES, ENCODERS, TOKEN_IDS, marks
+from testing.models import ARCHITECTURES, ENCODERS, TOKEN_IDS
 
 EVERY = (*ARCHITECTURES, *ENCODERS)
 FEW = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert")  # these in every set-up
 CHECKS = [name for name in vars(Tester) if name.startswith("check_")]
 LIVES = [
-    pytest.param(model_type, setup, check, marks=marks(model_type))
+    pytest.param(model_type, setup, check, marks=pytest.mark.xdist_group(model_type))
     for model_type in EVERY
     for setup in (SETUPS if model_type in FEW else ["several"])
     for check in CHECKS

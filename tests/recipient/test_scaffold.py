@@ -139,6 +139,7 @@ def test_what_was_trained_alone_goes_into_the_whole_base(model_type, blocks, bas
     assert torch.equal(logits(whole, token_ids), logits(expected, token_ids))
 
 
+@pytest.mark.slow
 def test_resuming_and_recomputing_change_nothing(blocks, base_folder, tmp_path):
     def fresh() -> TransplantedForCausalLM:
         return scaffold(base_folder("llama"), DonorModel.from_base(base_folder("llama"), (1, 3)), is_trainable=True)
@@ -150,6 +151,7 @@ def test_resuming_and_recomputing_change_nothing(blocks, base_folder, tmp_path):
     assert same(whole, resumed) and same(whole, recomputed) and not same(whole, fresh())
 
 
+@pytest.mark.slow
 def test_donor_trainer_gives_what_trainer_gives(blocks, base_folder, tmp_path):
     donor = DonorModel.from_base(base_folder("llama"), (1, 3))
     ours, theirs = (scaffold(base_folder("llama"), donor, is_trainable=True) for _ in range(2))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -157,17 +156,7 @@ REFUSED: dict[str, dict] = {
 }
 
 
-FAST = ("gpt2", "llama", "mixtral", "bert")  # of the architectures, those that `make test-fast` tries
-
-
-def marks(model_type: str) -> list[pytest.MarkDecorator]:
-    """Of a test of an architecture: slow, but for a few; and all of an architecture run in one worker."""
-    return [pytest.mark.xdist_group(model_type), *([] if model_type in FAST else [pytest.mark.slow])]
-
-
-def each(model_types: Iterable[str]) -> list:
-    """A parameter for each architecture, marked."""
-    return [pytest.param(model_type, marks=marks(model_type)) for model_type in model_types]
+FAST = ("gpt2", "llama", "bert")  # of the architectures, those that `make test-fast` tries
 
 
 def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:

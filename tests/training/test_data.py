@@ -141,6 +141,7 @@ def test_pack_loses_and_repeats_nothing(folder, tokenizer, stream_of_tokens):
     assert flat(blocks) == stream_of_tokens[: len(stream_of_tokens) // BLOCK * BLOCK]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_pack_isolates_documents(folder, tokenizer, stream_of_tokens, streaming):
     texts = load_text(folder / "verses.txt", streaming=streaming)
@@ -162,6 +163,7 @@ def test_pack_isolates_documents(folder, tokenizer, stream_of_tokens, streaming)
     assert starts - len(blocks) > len(LINES) // 2
 
 
+@pytest.mark.slow
 def test_pack_isolates_in_dataloader_workers(folder, tokenizer):
     texts = load_text(folder / "verses.txt", streaming=True)
     blocks = pack(texts, tokenizer, BLOCK, isolate_documents=True)
@@ -183,6 +185,7 @@ def test_pack_leaves_the_tokenizer_alone(tokenizer, caplog, monkeypatch):
     assert pickle.dumps(fresh) == state
 
 
+@pytest.mark.slow
 def test_pack_streams_the_same_blocks(folder, tokenizer):
     whole = pack(load_text(folder / "verses.jsonl", column="verse"), tokenizer, BLOCK)
     streamed = pack(load_text(folder / "verses.jsonl", column="verse", streaming=True), tokenizer, BLOCK)
@@ -196,6 +199,7 @@ def test_pack_in_processes_gives_the_same_blocks(folder, tokenizer):
     assert list(pack(texts, tokenizer, BLOCK, num_proc=2)) == list(pack(texts, tokenizer, BLOCK))
 
 
+@pytest.mark.slow
 def test_pack_is_the_same_in_dataloader_workers(folder, tokenizer):
     texts = load_text(folder / "verses.txt")
     whole = pack(texts, tokenizer, BLOCK)
@@ -215,6 +219,7 @@ def test_pack_finds_its_cache_again(folder, tokenizer, monkeypatch):
     assert first.cache_files
 
 
+@pytest.mark.slow
 def test_packed_stream_resumes(folder, tokenizer):
     def blocks():
         return pack(load_text(folder / "verses.txt", streaming=True), tokenizer, BLOCK)

@@ -156,6 +156,7 @@ def test_what_it_refuses():
         MuonWithAdamW()(model, **OPTIONS).load_state_dict(plain.state_dict())
 
 
+@pytest.mark.slow
 def test_trainer_resumes_to_the_weights_of_an_uninterrupted_run(tmp_path):
     def trainer(model: TransplantedForCausalLM, folder: Path) -> Trainer:
         ids = torch.randint(3, 90, (24, 16), generator=torch.Generator().manual_seed(0)).tolist()

@@ -69,6 +69,7 @@ def test_trainer_trains_the_organ_and_saves_only_it(where, blocks, base_folder, 
         assert torch.equal(again(token_ids).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(model_type, blocks, tmp_path):
     whole = trainable(tiny_model(model_type), model_type)
@@ -128,6 +129,7 @@ def test_an_organ_of_a_bf16_base_trains_and_loads_in_fp32(blocks, tmp_path):
     assert same(organ_tensors(model), before)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_computes_the_same(blocks, tmp_path):
     plain, checkpointed = trainable(tiny_model("llama")), trainable(tiny_model("llama"))
     trainer(plain, blocks, tmp_path / "plain").train()

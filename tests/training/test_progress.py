@@ -155,6 +155,7 @@ def test_plain_lines_on_a_terminal_without_bars(blocks, tmp_path, monkeypatch):
     assert [parse(line)["step"] for line in screen.getvalue().splitlines()] == ["2", "4", "6"]
 
 
+@pytest.mark.slow
 def test_resuming_shows_what_was_known(blocks, tmp_path, monkeypatch):
     trainer(blocks, tmp_path, both(blocks), include_num_input_tokens_seen=True).train()
     monkeypatch.setattr(sys, "stderr", screen := Screen(terminal=False))

@@ -22,7 +22,7 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.training.trainer import DonorTrainer, last_complete_checkpoint
-from testing.models import CHECKPOINTING, each, tiny_model, tiny_tokenizer
+from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["bloom", "cohere", "gemma2", "gpt_neox", "gpt2", "granite", "llama", "opt", "phi3", "qwen3"]
 EXPERTS = ["gpt_oss", "mixtral", "qwen3_moe"]
@@ -90,7 +90,7 @@ def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
         torch.testing.assert_close(tensor, theirs[1][name], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("model_type", each(ARCHITECTURES + EXPERTS))
+@pytest.mark.parametrize("model_type", ARCHITECTURES + EXPERTS)
 def test_cached_and_uncached_train_the_same_organ(model_type, tmp_path):
     cached, plain = (
         trained(tmp_path / str(cache), recipient(model_type), cache_prefix=cache) for cache in (True, False)
@@ -100,10 +100,8 @@ def test_cached_and_uncached_train_the_same_organ(model_type, tmp_path):
     assert plain[0][-1] < plain[0][0]
 
 
-WITHOUT_DROPOUT = sorted({*ARCHITECTURES, *EXPERTS} - {"gpt2", "opt"})
-
-
-@pytest.mark.parametrize("model_type", each(WITHOUT_DROPOUT))
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *EXPERTS} - {"gpt2", "opt"}))  # those have dropout
 def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
     plain = trained(tmp_path / "a", recipient(model_type), cls=Trainer)
     assert_same(trained(tmp_path / "b", recipient(model_type), head_chunk=0), plain)
@@ -112,6 +110,7 @@ def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
     assert chunked[0] == pytest.approx(plain[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_prefix_is_run_once_for_each_row_and_not_at_all_in_the_next_run(tmp_path):
     def rows_through_the_first_layer() -> int:
         model, seen = recipient(), []
@@ -124,6 +123,7 @@ def test_the_prefix_is_run_once_for_each_row_and_not_at_all_in_the_next_run(tmp_
     assert rows_through_the_first_layer() == 0
 
 
+@pytest.mark.slow
 def test_an_organ_that_is_inserted_starts_at_its_position(tmp_path):
     options = {"mode": "insert", "init": "identity", "position": 3}
     assert_same(
@@ -142,6 +142,7 @@ def test_dropout_of_the_organ_stays_and_that_below_it_is_off(tmp_path):
     assert model.transformer.training and not model.transformer.drop.training
 
 
+@pytest.mark.slow
 def test_padding_on_the_right_is_not_kept(tmp_path):
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.padding_side = "right"
@@ -160,6 +161,7 @@ def test_padding_on_the_right_is_not_kept(tmp_path):
     assert size == sum(range(4, 14)) * 32 * 4
 
 
+@pytest.mark.slow
 def test_what_is_kept_in_bfloat16_is_half_as_large_and_nearly_the_same(tmp_path):
     plain = trained(tmp_path / "a")
     rounded = trained(tmp_path / "b", cache_prefix=True, prefix_dtype=torch.bfloat16)
@@ -169,6 +171,7 @@ def test_what_is_kept_in_bfloat16_is_half_as_large_and_nearly_the_same(tmp_path)
     assert_same(trained(tmp_path / "b", cache_prefix=True, prefix_dtype=torch.bfloat16), rounded)
 
 
+@pytest.mark.slow
 def test_bf16_autocast(tmp_path):
     plain = trained(tmp_path / "a", cls=Trainer, bf16=True)
     ours = trained(tmp_path / "b", bf16=True)
@@ -205,6 +208,7 @@ def test_weights_position_and_precision_have_caches_of_their_own(tmp_path):
     assert len({first, *others}) == 6
 
 
+@pytest.mark.slow
 def test_a_cache_that_takes_nothing_trains_the_same(tmp_path):
     assert_same(trained(tmp_path / "a", cache_prefix=True, max_prefix_bytes=0), trained(tmp_path / "b"))
 
@@ -230,6 +234,7 @@ def test_evaluating_in_another_dtype(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=2e-2)
 
 
+@pytest.mark.slow
 def test_a_model_made_anew_for_each_training(tmp_path):
     trainer = made(None, tmp_path, model_init=lambda: recipient(), cache_prefix=True)
     trainer.train()
@@ -250,6 +255,7 @@ def test_logits_are_there_for_whoever_asks(tmp_path):
     assert np.array_equal(found[0].predict(rows(4)).predictions, found[1].predict(rows(4)).predictions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -298,10 +304,10 @@ class MostLogits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for part in out if isinstance(out, (tuple, list)) else [out]:
-            of_tokens = isinstance(part, torch.Tensor) and part.ndim and part.shape[-1] == self.vocab
-            if of_tokens and part.untyped_storage().nbytes() >= part.nbytes:  # else a view of the head, expanded
-                self.tokens = max(self.tokens, part.numel() // self.vocab)
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            of_tokens = isinstance(each, torch.Tensor) and each.ndim and each.shape[-1] == self.vocab
+            if of_tokens and each.untyped_storage().nbytes() >= each.nbytes:  # else a view of the head, expanded
+                self.tokens = max(self.tokens, each.numel() // self.vocab)
         return out
 
 
@@ -346,6 +352,7 @@ def organ_parameters(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+@pytest.mark.slow
 def test_kl_keeps_what_the_base_says(tmp_path):
     drift = {}
     for weight in (0.0, 20.0):
@@ -364,6 +371,7 @@ def test_a_compiled_model(tmp_path):
     assert trained(tmp_path / "b", cache_prefix=True, **options)[0] == pytest.approx(plain[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_lora_on_an_organ(tmp_path):
     lora = LoraConfig(target_modules=["q_proj", "up_proj"], layers_to_transform=[2], r=4)
     models = [get_peft_model(recipient(), copy.deepcopy(lora)) for _ in range(2)]
