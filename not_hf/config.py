@@ -44,7 +44,7 @@ class DonorConfig(PreTrainedConfig):
         fingerprint: SHA-256 of the part of the base's config that concerns its layers.
         donors: Entries of a composition, one per organ; `None` for a donor.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel
         >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 class NotHFError(ValueError):
     """Base class of the errors that not_hf raises.
 
-    Example:
+    Examples:
         >>> from not_hf import compose
         >>> compose([])
         Traceback (most recent call last):
@@ -23,7 +23,7 @@ class NotHFError(ValueError):
 class IncompatibleDonorError(NotHFError):
     """A donor does not fit the recipient, its position, or the organs in the model.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel, TransplantedForCausalLM
         >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
@@ -36,7 +36,7 @@ class IncompatibleDonorError(NotHFError):
 class UnsupportedArchitectureError(NotHFError):
     """The layers of an architecture cannot be cut, transplanted or merged.
 
-    Example:
+    Examples:
         >>> from not_hf import DonorConfig
         >>> DonorConfig(organ_config={"model_type": "unheard-of"}).native_config()
         Traceback (most recent call last):
@@ -47,7 +47,7 @@ class UnsupportedArchitectureError(NotHFError):
 class CorruptDonorError(NotHFError):
     """The files or config of a donor are damaged or contradict each other.
 
-    Example:
+    Examples:
         >>> from not_hf import DonorConfig
         >>> DonorConfig(layers=[4, 7]).check()
         Traceback (most recent call last):

@@ -29,7 +29,7 @@ def merged_card(model: TransplantedForCausalLM, folder: str | os.PathLike[str], 
     Raises:
         NotHFError: The metadata of the `README.md` in the folder cannot be read.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel, TransplantedForCausalLM, merged_card
         >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))

@@ -168,7 +168,7 @@ def check_donor(
         NotHFError: A config is invalid, or a composition is given another place.
         OSError: A config or a header cannot be read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel, check_donor

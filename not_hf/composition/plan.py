@@ -144,7 +144,7 @@ def compose(
         NotHFError: Two organs have one name, or the donors name different bases.
         OSError: A repo cannot be read.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel, OrganSource, compose

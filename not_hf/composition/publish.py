@@ -37,7 +37,7 @@ def push_donor(
         CorruptDonorError: An organ is damaged.
         OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel, push_donor

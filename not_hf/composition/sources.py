@@ -49,7 +49,7 @@ class OrganSource:
         scale: Factor of an inserted organ's contribution to the residual stream; default: the donor's.
         active: Whether the organ is active after loading.
 
-    Example:
+    Examples:
         >>> from not_hf import OrganSource
         >>> law = OrganSource("law", "me/gpt2-law", position=8, mode="replace")  # for `compose`
         >>> law.position, law.scale, law.is_local

@@ -61,7 +61,7 @@ def average_donors(
         IncompatibleDonorError: The donors have different spans or layers.
         NotHFError: An argument is out of range.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel, average_donors
         >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))

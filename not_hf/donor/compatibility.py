@@ -70,7 +70,7 @@ def check_compatibility(
         CorruptDonorError: The donor's config is invalid.
         OSError: A config cannot be read.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel, check_compatibility
         >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))

@@ -111,7 +111,7 @@ def import_checkpoint(
         UnsupportedArchitectureError: As in `DonorModel.from_base`.
         OSError: The file or the base's config cannot be read.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import import_checkpoint

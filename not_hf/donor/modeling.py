@@ -38,7 +38,7 @@ class DonorModel(StrippedModel):
         CorruptDonorError: The config contradicts itself.
         UnsupportedArchitectureError: The architecture has no stack that can be cut.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel
@@ -85,7 +85,7 @@ class DonorModel(StrippedModel):
                 them a no-op.
             OSError: The base cannot be read.
 
-        Example:
+        Examples:
             >>> from transformers import GPT2Config, GPT2LMHeadModel
             >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
             >>> donor = DonorModel.from_base(base, layers=(1, 3), mode="replace")

@@ -62,7 +62,7 @@ class Perplexity(evaluate.Metric):
     See `compute` for arguments, formulas and results. Texts are buffered in memory rather than in evaluate's locked
     cache files, so that any number of processes may use it at once; `num_process > 1` uses the files.
 
-    Example:
+    Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
         >>> from not_hf import perplexity

@@ -61,7 +61,7 @@ def list_donors(
     Raises:
         OSError: The Hub cannot be reached, or refuses the token.
 
-    Example:
+    Examples:
         >>> from not_hf import list_donors
         >>> donors = list_donors(base_model="openai-community/gpt2", limit=5)
         >>> isinstance(donors, list) and all("not-hf" in donor.tags for donor in donors)

@@ -239,7 +239,7 @@ class Transplanted(Recipient):
 class TransplantedForCausalLM(Transplanted):
     """A causal LM with organs, made by `from_pretrained`: an instance of its native class (`LlamaForCausalLM`, …) too.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel, TransplantedForCausalLM
         >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
@@ -259,7 +259,7 @@ class TransplantedForCausalLM(Transplanted):
 class TransplantedForMaskedLM(Transplanted):
     """A masked LM with organs, made by `from_pretrained`: an instance of its native class (`BertForMaskedLM`, …) too.
 
-    Example:
+    Examples:
         >>> from transformers import BertConfig, BertForMaskedLM
         >>> from not_hf import DonorModel, TransplantedForMaskedLM
         >>> shape = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}

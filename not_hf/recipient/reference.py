@@ -20,7 +20,7 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         NotHFError: `model` has no organs.
 
-    Example:
+    Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> from not_hf import DonorModel, TransplantedForCausalLM, reference_model
         >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))

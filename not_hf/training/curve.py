@@ -24,7 +24,7 @@ class TrainingCurve(TrainerCallback):
 
     Does nothing where matplotlib is not installed. See `plot_training_curve` for what the plot shows.
 
-    Example:
+    Examples:
         >>> import os, tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
         >>> from not_hf import TrainingCurve
@@ -66,7 +66,7 @@ def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os
     Raises:
         NotHFError: The logs hold no loss, or matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from not_hf import plot_training_curve

@@ -63,7 +63,7 @@ def load_text(
         NotHFError: The column does not exist or holds no text, a file cannot be read, or its format is unknown.
         FileNotFoundError: No such file, or no such dataset on the Hub.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from not_hf import load_text
@@ -135,7 +135,7 @@ def pack(
         NotHFError: `block_length` is below 2, the column does not exist or holds no text, or the text of a
             `Dataset` fills no block.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import PreTrainedTokenizerFast

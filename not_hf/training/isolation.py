@@ -36,7 +36,7 @@ def require_isolation(model: PreTrainedModel, data_collator: Callable[[list], An
         UnsupportedArchitectureError: The model does not isolate documents, whatever the batch.
         NotHFError: The collator or `config.use_cache` prevents it.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from not_hf import require_isolation
         >>> shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}

@@ -22,7 +22,7 @@ class MuonWithAdamW:
     norms and biases, without weight decay, and experts that transformers stacks in one tensor of three dimensions,
     which torch's Muon does not support. A fused projection (query, key and value in one) counts as one matrix.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from not_hf import MuonWithAdamW
         >>> shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}

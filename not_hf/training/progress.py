@@ -26,7 +26,7 @@ class ProgressLine(TrainerCallback):
     Tokens are those that the Trainer counts; `include_num_input_tokens_seen="no"` is changed to `"all"`. tokens/s is
     measured without the time for evaluating and saving; the time left includes it.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM, ProgressCallback, Trainer, TrainingArguments
         >>> from not_hf import ProgressLine

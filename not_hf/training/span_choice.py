@@ -70,7 +70,7 @@ def choose_span(
         NotHFError: An argument is out of range, `data` has no usable rows, or the gradient is zero or not finite.
         UnsupportedArchitectureError: Not a causal LM, its layers are not found, or it is quantized or offloaded.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from not_hf import DonorModel, choose_span

@@ -68,7 +68,7 @@ class DonorTrainer(Trainer):
             there.
         UnsupportedArchitectureError: The layers of the model cannot be found.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
         >>> from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM
