@@ -1,4 +1,4 @@
-"""Other weights are put into an organ in place, whole or not at all."""
+"""An organ in a model: other weights are put into it whole or not at all; what is told of it."""
 
 from __future__ import annotations
 
@@ -83,3 +83,19 @@ def test_a_change_that_breaks_off_leaves_the_weights(change, token_ids, monkeypa
     assert torch.equal(logits(model, token_ids), before) and held.config.scale == 0.5
     model.set_donor_scale("default", 1)
     assert same(weights(model), weights(transplanted(("default", tiny_organ(1), {}))))
+
+
+def test_status_tells_where_organs_stand():
+    b = tiny_organ(2, position=1, mode="replace")
+    model = transplanted(("a", tiny_organ(1), {"position": 1}), ("b", b, {}))
+    status = model.get_donor_status()
+    assert [(s.active, s.position, s.mode, s.layers) for s in status.values()] == [
+        (True, 1, "insert", [1, 2]),
+        (True, 1, "replace", [3, 4]),
+    ]
+    assert status["a"].span == (1, 3) and status["a"].dtypes == ["float32"] and status["a"].devices == ["cpu"]
+    assert status["a"].num_parameters == tiny_organ(1).num_parameters() and status["a"].num_trainable_parameters == 0
+    model.set_donor("b")
+    assert [(s.active, s.layers) for s in model.get_donor_status().values()] == [(False, []), (True, [1, 2])]
+    with model.disable_donors():
+        assert not any(s.active for s in model.get_donor_status().values())
