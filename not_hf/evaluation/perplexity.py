@@ -20,8 +20,15 @@ Perplexity (PPL) of texts under a causal language model: the exponential of the 
 """
 
 _CITATION = """
-F. Jelinek, R. L. Mercer, L. R. Bahl, J. K. Baker: Perplexity -- a measure of the difficulty of speech recognition
-tasks. The Journal of the Acoustical Society of America 62, S63 (1977). https://doi.org/10.1121/1.2016299
+@article{jelinek1977perplexity,
+  title={Perplexity -- a measure of the difficulty of speech recognition tasks},
+  author={Jelinek, F. and Mercer, R. L. and Bahl, L. R. and Baker, J. K.},
+  journal={The Journal of the Acoustical Society of America},
+  volume={62},
+  pages={S63},
+  year={1977},
+  doi={10.1121/1.2016299}
+}
 """
 
 _INPUTS = """
