@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from not_hf.errors import NotHFError, one_line
+from not_hf.version import INSTALL
 
 LIBRARY = "not_hf"
 README = "README.md"
@@ -73,7 +74,14 @@ def warn_once(message: str) -> None:
 def render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
     """Render a card from a file in `templates/`, where `{% call block("name") %}` marks what later saves rewrite."""
     path = str(Path(__file__).parent / "templates" / template)
-    values |= {"block": _block, "cell": _cell, "linked": _linked, "hub_id": hub_id, "short_name": short_name}
+    values |= {
+        "install": INSTALL,
+        "block": _block,
+        "cell": _cell,
+        "linked": _linked,
+        "hub_id": hub_id,
+        "short_name": short_name,
+    }
     return ModelCard.from_template(data, template_path=path, **values)
 
 
