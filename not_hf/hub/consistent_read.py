@@ -19,7 +19,7 @@ from not_hf.errors import CorruptDonorError, NotHFError
 from not_hf.hub.atomic_write import DRAFT
 
 # Seconds between the tries of a reader; files are moved within milliseconds
-_PAUSES = (0.01, 0.05, 0.2, 0.5)
+_PAUSES = (0.01, 0.05, 0.1, 0.2, 0.5, 1)
 
 Found = TypeVar("Found")
 
@@ -58,8 +58,7 @@ def require_same_save(source: str | os.PathLike[str], subfolder: str | None, dig
         CorruptDonorError: It was saved again.
     """
     if os.path.isdir(source) and saved_digests(source, subfolder) != digests:
-        where = os.path.join(source, subfolder or "")
-        raise CorruptDonorError(f"{where} was saved again while it was read; load it again")
+        raise CorruptDonorError(f"{Path(source, subfolder or '')} was saved again while it was read; load it again")
 
 
 def _state(source: Any) -> tuple[bool, tuple[int, ...] | None] | None:
