@@ -107,6 +107,9 @@ class DonorConfig(PreTrainedConfig):
             )
         if (model_type := values.get("model_type")) != cls.model_type:
             raise NotHFError(f"{where} is not a donor: its config has model_type {model_type!r}, not 'not_donor'")
+        digests = values.get("digests")
+        if digests is not None and not (isinstance(digests, dict) and all(map(_is_text, digests.values()))):
+            raise CorruptDonorError(f"{where}: digests in config.json must map files to text, got {digests!r:.100}")
         return values, kwargs
 
     @classmethod
@@ -188,6 +191,10 @@ class DonorConfig(PreTrainedConfig):
         if type(self.position) is not int or self.position < 0:
             raise CorruptDonorError(f"donor config position must be an integer >= 0, got {self.position!r}")
         return OrganSpec(self, base, organ)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 @dataclass(frozen=True)

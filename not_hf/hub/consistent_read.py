@@ -46,9 +46,10 @@ def saved_digests(source: str | os.PathLike[str], subfolder: str | None = None) 
     """The digests in the `config.json` of a folder as it is now; `None` if there are none, or on the Hub."""
     try:
         values = json.loads(Path(source, subfolder or "", CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return (values.get("digests") or None) if isinstance(values, dict) else None
+    found = values.get("digests") if isinstance(values, dict) else None
+    return {str(file): str(value) for file, value in found.items()} if isinstance(found, dict) and found else None
 
 
 def require_same_save(source: str | os.PathLike[str], subfolder: str | None, digests: dict[str, str] | None) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from huggingface_hub.utils import tqdm
+
 from not_hf.hub.checkpoint import View, file_names, open_checkpoint
 
 _THREADS = 8  # SHA-256 runs without the GIL
@@ -26,10 +28,14 @@ def digest(tensors: Mapping[str, View]) -> str:
     without spaces: `["organ.h.0.ln_1.bias","F32",[768],"e3b0…"]`.
     """
     names = sorted(tensors)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        rows = pool.map(lambda name: _row(name, tensors[name]), names)
-        lines = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    sizes = [tensors[name].data_offsets[1] - tensors[name].data_offsets[0] for name in names]
+    whole = hashlib.sha256()
+    bar = tqdm(total=sum(sizes), desc="Computing digest", unit="B", unit_scale=True, delay=2, leave=False)
+    with bar, ThreadPoolExecutor(_THREADS) as pool:
+        for row, size in zip(pool.map(lambda name: _row(name, tensors[name]), names), sizes, strict=True):
+            whole.update(f"{json.dumps(row, separators=(',', ':'))}\n".encode())
+            bar.update(size)
+    return whole.hexdigest()
 
 
 def digest_problem(

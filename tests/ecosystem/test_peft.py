@@ -8,7 +8,14 @@ import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 
 from not_hf import (
     DonorModel,
@@ -120,3 +127,14 @@ def test_lora_on_top_of_an_organ(token_ids, tmp_path):
     assert not (tmp_path / "organ").exists()
     assert torch.equal(logits(lora.unload(), token_ids), before)
     assert torch.equal(logits(model.unload(), token_ids), logits(tiny_model("llama"), token_ids))
+
+
+@pytest.mark.parametrize("drop", ["unload", "merge_and_unload"])
+def test_prompt_learning_passes_calls_on_to_the_model(drop, token_ids):
+    """What docs/compatibility/peft-trl.md warns of, and the way out."""
+    model = transplanted(("a", tiny_organ(1), {}))
+    before = logits(model, token_ids)
+    wrapped = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert wrapped.get_base_model() is model and torch.equal(logits(model, token_ids), before)
+    getattr(wrapped, drop)()
+    assert not isinstance(model, TransplantedForCausalLM)

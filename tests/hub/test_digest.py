@@ -215,3 +215,14 @@ def test_a_copy_of_a_folder_is_the_same_donor(base, tmp_path):
     organ(base, 1).save_pretrained(tmp_path / "donor")
     shutil.copytree(tmp_path / "donor", tmp_path / "copy")
     assert DonorModel.from_pretrained(tmp_path / "copy", verify=True)
+
+
+@pytest.mark.parametrize("value", [3, [], {"model.safetensors": 3}, ["x"]])
+def test_a_digest_that_is_none_is_refused(value, base, tmp_path):
+    organ(base, 1).save_pretrained(tmp_path)
+    values = {**json.loads((tmp_path / "config.json").read_text()), "digests": value}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CorruptDonorError, match="digests"):
+        DonorModel.from_pretrained(tmp_path, verify=True)
+    organ(base, 1).save_pretrained(tmp_path)  # and can be saved over
+    assert DonorModel.from_pretrained(tmp_path, verify=True)
