@@ -50,10 +50,12 @@ def inspect(
         "num_parameters": sum(tensor["num_parameters"] for tensor in tensors),
         "size": sum(tensor["size"] for tensor in tensors),
         "tensors": tensors,
+        "digests": {organ.organ.name: organ.organ.spec.config.digests for organ in organs},
         "unreadable": [organ.unreadable for organ in organs if organ.unreadable],
     }
+    listed = [{**entry, "digest": _short(data["digests"][entry["name"]])} for entry in config.donors or []]
     views: list[RenderableType] = [_provenance(donor, config, data)]
-    views += [_table(title, rows) for title, rows in (("Organs", config.donors), ("Tensors", tensors)) if rows]
+    views += [_table(title, rows) for title, rows in (("Organs", listed), ("Tensors", tensors)) if rows]
     views += data["unreadable"]
     if recipient:
         problems = recipient_problems(organs, recipient, **given(token=token))
@@ -79,7 +81,7 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
             "license": config.license,
             "not_hf version": config.not_hf_version,
             "fingerprint": config.fingerprint,
-            "digest": config.digests,
+            "digest": None if config.donors else config.digests,
         },
     )
 
@@ -87,6 +89,11 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
 def _place(config: DonorConfig) -> dict[str, Any]:
     """Describe the place of one organ; a composition lists those of its organs."""
     return {"layers": config.layers, "position": config.position, "mode": config.mode, "init": config.init}
+
+
+def _short(digests: dict[str, str] | None) -> str:
+    """Present the digests of one organ in a table."""
+    return ", ".join(f"{value:.16}…" for value in (digests or {}).values())
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from not_hf.cards.common import warn_once
+
 try:
     import fcntl as _fcntl
 except ImportError:  # Windows
@@ -63,7 +65,7 @@ def _lock(descriptor: int, folder: str | os.PathLike[str]) -> bool:
 
 
 def _warn(folder: str | os.PathLike[str], reason: str) -> None:
-    logger.warning("%s cannot be locked (%s); let only one program at a time save there", folder, reason)
+    warn_once(f"{folder} cannot be locked ({reason}); let only one program at a time save there")
 
 
 def _is_at(folder: str | os.PathLike[str], descriptor: int) -> bool:

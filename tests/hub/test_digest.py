@@ -166,9 +166,16 @@ def test_check_reads_what_is_here_and_downloads_nothing(base, damaged, hub):
     assert not [path for path in weights_asked_for(hub) if path.startswith("/lfs/") and "donor" in path]
 
 
-def test_inspect_shows_it_without_reading_weights(base, damaged):
-    assert done("inspect", damaged)["config"]["digests"] == digests(damaged)
+def test_inspect_shows_it_without_reading_weights(base, damaged, tmp_path):
+    assert done("inspect", damaged)["digests"] == {"default": digests(damaged)}
     assert digests(damaged)[FILE] in invoke("inspect", damaged).stdout
+    compose(
+        [OrganSource("a", organ(base, 1).push_to_hub("me/inspected-digest").repo_url.repo_id)], base
+    ).save_pretrained(tmp_path / "listed")
+    assert done("inspect", tmp_path / "listed")["digests"]["a"].keys() == {FILE}
+    with_organs(base, 1, 2).save_pretrained(tmp_path / "both")
+    shown = invoke("inspect", tmp_path / "both").stdout
+    assert all(f"{digests(tmp_path / 'both' / name)[FILE]:.16}…" in shown for name in ("organ1", "organ2"))
 
 
 def test_a_composition_lists_that_of_each_organ(base, tmp_path):
