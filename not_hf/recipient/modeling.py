@@ -15,7 +15,13 @@ from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from not_hf.architecture.stack import head_class, is_encoder
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of
@@ -53,6 +59,7 @@ class Transplanted(Recipient):
         donor_revision: str | None = None,
         donor_subfolder: str | None = None,
         is_trainable: bool = False,
+        autocast_donor_dtype: bool = True,
         scaffold: str = "full",
         config: PreTrainedConfig | None = None,
         **base_kwargs: Any,
@@ -69,6 +76,8 @@ class Transplanted(Recipient):
             donor_revision: Branch, tag or commit of the donor repo.
             donor_subfolder: Folder of the donor within its repo.
             is_trainable: Make the organ's parameters trainable. All others are frozen.
+            autocast_donor_dtype: Hold the weights of a trainable organ in float32 if the recipient is in float16 or
+                bfloat16, in which most updates would be rounded away. The organ computes in the recipient's dtype.
             scaffold: `"minimal"` leaves out the recipient's own layers: only its embeddings, final norm and head are
                 loaded, to train an organ when the whole recipient does not fit in memory. The saved organ can be
                 loaded into the whole recipient. `"full"` loads the whole recipient.
@@ -102,7 +111,8 @@ class Transplanted(Recipient):
             commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
             surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
         cache_dir = resolved.shared.get("cache_dir")
-        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, is_trainable, cache_dir)
+        trained = (is_trainable, is_trainable and autocast_donor_dtype)
+        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, *trained, cache_dir)
         model = cls._splice(base, surgery, organs)
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
@@ -173,11 +183,14 @@ class Transplanted(Recipient):
             )
         (organ,) = self._surgery.organs.values()
         loaded, missing = DonorModel.load_tensors(organ.spec, dict(state_dict), partial=not strict)
-        with self._surgery.at_scale_one():
+
+        def copy_tensors() -> None:
             for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
                 place = f"{loaded.stack.full_path}.{n}."
                 tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
                 layer.load_state_dict(tensors, strict=False)
+
+        self._surgery.at_scale_one(copy_tensors)
         return IncompatibleKeys([], [])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -217,23 +230,18 @@ class Transplanted(Recipient):
     @classmethod
     def _splice(cls, base: PreTrainedModel, surgery: Surgery, organs: Sequence[Organ]) -> Self:
         """Extend a model in place, freeze it and splice organs into its stack; undo everything on failure."""
-        fresh = not isinstance(base, Transplanted)
-        if fresh:
-            native: Any = type(base)
-            base.__class__ = _transplanted_class(cast(Any, cls), native)
-            base.requires_grad_(False)
-            # with a list, Trainer keeps the tags of our card
-            base.model_tags = base.model_tags or []
-            cast(Self, base)._surgery = surgery
-        model = cast(Self, base)
-        try:
-            with surgery.changing(model):
-                surgery.organs |= {organ.name: organ for organ in organs}
-        except BaseException:
-            if fresh and not surgery.is_scaffold:  # a scaffold is discarded
-                model.unload()
-            raise
-        return model
+
+        def splice() -> None:
+            if not isinstance(base, Transplanted):
+                vars(base)["_surgery"] = surgery
+                base.__class__ = _transplanted_class(cast(Any, cls), type(base))
+                base.requires_grad_(False)
+                # with a list, Trainer keeps the tags of our card
+                base.model_tags = base.model_tags or []
+            surgery.organs |= {organ.name: organ for organ in organs}
+
+        surgery.change(base, splice, flags=True)
+        return cast(Self, base)
 
 
 class TransplantedForCausalLM(Transplanted):
@@ -254,6 +262,11 @@ class TransplantedForCausalLM(Transplanted):
     """
 
     native_auto_class = AutoModelForCausalLM
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
+        with self._surgery.changes.watched():
+            return super().generate(*args, **kwargs)
 
 
 class TransplantedForMaskedLM(Transplanted):
