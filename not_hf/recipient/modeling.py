@@ -234,7 +234,7 @@ class Transplanted(Recipient):
         def splice() -> None:
             if not isinstance(base, Transplanted):
                 vars(base)["_surgery"] = surgery
-                base.__class__ = _transplanted_class(cast(Any, cls), type(base))
+                base.__class__ = _transplanted_class(cast(Any, cls), cast(Any, type(base)))
                 base.requires_grad_(False)
                 # with a list, Trainer keeps the tags of our card
                 base.model_tags = base.model_tags or []
@@ -265,8 +265,9 @@ class TransplantedForCausalLM(Transplanted):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
+        native: Any = super()
         with self._surgery.changes.watched():
-            return super().generate(*args, **kwargs)
+            return native.generate(*args, **kwargs)
 
 
 class TransplantedForMaskedLM(Transplanted):

@@ -7,11 +7,16 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+_CHANGING = tuple(
+    f"/not_hf/recipient/{name}.py" for name in ("changes", "mixin", "modeling", "organ", "surgery", "without_donors")
+)
+
 
 def interrupted(call: Callable[[], Any], at: int | None = None, opcodes: bool = False) -> int:
     """Make a call, in which `KeyboardInterrupt` is raised at one step of the code that changes live models.
 
-    Elsewhere torch's own context managers (`torch.device`) would be left open by an interrupt at their last step.
+    Elsewhere torch's own context managers (`torch.device`) would be left open by an interrupt at their last step, as
+    anywhere in Python.
 
     Args:
         call: What to call; the interrupt ends it and is not passed on.
@@ -25,7 +30,7 @@ def interrupted(call: Callable[[], Any], at: int | None = None, opcodes: bool = 
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal steps
-        if "/not_hf/recipient/" not in frame.f_code.co_filename:
+        if not frame.f_code.co_filename.endswith(_CHANGING):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = opcodes, not opcodes
         if event in ("call", "line", "opcode"):
