@@ -41,7 +41,7 @@ def read_json(file: str | os.PathLike[str], max_bytes: int) -> Any:
     with open(file, "rb") as stream:
         text = stream.read(max_bytes)
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode())
     except RecursionError:
         raise _too_deep(str(file)) from None
     except (json.JSONDecodeError, UnicodeDecodeError):

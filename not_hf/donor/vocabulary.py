@@ -100,7 +100,7 @@ def _tokenizer_file(repo: Repo | None, cache_dir: str | os.PathLike[str] | None)
 def _tokens(file: Path) -> dict[str, int]:
     """Read ids by token; empty for a file of another layout."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: tokens with their scores, in the order of their ids
             vocabulary = {token: n for n, (token, _) in enumerate(vocabulary)}

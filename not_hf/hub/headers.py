@@ -62,8 +62,10 @@ def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorIn
     shape and dtype require. Reading parts of a file depends on it.
     """
     try:
-        entries = json.loads(text, object_pairs_hook=_without_duplicates)
-        entries.pop("__metadata__", None)
+        entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        metadata = entries.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its __metadata__ are not texts by name")
         tensors = {name: _info(entry, 8 + len(text)) for name, entry in entries.items()}
         end = 8 + len(text)
         for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
@@ -85,6 +87,10 @@ def _info(entry: dict[str, Any], first: int) -> TensorInfo:
     if 8 * (end - start) != BITS[dtype] * math.prod(shape):
         raise ValueError(f"a tensor of dtype {dtype} and shape {shape!r:.100} is not {end - start} bytes long")
     return TensorInfo(dtype=dtype, shape=list(shape), data_offsets=(first + start, first + end))
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
