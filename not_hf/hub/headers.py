@@ -63,8 +63,8 @@ def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorIn
     """
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-        metadata = entries.pop("__metadata__", None) or {}
-        if not all(isinstance(value, str) for value in metadata.values()):
+        metadata = entries.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its __metadata__ are not texts by name")
         tensors = {name: _info(entry, 8 + len(text)) for name, entry in entries.items()}
         end = 8 + len(text)
