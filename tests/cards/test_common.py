@@ -75,14 +75,14 @@ ALIASES = "tags:\n- &a [x, x, x, x, x, x, x, x]\n" + "".join(
 def test_a_card_beyond_the_limits_is_refused_at_once(text, message, tmp_path, caplog):
     readme = tmp_path / "README.md"
     readme.write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(NotHFError, match=message):
         DonorModel.from_base(tiny_model("llama"), (1, 3)).save_pretrained(tmp_path)
     with pytest.raises((ValueError, yaml.YAMLError), match=message):
         read_metadata(readme)
     assert base_license(str(tmp_path)) == License()  # a base's card is no reason not to cut
     assert re.search(message, caplog.text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert list(tmp_path.iterdir()) == [readme]
 
 
@@ -99,6 +99,6 @@ def test_a_card_beyond_the_limits_is_refused_at_once(text, message, tmp_path, ca
 def test_marks_without_end_are_searched_once(text, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"---\ntags: [a]\n---\n{text}")
-    start = time.perf_counter()
+    start = time.process_time()
     updated(readme, donor_card(make_config()))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
