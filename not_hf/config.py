@@ -11,13 +11,14 @@ import sys
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Union, get_args, get_origin
+from types import MappingProxyType
+from typing import Any, ClassVar, Union, get_args, get_origin
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from not_hf.architecture.tables import DENSE_PREFIXES, PERIODS
-from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line, some
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line, reading_repo, some
 from not_hf.limits import MAX_CONFIG, MAX_COUNT, MAX_LAYERS, read_json, require_count, require_plain
 from not_hf.registration import register_models
 from not_hf.version import __version__
@@ -65,6 +66,8 @@ class DonorConfig(PreTrainedConfig):
         not_hf_version: Version of not_hf that cut the donor.
         fingerprint: SHA-256 of the part of the base's config that concerns its layers.
         donors: Entries of a composition, one per organ; `None` for a donor.
+        digests: Digests of the weights beside this config, by file: SHA-256 over names, dtypes, shapes and bytes of
+            the tensors. `None` for a donor in memory.
 
     Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -76,6 +79,7 @@ class DonorConfig(PreTrainedConfig):
     """
 
     model_type = "not_donor"
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})  # a donor holds no code; TRL expects the attribute
 
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
@@ -97,6 +101,7 @@ class DonorConfig(PreTrainedConfig):
     not_hf_version: str | None = None
     fingerprint: str | None = None
     donors: list[dict[str, Any]] | None = None
+    digests: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         register_models()
@@ -110,7 +115,8 @@ class DonorConfig(PreTrainedConfig):
         """As in transformers, but a config that is not a donor's raises `NotHFError`."""
         where = "/".join(filter(None, (os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder"))))
         try:
-            values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            with reading_repo(os.fspath(pretrained_model_name_or_path)):
+                values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except (TypeError, AttributeError):  # valid JSON, but not an object
             values = None
         if not isinstance(values, dict):

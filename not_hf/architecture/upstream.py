@@ -23,7 +23,10 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import resolve_revision
+
+from not_hf.errors import require_plain_token
 
 # ------------------------------------------------------------------ calls of `from_pretrained`
 
@@ -46,7 +49,12 @@ def require_known(kwargs: Collection[str], known: Collection[str] = SHARED_KWARG
 
 
 def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
-    """Pin a revision to its commit, so that everything read from the repo is of one state."""
+    """Pin a revision to its commit, so that everything read from the repo is of one state.
+
+    Raises:
+        NotHFError: The token has characters that no token has.
+    """
+    require_plain_token(hub_kwargs.get("token"))
     return resolve_revision(
         source,
         hub_kwargs.get("revision"),
@@ -106,6 +114,17 @@ def without_load_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Suppress transformers' bar "Loading weights", where nothing is loaded."""
+    before = transformers_logging._tqdm_active
+    transformers_logging._tqdm_active = False
+    try:
+        yield
+    finally:
+        transformers_logging._tqdm_active = before
 
 
 def forget_conversions(model: nn.Module) -> None:

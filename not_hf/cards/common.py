@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from not_hf.errors import NotHFError, one_line, printable
 from not_hf.limits import MAX_CARD, MAX_DEPTH
+from not_hf.version import INSTALL
 
 LIBRARY = "not_hf"
 README = "README.md"
@@ -84,7 +85,7 @@ def render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
     """Render a card from a file in `templates/`, where `{% call block("name") %}` marks what later saves rewrite."""
     path = str(Path(__file__).parent / "templates" / template)
     values |= {"block": _block, "shown": shown, "code": _code, "linked": _linked, "hub_id": hub_id}
-    values |= {"short_name": short_name}
+    values |= {"install": INSTALL, "short_name": short_name}
     return ModelCard.from_template(data, template_path=path, **values)
 
 

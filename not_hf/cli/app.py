@@ -22,7 +22,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 
-from not_hf.errors import NotHFError, one_line, printable
+from not_hf.errors import NotHFError, interval, one_line, printable
 from not_hf.version import __version__
 
 app = typer.Typer(name="not-hf", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
@@ -121,7 +121,7 @@ def facts(title: str, rows: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, _text(value))
+            table.add_row(name, interval(value) if name == "layers" and isinstance(value, list) else _text(value))
     return table
 
 

@@ -116,6 +116,7 @@ def composition_config(
         base_subfolder=base_subfolder,
         base_config=plain_config(base_config),
         donors=list(entries),
+        architectures=[DonorModel.__name__],  # as in a donor's config; TRL reads it
         **joint_license(licenses)._asdict(),
     )
 

@@ -17,8 +17,9 @@ from not_hf.architecture.splicing import set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
+from not_hf.cards.description import as_html, describe_organ
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line, some
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, interval, one_line, some
 
 # Names of modules that stay beside the layers: they compute positions, not hidden states.
 POSITIONAL = ("rotary", "rope")
@@ -51,7 +52,8 @@ class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
         expected = spliced_config(spec.base, [(spec.base, n) for n in range(*config.span)])
         if contradictions := config_differences(spec.organ, expected):
             raise CorruptDonorError(
-                f"donor config: organ_config contradicts layers {config.layers} of base_config: {some(contradictions)}"
+                f"donor config: organ_config contradicts layers {interval(config.span)} of base_config: "
+                f"{some(contradictions)}"
             )
         attention = upstream.attention_of(config)  # `None` lets the next line choose one
         super().__init__(config, *args, **kwargs)
@@ -73,6 +75,13 @@ class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
     def stack(self) -> Stack:
         """The donor's layers."""
         return Stack(self, self.base_model_prefix, self._stack_path)
+
+    def extra_repr(self) -> str:
+        """Describe the donor, for `print(donor)`."""
+        return describe_organ(self.config)
+
+    def _repr_html_(self) -> str:
+        return as_html({"donor": self.config})
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """Return `None`: a donor has no embeddings."""

@@ -57,14 +57,18 @@ class View:
         start, end = self.data_offsets
         if start == end:
             return torch.empty(self.shape, dtype=dtype)[index]
-        if _identity(self.path) != self.identity:
-            raise CorruptDonorError(f"{self.path} was written to while it was read; try again")
+        self._require_unchanged()
         # a private copy, page by page, of what is written to; it keeps no file open
         mapped = torch.from_file(self.path, shared=False, size=end, dtype=torch.uint8).untyped_storage()
+        self._require_unchanged()  # it is that file which was mapped
         own = mapped[start:]  # by the size of its storage a tensor weighs when it is saved in shards
         if start % dtype.itemsize:  # such files exist; views of them do not
             own = own.clone()
         return torch.empty(0, dtype=dtype, device="cpu").set_(own).reshape(self.shape)[index]
+
+    def _require_unchanged(self) -> None:
+        if _identity(self.path) != self.identity:
+            raise CorruptDonorError(f"{self.path} was written to while it was read; try again")
 
 
 EVERY = re.compile("")  # matches each name

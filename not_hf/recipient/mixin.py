@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -14,15 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
 from not_hf.architecture.scaling import require_scalable, scale_problem
-from not_hf.architecture.upstream import attention_of, forget_conversions
-from not_hf.composition.check import validate
+from not_hf.architecture.upstream import forget_conversions
+from not_hf.cards.common import warn_once
+from not_hf.cards.description import as_html, describe_organ
 from not_hf.composition.layout import require_free_names
-from not_hf.composition.resolve import resolve_organ
 from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.averaging import combined, combined_config
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
-from not_hf.recipient.loading import fit_organs, load_donors
+from not_hf.recipient.loading import fit_organs, read_donor
 from not_hf.recipient.organ import DonorStatus, Organ
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.surgery import Surgery
@@ -43,6 +43,17 @@ class Recipient(_Native):
         surgery: Surgery = vars(self)["_surgery"]
         surgery.repair(self)
         return surgery
+
+    def extra_repr(self) -> str:
+        """List the organs, for `print(model)`."""
+        lines = [super().extra_repr()]
+        for name, organ in self._surgery.organs.items():
+            state = "" if name in self.active_donors else ", not active"
+            lines.append(f"organ {name!r}: {describe_organ(organ.config)}{state}")
+        return "\n".join(filter(None, lines))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.donor_config)
 
     @property
     def active_donors(self) -> list[str]:
@@ -69,6 +80,7 @@ class Recipient(_Native):
         autocast_donor_dtype: bool = True,
         revision: str | None = None,
         subfolder: str | None = None,
+        verify: bool = False,
         **hub_kwargs: Any,
     ) -> None:
         """Load another organ and activate it beside the active ones. Arguments as in `from_pretrained`.
@@ -77,12 +89,11 @@ class Recipient(_Native):
             IncompatibleDonorError: The organ does not fit the recipient, or overlaps an active organ.
             CorruptDonorError: The donor is damaged. As with any error, the model is unchanged.
         """
-        surgery = self._surgery
-        organ = resolve_organ(OrganSource(donor_name, donor, revision, subfolder, position, mode), hub_kwargs)
-        fit = validate([organ], surgery.base_config, list(surgery.organs.values()))
-        donors, cache_dir = load_donors([organ], attention_of(self.config), hub_kwargs), hub_kwargs.get("cache_dir")
+        surgery, cache_dir = self._surgery, hub_kwargs.get("cache_dir")
+        source = OrganSource(donor_name, donor, revision, subfolder, position, mode)
+        organ, donors, differences = read_donor(self, surgery, source, surgery.organs.values(), hub_kwargs, verify)
         trained = (is_trainable, is_trainable and autocast_donor_dtype)
-        (loaded,) = fit_organs(self, surgery, [organ], donors, fit.differences, *trained, cache_dir)
+        (loaded,) = fit_organs(self, surgery, [organ], donors, differences, *trained, cache_dir)
         surgery.change(self, lambda: surgery.organs.update({donor_name: loaded}))
 
     def set_donor(self, donor_names: str | Sequence[str]) -> None:
@@ -136,6 +147,7 @@ class Recipient(_Native):
         donor: DonorLike,
         revision: str | None = None,
         subfolder: str | None = None,
+        verify: bool = False,
         **hub_kwargs: Any,
     ) -> None:
         """Copy a donor's weights into the tensors of a loaded organ, without rebuilding or recompiling the model.
@@ -154,9 +166,9 @@ class Recipient(_Native):
         old, surgery = self._surgery.organs[name], self._surgery
         require_own_modules(surgery, old)
         place = (old.config.position, old.config.mode, 1.0, old.active)
-        organ = resolve_organ(OrganSource(name, donor, revision, subfolder, *place), hub_kwargs)
-        validate([organ], surgery.base_config, [each for each in surgery.organs.values() if each is not old])
-        donors = load_donors([organ], attention_of(self.config), hub_kwargs)
+        source = OrganSource(name, donor, revision, subfolder, *place)
+        others = [each for each in surgery.organs.values() if each is not old]
+        organ, donors, _ = read_donor(self, surgery, source, others, hub_kwargs, verify)
         options = (False, isinstance(old.layers[0], MasterWeights), hub_kwargs.get("cache_dir"))
         (new,) = fit_organs(self, surgery, [organ], donors, [], *options)
         if differences := surgery.swap_differences(old, new):
@@ -321,6 +333,12 @@ class Recipient(_Native):
 
         surgery.change(self, become_native, flags=True)
         return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; warns if there is nothing to train, which gradient checkpointing hides from trainers."""
+        if mode and not any(parameter.requires_grad for parameter in self.parameters()):
+            warn_once("no parameter of the model can be trained; load organs that are to learn with is_trainable=True")
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Recipient:
         """Apply `to()`, `half()`, … to the layers outside the stack too."""

@@ -26,12 +26,13 @@ from transformers import (
 from not_hf.architecture.stack import head_class, is_encoder
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of
 from not_hf.cards.license import inherit_license
-from not_hf.composition.check import validate
+from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError, UnsupportedArchitectureError, reading_base
+from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
 from not_hf.recipient.loading import fit_organs, load_donors
 from not_hf.recipient.mixin import Recipient
@@ -61,6 +62,7 @@ class Transplanted(Recipient):
         is_trainable: bool = False,
         autocast_donor_dtype: bool = True,
         scaffold: str = "full",
+        verify: bool = False,
         config: PreTrainedConfig | None = None,
         **base_kwargs: Any,
     ) -> Self:
@@ -81,6 +83,7 @@ class Transplanted(Recipient):
             scaffold: `"minimal"` leaves out the recipient's own layers: only its embeddings, final norm and head are
                 loaded, to train an organ when the whole recipient does not fit in memory. The saved organ can be
                 loaded into the whole recipient. `"full"` loads the whole recipient.
+            verify: Compare the donor's tensors with the digest in its config, which costs a pass over their bytes.
             config: Config of the first argument, if already loaded.
             **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `revision`, …). `token`,
                 `cache_dir`, `force_download` and `local_files_only` also apply to the donor. Without `donor`,
@@ -90,20 +93,25 @@ class Transplanted(Recipient):
             The native model with organs, in eval mode unless a live recipient was in train mode.
 
         Raises:
-            NotHFError: An argument is out of range, or no base is named.
+            NotHFError: An argument is out of range, no base is named, or there is no digest to verify.
             IncompatibleDonorError: Lists all mismatches, before weights are read.
             CorruptDonorError: The donor is damaged. As with any error, a live recipient is unchanged.
             OSError: A repo cannot be read.
         """
         is_scaffold = wants_scaffold(scaffold, pretrained_model_name_or_path, base_kwargs)
         source = OrganSource(donor_name, "", donor_revision, donor_subfolder, position, mode)
-        resolved = resolve(pretrained_model_name_or_path, donor, source, config, base_kwargs)
-        live = resolved.base if isinstance(resolved.base, PreTrainedModel) else None
+        first = pretrained_model_name_or_path
+        live = first if isinstance(first, PreTrainedModel) else None
         present = list(live._surgery.organs.values()) if isinstance(live, Transplanted) else []
-        fit = validate(resolved.organs, resolved.base_config, present)
-        cls._require_head(resolved.base_config)
-        attention = base_kwargs.get("attn_implementation") or attention_of(resolved.base_config)
-        donors = load_donors(resolved.organs, attention, resolved.shared)
+
+        def read() -> tuple[Resolved, Fit, list[DonorModel]]:
+            resolved = resolve(first, donor, source, config, base_kwargs)
+            fit = validate(resolved.organs, resolved.base_config, present)
+            cls._require_head(resolved.base_config)
+            attention = base_kwargs.get("attn_implementation") or attention_of(resolved.base_config)
+            return resolved, fit, load_donors(resolved.organs, attention, resolved.shared, verify)
+
+        resolved, fit, donors = read_steadily(first if donor is None else donor, read)
         base, info = cls._load_base(resolved, is_scaffold) if live is None else (live, None)
         if isinstance(base, Transplanted):
             surgery = base._surgery
@@ -114,6 +122,8 @@ class Transplanted(Recipient):
         trained = (is_trainable, is_trainable and autocast_donor_dtype)
         organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, *trained, cache_dir)
         model = cls._splice(base, surgery, organs)
+        if resolved.generation_config is not None:
+            model.generation_config = resolved.generation_config
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
     @classmethod

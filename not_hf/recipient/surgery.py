@@ -23,7 +23,7 @@ from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, interval
 from not_hf.recipient.changes import Changes
 from not_hf.recipient.organ import Organ
 
@@ -52,6 +52,7 @@ class Surgery:
         self.is_scaffold = is_scaffold  # without the base's own layers, though positions count them
         self.base_layers: list[nn.Module] = list(self.stack(model).layers)
         self.base_config = copy.deepcopy(model.config)
+        self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # the base's
         self.base_revision = base_revision  # commit, if known
         self.base_subfolder = base_subfolder
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -111,7 +112,7 @@ class Surgery:
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
         """List the reasons why the weights of `other` cannot be copied into the tensors of `organ`."""
         if organ.config.span != other.config.span:
-            return [f"it holds layers {list(other.config.span)}, not {list(organ.config.span)}"]
+            return [f"it holds layers {interval(other.config.span)}, not {interval(organ.config.span)}"]
         spliced, others = (
             splice_config(self.base_config, [(each.spec.organ, n) for n in range(len(each.layers))])
             for each in (organ, other)

@@ -76,7 +76,11 @@ def load_text(
     how: dict[str, Any] = {"split": split, "streaming": streaming, "token": token}
     if sample_by != "line":  # other builders than that of plain text refuse it
         how["sample_by"] = sample_by
+    if streaming and "[" in split:
+        raise NotHFError(f"a stream has no slices, got split {split!r}; give a whole split, or do not stream")
     files = _files(source)
+    if files and all(os.path.isfile(file) and os.path.getsize(file) == 0 for file in files):
+        raise NotHFError(f"{source} is empty; give a file that holds text")
     try:
         if files is None:
             dataset = load_dataset(source, name, revision=revision, **how)
