@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,10 +19,9 @@ from not_hf.cards.description import as_html, describe_organ
 from not_hf.composition.layout import require_free_names
 from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.config import DonorConfig
-from not_hf.donor.averaging import combined, combined_config
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.loading import fit_organs, read_donor
-from not_hf.recipient.organ import DonorStatus, Organ
+from not_hf.recipient.organ import DonorStatus, Organ, average
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.surgery import Surgery
 from not_hf.recipient.without_donors import WithoutDonors
@@ -202,16 +200,7 @@ class Recipient(_Native):
         chosen = [surgery.organs[name] for name in donors]
         for organ in chosen:
             require_own_modules(surgery, organ)
-        states = [
-            {key: organ.at_scale_one(key, tensor) for key, tensor in nn.ModuleList(organ.layers).state_dict().items()}
-            for organ in chosen
-        ]
-        tensors = combined(states, weights, combination_type)
-        config = combined_config([organ.config for organ in chosen])
-        layers = nn.ModuleList(copy.deepcopy(layer) for layer in chosen[0].layers)
-        layers.load_state_dict(tensors)
-        layers.requires_grad_(False)
-        averaged = Organ(donor_name, config, config.check(), list(layers), active=False)
+        averaged = average(chosen, weights, donor_name, combination_type)
         surgery.change(self, lambda: surgery.organs.update({donor_name: averaged}))
 
     def get_donor_status(self) -> dict[str, DonorStatus]:
@@ -235,7 +224,7 @@ class Recipient(_Native):
         Raises:
             NotHFError: The model is a scaffold.
         """
-        self._require_layers("unload")
+        self._surgery.require_layers("unload")
         return self._release([])
 
     def merge_and_unload(self, dequantize: bool = False) -> PreTrainedModel:
@@ -249,7 +238,7 @@ class Recipient(_Native):
             IncompatibleDonorError: A native model of the spliced config would compute something else. The error lists
                 the differences, and the model is unchanged.
         """
-        self._require_layers("merge_and_unload")
+        self._surgery.require_layers("merge_and_unload")
         surgery = self._surgery
         chosen = [organ for organ in surgery.organs.values() if organ.active]  # also inside disable_donors()
         if not chosen:
@@ -300,14 +289,6 @@ class Recipient(_Native):
         if unknown := [str(name) for name in chosen if name not in organs]:
             raise NotHFError(f"no organ named {', '.join(unknown)}; loaded organs: {', '.join(organs) or 'none'}")
         return [name for name in organs if name in chosen]
-
-    def _require_layers(self, operation: str) -> None:
-        """Check that the model is not a scaffold."""
-        if self._surgery.is_scaffold:
-            raise NotHFError(
-                f"{operation}() needs the base's own layers, which scaffold='minimal' leaves out; save the organ with "
-                "save_pretrained() and load it into the whole base: from_pretrained(base, folder)"
-            )
 
     def _release(self, kept: Sequence[Organ], can_learn: bool = False) -> PreTrainedModel:
         """Return the model to its native class, with some organs in its stack.

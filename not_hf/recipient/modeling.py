@@ -143,6 +143,7 @@ class Transplanted(Recipient):
         *,
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
         **kwargs: Any,
@@ -153,30 +154,33 @@ class Transplanted(Recipient):
             save_directory: Folder. Other arguments are as in `DonorModel.save_pretrained`.
             selected_donors: Names of the organs to save; default: all.
             state_dict: Tensors of the whole model, if already gathered (as by `Trainer`).
+            dtype: dtype of the files. `None`: that of each organ, which is float32 for one that is trained.
         """
         names = self._selected(selected_donors)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
-        options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **kwargs}
+        options = {"is_main_process": is_main_process, "dtype": dtype, "max_shard_size": max_shard_size, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
         if push_to_hub:
-            self.push_to_hub(repo_id, selected_donors=names, max_shard_size=max_shard_size, **push_kwargs)
+            self.push_to_hub(repo_id, selected_donors=names, dtype=dtype, max_shard_size=max_shard_size, **push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
         selected_donors: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         **options: Unpack[PushOptions],
     ) -> CommitInfo:
-        """Push organs and cards as one commit. Arguments and errors as in `DonorModel.push_to_hub`."""
+        """Push organs and cards as one commit. Arguments as in `save_pretrained` and `DonorModel.push_to_hub`."""
         names = self._selected(selected_donors)
         for config in (self.donor_config[name] for name in names):
             inherit_license(config, revision=config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
-            save_organs(self, self._surgery, names, folder, repo_id=repo_id, max_shard_size=max_shard_size)
+            of_files: dict[str, Any] = {"dtype": dtype, "repo_id": repo_id, "max_shard_size": max_shard_size}
+            save_organs(self, self._surgery, names, folder, **of_files)
 
         return push_folder(save, repo_id, self.model_tags, **options)
 

@@ -265,6 +265,14 @@ class Surgery:
         modules = self.base_layers or [model.get_input_embeddings()]  # a scaffold has no layers
         return modules[min(position, len(modules) - 1)]
 
+    def require_layers(self, operation: str) -> None:
+        """Check that the model is not a scaffold."""
+        if self.is_scaffold:
+            raise NotHFError(
+                f"{operation}() needs the base's own layers, which scaffold='minimal' leaves out; save the organ with "
+                "save_pretrained() and load it into the whole base: from_pretrained(base, folder)"
+            )
+
     def parked(self, model: PreTrainedModel) -> Iterator[nn.Module]:
         """Yield the layers of the model that are not in the stack."""
         standing = {id(layer) for layer in self.stack(model).layers}

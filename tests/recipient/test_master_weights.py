@@ -98,11 +98,13 @@ def test_cached_training_gives_the_losses_of_the_plain_trainer(tmp_path):
     assert cached == pytest.approx(plain, rel=2e-3)
 
 
-def test_a_merge_rounds_and_an_organ_is_saved_as_held(tmp_path):
+def test_a_merge_rounds_and_an_organ_is_saved_as_held_or_as_asked_for(tmp_path):
     model = trainable()
     before = logits(model, TOKEN_IDS)
     model.save_pretrained(tmp_path)
     assert DonorModel.from_pretrained(tmp_path).dtype == torch.float32
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert DonorModel.from_pretrained(tmp_path).dtype == torch.bfloat16
     native = model.merge_and_unload()
     assert {p.dtype for p in native.parameters()} == {torch.bfloat16}
     assert {type(layer) for layer in native.model.layers} == {type(tiny_model("llama").model.layers[0])}

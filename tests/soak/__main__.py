@@ -37,9 +37,7 @@ def live(model_type: str, sequences: int, steps: int) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print what was run and held; an exception is a divergence."""
-    parser = argparse.ArgumentParser(
-        prog="make soak", description="The life of organs, at random and at length."
-    )
+    parser = argparse.ArgumentParser(prog="make soak", description="The life of organs, at random and at length.")
     parser.add_argument("--sequences", type=int, default=3000, help="random sequences, over all architectures")
     parser.add_argument("--steps", type=int, default=20, help="operations of a sequence, at most")
     parser.add_argument("--cycles", type=int, default=10_000, help="load-switch-unload cycles")
