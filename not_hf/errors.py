@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 # huggingface_hub is imported in functions: it is slow, and `not-hf --help` imports this module.
 
 _FILES = (".bin", ".pt", ".pth")  # suffixes that names of repos do not have
+
+
+# Control characters but line breaks and tabs, marks that reorder text, other line breaks, and halves of characters
+_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal does not show but obeys, as JSON escapes it: names and texts of a donor may hold it."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class NotHFError(ValueError):
@@ -20,6 +30,9 @@ class NotHFError(ValueError):
         Traceback (most recent call last):
         not_hf.errors.NotHFError: compose needs at least one donor; give folders or Hub IDs: compose([donor, ...])
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class IncompatibleDonorError(NotHFError):
@@ -58,9 +71,9 @@ class CorruptDonorError(NotHFError):
 
 
 def some(problems: Sequence[object]) -> str:
-    """Join the first five problems in one line."""
+    """Join the first five problems, each of at most 300 characters, in one line."""
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return "; ".join(map(str, problems[:5])) + more
+    return "; ".join(" ".join(str(problem).split())[:300] for problem in problems[:5]) + more
 
 
 def interval(span: Sequence[int]) -> str:

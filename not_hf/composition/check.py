@@ -26,6 +26,7 @@ from not_hf.errors import CorruptDonorError, IncompatibleDonorError, Unsupported
 from not_hf.hub.checkpoint import open_checkpoint
 from not_hf.hub.digest import digest_problem
 from not_hf.hub.partial_download import list_tensors
+from not_hf.limits import MAX_LAYERS
 
 
 class _PlacedOrgan(Protocol):
@@ -87,6 +88,8 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
     try:
         active = [organ for organ in (*loaded, *organs) if organ.active]
         stack = arrange(recipient.num_hidden_layers, [organ.place for organ in active])
+        if len(stack) > max(MAX_LAYERS, recipient.num_hidden_layers):
+            raise IncompatibleDonorError(f"the stack would have {len(stack)} layers; at most {MAX_LAYERS} are built")
         specs = {organ.place.name: organ.spec for organ in active}
         origins = [(specs[name] if name else None, n) for name, n in stack]
         built, native = compatibility.describe_stack(origins, recipient)

@@ -14,7 +14,7 @@ from not_hf.architecture.twin import meta_twin
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
-from not_hf.errors import UnsupportedArchitectureError, reading_repo
+from not_hf.errors import UnsupportedArchitectureError, printable, reading_repo
 
 # Values that the recipient uses for all its layers at once or for its caches: an organ must have the same.
 SHARED_GEOMETRY = (
@@ -42,8 +42,13 @@ class Mismatches(list[str]):
     """
 
     def __init__(self, problems: Iterable[str] = (), differences: Iterable[str] = ()) -> None:
-        super().__init__(problems)
-        self.differences = list(differences)
+        super().__init__(map(_line, problems))
+        self.differences = list(map(_line, differences))
+
+
+def _line(problem: str) -> str:
+    """One line of at most 1,000 characters, whatever names a donor has for its tensors."""
+    return printable(" ".join(problem.split()))[:1000]
 
 
 def check_compatibility(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
@@ -23,6 +24,7 @@ from not_hf.donor.stripped import StrippedModel
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
+from not_hf.limits import MAX_VALUES_BESIDE, MAX_VALUES_PER_STORED
 
 
 class DonorModel(StrippedModel):
@@ -235,6 +237,8 @@ class DonorModel(StrippedModel):
         """
         if not partial:
             refuse(source, expert_problems(tensors))
+            stored = sum(math.prod(tensor.shape) for tensor in tensors.values())
+            kwargs["max_values"] = MAX_VALUES_PER_STORED * stored + MAX_VALUES_BESIDE
         organ, info = cls.fill(spec, tensors, dtype, *model_args, source=source, **kwargs)
         refuse(source, loading_problems(info, partial, foreign))
         state = organ.state_dict().items()

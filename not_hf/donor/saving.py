@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -17,7 +18,7 @@ from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.donor.stripped import StrippedModel
 from not_hf.donor.tokenizer import save_local_tokenizer
-from not_hf.errors import CorruptDonorError
+from not_hf.errors import CorruptDonorError, one_line
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.hub.checkpoint import file_names, open_checkpoint
 from not_hf.hub.consistent_read import saved_digests
@@ -52,6 +53,7 @@ def write_donor(
     Raises:
         CorruptDonorError: A tensor is empty, on the meta device or not finite; nothing is written.
         NotHFError: The folder holds another model.
+        OSError: The folder cannot be written; it is as it was.
     """
     tensors = donor.state_dict() if tensors is None else tensors
     if hollow := [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]:
@@ -65,7 +67,10 @@ def write_donor(
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
     card = updated_card(folder, donor.config, num_parameters, size, repo_id)  # raises before anything is written
     with contextlib.nullcontext(draft) if draft else replacing(folder, is_main_process) as place:
-        PreTrainedModel.save_pretrained(donor, place, is_main_process, dict(tensors), **kwargs)
+        try:
+            PreTrainedModel.save_pretrained(donor, place, is_main_process, dict(tensors), **kwargs)
+        except SafetensorError as error:  # of its own kind, when the disk is full
+            raise OSError(f"{folder} cannot be written: {one_line(error, 200)}; free space, save again") from error
         if not is_main_process:
             return None
         config = copy.copy(donor.config)

@@ -26,7 +26,13 @@ POSITIONAL = ("rotary", "rope")
 
 
 class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
-    """The base class of `DonorModel`; `spec` is the result of `config.check()`, if already called."""
+    """The base class of `DonorModel`.
+
+    Args:
+        config: Describes the organ and its base.
+        spec: The result of `config.check()`, if already called.
+        max_values: How many values its parameters and buffers may have; `None`: any number.
+    """
 
     config: DonorConfig
     config_class = DonorConfig
@@ -34,7 +40,14 @@ class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
 
-    def __init__(self, config: DonorConfig, *args: Any, spec: OrganSpec | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: DonorConfig,
+        *args: Any,
+        spec: OrganSpec | None = None,
+        max_values: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         spec = spec or config.check()
         expected = spliced_config(spec.base, [(spec.base, n) for n in range(*config.span)])
         if contradictions := config_differences(spec.organ, expected):
@@ -49,6 +62,13 @@ class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
         self.organ: PreTrainedModel = stack.base_model
         upstream.set_attention(config, upstream.attention_of(self.organ.config))
         self._stack_path = stack.path
+        # transformers builds a model on the meta device, and allocates what the files do not fill only afterwards
+        num_values = sum(tensor.numel() for tensor in (*self.parameters(), *self.buffers()))
+        if max_values is not None and num_values > max_values:
+            raise CorruptDonorError(
+                f"the config describes layers of {num_values:,} values, far more than the files hold; "
+                "cut the organ again"
+            )
         self.post_init()
 
     @property

@@ -86,11 +86,13 @@ def fit_organs(
     donors: Sequence[DonorModel],
     differences: Sequence[str],
     is_trainable: bool,
+    master_weights: bool,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Organ]:
     """Turn donors from `load_donors` into organs with their own layers, in the dtype and on the device of the model.
 
     Warns of `differences` from `validate`, and of those in vocabularies, for which tokenizers in `cache_dir` are read.
+    With `master_weights`, weights are float32 though they compute in the dtype of the model.
 
     Raises:
         CorruptDonorError: A value overflows in that dtype.
@@ -98,7 +100,7 @@ def fit_organs(
         UnsupportedArchitectureError: A norm undoes an organ's scale.
     """
     fitted = [
-        _fit_organ(model, surgery, organ, donor, is_trainable, cache_dir)
+        _fit_organ(model, surgery, organ, donor, is_trainable, master_weights, cache_dir)
         for organ, donor in zip(organs, donors, strict=True)
     ]
     if differences and not surgery.is_scaffold:
@@ -113,13 +115,14 @@ def _fit_organ(
     resolved: ResolvedOrgan,
     donor: DonorModel,
     is_trainable: bool,
+    master_weights: bool,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Organ:
     spec, repo = resolved.spec, None if isinstance(resolved.donor, DonorModel) else str(resolved.donor)
     config = copy.deepcopy(spec.config)
     config.position, config.mode, config.scale = int(resolved.place.position), resolved.mode, 1.0
     config.digests = None  # the organ's tensors may change
-    layers = _own_layers(model, surgery, resolved, donor)
+    layers = _own_layers(model, surgery, resolved, donor, master_weights)
     organ = Organ(resolved.name, config, spec, layers, resolved.active, repo, commit_of(resolved.revision))
     organ.set_trainable(is_trainable)
     if resolved.scale != 1:
@@ -140,14 +143,13 @@ def _fit_organ(
 
 
 def _own_layers(
-    model: PreTrainedModel, surgery: Surgery, resolved: ResolvedOrgan, donor: DonorModel
+    model: PreTrainedModel, surgery: Surgery, resolved: ResolvedOrgan, donor: DonorModel, master_weights: bool
 ) -> list[nn.Module]:
     """Take or copy a donor's layers, in the dtype and on the execution device of the layers at its position.
 
     Neither or both of recipient and donor may be empty (on the meta device), as in `from_config`.
     """
-    base_layers = surgery.base_layers or [model.get_input_embeddings()]
-    neighbour = base_layers[min(resolved.place.position, len(base_layers) - 1)]
+    neighbour = surgery.neighbour(model, resolved.place.position)
     device = execution_device(neighbour)
     is_empty = device is None and any(parameter.is_meta for parameter in neighbour.parameters())
     has_values = not any(parameter.is_meta for parameter in donor.parameters())
@@ -162,7 +164,7 @@ def _own_layers(
     else:
         layers, known = list(donor.stack.layers), {parameter: parameter.dtype for parameter in donor.parameters()}
     for layer in layers:
-        settle(layer, neighbour, device)
+        settle(layer, neighbour, device, master_weights)
         follow(layer, neighbour, keys_left_in_place(model))
     if has_values:
         require_finite(layers, resolved.name, known)

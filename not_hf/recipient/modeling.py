@@ -15,7 +15,13 @@ from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from not_hf.architecture.stack import head_class, is_encoder
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of
@@ -54,6 +60,7 @@ class Transplanted(Recipient):
         donor_revision: str | None = None,
         donor_subfolder: str | None = None,
         is_trainable: bool = False,
+        autocast_donor_dtype: bool = True,
         scaffold: str = "full",
         verify: bool = False,
         config: PreTrainedConfig | None = None,
@@ -71,6 +78,8 @@ class Transplanted(Recipient):
             donor_revision: Branch, tag or commit of the donor repo.
             donor_subfolder: Folder of the donor within its repo.
             is_trainable: Make the organ's parameters trainable. All others are frozen.
+            autocast_donor_dtype: Hold the weights of a trainable organ in float32 if the recipient is in float16 or
+                bfloat16, in which most updates would be rounded away. The organ computes in the recipient's dtype.
             scaffold: `"minimal"` leaves out the recipient's own layers: only its embeddings, final norm and head are
                 loaded, to train an organ when the whole recipient does not fit in memory. The saved organ can be
                 loaded into the whole recipient. `"full"` loads the whole recipient.
@@ -110,7 +119,8 @@ class Transplanted(Recipient):
             commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
             surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
         cache_dir = resolved.shared.get("cache_dir")
-        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, is_trainable, cache_dir)
+        trained = (is_trainable, is_trainable and autocast_donor_dtype)
+        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, *trained, cache_dir)
         model = cls._splice(base, surgery, organs)
         if resolved.generation_config is not None:
             model.generation_config = resolved.generation_config
@@ -133,6 +143,7 @@ class Transplanted(Recipient):
         *,
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
         **kwargs: Any,
@@ -143,30 +154,33 @@ class Transplanted(Recipient):
             save_directory: Folder. Other arguments are as in `DonorModel.save_pretrained`.
             selected_donors: Names of the organs to save; default: all.
             state_dict: Tensors of the whole model, if already gathered (as by `Trainer`).
+            dtype: dtype of the files. `None`: that of each organ, which is float32 for one that is trained.
         """
         names = self._selected(selected_donors)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
-        options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **kwargs}
+        options = {"is_main_process": is_main_process, "dtype": dtype, "max_shard_size": max_shard_size, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
         if push_to_hub:
-            self.push_to_hub(repo_id, selected_donors=names, max_shard_size=max_shard_size, **push_kwargs)
+            self.push_to_hub(repo_id, selected_donors=names, dtype=dtype, max_shard_size=max_shard_size, **push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
         selected_donors: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         **options: Unpack[PushOptions],
     ) -> CommitInfo:
-        """Push organs and cards as one commit. Arguments and errors as in `DonorModel.push_to_hub`."""
+        """Push organs and cards as one commit. Arguments as in `save_pretrained` and `DonorModel.push_to_hub`."""
         names = self._selected(selected_donors)
         for config in (self.donor_config[name] for name in names):
             inherit_license(config, revision=config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
-            save_organs(self, self._surgery, names, folder, repo_id=repo_id, max_shard_size=max_shard_size)
+            of_files: dict[str, Any] = {"dtype": dtype, "repo_id": repo_id, "max_shard_size": max_shard_size}
+            save_organs(self, self._surgery, names, folder, **of_files)
 
         return push_folder(save, repo_id, self.model_tags, **options)
 
@@ -183,11 +197,14 @@ class Transplanted(Recipient):
             )
         (organ,) = self._surgery.organs.values()
         loaded, missing = DonorModel.load_tensors(organ.spec, dict(state_dict), partial=not strict)
-        with self._surgery.at_scale_one():
+
+        def copy_tensors() -> None:
             for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
                 place = f"{loaded.stack.full_path}.{n}."
                 tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
                 layer.load_state_dict(tensors, strict=False)
+
+        self._surgery.at_scale_one(copy_tensors)
         return IncompatibleKeys([], [])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -227,23 +244,18 @@ class Transplanted(Recipient):
     @classmethod
     def _splice(cls, base: PreTrainedModel, surgery: Surgery, organs: Sequence[Organ]) -> Self:
         """Extend a model in place, freeze it and splice organs into its stack; undo everything on failure."""
-        fresh = not isinstance(base, Transplanted)
-        if fresh:
-            native: Any = type(base)
-            base.__class__ = _transplanted_class(cast(Any, cls), native)
-            base.requires_grad_(False)
-            # with a list, Trainer keeps the tags of our card
-            base.model_tags = base.model_tags or []
-            cast(Self, base)._surgery = surgery
-        model = cast(Self, base)
-        try:
-            with surgery.changing(model):
-                surgery.organs |= {organ.name: organ for organ in organs}
-        except BaseException:
-            if fresh and not surgery.is_scaffold:  # a scaffold is discarded
-                model.unload()
-            raise
-        return model
+
+        def splice() -> None:
+            if not isinstance(base, Transplanted):
+                vars(base)["_surgery"] = surgery
+                base.__class__ = _transplanted_class(cast(Any, cls), cast(Any, type(base)))
+                base.requires_grad_(False)
+                # with a list, Trainer keeps the tags of our card
+                base.model_tags = base.model_tags or []
+            surgery.organs |= {organ.name: organ for organ in organs}
+
+        surgery.change(base, splice, flags=True)
+        return cast(Self, base)
 
 
 class TransplantedForCausalLM(Transplanted):
@@ -264,6 +276,12 @@ class TransplantedForCausalLM(Transplanted):
     """
 
     native_auto_class = AutoModelForCausalLM
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
+        native: Any = super()
+        with self._surgery.changes.watched():
+            return native.generate(*args, **kwargs)
 
 
 class TransplantedForMaskedLM(Transplanted):

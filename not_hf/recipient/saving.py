@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from not_hf.architecture.layers import computes
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
@@ -70,11 +71,21 @@ def save_organs(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     repo_id: str | None = None,
     is_main_process: bool = True,
+    dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> None:
-    """Save one organ as a donor, several as a composition. Arguments as in `organ_tensors` and `write_donor`."""
-    shells = {name: _shell(surgery, surgery.organs[name]) for name in names}
+    """Save one organ as a donor, several as a composition. Arguments as in `organ_tensors` and `write_donor`.
+
+    Args:
+        dtype: dtype of the files; `None`: that of each organ.
+    """
+    shells = {name: _shell(surgery, surgery.organs[name], dtype) for name in names}
     states = {name: organ_tensors(model, surgery, name, state_dict) for name in names}
+    if dtype is not None:
+        states = {
+            name: {key: tensor.to(dtype) if computes(tensor) else tensor for key, tensor in state.items()}
+            for name, state in states.items()
+        }
     for name, shell in shells.items():
         _require_own(name, states[name], shell)
     generation = _generation_config(model, surgery, folder)
@@ -136,8 +147,8 @@ def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
         )
 
 
-def _shell(surgery: Surgery, organ: Organ) -> DonorModel:
-    """Build a `DonorModel` on the meta device in the organ's dtype; its config names the recipient as the base."""
+def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> DonorModel:
+    """Build a `DonorModel` on the meta device, in the organ's dtype unless told; the recipient is its base."""
     config = copy.deepcopy(organ.config)
     if name := surgery.base_config.name_or_path:
         if surgery.base_revision or name != config.base_model_name_or_path:
@@ -146,7 +157,8 @@ def _shell(surgery: Surgery, organ: Organ) -> DonorModel:
         for values in (config.base_config, config.organ_config):
             assert values is not None  # checked when the organ was loaded
             values |= {key: getattr(surgery.base_config, key) for key in VOCABULARY if key in values}
-    dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
+    if dtype is None:
+        dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
     with torch.device("meta"):
         shell = DonorModel(config)
     for parameter in shell.parameters():
