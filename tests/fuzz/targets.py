@@ -49,6 +49,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
     compose(donors, folder / "base-llama").save_pretrained(folder / "composition")
     DonorModel.from_pretrained(folder / "llama").save_pretrained(folder / "sharded", max_shard_size="10KB")
     DonorModel.from_pretrained(folder / "llama").save_pretrained(folder / "weights")
+    config = folder / "weights" / "config.json"  # without digests, which every change of the weights would contradict
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "digests"}))
     index = json.loads((folder / "sharded" / "model.safetensors.index.json").read_text())
     weights = (folder / "weights" / "model.safetensors").read_bytes()
     length = int.from_bytes(weights[:8], "little")
