@@ -8,13 +8,16 @@ config keys, which are data (`tables.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks, _IncompatibleKeys
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed
@@ -201,6 +204,52 @@ def copy_checkpointing(layer: nn.Module, reference: Mapping[str, nn.Module]) -> 
                 vars(module).pop(key, None)
 
 
+def tensor_state(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Identity, address and number of changes in place of a tensor; while it exists, no change leaves all three."""
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+# Hooks of transformers and PEFT that record what passes through, or set a flag.
+_INERT_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
+
+
+def foreign_hooks(module: nn.Module, before_only: bool = False, keeps_forward: bool = True) -> list[str]:
+    """Names of what was attached to a module and may change what it computes.
+
+    accelerate's hooks, which move tensors between devices, are left out.
+
+    Args:
+        module: The module.
+        before_only: Leave out hooks that run after it.
+        keeps_forward: Whether another `forward` than its class's counts.
+    """
+    own = vars(module)
+    if not (own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own):
+        return []
+    hooks = list(own["_forward_pre_hooks"].values()) + ([] if before_only else list(own["_forward_hooks"].values()))
+    found = [hook for hook in hooks if getattr(hook, "__name__", "") not in _INERT_HOOKS]
+    if "_hf_hook" in own:
+        found += [hook for hook in _flat(own["_hf_hook"]) if type(hook).__module__ != "accelerate.hooks"]
+    forward = own.get("_old_forward" if "_hf_hook" in own else "forward") if keeps_forward else None
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        found.append(forward)
+    return [_name_of(hook) for hook in found]
+
+
+def global_hooks() -> list[str]:
+    """Names of the hooks that run before or after every module of the process."""
+    return [_name_of(hook) for hook in (*_global_forward_pre_hooks.values(), *_global_forward_hooks.values())]
+
+
+def _name_of(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _flat(hook: Any) -> list[Any]:
+    """The hooks that one of accelerate's consists of."""
+    return [each for part in hook.hooks for each in _flat(part)] if hasattr(hook, "hooks") else [hook]
+
+
 def forget_capture_hooks(roots: Iterable[nn.Module]) -> None:
     """Remove the hooks that record hidden states and attentions; transformers installs them anew when it needs them.
 
@@ -225,3 +274,26 @@ def dispatch_hooks(module: nn.Module) -> list[Any]:
 def keys_left_in_place(model: PreTrainedModel) -> Any:
     """Names of the arguments that accelerate does not move between devices, such as the cache."""
     return getattr(model, "_skip_keys_device_placement", None)
+
+
+# ------------------------------------------------------------------ what trainers push
+
+
+def replace_trainer_card(kind: type, write: Callable[..., None]) -> None:
+    """Have `Trainer.create_model_card` call `write(trainer, **arguments)` for models of a kind.
+
+    `Trainer` has no hook for it: it writes a card of its own over the one that the model has just saved.
+    """
+    from transformers import Trainer
+
+    native = Trainer.create_model_card
+
+    @functools.wraps(native)
+    def create_model_card(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(trainer.model, kind):
+            native(trainer, *args, **kwargs)
+        elif trainer.is_world_process_zero():
+            _, *given = inspect.signature(native).bind(trainer, *args, **kwargs).arguments.items()
+            write(trainer, **dict(given))
+
+    Trainer.create_model_card = create_model_card  # type: ignore

@@ -16,9 +16,11 @@ from typing import Any, ClassVar, Self, Unpack, cast
 import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from not_hf.architecture.stack import head_class, is_encoder
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of
+from not_hf.cards.common import warn_once
 from not_hf.cards.license import inherit_license
 from not_hf.composition.check import validate
 from not_hf.composition.resolve import Resolved, resolve
@@ -33,6 +35,7 @@ from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import save_organs
 from not_hf.recipient.scaffold import load_scaffold, wants_scaffold
 from not_hf.recipient.surgery import Surgery
+from not_hf.recipient.trainer_card import keep_card_from_trainers
 
 
 class Transplanted(Recipient):
@@ -139,6 +142,12 @@ class Transplanted(Recipient):
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
         options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
+        keep_card_from_trainers()
+        if len(names) > 1 and os.path.basename(save_directory).startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            warn_once(
+                f"checkpoints of several organs ({', '.join(names)}) cannot be restored by a trainer, neither to "
+                "resume nor as the best model; load them with TransplantedForCausalLM.from_pretrained(folder)"
+            )
         if push_to_hub:
             self.push_to_hub(repo_id, selected_donors=names, max_shard_size=max_shard_size, **push_kwargs)
 

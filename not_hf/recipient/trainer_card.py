@@ -1,0 +1,71 @@
+"""The card of organs that a `Trainer` pushes: the one that was saved with them, completed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import CONFIG_NAME
+
+from not_hf.architecture.upstream import replace_trainer_card
+from not_hf.cards.common import README, unite
+from not_hf.cards.donor import updated_card
+from not_hf.config import DonorConfig
+from not_hf.hub.headers import read_header
+from not_hf.recipient.mixin import Recipient
+
+
+def complete_card(
+    trainer: Any,
+    *,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    **unused: Any,
+) -> None:
+    """Complete the card in a trainer's output folder for its repo, where organs were saved there.
+
+    Args:
+        trainer: The trainer.
+        language: As in `Trainer.create_model_card`, like the others. Names of datasets go into the config too.
+    """
+    folder = str(trainer.args.output_dir)
+    if not os.path.exists(os.path.join(folder, CONFIG_NAME)):
+        return
+    config = DonorConfig.from_pretrained(folder)
+    if config.donors is None and (datasets := unite(config.datasets, dataset_tags or dataset)) != config.datasets:
+        config.datasets = datasets or None
+        config.save_pretrained(folder)
+    places = [folder] if config.donors is None else [os.path.join(folder, each["subfolder"]) for each in config.donors]
+    tensors = [
+        each
+        for place in places
+        for file in Path(place).glob("*.safetensors")
+        for each in read_header(str(file)).values()
+    ]
+    size = sum(end - start for start, end in (tensor.data_offsets for tensor in tensors))
+    card = updated_card(folder, config, sum(tensor.parameter_count for tensor in tensors), size, trainer.hub_model_id)
+    data: Any = card.data
+    data.tags = unite(data.tags, tags)
+    data.language = language or data.language
+    data.license = license or data.license
+    card.save(Path(folder, README))
+
+
+@functools.cache
+def _replace_trainer_card() -> None:
+    replace_trainer_card(Recipient, complete_card)
+
+
+def keep_card_from_trainers() -> None:
+    """Have `Trainer.push_to_hub` complete the card of organs; it would write its own over it.
+
+    Nothing is done, and nothing imported, where `Trainer` is not in use.
+    """
+    if "transformers.trainer" in sys.modules:
+        _replace_trainer_card()
