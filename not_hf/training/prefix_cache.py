@@ -185,6 +185,14 @@ def _settings(model: Any, entry: int, dtype: torch.dtype | None, mixed_precision
         "mixed_precision": mixed_precision,
         "device": model.device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "float32": _float32_precision(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _float32_precision() -> list[str]:
+    """Return how exactly float32 matrices are multiplied: TF32 and the like round."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return [torch.get_float32_matmul_precision()]
+    return [backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)]

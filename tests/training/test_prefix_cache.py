@@ -273,3 +273,16 @@ def test_a_folder_with_other_things_in_it_is_refused_at_the_start(tmp_path):
         "work/thesis/thesis.tex",
     ]
     made(recipient(), tmp_path, prefix_dir=tmp_path / "work")  # not used
+
+
+def test_rounding_of_float32_has_a_cache_of_its_own(tmp_path):
+    before, keys = torch.get_float32_matmul_precision(), []
+    try:
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            trainer = made(recipient(), tmp_path, cache_prefix=True, eval_dataset=rows(2))
+            trainer.evaluate()
+            keys.append(trainer._stack.prefix.key)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert keys[0] != keys[1]
