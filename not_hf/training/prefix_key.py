@@ -114,14 +114,14 @@ def _digest(tensor: torch.Tensor) -> bytes:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT has put adapters on a module."""
-    return hasattr(module, "active_adapter") and hasattr(module, "merged_adapters")
+    """Whether PEFT has put adapters on a module; a model has a method of that name."""
+    return isinstance(getattr(type(module), "active_adapter", None), property)
 
 
 def _adapters(module: Any) -> str:
     """Which adapters of a module act, and how much."""
-    scaling = getattr(module, "scaling", None)
-    return repr((module.disable_adapters, module.active_adapter, module.merged_adapters, scaling))
+    keys = ("disable_adapters", "active_adapter", "merged_adapters", "scaling")
+    return repr([getattr(module, key, None) for key in keys])
 
 
 def _forward_of(module: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from not_hf import DonorModel, DonorTrainer, NotHFError, TransplantedForCausalLM
@@ -44,3 +45,14 @@ def test_a_training_of_several_organs_can_be_saved_and_says_that_it_cannot_be_re
     if cls is DonorTrainer:
         with pytest.raises(NotHFError, match="cannot restore"):
             made(two_organs(), tmp_path, **SAVING).train(resume_from_checkpoint=True)
+
+
+def test_a_trainer_pushes_several_organs_with_their_card(hub, tmp_path):
+    trainer = made(two_organs(), tmp_path, cls=Trainer, max_steps=1, hub_model_id="me/two-organs")
+    trainer.train()
+    trainer.push_to_hub(language="en")
+    card = ModelCard.load("me/two-organs")
+    assert card.data.library_name == "not_hf" and card.data.language == "en"
+    assert 'donor = "me/two-organs"' in card.text and "A *composition*" in card.text
+    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert f"| Parameters | {parameters:,} |" in card.text

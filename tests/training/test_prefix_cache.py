@@ -161,6 +161,22 @@ def test_each_state_of_adapters_below_has_a_cache_of_its_own(tmp_path):
     assert keys[0] == keys[3] and len(set(keys)) == 3
 
 
+def test_adapters_that_replace_a_module_count_too(tmp_path):
+    lora = LoraConfig(target_modules=["q_proj"], layers_to_transform=[2], modules_to_save=["embed_tokens"])
+    model = get_peft_model(recipient(), lora)
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.modules_to_save["default"].weight.mul_(2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.2." in name)
+    options = {"eval_dataset": rows(4)}
+    cached, plain = made(model, tmp_path, cache_prefix=True, **options), made(model, tmp_path, cls=Trainer, **options)
+    found = [cached.evaluate()["eval_loss"]]
+    with model.disable_adapter():
+        found.append(cached.evaluate()["eval_loss"])
+        assert found[1] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-5)
+    assert abs(found[0] - found[1]) > 1e-4
+
+
 @pytest.mark.parametrize(
     "change", [scaled, lambda model: model.base_model.disable_adapter_layers(), lambda m: m.base_model.merge_adapter()]
 )
