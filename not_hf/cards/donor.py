@@ -25,10 +25,10 @@ from not_hf.cards.common import (
     updated,
 )
 from not_hf.cards.license import License
+from not_hf.cards.metrics import MEASURED_ON
 from not_hf.config import DonorConfig
 
 CURVE = "training_curve.png"  # the plot that `TrainingCurve` writes
-_ON = "measured_on"  # key in `metrics`: the text of a number, its tokens and the window
 _DATA_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")
 
 
@@ -118,7 +118,7 @@ def _conditions(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator
     for key, value in metrics.items():
         if not isinstance(value, dict):
             continue
-        if key != _ON:
+        if key != MEASURED_ON:
             yield from _conditions(value, (*path, str(key)))
             continue
         count, window = (
@@ -136,7 +136,7 @@ def _name(path: tuple[str, ...]) -> str:
 def _numbers(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
     for key, value in metrics.items():
         if isinstance(value, dict):
-            yield from _numbers(value, (*path, str(key))) if key != _ON else ()
+            yield from _numbers(value, (*path, str(key))) if key != MEASURED_ON else ()
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield (*path, str(key)), float(value)
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Self, Unpack, cast
 import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from not_hf.architecture.stack import head_class, is_encoder
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of
@@ -143,7 +142,7 @@ class Transplanted(Recipient):
         options = {"is_main_process": is_main_process, "max_shard_size": max_shard_size, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
         keep_card_from_trainers()
-        if len(names) > 1 and os.path.basename(save_directory).startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        if len(names) > 1 and os.path.basename(save_directory).startswith("checkpoint-"):  # a trainer's
             warn_once(
                 f"checkpoints of several organs ({', '.join(names)}) cannot be restored by a trainer, neither to "
                 "resume nor as the best model; load them with TransplantedForCausalLM.from_pretrained(folder)"

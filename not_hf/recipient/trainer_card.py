@@ -6,16 +6,20 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import CONFIG_NAME
 
 from not_hf.architecture.upstream import replace_trainer_card
 from not_hf.cards.common import README, unite
 from not_hf.cards.donor import updated_card
+from not_hf.cards.metrics import perplexities, trainer_metrics
 from not_hf.config import DonorConfig
 from not_hf.hub.headers import read_header
 from not_hf.recipient.mixin import Recipient
+
+if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerState
 
 
 def complete_card(
@@ -38,8 +42,9 @@ def complete_card(
     if not os.path.exists(os.path.join(folder, CONFIG_NAME)):
         return
     config = DonorConfig.from_pretrained(folder)
-    if config.donors is None and (datasets := unite(config.datasets, dataset_tags or dataset)) != config.datasets:
-        config.datasets = datasets or None
+    if config.donors is None:
+        config.datasets = unite(config.datasets, dataset_tags or dataset) or None
+        config.metrics = config.metrics or _evaluations(trainer.state)
         config.save_pretrained(folder)
     places = [folder] if config.donors is None else [os.path.join(folder, each["subfolder"]) for each in config.donors]
     tensors = [
@@ -55,6 +60,12 @@ def complete_card(
     data.language = language or data.language
     data.license = license or data.license
     card.save(Path(folder, README))
+
+
+def _evaluations(state: TrainerState) -> dict[str, Any] | None:
+    """Return what was measured after the last step of a training."""
+    logs = [logs for logs in state.log_history if logs.get("step") == state.global_step]
+    return trainer_metrics({name: value for each in logs for name, value in perplexities(each)})
 
 
 @functools.cache

@@ -12,8 +12,8 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from not_hf.cards.donor import CURVE
+from not_hf.cards.metrics import perplexities
 from not_hf.errors import NotHFError
-from not_hf.training.progress import perplexities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

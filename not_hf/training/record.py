@@ -8,11 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
+from not_hf.cards.metrics import perplexities, trainer_metrics
 from not_hf.config import DonorConfig
 from not_hf.recipient.mixin import Recipient
-from not_hf.training.progress import perplexities
-
-_TEXT = "the evaluation set of its training, in the trainer's batches"
 
 
 class TrainingRecord:
@@ -48,14 +46,11 @@ class TrainingRecord:
             model: The model, with the weights that it had after that step.
             step: At least 1.
         """
-        metrics: dict[str, Any] = {
-            f"{name}_perplexity" if name else "perplexity": {"after": value, "measured_on": {"text": _TEXT}}
-            for name, value in self._perplexities.get(step, {}).items()
-        }
+        metrics = trainer_metrics(self._perplexities.get(step, {}))
         for name, config in trained_organs(model).items():
             if name in self._metrics and config.metrics == self._metrics[name]:
                 is_alone = getattr(model, "active_donors", None) == [name]
-                self._metrics[name] = config.metrics = (metrics or None) if is_alone else None
+                self._metrics[name] = config.metrics = metrics if is_alone else None
 
 
 def trained_organs(model: PreTrainedModel) -> dict[str, DonorConfig]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
 import signal
 import subprocess
@@ -364,7 +365,8 @@ def test_how_many_tokens_an_organ_has_seen(tmp_path):
 @pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
 def test_a_push_keeps_the_organ_s_card(cls, hub, tmp_path):
     repo_id = f"me/pushed-by-{cls.__name__.lower()}"
-    trainer = made(recipient(), tmp_path, cls=cls, max_steps=1, hub_model_id=repo_id)
+    evaluated = {"eval_dataset": rows(2), "eval_strategy": "steps", "eval_steps": 1}
+    trainer = made(recipient(), tmp_path, cls=cls, max_steps=1, hub_model_id=repo_id, **evaluated)
     trainer.train()
     trainer.push_to_hub(dataset="me/kjv", language="en", tags=["bible"])
     loaded = DonorModel.from_pretrained(repo_id)
@@ -376,6 +378,8 @@ def test_a_push_keeps_the_organ_s_card(cls, hub, tmp_path):
     assert (card.data.language, card.data.datasets) == ("en", ["me/kjv"])
     assert f'donor = "{repo_id}"' in card.text and "from_pretrained" in card.text
     assert "fine-tuned version of" not in card.text
+    (loss,) = (logs["eval_loss"] for logs in trainer.state.log_history if "eval_loss" in logs)
+    assert f"| perplexity | – | {math.exp(loss):.4g} | – |" in card.text
     again = made(recipient(), tmp_path, cls=cls, max_steps=1, hub_model_id=repo_id)
     again.push_to_hub()  # what was said stays
     card = ModelCard.load(repo_id)
