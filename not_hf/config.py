@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-import copy
-import math
+import dataclasses
+import functools
+import inspect
+import logging
 import os
+import sys
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar, Union, get_args, get_origin
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line
+from not_hf.architecture.tables import DENSE_PREFIXES, PERIODS
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line, reading_repo, some
+from not_hf.limits import MAX_CONFIG, MAX_COUNT, MAX_LAYERS, read_json, require_count, require_plain
 from not_hf.registration import register_models
 from not_hf.version import __version__
 
 MODES = ("insert", "replace")
 INITS = ("copy", "identity")
+
+# What a donor does not choose: how attention and experts are computed, and how weights are packed.
+_CHOICES = ("attn_implementation", "experts_implementation", "quantization_config")
+# What does not concern its layers either: code, names, and labels, of which transformers makes as many as it is told
+_NOT_OF_LAYERS = ("auto_map", "trust_remote_code", "name_or_path", "num_labels", "id2label", "label2id")
+# Root keys that transformers writes, and the types of their values
+_WRITTEN = {
+    **{"model_type": str, "architectures": list[str] | None, "transformers_version": str | None},
+    **{"dtype": str | None, "torch_dtype": str | None, "chunk_size_feed_forward": int},
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict"), bool | None),
+}
+# Others that it writes, which mean nothing for a donor
+_FOREIGN = {"_name_or_path", "id2label", "label2id", "problem_type", "is_encoder_decoder"}
+
+logger = logging.getLogger(__name__)
 
 
 class DonorConfig(PreTrainedConfig):
@@ -43,6 +66,8 @@ class DonorConfig(PreTrainedConfig):
         not_hf_version: Version of not_hf that cut the donor.
         fingerprint: SHA-256 of the part of the base's config that concerns its layers.
         donors: Entries of a composition, one per organ; `None` for a donor.
+        digests: Digests of the weights beside this config, by file: SHA-256 over names, dtypes, shapes and bytes of
+            the tensors. `None` for a donor in memory.
 
     Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -54,6 +79,7 @@ class DonorConfig(PreTrainedConfig):
     """
 
     model_type = "not_donor"
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})  # a donor holds no code; TRL expects the attribute
 
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
@@ -75,6 +101,7 @@ class DonorConfig(PreTrainedConfig):
     not_hf_version: str | None = None
     fingerprint: str | None = None
     donors: list[dict[str, Any]] | None = None
+    digests: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         register_models()
@@ -88,7 +115,8 @@ class DonorConfig(PreTrainedConfig):
         """As in transformers, but a config that is not a donor's raises `NotHFError`."""
         where = "/".join(filter(None, (os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder"))))
         try:
-            values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            with reading_repo(os.fspath(pretrained_model_name_or_path)):
+                values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except (TypeError, AttributeError):  # valid JSON, but not an object
             values = None
         if not isinstance(values, dict):
@@ -99,14 +127,27 @@ class DonorConfig(PreTrainedConfig):
                 "to import layers saved with torch.save, use not_hf.import_checkpoint or `not-hf import`"
             )
         if (model_type := values.get("model_type")) != cls.model_type:
-            raise NotHFError(f"{where} is not a donor: its config has model_type {model_type!r}, not 'not_donor'")
+            raise NotHFError(f"{where} is not a donor: its config has model_type {model_type!r:.100}, not 'not_donor'")
         return values, kwargs
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """As in transformers, but within limits."""
+        read_json(json_file, MAX_CONFIG)
+        values = super()._dict_from_json_file(json_file)
+        if isinstance(values, dict):
+            values.pop("configuration_files", None)  # transformers would read another file instead
+        return values
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # or (config, unused kwargs)
-        """As in transformers, but invalid values raise `CorruptDonorError`."""
+        """As in transformers, but invalid values raise `CorruptDonorError`, and unknown keys are ignored.
+
+        What a donor's config says of attention, experts and quantization is ignored too: that is the caller's choice.
+        """
+        values = _known_values(config_dict)
         try:
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict(values, **kwargs)
         except (StrictDataclassError, TypeError, AttributeError, IndexError, KeyError) as error:
             raise CorruptDonorError(f"donor config.json: {one_line(error, 300)}") from error
 
@@ -132,20 +173,28 @@ class DonorConfig(PreTrainedConfig):
             CorruptDonorError: The dict is missing or invalid.
             UnsupportedArchitectureError: This release of transformers does not have its `model_type`.
         """
-        from transformers import AutoConfig  # its import registers this module's class, see registration
+        from transformers import CONFIG_MAPPING  # its import registers this module's class, see registration
 
         values = getattr(self, which)
         model_type = values.get("model_type") if isinstance(values, dict) else None
         if not isinstance(model_type, str):
             raise CorruptDonorError(f"donor config has no {which} with a model_type; cut the organ again")
+        if model_type not in CONFIG_MAPPING or model_type == self.model_type:
+            raise UnsupportedArchitectureError(
+                f"this release of transformers does not have model_type {model_type!r:.100}; upgrade transformers"
+            )
+        require_plain(values, f"donor config {which}")
         try:
-            return AutoConfig.for_model(**copy.deepcopy(values))
+            native_class = CONFIG_MAPPING[model_type]
+            native = native_class(**_native_values(values, native_class))
+            native.to_dict()
+            if type(native.num_hidden_layers) is not int:
+                raise TypeError(f"num_hidden_layers must be an integer, got {native.num_hidden_layers!r:.100}")
+        except CorruptDonorError:
+            raise
         except Exception as error:  # a native config may raise anything on invalid values
-            if "Unrecognized model identifier" in str(error):
-                raise UnsupportedArchitectureError(
-                    f"this release of transformers does not have model_type {model_type!r}; upgrade transformers"
-                ) from error
             raise CorruptDonorError(f"donor config has an invalid {which}: {one_line(error, 300)}") from error
+        return native
 
     def check(self) -> OrganSpec:
         """Check the config, and return it with its native configs.
@@ -166,7 +215,7 @@ class DonorConfig(PreTrainedConfig):
             raise CorruptDonorError(
                 f"donor config mode must be in {MODES} and init in {INITS}, got {self.mode!r} and {self.init!r}"
             )
-        if type(self.scale) not in (int, float) or not math.isfinite(self.scale):
+        if type(self.scale) not in (int, float) or not abs(self.scale) <= sys.float_info.max:
             raise CorruptDonorError(f"donor config scale must be a finite number, got {self.scale!r}")
         base, organ = self.native_config("base_config"), self.native_config()
         if not 0 <= span[0] < span[1] <= base.num_hidden_layers:
@@ -190,3 +239,75 @@ class OrganSpec:
     config: DonorConfig
     base: PreTrainedConfig
     organ: PreTrainedConfig  # the base's, reduced to the span
+
+
+def _known_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the root of a donor's `config.json`, and leave out what a donor has no say in.
+
+    Raises:
+        CorruptDonorError: A value is out of range or of another type than the field of that name.
+    """
+    require_plain(values, "donor config.json")
+    kept = {key: value for key, value in values.items() if key in _kinds()}
+    ignored = sorted(map(repr, values.keys() - kept.keys() - _FOREIGN))
+    for which in ("base_config", "organ_config"):
+        native = values.get(which)
+        ignored += [f"{key!r} in {which}" for key in _CHOICES if isinstance(native, dict) and key in native]
+    if ignored:
+        logger.warning("a donor's config.json has keys that this release of not_hf ignores: %s", some(ignored))
+    for key, value in kept.items():
+        if key != "donors" and not _is_of(value, kind := _kinds()[key]):  # entries are checked when they are read
+            raise CorruptDonorError(
+                f"donor config.json: no {key} of type {inspect.formatannotation(kind)}, got {value!r:.100}"
+            )
+    return kept
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """Return the keys that may be in the root of a donor's `config.json`, and the types of their values."""
+    return {**_WRITTEN, **inspect.get_annotations(DonorConfig, eval_str=True)}
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON has the type of an annotation; an integer is a float, and a truth value is neither."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_is_of(value, each) for each in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    return type(value) in {float: (int, float)}.get(kind, (kind,))
+
+
+def _native_values(values: Mapping[str, Any], native_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Copy those values of a native config that describe layers, without any that would hide a method of its class.
+
+    Raises:
+        CorruptDonorError: It has too many layers.
+    """
+    fields = {field.name for field in dataclasses.fields(native_class)} | native_class.attribute_map.keys()
+
+    def describes_layers(key: str) -> bool:
+        if key in fields or key in PERIODS:
+            return True
+        hides = hasattr(native_class, key) and not isinstance(inspect.getattr_static(native_class, key), property)
+        return not hides and not key.startswith("_")
+
+    return _chosen({key: value for key, value in values.items() if describes_layers(key)})
+
+
+def _chosen(value: Any) -> Any:
+    """Copy a value without the keys that a donor does not choose, in nested configs too."""
+    if isinstance(value, list):
+        return [_chosen(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    for key, item in value.items():
+        if str(key).endswith(("layer", "layers")) or key in ("attention_types", *DENSE_PREFIXES):
+            require_count(key, item, MAX_LAYERS)
+        elif str(key).startswith("num_") or str(key).endswith("experts"):
+            require_count(key, item, MAX_COUNT)
+    unchosen = {*_CHOICES, *(f"_{key}" for key in _CHOICES), *_NOT_OF_LAYERS}
+    return {key: _chosen(item) for key, item in value.items() if key not in unchosen}

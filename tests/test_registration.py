@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map, init_empty_weights
 from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
@@ -243,3 +244,37 @@ def test_auto_class_extras(tmp_path, base_folder, token_ids):
         TransplantedForCausalLM.from_pretrained(model, tmp_path, dtype=torch.float16)
     with pytest.raises(NotHFError, match="is a donor, not a recipient"):
         TransplantedForCausalLM.from_pretrained(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("empty", [init_empty_weights, lambda: torch.device("meta")], ids=["accelerate", "torch"])
+def test_an_empty_model_is_made_of_a_config(empty, base_folder):
+    """Flows that dispatch or load weights themselves begin so."""
+    config = DonorModel.from_base(base_folder("llama"), (1, 3)).config
+    with empty():
+        model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, TransplantedForCausalLM) and model.config.num_hidden_layers == 6
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert infer_auto_device_map(model, max_memory={"cpu": "1GB"}) == {"": "cpu"}
+    with pytest.raises(NotHFError, match=r"has no weights \(meta device\); load them, or give a folder or Hub ID"):
+        DonorModel.from_base(model.unload(), (1, 3))
+    config.scale = 0.5
+    with empty(), pytest.raises(NotHFError, match=r"an empty model .* set_donor_scale\('default', 0\.5\)"):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_an_empty_model_takes_weights(base_folder, token_ids):
+    config = DonorModel.from_base(base_folder("llama"), (1, 3)).config
+    full = AutoModelForCausalLM.from_config(config)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(full.state_dict(), assign=True)
+    assert torch.equal(logits(model.eval(), token_ids), logits(full.eval(), token_ids))
+    assert type(model.merge_and_unload()) is LlamaForCausalLM
+
+
+def test_an_empty_recipient_does_not_take_weights(base_folder):
+    donor = DonorModel.from_base(base_folder("llama"), (1, 3))
+    with torch.device("meta"):
+        base = tiny_model("llama")
+    with pytest.raises(NotHFError, match="recipient's layers have no weights"):
+        TransplantedForCausalLM.from_pretrained(base, donor)

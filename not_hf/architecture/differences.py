@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from not_hf.architecture import tables
+from not_hf.architecture.master_weights import native_class
 from not_hf.architecture.stack import Stack
 from not_hf.architecture.upstream import BOOKKEEPING
 from not_hf.errors import UnsupportedArchitectureError
@@ -71,7 +72,7 @@ def describe(layer: nn.Module) -> LayerDescription:
     return LayerDescription(
         {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()},
         {name: tuple(tensor.shape) for name, tensor in layer.named_buffers()},
-        {name: type(module) for name, module in modules.items()},
+        {name: native_class(module) for name, module in modules.items()},
         {(name, key): value for name, module in modules.items() for key, value in _derived(module).items()},
     )
 

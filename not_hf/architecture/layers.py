@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from not_hf.architecture.master_weights import hold_master_weights
 from not_hf.architecture.tables import OUTPUT_PROJECTIONS
 from not_hf.architecture.upstream import copy_checkpointing
 from not_hf.errors import CorruptDonorError
@@ -41,22 +42,29 @@ def computes(parameter: torch.Tensor) -> bool:
     return parameter.is_floating_point() and parameter.element_size() > 1
 
 
-def settle(layer: nn.Module, neighbour: nn.Module, device: torch.device | None = None) -> None:
+def settle(
+    layer: nn.Module, neighbour: nn.Module, device: torch.device | None = None, master_weights: bool = False
+) -> None:
     """Give a layer the device of a layer of the recipient and, parameter by parameter, its dtype.
 
     Args:
         layer: The layer.
         neighbour: The recipient's layer. Instead of a packed dtype, the one that it computes in is taken.
         device: Where the neighbour runs, if its weights are elsewhere.
+        master_weights: Keep float32 weights where that dtype has 16 bits, and compute in that dtype.
     """
     theirs = {name: p for name, p in neighbour.named_parameters() if computes(p)}
     fallback = next(iter(theirs.values()))
+    is_half = {name: theirs.get(name, fallback).element_size() == 2 for name, _ in layer.named_parameters()}
     for name, parameter in layer.named_parameters():
         like = theirs.get(name, fallback)
-        parameter.data = parameter.data.to(device=device or like.device, dtype=like.dtype)
+        dtype = torch.float32 if master_weights and is_half[name] else like.dtype
+        parameter.data = parameter.data.to(device=device or like.device, dtype=dtype)
         parameter.grad = None
     for buffer in layer.buffers():
         buffer.data = buffer.data.to(device=device or fallback.device)
+    if master_weights and any(is_half.values()):
+        hold_master_weights(layer, (name for name, half in is_half.items() if not half))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

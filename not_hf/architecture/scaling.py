@@ -13,7 +13,7 @@ from torch import nn
 from not_hf.architecture.devices import execution_device
 from not_hf.architecture.layers import output_projections
 from not_hf.architecture.stack import Stack
-from not_hf.architecture.upstream import swapped_layers
+from not_hf.architecture.upstream import view_with_layers
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 
 
@@ -99,7 +99,7 @@ class _CalledError(Exception):
 
 
 def _layer_call(stack: Stack, probe: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which a model calls its first layer, for a few tokens; `probe` takes its place."""
+    """The arguments with which a model calls its first layer, for a few tokens; in a view of it, that is `probe`."""
 
     def catch(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _CalledError(args, kwargs)
@@ -108,9 +108,9 @@ def _layer_call(stack: Stack, probe: nn.Module) -> tuple[tuple[Any, ...], dict[s
     base = stack.base_model
     embeddings: Any = base.get_input_embeddings()
     device = execution_device(embeddings) or embeddings.weight.device
+    view = view_with_layers(base, stack.path, [probe])
     try:
-        with swapped_layers(stack.layers, [probe]):
-            base(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)
+        view(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)
     except _CalledError as called:
         return called.args
     finally:

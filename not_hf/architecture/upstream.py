@@ -12,18 +12,24 @@ import functools
 import inspect
 import logging
 import os
+import threading
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks, _IncompatibleKeys
+from torch.nn.utils.stateless import _reparametrize_module
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import resolve_revision
+
+from not_hf.errors import require_plain_token
 
 # ------------------------------------------------------------------ calls of `from_pretrained`
 
@@ -46,7 +52,12 @@ def require_known(kwargs: Collection[str], known: Collection[str] = SHARED_KWARG
 
 
 def resolve_commit(source: str, hub_kwargs: Mapping[str, Any]) -> str | None:
-    """Pin a revision to its commit, so that everything read from the repo is of one state."""
+    """Pin a revision to its commit, so that everything read from the repo is of one state.
+
+    Raises:
+        NotHFError: The token has characters that no token has.
+    """
+    require_plain_token(hub_kwargs.get("token"))
     return resolve_revision(
         source,
         hub_kwargs.get("revision"),
@@ -69,6 +80,9 @@ def fetch_file(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> 
 # ------------------------------------------------------------------ building and loading models
 
 
+BUILDING = threading.RLock()  # the settings of `built_whole` are global to all threads
+
+
 @contextlib.contextmanager
 def built_whole(hollow: bool = False) -> Iterator[None]:
     """Models built inside the block are whole on each process, also where transformers would partition them at once.
@@ -78,15 +92,16 @@ def built_whole(hollow: bool = False) -> Iterator[None]:
     Args:
         hollow: Do not initialize parameters: they are on the meta device, or filled afterwards.
     """
-    reference: Any = deepspeed._hf_deepspeed_config_weak_ref
-    config = None if reference is None else reference()
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        with no_init_weights() if hollow else contextlib.nullcontext():
-            yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
+    with BUILDING:
+        reference: Any = deepspeed._hf_deepspeed_config_weak_ref
+        config = None if reference is None else reference()
+        deepspeed.unset_hf_deepspeed_config()
+        try:
+            with no_init_weights() if hollow else contextlib.nullcontext():
+                yield
+        finally:
+            if config is not None:
+                deepspeed.set_hf_deepspeed_config(config)
 
 
 @contextlib.contextmanager
@@ -102,6 +117,17 @@ def without_load_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
+
+
+@contextlib.contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Suppress transformers' bar "Loading weights", where nothing is loaded."""
+    before = transformers_logging._tqdm_active
+    transformers_logging._tqdm_active = False
+    try:
+        yield
+    finally:
+        transformers_logging._tqdm_active = before
 
 
 def forget_conversions(model: nn.Module) -> None:
@@ -188,6 +214,29 @@ def swapped_layers(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> Iterato
         stack._modules = before
 
 
+def view_with_layers(model: nn.Module, path: str, layers: Iterable[nn.Module]) -> nn.Module:
+    """A model that shares all modules with another, but has other layers in the list at `path`.
+
+    It has the `forward` of its class: one that accelerate has set belongs to the other model.
+    """
+    view = model.__new__(type(model))
+    view.__dict__ = {key: value for key, value in vars(model).items() if key != "forward"}
+    view._modules = dict(model._modules)
+    name, _, rest = path.partition(".")
+    inner: Any = model._modules[name]
+    view._modules[name] = view_with_layers(inner, rest, layers) if rest else nn.ModuleList(layers)
+    return view
+
+
+replaced_parameters = _reparametrize_module  # context manager: a module has other tensors, by name, inside the block
+
+
+def rebind_forward(module: nn.Module) -> None:
+    """Have accelerate's hook on a module call the `forward` of its class, which has changed."""
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
 def tables_of(module: nn.Module) -> list[dict[str, Any]]:
     """The dicts in which torch keeps a module's children, parameters and buffers."""
     return [module._modules, module._parameters, module._buffers]
@@ -250,17 +299,26 @@ def _flat(hook: Any) -> list[Any]:
     return [each for part in hook.hooks for each in _flat(part)] if hasattr(hook, "hooks") else [hook]
 
 
-def forget_capture_hooks(roots: Iterable[nn.Module]) -> None:
+def forget_capture_hooks(model: nn.Module, path: str, entering: Iterable[nn.Module]) -> None:
     """Remove the hooks that record hidden states and attentions; transformers installs them anew when it needs them.
 
     It does so once per model, for the layers that the model has then.
+
+    Args:
+        model: A model.
+        path: Path of its list of layers; the models along it may have had hooks installed.
+        entering: Layers of other models that are to enter the list.
     """
+    parts = path.split(".")
+    models = [model, *(model.get_submodule(".".join(parts[: n + 1])) for n in range(len(parts)))]
+    roots = list(entering)
+    for each in models:
+        if vars(each).pop("_output_capturing_hooks_installed", False):
+            roots.append(each)
     for module in (module for root in roots for module in root.modules()):
         for key, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__name__", "") == "output_capturing_hook":
                 del module._forward_hooks[key]
-        if "_output_capturing_hooks_installed" in vars(module):
-            vars(module)["_output_capturing_hooks_installed"] = False
 
 
 # ------------------------------------------------------------------ models that accelerate dispatched

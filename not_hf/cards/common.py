@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from not_hf.errors import NotHFError, one_line
+from not_hf.errors import NotHFError, one_line, printable
+from not_hf.limits import MAX_CARD, MAX_DEPTH
+from not_hf.version import INSTALL
 
 LIBRARY = "not_hf"
 README = "README.md"
@@ -24,10 +26,19 @@ DONOR_TAG = "not-hf"  # of donors only: `list_donors` searches for it
 ADAPTER_TAG = "base_model:adapter:"  # before the Hub ID of the base
 METHOD_TAGS = ("neural-organ-transplantation", "arxiv:2601.13580")  # of everything made with the method
 
-# A part of a card that not_hf writes. Cards of versions without checksums have the block "facts" only.
+# A part of a card that not_hf writes. Cards of versions without checksums have the block "facts" only. No part holds
+# the mark of another one: so a text of marks alone is searched once, not once per mark.
 _BLOCK = re.compile(
-    r"<!-- not_hf (?P<name>\w+)(?: (?P<checksum>\w+))?:.*?-->(?P<body>.*?)<!-- /not_hf (?P=name) -->", re.DOTALL
+    r"<!-- not_hf (?P<name>\w{1,20})(?: (?P<checksum>\w{1,20}))?:[^<>]{0,200}-->"
+    r"(?P<body>(?:(?!<!-- /?not_hf ).)*)<!-- /not_hf (?P=name) -->",
+    re.DOTALL,
 )
+# As huggingface_hub finds it
+_METADATA = re.compile(r"\s*---(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)", re.DOTALL)
+_MARKUP = re.compile(r"[\\`*<>&|\[\]]")  # what Markdown and HTML take for more than text
+_ADDRESS = re.compile(r"://|\bwww\.|@", re.IGNORECASE)
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where PyYAML was built with it
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +84,8 @@ def warn_once(message: str) -> None:
 def render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
     """Render a card from a file in `templates/`, where `{% call block("name") %}` marks what later saves rewrite."""
     path = str(Path(__file__).parent / "templates" / template)
-    values |= {"block": _block, "cell": _cell, "linked": _linked, "hub_id": hub_id, "short_name": short_name}
+    values |= {"block": _block, "shown": shown, "code": _code, "linked": _linked, "hub_id": hub_id}
+    values |= {"install": INSTALL, "short_name": short_name}
     return ModelCard.from_template(data, template_path=path, **values)
 
 
@@ -85,14 +97,27 @@ def _block(name: str, caller: Callable[[], str]) -> str:
     return f"<!-- not_hf {mark} -->\n\n{body}\n\n<!-- /not_hf {name} -->"
 
 
-def _cell(value: object) -> str:
-    """Format a value for a table cell: one line, with `|` escaped."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def shown(value: object) -> str:
+    """Format a text for a card so that it is shown as it is, in one line: without markup, HTML, links and images.
+
+    Every text that a config holds goes through here, through `_code`, or is a Hub ID.
+    """
+    return " ".join(_code(word) if _ADDRESS.search(word) else _MARKUP.sub(r"\\\g<0>", word) for word in _words(value))
+
+
+def _code(value: object) -> str:
+    """Format a text as code, in which renderers look for no links either."""
+    text = " ".join(_words(value)).replace("`", "'").replace("|", "\\|").replace("<!--", "<! --")
+    return f"`{text}`"
+
+
+def _words(value: object) -> list[str]:
+    return printable(str(value)).split()
 
 
 def _linked(name: str | None) -> str:
-    """Return a Markdown link if `name` is a Hub ID, else its `short_name`."""
-    return f"[{name}](https://huggingface.co/{name})" if hub_id(name) else f"`{short_name(name)}`"
+    """Return a Markdown link if `name` is a Hub ID, else its `short_name` as code."""
+    return f"[{name}](https://huggingface.co/{name})" if hub_id(name) else _code(short_name(name))
 
 
 def _checksum(text: str) -> str:
@@ -136,14 +161,44 @@ def has_own_text(path: str | os.PathLike[str]) -> bool:
     return bool(_BLOCK.sub(lambda block: block.group() if _is_edited(block) else "", text).strip())
 
 
+def read_card(path: str | os.PathLike[str]) -> str:
+    """Read a card.
+
+    Raises:
+        ValueError: It is too large, or its metadata are nested too deep or have aliases, which unfold without end.
+        yaml.YAMLError: Its metadata are not YAML.
+        OSError: It cannot be read.
+    """
+    if (size := os.path.getsize(path)) > MAX_CARD:
+        raise ValueError(f"{size:,} bytes; at most {MAX_CARD:,} are read")
+    text = Path(path).read_bytes().decode("utf-8-sig")
+    metadata, depth = _METADATA.match(text), 0
+    for event in yaml.parse(metadata[1], Loader=_LOADER) if metadata else ():
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"the alias *{event.anchor} in its metadata; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"its metadata are nested more than {MAX_DEPTH} deep")
+    return text
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the metadata of a card; raises as `read_card`."""
+    metadata = _METADATA.match(read_card(path))
+    values = yaml.load(metadata[1], Loader=_LOADER) if metadata else {}
+    if not isinstance(values, dict | None):
+        raise ValueError("its metadata must be names and values")
+    return values or {}
+
+
 def _load(path: str | os.PathLike[str]) -> ModelCard:
     try:
         # ModelCard.load of huggingface_hub 2.2 reads a byte order mark as text
-        card = ModelCard(Path(path).read_bytes().decode("utf-8-sig"))
+        card = ModelCard(read_card(path))
         if not all(isinstance(card.data.get(key, []), str | list) for key in ("tags", "datasets")):
             raise ValueError("tags and datasets must be lists")
         return card
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # malformed metadata
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:  # malformed metadata
         reason = one_line(error, 200)
         raise NotHFError(f"{path} has metadata that cannot be read ({reason}); correct or remove it") from error
 
@@ -152,7 +207,9 @@ def _update_metadata(old: ModelCardData, new: ModelCardData, facts: str) -> None
     """Update `old` with the keys of `new`; `facts` is the block "facts" of the old card."""
     outdated = [tag for tag in unite(old.tags) if tag.startswith("base_model:")] if new.base_model else []
     outdated += [DONOR_TAG] if new.library_name != LIBRARY else []
-    results = [result for result in old.eval_results or [] if not _is_ours(result, new, facts)]
+    rows = [row.strip("| ").split(" | ") for row in facts.splitlines()]
+    numbers = {(name, value) for name, *cells in rows for value in cells}
+    results = [result for result in old.eval_results or [] if not _is_ours(result, new, numbers)]
     results += new.eval_results or []
     values = {key: value for key, value in vars(new).items() if value is not None}
     values |= {
@@ -171,11 +228,10 @@ def _update_metadata(old: ModelCardData, new: ModelCardData, facts: str) -> None
     vars(old).update(values)
 
 
-def _is_ours(result: EvalResult, new: ModelCardData, facts: str) -> bool:
-    """Whether not_hf wrote a result: it is measured again in `new`, or its number is in `facts`."""
+def _is_ours(result: EvalResult, new: ModelCardData, numbers: Collection[tuple[str, str]]) -> bool:
+    """Whether not_hf wrote a result: it is measured again in `new`, or it is one of the `numbers` of the old card."""
     if any(result.is_equal_except_value(other) for other in new.eval_results or []):
         return True
     if not isinstance(result.metric_value, int | float):
         return False
-    row = rf"^\| {re.escape(str(result.metric_name))} \|.*\| {re.escape(f'{result.metric_value:.4g}')} \|"
-    return re.search(row, facts, re.MULTILINE) is not None
+    return (shown(result.metric_name), f"{result.metric_value:.4g}") in numbers

@@ -67,7 +67,7 @@ def donor_card(
     )
     facts: dict[str, Any] = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
     facts |= {"conditions": dict(_conditions(config.metrics or {})), "curve": CURVE if has_curve else None}
-    return render("donor_card.md", data, title=title, repo_id=repo_id, picture=_picture(config), **facts)
+    return render("donor_card.md", data, title=title, repo_id=repo_id, picture=picture(config), **facts)
 
 
 def updated_card(
@@ -155,7 +155,7 @@ def _eval_result(name: str, value: float, task: str, domain: str | None) -> Eval
     )
 
 
-def _picture(config: DonorConfig) -> str | None:
+def picture(config: DonorConfig) -> str | None:
     """Draw the stack of the base with the organ in it."""
     if config.layers is None or config.position is None:
         return None

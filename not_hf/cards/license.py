@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
-from huggingface_hub import metadata_load
 from huggingface_hub.errors import HTTPError
 
 from not_hf.architecture.upstream import commit_of, fetch_file
-from not_hf.cards.common import README, hub_id, unite
+from not_hf.cards.common import README, hub_id, read_metadata, unite
 from not_hf.errors import one_line
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def base_license(base: str, **hub_kwargs: Any) -> License:
     hub_kwargs.pop("subfolder", None)  # the card of a repo is at its root
     try:
         path = fetch_file(base, README, **hub_kwargs)
-        card = (metadata_load(path) if path else None) or {}
+        card = read_metadata(path) if path else {}
     except (OSError, ValueError, HTTPError, yaml.YAMLError) as error:
         reason = one_line(error, 200)
         logger.warning("the licence of %s is unknown, since its card cannot be read: %s", base, reason)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 
-from not_hf.errors import NotHFError, one_line
+from not_hf.errors import NotHFError, interval, one_line, printable
 from not_hf.version import __version__
 
 app = typer.Typer(name="not-hf", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
@@ -78,7 +79,7 @@ def command(example: str, name: str | None = None) -> Callable[[Callable[..., Re
                 if debug:
                     raise
                 end_progress_bars()
-                typer.echo(f"error: {_message(error)}", err=True)
+                typer.echo(f"error: {printable(_message(error))}", err=True)
                 raise typer.Exit(1) from error
             _show(result, as_json)
 
@@ -129,7 +130,7 @@ def facts(title: str, rows: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, _text(value))
+            table.add_row(name, interval(value) if name == "layers" and isinstance(value, list) else _text(value))
     return table
 
 
@@ -143,15 +144,28 @@ def _text(value: Any) -> str:
 
 def _show(result: Result, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(_finite(result.data), indent=2, allow_nan=False, ensure_ascii=False))
+        text = json.dumps(_finite(result.data), indent=2, allow_nan=False, ensure_ascii=False)
+        typer.echo(printable(text))  # escaped as in JSON, of which it is a part
     elif isinstance(result.view, str):
-        typer.echo(result.view)
+        typer.echo(printable(result.view))
     else:
         # a pipe has no width: do not wrap lines that go into it
-        Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(result.view)
+        console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+        console.print(_Printable(result.view))
     if result.failure:
-        typer.echo(f"error: {result.failure}", err=True)
+        typer.echo(f"error: {printable(result.failure)}", err=True)
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Printable:
+    """A view without control characters but those of the console itself, which are segments of their own."""
+
+    view: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self.view, options):
+            yield Segment(text if control else printable(text), style, control)
 
 
 def _finite(value: Any) -> Any:

@@ -48,6 +48,8 @@ def _continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, 
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise NotHFError("the prompt is empty; give a text to continue")
     with _token_bar(max_new_tokens) as streamer:
         output = model.generate(
             **inputs.to(model.device),

@@ -11,6 +11,7 @@ from rich.table import Table
 from not_hf.cli.app import Result, command, facts
 from not_hf.cli.check import mismatches_as_data, mismatches_as_text
 from not_hf.cli.options import Donor, Revision, Subfolder, Token, given
+from not_hf.errors import megabytes
 
 if TYPE_CHECKING:
     from not_hf import DonorConfig
@@ -68,12 +69,9 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
             "base": config.base_model_name_or_path,
             "base revision": config.base_revision,
             "architecture": (config.base_config or {}).get("model_type"),
-            "layers": config.layers,
-            "position": config.position,
-            "mode": config.mode,
-            "init": config.init,
+            **({} if config.donors else _place(config)),
             "parameters": data["num_parameters"],
-            "size": f"{data['size'] / 1e6:,.1f} MB",
+            "size": megabytes(data["size"]),
             "domain": config.domain,
             "datasets": ", ".join(config.datasets or []) or None,
             "tokens seen": config.tokens_seen,
@@ -81,13 +79,19 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
             "license": config.license,
             "not_hf version": config.not_hf_version,
             "fingerprint": config.fingerprint,
+            "digest": config.digests,
         },
     )
+
+
+def _place(config: DonorConfig) -> dict[str, Any]:
+    """Describe the place of one organ; a composition lists those of its organs."""
+    return {"layers": config.layers, "position": config.position, "mode": config.mode, "init": config.init}
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     columns = dict.fromkeys(key for row in rows for key in row)  # in a composition, not every organ has every key
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(str(row.get(key, "")) for key in columns))
+        table.add_row(*(megabytes(row[key]) if key == "size" else str(row.get(key, "")) for key in columns))
     return table

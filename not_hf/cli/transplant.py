@@ -12,6 +12,7 @@ from rich.table import Table
 
 from not_hf.cli.app import Result, command, facts, output_folder
 from not_hf.cli.options import Force, Token, given
+from not_hf.errors import interval, megabytes
 
 if TYPE_CHECKING:
     from not_hf import OrganSource
@@ -152,9 +153,9 @@ def _view(data: dict[str, Any], dry_run: bool, output: Path | None) -> Group:
             source if "donor" in entry else f"{source} (copied in)",
             (entry["source_revision"] or "–")[:12],
             f"{entry['mode']} at {entry['position']}" + ("" if entry["scale"] == 1 else f", scale {entry['scale']:g}"),
-            "[{}, {})".format(*entry["layers"]),
+            interval(entry["layers"]),
             f"{entry['num_parameters']:,}",
-            f"{entry['size'] / 1e6:,.1f} MB",
+            megabytes(entry["size"]),
         )
     stack = Table("layer", "from", "cut from")
     for row in data["stack"]:

@@ -1,4 +1,4 @@
-"""Check organs against a recipient, and donors' files, from configs and headers; no weights are read."""
+"""Check organs against a recipient, and donors' files: configs, headers and, of files on this machine, digests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import native_differences
 from not_hf.architecture.scaling import scale_problem
-from not_hf.architecture.upstream import require_known, resolve_commit
+from not_hf.architecture.upstream import require_known, resolve_commit, without_progress_bar
 from not_hf.composition.layout import Place, StackEntry, arrange, require_free_names
 from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
 from not_hf.composition.sources import DEFAULT_NAME, OrganSource
@@ -22,8 +22,11 @@ from not_hf.donor import compatibility
 from not_hf.donor.compatibility import Mismatches
 from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import CorruptDonorError, IncompatibleDonorError, UnsupportedArchitectureError
+from not_hf.errors import CorruptDonorError, IncompatibleDonorError, UnsupportedArchitectureError, some
+from not_hf.hub.checkpoint import open_checkpoint
+from not_hf.hub.digest import digest_problem
 from not_hf.hub.partial_download import list_tensors
+from not_hf.limits import MAX_LAYERS
 
 
 class _PlacedOrgan(Protocol):
@@ -85,6 +88,8 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
     try:
         active = [organ for organ in (*loaded, *organs) if organ.active]
         stack = arrange(recipient.num_hidden_layers, [organ.place for organ in active])
+        if len(stack) > max(MAX_LAYERS, recipient.num_hidden_layers):
+            raise IncompatibleDonorError(f"the stack would have {len(stack)} layers; at most {MAX_LAYERS} are built")
         specs = {organ.place.name: organ.spec for organ in active}
         origins = [(specs[name] if name else None, n) for name, n in stack]
         built, native = compatibility.describe_stack(origins, recipient)
@@ -104,7 +109,8 @@ def header_problems(spec: OrganSpec, headers: Mapping[str, TensorInfo]) -> list[
     problems = tensor_problems(headers) + expert_problems(headers)
     hollow = {name: torch.empty(each.shape, dtype=dtype_of(each), device="meta") for name, each in headers.items()}
     try:
-        _, info = DonorModel.fill(spec, hollow, source="the checkpoint", device_map="meta")
+        with without_progress_bar():
+            _, info = DonorModel.fill(spec, hollow, source="the checkpoint", device_map="meta")
     except CorruptDonorError as error:
         return problems or [str(error)]
     return [*problems, *(problem for problem in loading_problems(info) if problem not in problems)]
@@ -150,9 +156,11 @@ def check_donor(
     subfolder: str | None = None,
     **hub_kwargs: Any,
 ) -> Mismatches:
-    """List all reasons why a donor or composition cannot be loaded into a recipient, from configs and file headers.
+    """List all reasons why a donor or composition cannot be loaded into a recipient.
 
-    `check_compatibility` reads configs only. This also reads the headers of the donor's files.
+    `check_compatibility` reads configs only. This also reads the headers of the donor's files and, if the files are on
+    this machine (a folder, or the Hub's cache), compares their tensors with the digest in the config. It downloads no
+    weights.
 
     Args:
         donor: Folder or Hub ID of a donor or composition.
@@ -181,26 +189,44 @@ def check_donor(
         ['cannot insert 2 layers at position 9 of 4 (the recipient); position must be between 0 and 4']
     """
     _, organs = survey(donor, position, mode, revision, subfolder, **hub_kwargs)
-    return recipient_problems(organs, recipient, **hub_kwargs)
+    return recipient_problems(organs, recipient, verify=True, **hub_kwargs)
 
 
 def recipient_problems(
     surveyed: Sequence[SurveyedOrgan],
     recipient: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel,
+    verify: bool = False,
     **hub_kwargs: Any,
 ) -> Mismatches:
-    """`check_donor` for organs returned by `survey`."""
+    """`check_donor` for organs returned by `survey`; digests are compared if `verify`."""
     if isinstance(recipient, PreTrainedModel):
         recipient = getattr(recipient, "base_config", recipient.config)
     elif not isinstance(recipient, PreTrainedConfig):
         name = os.fspath(recipient)
         revision = resolve_commit(name, hub_kwargs)
         recipient, _ = read_base_config(name, None, {**hub_kwargs, "revision": revision})
-    problems, differences = examine([each.organ for each in surveyed], recipient).problems, []
+    fit = examine([each.organ for each in surveyed], recipient)
+    problems, differences = fit.problems, []
+    if fit.differences:
+        differences.append(f"can run but not be merged into a native model: {some(fit.differences)}")
     for each in surveyed:
         prefix = f"organ {each.organ.name!r}: " if len(surveyed) > 1 else ""
         found = [each.unreadable] if each.unreadable else header_problems(each.organ.spec, each.tensors)
+        if verify and not found:
+            found = _local_digest_problem(each.organ, hub_kwargs)
         problems += [f"{prefix}{problem}" for problem in found]
         others = compatibility.recipient_differences(each.organ.spec, recipient, hub_kwargs.get("cache_dir"))
+        others += compatibility.layer_type_differences(
+            each.organ.spec, recipient, each.organ.position, each.organ.mode
+        )
         differences += [f"{prefix}{other}" for other in others]
     return Mismatches(problems, () if problems else differences)
+
+
+def _local_digest_problem(organ: ResolvedOrgan, hub_kwargs: Mapping[str, Any]) -> list[str]:
+    """Compare an organ's tensors with their digest, if they are on this machine."""
+    where = {**hub_kwargs, "revision": organ.revision, "subfolder": organ.subfolder or "", "local_files_only": True}
+    try:
+        return digest_problem(open_checkpoint(str(organ.donor), **where), organ.spec.config.digests)
+    except OSError:  # not in the cache
+        return []

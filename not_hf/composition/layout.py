@@ -32,7 +32,7 @@ class StackEntry(NamedTuple):
 
 def is_plain_name(name: Any) -> bool:
     """Whether a name is valid for an organ, and so for a folder."""
-    return isinstance(name, str) and bool(name.strip()) and not set(name) & set("./\\")
+    return isinstance(name, str) and bool(name.strip()) and name.isprintable() and not set(name) & set("./\\")
 
 
 def require_distinct(names: Sequence[str], where: str = "", error: type[NotHFError] = NotHFError) -> None:

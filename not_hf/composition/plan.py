@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME
 
 from not_hf.architecture.upstream import commit_of, fetch_file, require_known, resolve_commit
 from not_hf.cards.common import README
+from not_hf.cards.description import as_html, describe_organ
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License
 from not_hf.composition.check import header_problems, validate
@@ -27,9 +28,11 @@ from not_hf.config import DonorConfig
 from not_hf.donor.loading import refuse
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.tokenizer import save_local_tokenizer
-from not_hf.errors import NotHFError, reaching_hub
+from not_hf.errors import NotHFError, megabytes, reaching_hub
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.hub.checkpoint import checkpoint_files, open_checkpoint
+from not_hf.hub.consistent_read import saved_digests
+from not_hf.hub.digest import digest_problems
 from not_hf.hub.partial_download import list_tensors
 
 
@@ -70,6 +73,18 @@ class Plan:
     stack: Sequence[StackEntry]
     hub_kwargs: Mapping[str, Any] = field(repr=False)  # with the token
 
+    def __repr__(self) -> str:
+        lines = [
+            f"composition for {self.base}: {self.base_config.num_hidden_layers} layers, {len(self.stack)} with organs"
+        ]
+        for organ in self.organs:
+            size = f"{organ.num_parameters:,} parameters, {megabytes(organ.size)}"
+            lines.append(f"  {organ.name}: {describe_organ(organ.config)}; {size}; from {organ.source.donor}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return as_html({organ.name: organ.config for organ in self.organs})
+
     def config(self, embed: bool = False) -> DonorConfig:
         """Make the root config; `embed` as in `save_pretrained`."""
         entries = []
@@ -102,11 +117,16 @@ class Plan:
         config = self.config(embed)
         num_parameters = sum(organ.num_parameters for organ in self.organs)
         card = updated_card(folder, config, num_parameters, sum(organ.size for organ in self.organs))
+        digests: dict[str, str] = {}
         with replacing(folder) as draft:
             for name, paths in files.items():
                 Path(draft, name).mkdir()
                 for file, path in paths.items():
                     shutil.copyfile(path, Path(draft, name, file))
+                copied_digests = saved_digests(draft, name) or {}
+                refuse(str(copied[name].donor), digest_problems(os.path.join(draft, name), copied_digests))
+                digests |= {f"{name}/{file}": value for file, value in copied_digests.items() if file in paths}
+            config.digests = digests or None
             config.save_pretrained(draft)
             card.save(Path(draft, README))
             save_local_tokenizer(self.base, folder, draft)

@@ -15,9 +15,12 @@ from not_hf.cards.donor import updated_card
 from not_hf.cards.license import inherit_license
 from not_hf.composition.resolve import resolve_donor
 from not_hf.composition.sources import OrganSource
+from not_hf.donor.loading import refuse
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError
 from not_hf.hub.atomic_write import DRAFT
+from not_hf.hub.consistent_read import require_same_save, saved_digests
+from not_hf.hub.digest import digest_problems
 from not_hf.hub.push import PushOptions, push_folder
 
 
@@ -25,6 +28,8 @@ def push_donor(
     folder: str | os.PathLike[str], repo_id: str, ignore: Sequence[str] = (), **options: Unpack[PushOptions]
 ) -> CommitInfo:
     """Check the folder of a donor or composition strictly, then push it with an updated card as one commit.
+
+    The check includes the digest of the tensors, if their config has one.
 
     Args:
         folder: Folder of the donor. Organs that a composition lists from elsewhere must be on the Hub.
@@ -69,6 +74,10 @@ def push_donor(
         card = updated_card(folder, config, num_parameters, size, repo_id, published=readme)
         ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", "checkpoint-*", *ignore)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
+        require_same_save(target, None, config.digests)
+        for organ in inside:
+            copy = os.path.join(target, organ.subfolder or "")
+            refuse(os.path.join(folder, organ.subfolder or ""), digest_problems(copy, saved_digests(copy)))
         if config.license != stated:
             config.save_pretrained(target)
         card.save(readme)

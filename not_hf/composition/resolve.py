@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from not_hf.architecture.upstream import AUTO_KWARGS, SHARED_KWARGS, implementations, require_known, resolve_commit
+from not_hf.architecture.upstream import (
+    AUTO_KWARGS,
+    SHARED_KWARGS,
+    fetch_file,
+    implementations,
+    require_known,
+    resolve_commit,
+)
 from not_hf.composition.layout import Place
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource, read_entries
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import has_adapters
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError, one_line, reading_base
+from not_hf.hub.consistent_read import require_same_save, saved_digests
 
 # Arguments of a model's `from_pretrained` that are not values of its config, besides those in HUB_KWARGS.
 _NOT_OF_CONFIG = ("code_revision", "dtype", "quantization_config", "torch_dtype", "trust_remote_code")
@@ -48,6 +59,7 @@ class Resolved:
         organs: Organs to load, in load order.
         shared: Hub arguments for base and donors (`token`, `cache_dir`, …).
         named_by: The donor whose config names the base, unless the user does.
+        generation_config: That of this donor, if it has one.
     """
 
     base: str | PreTrainedModel
@@ -56,6 +68,7 @@ class Resolved:
     organs: Sequence[ResolvedOrgan]
     shared: dict[str, Any] = field(repr=False)
     named_by: str | None = None
+    generation_config: GenerationConfig | None = None
 
 
 def resolve(
@@ -94,6 +107,7 @@ def resolve(
         _, organs = resolve_donor(replace(source, donor=donor), shared)
         native = getattr(first, "base_config", first.config)
         return Resolved(first, native, {}, organs, shared)
+    generation = None
     if donor is not None:
         base, named_by = os.fspath(first), None
         _, organs = resolve_donor(replace(source, donor=donor), shared)
@@ -102,9 +116,11 @@ def resolve(
         named_by = os.fspath(first)
         revision = source.revision or kwargs.pop("revision", None)
         subfolder = source.subfolder or kwargs.pop("subfolder", None)
-        source = replace(source, donor=named_by, revision=revision, subfolder=subfolder)
+        source = _pin(replace(source, donor=named_by, revision=revision, subfolder=subfolder), shared)
         root, organs = resolve_donor(source, shared, config if isinstance(config, DonorConfig) else None)
         config = None
+        if "generation_config" not in kwargs:
+            generation = _read_generation_config(source, shared)
         if root.base_model_name_or_path is None:
             raise NotHFError(f"{named_by} does not name its base; give it: from_pretrained(base, {named_by!r})")
         base = root.base_model_name_or_path
@@ -114,7 +130,7 @@ def resolve(
         if root.base_subfolder:
             kwargs["subfolder"] = root.base_subfolder
     native, kwargs = read_base_config(base, config, kwargs, named_by)
-    return Resolved(base, native, kwargs, organs, shared, named_by)
+    return Resolved(base, native, kwargs, organs, shared, named_by, generation)
 
 
 def read_base_config(
@@ -164,6 +180,8 @@ def resolve_donor(
     config = config or _read_config(source, hub_kwargs)
     if config.donors is None:
         return config, [_checked(source, config)]
+    assert not isinstance(source.donor, DonorModel)  # which is one organ
+    digests = config.digests or saved_digests(source.donor, source.subfolder)
     entries = read_entries(config, source)
     if source.name not in ("", DEFAULT_NAME):
         raise NotHFError(
@@ -174,7 +192,9 @@ def resolve_donor(
         raise NotHFError(
             f"{source.donor} is a composition, whose organs have places; to move one, name its repo or subfolder"
         )
-    return config, [_resolve_entry(entry, source, hub_kwargs) for entry in entries]
+    organs = [_resolve_entry(entry, source, hub_kwargs) for entry in entries]
+    require_same_save(source.donor, source.subfolder, digests)
+    return config, organs
 
 
 def resolve_organ(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> ResolvedOrgan:
@@ -218,6 +238,25 @@ def _read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorCon
     return DonorConfig.from_pretrained(
         source.donor, **{**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
     )
+
+
+def _read_generation_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> GenerationConfig | None:
+    """Read the `generation_config.json` of a donor, if any.
+
+    Raises:
+        CorruptDonorError: It is no generation config.
+    """
+    where = {**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
+    path = fetch_file(str(source.donor), GENERATION_CONFIG_NAME, **where)
+    if path is None:
+        return None
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if unknown := sorted(values.keys() - GenerationConfig().to_dict().keys()):
+            raise ValueError(f"unknown keys {', '.join(unknown)}")
+        return GenerationConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptDonorError(f"{source.donor}: generation_config.json: {one_line(error, 300)}") from error
 
 
 def _checked(source: OrganSource, config: DonorConfig) -> ResolvedOrgan:

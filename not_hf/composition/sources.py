@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -17,6 +17,7 @@ from not_hf.config import MODES, DonorConfig
 from not_hf.donor.cutting import plain_config
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError
+from not_hf.limits import MAX_ORGANS, require_few
 
 DEFAULT_NAME = "default"  # of an organ, as in PEFT
 
@@ -82,6 +83,7 @@ def read_entries(config: DonorConfig, composition: OrganSource) -> list[OrganSou
         raise CorruptDonorError(
             f"{where}: donors of a composition must be a list of organs, got {config.donors!r:.200}"
         )
+    require_few(f"{where}: donors", config.donors, MAX_ORGANS)
     for entry in config.donors:
         if not isinstance(entry, dict) or not entry.get("name") or not (entry.get("donor") or entry.get("subfolder")):
             raise CorruptDonorError(
@@ -114,6 +116,7 @@ def composition_config(
         base_subfolder=base_subfolder,
         base_config=plain_config(base_config),
         donors=list(entries),
+        architectures=[DonorModel.__name__],  # as in a donor's config; TRL reads it
         **joint_license(licenses)._asdict(),
     )
 
@@ -130,8 +133,8 @@ def _problem(entry: dict[str, Any]) -> str | None:
         return "must have a plain name, without dots and slashes"
     if entry.get("mode") not in (None, *MODES):
         return f"has mode {entry['mode']!r:.200}, which must be one of {MODES}"
-    if (scale := entry.get("scale")) is not None and not math.isfinite(scale):
-        return f"has scale {scale}, which must be a finite number"
+    if (scale := entry.get("scale")) is not None and not abs(scale) <= sys.float_info.max:
+        return f"has scale {scale!r:.100}, which must be a finite number"
     path = PurePosixPath(entry.get("subfolder") or "")
     if path.is_absolute() or ".." in path.parts or "\\" in str(path) or not (path.parts or entry.get("donor")):
         return f"has subfolder {entry['subfolder']!r:.200}, which leads out of its repo or to the composition itself"

@@ -12,7 +12,7 @@ from not_hf.architecture.differences import computing_differences
 from not_hf.cards.common import unite
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import IncompatibleDonorError, NotHFError, some
+from not_hf.errors import IncompatibleDonorError, NotHFError, interval, some
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -69,6 +69,8 @@ def average_donors(
         >>> average_donors(donors, weights=[0.7, 0.3]).config.domain
         'Bible + law'
     """
+    if isinstance(donors, str | os.PathLike | DonorModel):
+        raise NotHFError(f"average_donors needs a list of two or more donors, got {donors!r:.100}; give it: [a, b]")
     models = [each if isinstance(each, DonorModel) else DonorModel.from_pretrained(each) for each in donors]
     tensors = combined([model.state_dict() for model in models], weights, combination_type)
     config = combined_config([model.config for model in models])
@@ -115,7 +117,8 @@ def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
     for other in configs[1:]:
         if other.span != config.span:
             raise IncompatibleDonorError(
-                f"layers {list(config.span)} and {list(other.span)} cannot be averaged; choose donors of one span"
+                f"layers {interval(config.span)} and {interval(other.span)} cannot be averaged; "
+                "choose donors of one span"
             )
         if differences := computing_differences(config.native_config(), other.native_config()):
             raise IncompatibleDonorError(f"layers with different configs cannot be averaged: {some(differences)}")

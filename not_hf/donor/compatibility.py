@@ -14,7 +14,7 @@ from not_hf.architecture.twin import meta_twin
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
-from not_hf.errors import UnsupportedArchitectureError
+from not_hf.errors import UnsupportedArchitectureError, printable, reading_repo
 
 # Values that the recipient uses for all its layers at once or for its caches: an organ must have the same.
 SHARED_GEOMETRY = (
@@ -42,8 +42,13 @@ class Mismatches(list[str]):
     """
 
     def __init__(self, problems: Iterable[str] = (), differences: Iterable[str] = ()) -> None:
-        super().__init__(problems)
-        self.differences = list(differences)
+        super().__init__(map(_line, problems))
+        self.differences = list(map(_line, differences))
+
+
+def _line(problem: str) -> str:
+    """One line of at most 1,000 characters, whatever names a donor has for its tensors."""
+    return printable(" ".join(problem.split()))[:1000]
 
 
 def check_compatibility(
@@ -85,7 +90,8 @@ def check_compatibility(
     place = (donor_config.position if position is None else position, mode or donor_config.mode)
     if problems := mismatches(spec, config, *place):
         return Mismatches(problems)
-    return Mismatches((), recipient_differences(spec, config, hub_kwargs.get("cache_dir")))
+    differences = recipient_differences(spec, config, hub_kwargs.get("cache_dir"))
+    return Mismatches((), differences + layer_type_differences(spec, config, *place))
 
 
 def mismatches(
@@ -174,6 +180,15 @@ def recipient_differences(
     return differences + vocabulary_differences(spec, recipient, recipient_repo=Repo(name), cache_dir=cache_dir)
 
 
+def layer_type_differences(spec: OrganSpec, recipient: PreTrainedConfig, position: Any, mode: str) -> list[str]:
+    """Compare the attention of an organ's layers (sliding, full, …) with that of the layers they replace."""
+    ours, theirs = (list(getattr(config, "layer_types", None) or ()) for config in (spec.organ, recipient))
+    replaced = theirs[position : position + len(ours)]
+    if mode != "replace" or not theirs or ours == replaced:
+        return []
+    return [f"layer_types of the organ are {', '.join(ours)}; in their place the recipient has {', '.join(replaced)}"]
+
+
 def name_of(recipient: PreTrainedConfig) -> str:
     """Name a recipient in messages."""
     return recipient.name_or_path or "the recipient"
@@ -255,4 +270,5 @@ def _recipient_config(recipient: RecipientLike, hub_kwargs: dict[str, Any]) -> P
         return recipient
     if isinstance(recipient, PreTrainedModel):
         return getattr(recipient, "base_config", recipient.config)  # without organs
-    return AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)
+    with reading_repo(os.fspath(recipient)):
+        return AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)

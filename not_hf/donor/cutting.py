@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
+from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack
@@ -21,7 +22,7 @@ from not_hf.architecture.twin import meta_twin
 from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, resolve_commit
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
-from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, reading_repo
 from not_hf.hub.partial_download import open_part
 
 Span = tuple[int, int]  # half-open, in layers
@@ -51,11 +52,13 @@ class LiveBase:
         """Copy the tensors of a span, by name in the base model, with layers numbered from 0.
 
         Raises:
-            NotHFError: The model is offloaded.
+            NotHFError: The model is offloaded or has no weights.
         """
         state = self.stack.layers[slice(*span)].state_dict()
         tensors = {f"{self.path}.{key}": tensor.detach().clone() for key, tensor in state.items()}
         if any(tensor.is_meta for tensor in tensors.values()):
+            if execution_device(self.stack.layers[span[0]]) is None:
+                raise NotHFError("the live model has no weights (meta device); load them, or give a folder or Hub ID")
             raise NotHFError("the live model is offloaded; give its folder or Hub ID instead")
         return tensors
 
@@ -139,7 +142,8 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
         raise NotHFError(f"base must be a folder, a Hub ID or a model of transformers, not a {kind}") from error
     require_known(hub_kwargs, HUB_KWARGS)
     hub_kwargs["revision"] = resolve_commit(name, hub_kwargs)
-    config = AutoConfig.from_pretrained(name, **hub_kwargs)
+    with reading_repo(name):
+        config = AutoConfig.from_pretrained(name, **hub_kwargs)
     if isinstance(config, DonorConfig):
         raise NotHFError(f"{name} is a donor, not a base; load it with DonorModel.from_pretrained")
     return stored_base(name, config, hub_kwargs)

@@ -23,6 +23,7 @@ from not_hf.donor.modeling import DonorModel
 from not_hf.donor.pickles import read_tensors
 from not_hf.errors import CorruptDonorError, NotHFError, some
 from not_hf.hub.checkpoint import FLOAT_DTYPES
+from not_hf.limits import MAX_VALUES_PER_STORED
 
 DONOR_LAYERS = "donor_layers.pt"  # the file name of the paper's author
 # Buffers of layers in older releases of transformers, which are computed now; a causal mask was a `bias`.
@@ -141,6 +142,9 @@ def import_checkpoint(
     found = naming.layers(tensors)
     config = cut_config(source, _span(list(found), span, name), position, mode, init)
     config.domain = domain
+    num_values = sum(tensor.numel() for layer in found.values() for tensor in layer.values())
+    if num_values > MAX_VALUES_PER_STORED * os.path.getsize(file):
+        raise CorruptDonorError(f"{name} refers to its values many times: {num_values:,} in all; torch.save copies")
     organ_tensors = {
         f"{source.path}.{n}.{key}": _owned(tensor, f"{name}: {naming.name(number, key)}")
         for n, (number, layer) in enumerate(found.items())

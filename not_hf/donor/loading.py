@@ -1,4 +1,4 @@
-"""Strict loading: report missing, unexpected, mis-shaped, empty and non-floating-point tensors."""
+"""Strict loading: report damaged, missing, unexpected, mis-shaped, empty and non-floating-point tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,45 @@ from typing import Any
 import torch
 from huggingface_hub.utils import TensorInfo
 
-from not_hf.errors import CorruptDonorError, some
-from not_hf.hub.checkpoint import FLOAT_DTYPES, View
+from not_hf.config import DonorConfig
+from not_hf.errors import CorruptDonorError, NotHFError, some
+from not_hf.hub.checkpoint import FLOAT_DTYPES, View, file_names, open_checkpoint
+from not_hf.hub.consistent_read import require_same_save, saved_digests
+from not_hf.hub.digest import digest_problem
 
 _EXPERT = re.compile(r"(.*\.experts)\.([0-9]{1,6})\.(.+)")
+
+
+def open_tensors(
+    source: str, config: DonorConfig, hub_kwargs: Mapping[str, Any], variant: str | None = None, verify: bool = False
+) -> dict[str, View]:
+    """Open the tensors that were saved with a config, without reading them unless to verify them.
+
+    Args:
+        source: Folder or Hub ID.
+        config: Config that was read there, or another one for these tensors, which then has no digests.
+        hub_kwargs: With a pinned revision.
+        variant: As in `open_checkpoint`, like the errors.
+        verify: Compare the tensors with their digest.
+
+    Raises:
+        CorruptDonorError: The folder was saved again since, a tensor is empty or not floating-point, or the digest
+            differs.
+        NotHFError: There is no digest to verify.
+    """
+    subfolder, file = hub_kwargs.get("subfolder"), file_names(variant)[0]
+    digests = config.digests or saved_digests(source, subfolder)
+    tensors = open_checkpoint(source, variant=variant, **hub_kwargs)
+    require_same_save(source, subfolder, digests)
+    refuse(source, tensor_problems(tensors))
+    if verify:
+        if file not in (digests or {}):
+            raise NotHFError(
+                f"{source} cannot be verified: its config.json has no digest of {file}, as earlier versions of not_hf "
+                "saved donors; load it without verify=True and save it again"
+            )
+        refuse(source, digest_problem(tensors, digests, variant))
+    return tensors
 
 
 def loading_problems(info: dict[str, Any], partial: bool = False, foreign: bool = False) -> list[str]:

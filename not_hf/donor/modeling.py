@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
@@ -17,12 +18,13 @@ from not_hf.architecture.layers import is_finite, silence
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
-from not_hf.donor.loading import common_dtype, expert_problems, loading_problems, refuse, tensor_problems
+from not_hf.donor.loading import common_dtype, expert_problems, loading_problems, open_tensors, refuse
 from not_hf.donor.saving import write_donor
 from not_hf.donor.stripped import StrippedModel
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line
-from not_hf.hub.checkpoint import open_checkpoint
+from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
+from not_hf.limits import MAX_VALUES_BESIDE, MAX_VALUES_PER_STORED
 
 
 class DonorModel(StrippedModel):
@@ -144,13 +146,20 @@ class DonorModel(StrippedModel):
         *model_args: Any,
         config: DonorConfig | str | os.PathLike[str] | None = None,
         dtype: str | torch.dtype | None = "auto",
+        verify: bool = False,
         **kwargs: Any,
     ) -> DonorModel:
         """Load a donor strictly from a folder or the Hub. Arguments as in `PreTrainedModel.from_pretrained`.
 
+        If somebody saves to the folder meanwhile, the donor is that of before or after. The folder is only read.
+
+        Args:
+            verify: Also compare the tensors with the digest in `config.json`, which costs a pass over their bytes.
+
         Raises:
             CorruptDonorError: A tensor is missing, unexpected, mis-shaped, non-finite or not floating-point, a file is
-                truncated, or the config is invalid.
+                truncated, the config is invalid, or the digest differs.
+            NotHFError: There is no digest to verify; an earlier version of not_hf saved the donor.
             OSError: The repo cannot be read.
         """
         if pretrained_model_name_or_path is None:
@@ -160,10 +169,14 @@ class DonorModel(StrippedModel):
         hub_kwargs["revision"] = upstream.resolve_commit(source, hub_kwargs)
         for auto in (*upstream.AUTO_KWARGS, "trust_remote_code"):
             kwargs.pop(auto, None)
-        if not isinstance(config, DonorConfig):
-            config = DonorConfig.from_pretrained(config or source, **hub_kwargs)
         wants_info, dtype = kwargs.pop("output_loading_info", False), kwargs.pop("torch_dtype", dtype)
-        organ, missing = cls.load_files(config.check(), source, hub_kwargs, dtype, *model_args, **kwargs)
+
+        def read() -> tuple[DonorModel, set[str]]:
+            known = isinstance(config, DonorConfig)
+            described: Any = config if known else DonorConfig.from_pretrained(config or source, **hub_kwargs)
+            return cls.load_files(described.check(), source, hub_kwargs, dtype, *model_args, verify=verify, **kwargs)
+
+        organ, missing = read_steadily(source, read)
         info = {"missing_keys": missing, "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (organ, info) if wants_info else organ  # type: ignore[return-value]
 
@@ -176,6 +189,7 @@ class DonorModel(StrippedModel):
         dtype: str | torch.dtype | None = "auto",
         *model_args: Any,
         variant: str | None = None,
+        verify: bool = False,
         **kwargs: Any,
     ) -> tuple[DonorModel, set[str]]:
         """Load a donor whose config has been read; the rest is as in `load_tensors`.
@@ -184,11 +198,12 @@ class DonorModel(StrippedModel):
             source: Folder or Hub ID.
             hub_kwargs: `token`, `cache_dir`, …, with a pinned revision.
             variant: As in transformers, for `model.<variant>.safetensors`.
+            verify: As in `from_pretrained`.
         """
-        views = open_checkpoint(source, variant=variant, **hub_kwargs)
-        refuse(source, tensor_problems(views))
+        views = open_tensors(source, spec.config, hub_kwargs, variant, verify)
         organ, missing = cls.load_tensors(spec, views, dtype, *model_args, source=source, **kwargs)
         organ.config.name_or_path = source
+        organ.config.digests = None  # its tensors may change
         return organ, missing
 
     @classmethod
@@ -222,6 +237,8 @@ class DonorModel(StrippedModel):
         """
         if not partial:
             refuse(source, expert_problems(tensors))
+            stored = sum(math.prod(tensor.shape) for tensor in tensors.values())
+            kwargs["max_values"] = MAX_VALUES_PER_STORED * stored + MAX_VALUES_BESIDE
         organ, info = cls.fill(spec, tensors, dtype, *model_args, source=source, **kwargs)
         refuse(source, loading_problems(info, partial, foreign))
         state = organ.state_dict().items()

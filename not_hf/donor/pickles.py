@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from not_hf.errors import CorruptDonorError, one_line
+from not_hf.limits import MAX_DEPTH
 
-# Checkpoints are nested a few levels deep. A list that contains itself has no end.
-MAX_DEPTH, MAX_ENTRIES = 32, 1_000_000
+# A small file can refer to one list many times, and a list that contains itself has no end.
+MAX_ENTRIES, MAX_NAME = 500_000, 1000
 
 
 def read_tensors(file: str, name: str) -> dict[str, torch.Tensor]:
@@ -36,6 +38,8 @@ def read_tensors(file: str, name: str) -> dict[str, torch.Tensor]:
             f"{name} is a safetensors file, not a pickle; load a donor with DonorModel.from_pretrained, "
             "cut one out of a model with DonorModel.from_base"
         )
+    if _is_compressed(file):
+        raise CorruptDonorError(f"{name} is compressed, which torch.save never does; torch.save the layers again")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
     except Exception as error:  # an unpickler raises anything on bytes that are not a pickle
@@ -44,6 +48,15 @@ def read_tensors(file: str, name: str) -> dict[str, torch.Tensor]:
             "not_hf loads tensors only, so torch.save the state_dict() of the layers"
         ) from error
     return _flatten(content, name)
+
+
+def _is_compressed(file: str) -> bool:
+    """Whether a file is a zip archive with compressed entries: a few bytes can unfold into gigabytes."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # torch says what is wrong with it
+        return False
 
 
 def _reason(file: str, head: bytes, error: Exception) -> str:
@@ -59,20 +72,36 @@ def _reason(file: str, head: bytes, error: Exception) -> str:
 
 
 def _flatten(content: Any, name: str) -> dict[str, torch.Tensor]:
-    """All tensors in nested dicts, lists and tuples, by their keys and indices joined with dots."""
+    """All tensors in nested dicts, lists and tuples, by their keys and indices joined with dots.
+
+    What has another key than a number or a short text is left out.
+    """
     tensors: dict[str, torch.Tensor] = {}
     todo = [("", 0, content)]  # depth first: a list that contains itself soon exceeds MAX_DEPTH
     num_entries = 0
     while todo:
         path, depth, value = todo.pop()
         num_entries += 1
-        if depth > MAX_DEPTH or num_entries > MAX_ENTRIES:
+        if depth > MAX_DEPTH or num_entries > MAX_ENTRIES or len(path) > MAX_NAME:
             raise CorruptDonorError(f"{name} is nested too deep to hold layers")
         if isinstance(value, torch.Tensor):
+            if value.is_nested:
+                raise CorruptDonorError(f"{name} holds a nested tensor, {path}; torch.save dense ones")
             if path in tensors:
                 raise CorruptDonorError(f"{name} holds two tensors named {path!r}")
             tensors[path] = value
         elif isinstance(value, (Mapping, list, tuple)):
             items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
-            todo += [(f"{path}.{key}" if depth else str(key), depth + 1, item) for key, item in reversed(items)]
+            todo += [
+                (f"{path}.{key}" if depth else str(key), depth + 1, item)
+                for key, item in reversed(items)
+                if _is_name(key)
+            ]
     return tensors
+
+
+def _is_name(key: Any) -> bool:
+    """Whether a key can be a part of a tensor's name; some cannot even be written as text in finite time."""
+    if isinstance(key, str):
+        return len(key) <= MAX_NAME
+    return isinstance(key, int) and key.bit_length() <= 64

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from not_hf.architecture.layers import is_finite
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.donor.stripped import StrippedModel
 from not_hf.donor.tokenizer import save_local_tokenizer
-from not_hf.errors import CorruptDonorError
+from not_hf.errors import CorruptDonorError, one_line
 from not_hf.hub.atomic_write import replacing, require_donor_folder
+from not_hf.hub.checkpoint import file_names, open_checkpoint
+from not_hf.hub.consistent_read import saved_digests
+from not_hf.hub.digest import digest
 
 
 def write_donor(
@@ -26,9 +32,10 @@ def write_donor(
     tensors: Mapping[str, torch.Tensor] | None = None,
     repo_id: str | None = None,
     draft: str | None = None,
+    generation_config: GenerationConfig | None = None,
     **kwargs: Any,
-) -> None:
-    """Write the folder of a donor.
+) -> dict[str, str] | None:
+    """Write the folder of a donor, with the digest of its tensors in the config.
 
     Args:
         donor: Gives the config and the layout of the tensors.
@@ -37,11 +44,16 @@ def write_donor(
         tensors: Tensors to save instead of the donor's own.
         repo_id: The donor's repo, for the card.
         draft: Folder to write to instead, without a tokenizer; the caller moves it to `folder`.
+        generation_config: Also saved, if given.
         **kwargs: For `PreTrainedModel.save_pretrained`.
+
+    Returns:
+        The digests in the config that was written, if any.
 
     Raises:
         CorruptDonorError: A tensor is empty, on the meta device or not finite; nothing is written.
         NotHFError: The folder holds another model.
+        OSError: The folder cannot be written; it is as it was.
     """
     tensors = donor.state_dict() if tensors is None else tensors
     if hollow := [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]:
@@ -54,10 +66,34 @@ def write_donor(
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
     card = updated_card(folder, donor.config, num_parameters, size, repo_id)  # raises before anything is written
-    with contextlib.nullcontext(draft) if draft else replacing(folder) as place:
-        PreTrainedModel.save_pretrained(donor, place, is_main_process, dict(tensors), **kwargs)
+    with contextlib.nullcontext(draft) if draft else replacing(folder, is_main_process) as place:
+        try:
+            PreTrainedModel.save_pretrained(donor, place, is_main_process, dict(tensors), **kwargs)
+        except SafetensorError as error:  # of its own kind, when the disk is full
+            raise OSError(f"{folder} cannot be written: {one_line(error, 200)}; free space, save again") from error
         if not is_main_process:
-            return
+            return None
+        config = copy.copy(donor.config)
+        config.digests = _digests(folder, place, kwargs.get("variant"))
+        config.save_pretrained(place)
         card.save(os.path.join(place, README))
+        if generation_config is not None:
+            save_generation_config(generation_config, place)
         if draft is None:
             save_local_tokenizer(donor.config.base_model_name_or_path, folder, place)
+    return config.digests
+
+
+def save_generation_config(config: GenerationConfig, folder: str | os.PathLike[str]) -> None:
+    """Save `generation_config.json`, also one that `GenerationConfig.save_pretrained` refuses as inconsistent."""
+    config.to_json_file(os.path.join(folder, GENERATION_CONFIG_NAME))
+
+
+def _digests(folder: str | os.PathLike[str], draft: str, variant: str | None) -> dict[str, str] | None:
+    """Compute the digest of the tensors in a draft; the digests of other variants in `folder` stay."""
+    found = {key: value for key, value in (saved_digests(folder) or {}).items() if "/" not in key}
+    file = file_names(variant)[0]
+    found.pop(file, None)
+    if any(name.endswith(".safetensors") for name in os.listdir(draft)):  # not as distributed checkpoint
+        found[file] = digest(open_checkpoint(draft, variant=variant))
+    return found or None

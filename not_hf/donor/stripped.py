@@ -17,15 +17,22 @@ from not_hf.architecture.splicing import set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
+from not_hf.cards.description import as_html, describe_organ
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line, some
+from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, interval, one_line, some
 
 # Names of modules that stay beside the layers: they compute positions, not hidden states.
 POSITIONAL = ("rotary", "rope")
 
 
 class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
-    """The base class of `DonorModel`; `spec` is the result of `config.check()`, if already called."""
+    """The base class of `DonorModel`.
+
+    Args:
+        config: Describes the organ and its base.
+        spec: The result of `config.check()`, if already called.
+        max_values: How many values its parameters and buffers may have; `None`: any number.
+    """
 
     config: DonorConfig
     config_class = DonorConfig
@@ -33,12 +40,20 @@ class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
 
-    def __init__(self, config: DonorConfig, *args: Any, spec: OrganSpec | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: DonorConfig,
+        *args: Any,
+        spec: OrganSpec | None = None,
+        max_values: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         spec = spec or config.check()
         expected = spliced_config(spec.base, [(spec.base, n) for n in range(*config.span)])
         if contradictions := config_differences(spec.organ, expected):
             raise CorruptDonorError(
-                f"donor config: organ_config contradicts layers {config.layers} of base_config: {some(contradictions)}"
+                f"donor config: organ_config contradicts layers {interval(config.span)} of base_config: "
+                f"{some(contradictions)}"
             )
         attention = upstream.attention_of(config)  # `None` lets the next line choose one
         super().__init__(config, *args, **kwargs)
@@ -47,12 +62,26 @@ class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
         self.organ: PreTrainedModel = stack.base_model
         upstream.set_attention(config, upstream.attention_of(self.organ.config))
         self._stack_path = stack.path
+        # transformers builds a model on the meta device, and allocates what the files do not fill only afterwards
+        num_values = sum(tensor.numel() for tensor in (*self.parameters(), *self.buffers()))
+        if max_values is not None and num_values > max_values:
+            raise CorruptDonorError(
+                f"the config describes layers of {num_values:,} values, far more than the files hold; "
+                "cut the organ again"
+            )
         self.post_init()
 
     @property
     def stack(self) -> Stack:
         """The donor's layers."""
         return Stack(self, self.base_model_prefix, self._stack_path)
+
+    def extra_repr(self) -> str:
+        """Describe the donor, for `print(donor)`."""
+        return describe_organ(self.config)
+
+    def _repr_html_(self) -> str:
+        return as_html({"donor": self.config})
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """Return `None`: a donor has no embeddings."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 from typing import Any
 
@@ -12,6 +12,8 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from not_hf.architecture.upstream import AUTO_KWARGS, HUB_KWARGS
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError, reading_base
+
+logger = logging.getLogger(__name__)
 
 
 class DonorTokenizer:
@@ -43,8 +45,19 @@ class DonorTokenizer:
 
 
 def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
-    """Save the tokenizer of a local base in `draft`, unless `folder`, to which the draft is moved, has one."""
+    """Save the tokenizer of a local base in `draft`, unless `folder`, to which the draft is moved, has one.
+
+    A tokenizer with code of its own is left out, with a warning: saving a donor runs no code, and asks nothing.
+    """
     if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
         return
-    with contextlib.suppress(OSError, ValueError):  # a base without a tokenizer is still a base
-        AutoTokenizer.from_pretrained(base).save_pretrained(draft)
+    try:
+        AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(draft)
+    except (OSError, ValueError) as error:  # a base without a tokenizer is still a base
+        if "trust_remote_code" in str(error):
+            logger.warning(
+                "the tokenizer of %s has code of its own, so it is not saved with the donor; load it from there: "
+                "AutoTokenizer.from_pretrained(%r, trust_remote_code=True)",
+                base,
+                os.fspath(base),
+            )

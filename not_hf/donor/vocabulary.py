@@ -105,5 +105,5 @@ def _tokens(file: Path) -> dict[str, int]:
         if isinstance(vocabulary, list):  # Unigram: tokens with their scores, in the order of their ids
             vocabulary = {token: n for n, (token, _) in enumerate(vocabulary)}
         return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

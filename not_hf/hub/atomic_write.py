@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -14,34 +15,43 @@ from transformers.utils import CONFIG_NAME
 
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError
+from not_hf.hub.folder_lock import locked
 
-# Prefix of the temporary folder; Trainer does not upload names that begin with _
-DRAFT = "_draft-"
+# Prefix of the temporary folders; Trainer does not upload names that begin with _
+DRAFT = "_not_hf-draft-"
 # Names of weight files; group 1 or 3 is the variant
 _WEIGHTS = re.compile(r"model(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.\w+)?\.json")
 
 
 @contextlib.contextmanager
-def replacing(folder: str | os.PathLike[str]) -> Iterator[str]:
+def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> Iterator[str]:
     """Write into a temporary folder, whose files move into `folder` when the block ends.
 
     If the block or the move fails, `folder` stays as it was. Weights of an earlier save that the new files do not
-    overwrite are removed.
+    overwrite are removed, and so are the temporary folders of saves that were killed. Other saves into `folder` wait.
 
     Args:
         folder: The donor's folder; created if missing.
+        is_main_process: Whether this process writes. What others write is discarded; they do not wait.
 
     Yields:
         Path of the temporary folder, which is empty.
     """
+    if not is_main_process:
+        with tempfile.TemporaryDirectory() as discarded:
+            yield discarded
+        return
     _require_room(Path(folder), "any")
     existed = os.path.isdir(folder)
-    os.makedirs(folder, exist_ok=True)
     try:
-        # inside its destination, so that files need only be renamed
-        with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder) as draft:
-            yield draft
-            _move(Path(draft), Path(folder))
+        with locked(folder) as is_locked:
+            # inside its destination, so that files need only be renamed
+            with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder) as draft:
+                yield draft
+                _move(Path(draft), Path(folder))
+            if is_locked:  # so nobody else has a draft there
+                for abandoned in Path(folder).glob(f"{DRAFT}*"):
+                    shutil.rmtree(abandoned, ignore_errors=True)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):  # not empty: somebody else has written to it
@@ -99,11 +109,11 @@ def require_donor_folder(folder: str | os.PathLike[str], name: str | None = None
 def _move(draft: Path, folder: Path) -> None:
     """Move the draft's files into `folder`. After an error, or an interruption, the old files are back.
 
-    Old configs are the first to leave and new ones the last to arrive: a process that is killed in between leaves a
-    folder that does not load, with the old files in a subfolder, but never the config of one organ with the weights of
-    another.
+    Old configs are the first to leave and new ones the last to arrive, that of the folder itself outermost: a process
+    that is killed in between leaves a folder that does not load, with the old files in a subfolder, but never the
+    config of one organ with the weights of another. Readers rely on it too, see `consistent_read`.
     """
-    written = sorted(files_in(draft), key=_is_config)
+    written = sorted(files_in(draft), key=_rank)
     for path in written:
         _require_room(folder, path)
     places = {(folder / path).parent for path in written}
@@ -129,15 +139,20 @@ def _move(draft: Path, folder: Path) -> None:
             raise
 
 
-def _is_config(path: str) -> bool:
-    return _split(path)[1] == CONFIG_NAME
+def _rank(path: str) -> tuple[bool, bool]:
+    """Sort configs after other files, and the config of the folder itself last."""
+    return _split(path)[1] == CONFIG_NAME, path == CONFIG_NAME
 
 
 def _require_room(folder: Path, path: str) -> None:
-    """Refuse to write a file where a folder is, or a folder where a file is."""
+    """Refuse to write a file where a folder is, a folder where a file is, or through a link to another folder."""
     if (folder / path).is_dir():
         raise NotHFError(f"{folder / path} is a folder, where a file is to be written; choose another folder")
     for parent in PurePosixPath(path).parents:
+        if parent.parts and (folder / parent).is_symlink():
+            raise NotHFError(
+                f"{folder / parent} is a link, and its target would be written to; remove it, or choose another folder"
+            )
         if (folder / parent).exists() and not (folder / parent).is_dir():
             raise NotHFError(f"{folder / parent} is a file, where a folder is to be written; choose another folder")
 

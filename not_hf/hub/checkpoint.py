@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +14,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from not_hf.architecture.upstream import fetch_file
-from not_hf.errors import CorruptDonorError
+from not_hf.errors import CorruptDonorError, some
 from not_hf.hub.headers import read_header
+from not_hf.limits import MAX_INDEX, read_json
 
 # The dtypes that trained weights may have: safetensors' names, and torch's
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -57,14 +57,18 @@ class View:
         start, end = self.data_offsets
         if start == end:
             return torch.empty(self.shape, dtype=dtype)[index]
-        if _identity(self.path) != self.identity:
-            raise CorruptDonorError(f"{self.path} was written to while it was read; try again")
+        self._require_unchanged()
         # a private copy, page by page, of what is written to; it keeps no file open
         mapped = torch.from_file(self.path, shared=False, size=end, dtype=torch.uint8).untyped_storage()
+        self._require_unchanged()  # it is that file which was mapped
         own = mapped[start:]  # by the size of its storage a tensor weighs when it is saved in shards
         if start % dtype.itemsize:  # such files exist; views of them do not
             own = own.clone()
         return torch.empty(0, dtype=dtype, device="cpu").set_(own).reshape(self.shape)[index]
+
+    def _require_unchanged(self) -> None:
+        if _identity(self.path) != self.identity:
+            raise CorruptDonorError(f"{self.path} was written to while it was read; try again")
 
 
 EVERY = re.compile("")  # matches each name
@@ -216,7 +220,7 @@ def read_weight_map(index: str) -> dict[str, str]:
         CorruptDonorError: It is not an index, or names files in other folders.
     """
     try:
-        weight_map = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index, MAX_INDEX)["weight_map"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CorruptDonorError(f"{index} is not a safetensors index: {error}") from error
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(f, str) for f in weight_map.values())):
@@ -227,5 +231,5 @@ def read_weight_map(index: str) -> dict[str, str]:
         if file != os.path.basename(file) or "\\" in file or not file.endswith(".safetensors")
     )
     if outside:
-        raise CorruptDonorError(f"{index} names files that are not beside it, or no safetensors: {', '.join(outside)}")
+        raise CorruptDonorError(f"{index} names files that are not beside it, or no safetensors: {some(outside)}")
     return weight_map

@@ -11,6 +11,7 @@ from huggingface_hub.utils import TensorInfo
 
 from not_hf.errors import CorruptDonorError, one_line
 from not_hf.hub.ranges import RemoteFile
+from not_hf.limits import MAX_HEADER
 
 # Bits per value by safetensors' name of the dtype; a file may hold tensors that are not read here
 BITS = {
@@ -21,8 +22,6 @@ BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-
-_MAX_HEADER = 100_000_000  # bytes, as in safetensors
 
 
 def read_remote_header(file: RemoteFile) -> dict[str, TensorInfo]:
@@ -52,7 +51,7 @@ def read_header(path: str) -> dict[str, TensorInfo]:
 
 
 def _check_length(length: int, size: int, where: str) -> None:
-    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
         raise CorruptDonorError(f"{where} is not a whole safetensors file")
 
 
@@ -63,8 +62,10 @@ def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorIn
     shape and dtype require. Reading parts of a file depends on it.
     """
     try:
-        entries = json.loads(text, object_pairs_hook=_without_duplicates)
-        entries.pop("__metadata__", None)
+        entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        metadata = entries.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its __metadata__ are not texts by name")
         tensors = {name: _info(entry, 8 + len(text)) for name, entry in entries.items()}
         end = 8 + len(text)
         for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
@@ -80,11 +81,16 @@ def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorIn
 
 def _info(entry: dict[str, Any], first: int) -> TensorInfo:
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in BITS or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+    numbers = (*shape, start, end)
+    if dtype not in BITS or len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise ValueError(f"a tensor of dtype {dtype!r:.50} and shape {shape!r:.100} cannot be read")
     if 8 * (end - start) != BITS[dtype] * math.prod(shape):
         raise ValueError(f"a tensor of dtype {dtype} and shape {shape!r:.100} is not {end - start} bytes long")
     return TensorInfo(dtype=dtype, shape=list(shape), data_offsets=(first + start, first + end))
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

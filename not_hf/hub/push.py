@@ -13,13 +13,14 @@ from typing import TypedDict
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from not_hf.cards.common import README
-from not_hf.errors import reaching_hub
+from not_hf.errors import reaching_hub, require_plain_token
 from not_hf.hub.atomic_write import files_in, require_donor_folder, stale_weights
 
-_SEEDS = (README, CONFIG_NAME)  # read before saving: the card to update, the kind of model
+# Read before saving: the card to update, the kind of model, what may be outdated
+_SEEDS = (README, CONFIG_NAME, GENERATION_CONFIG_NAME)
 _ATTEMPTS = 5
 
 
@@ -67,7 +68,8 @@ def push_folder(
         NotHFError: The repo holds another kind of model.
         OSError: The Hub refuses, or cannot be reached.
     """
-    with reaching_hub(f"{repo_id} cannot be pushed"):
+    require_plain_token(token)
+    with reaching_hub(f"{repo_id} cannot be pushed"), _explaining_tokens(repo_id):
         api = HfApi(token=token)
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -115,6 +117,20 @@ def _find_head(api: HfApi, repo_id: str, revision: str | None) -> _Head:
             return _Head(None, [], new_branch)
         info = api.model_info(repo_id)
     return _Head(info.sha, api.list_repo_files(repo_id, revision=info.sha), new_branch)
+
+
+@contextlib.contextmanager
+def _explaining_tokens(repo_id: str) -> Iterator[None]:
+    """Say what to type if the Hub refuses the token, or misses one."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        raise PermissionError(
+            f"{repo_id} cannot be pushed without a valid token (401): log in with `hf auth login`, or give a token "
+            "that may write: token=..., --token"
+        ) from error
 
 
 def _save(

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import ExpandModelProperty_T, ModelInfo
 
 from not_hf.cards.common import ADAPTER_TAG, DONOR_TAG, METHOD_TAGS
-from not_hf.errors import reaching_hub
+from not_hf.errors import reaching_hub, require_plain_token
 
 # Fields of each repo that the listing request asks for
 _FIELDS: list[ExpandModelProperty_T] = ["downloads", "gated", "lastModified", "likes", "private", "sha", "tags"]
@@ -68,6 +68,7 @@ def list_donors(
         True
     """
     wanted = [DONOR_TAG, METHOD_TAGS[0], *([f"{ADAPTER_TAG}{base_model}"] if base_model else [])]
+    require_plain_token(token)
     api = HfApi(token=token)
     found = api.list_models(filter=wanted, author=author, search=search, sort="downloads", limit=limit, expand=_FIELDS)
     with reaching_hub("donors cannot be listed"):

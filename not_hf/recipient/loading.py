@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,24 +15,53 @@ from not_hf.architecture.devices import execution_device, follow
 from not_hf.architecture.differences import computing_differences
 from not_hf.architecture.layers import require_finite, settle
 from not_hf.architecture.scaling import require_scalable
-from not_hf.architecture.upstream import commit_of, is_partitioned, keys_left_in_place
-from not_hf.composition.resolve import ResolvedOrgan
+from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
+from not_hf.composition.check import validate
+from not_hf.composition.resolve import ResolvedOrgan, resolve_organ
+from not_hf.composition.sources import OrganSource
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
 from not_hf.errors import NotHFError, some
+from not_hf.hub.consistent_read import read_steadily
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
 
 logger = logging.getLogger(__name__)
 
 
+def read_donor(
+    model: PreTrainedModel,
+    surgery: Surgery,
+    source: OrganSource,
+    others: Iterable[Organ],
+    hub_kwargs: Mapping[str, Any],
+    verify: bool,
+) -> tuple[ResolvedOrgan, list[DonorModel], list[str]]:
+    """Resolve, validate and load one donor, to stand beside `others` in a model.
+
+    Returns:
+        The resolved organ, its donor as in `load_donors`, and the differences that prevent a merge.
+    """
+
+    def read() -> tuple[ResolvedOrgan, list[DonorModel], list[str]]:
+        organ = resolve_organ(source, hub_kwargs)
+        fit = validate([organ], surgery.base_config, list(others))
+        return organ, load_donors([organ], attention_of(model.config), hub_kwargs, verify), fit.differences
+
+    return read_steadily(source.donor, read)
+
+
 def load_donors(
-    organs: Sequence[ResolvedOrgan], attn_implementation: str | None, hub_kwargs: Mapping[str, Any]
+    organs: Sequence[ResolvedOrgan],
+    attn_implementation: str | None,
+    hub_kwargs: Mapping[str, Any],
+    verify: bool = False,
 ) -> list[DonorModel]:
     """Load donors of validated organs on the CPU, each in its own dtype; a `DonorModel` is returned as it is.
 
     Raises:
-        CorruptDonorError: A donor is damaged, or its tensors contradict its config.
+        NotHFError: `verify`, and there is no digest.
+        CorruptDonorError: A donor is damaged, or its tensors contradict its config or, if `verify`, their digest.
         OSError: A file cannot be read.
     """
     donors = []
@@ -40,8 +69,12 @@ def load_donors(
         donor = organ.donor
         if not isinstance(donor, DonorModel):
             where = {**hub_kwargs, "revision": organ.revision, "subfolder": organ.subfolder or ""}
-            options = {"attn_implementation": attn_implementation}
+            options: dict[str, Any] = {"attn_implementation": attn_implementation, "verify": verify}
             donor, _ = DonorModel.load_files(organ.spec, str(donor), where, **options)
+        elif verify:
+            raise NotHFError(
+                "a DonorModel in memory has no digest to verify; leave verify out, or give its folder or ID"
+            )
         donors.append(donor)
     return donors
 
@@ -53,11 +86,13 @@ def fit_organs(
     donors: Sequence[DonorModel],
     differences: Sequence[str],
     is_trainable: bool,
+    master_weights: bool,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Organ]:
     """Turn donors from `load_donors` into organs with their own layers, in the dtype and on the device of the model.
 
     Warns of `differences` from `validate`, and of those in vocabularies, for which tokenizers in `cache_dir` are read.
+    With `master_weights`, weights are float32 though they compute in the dtype of the model.
 
     Raises:
         CorruptDonorError: A value overflows in that dtype.
@@ -65,7 +100,7 @@ def fit_organs(
         UnsupportedArchitectureError: A norm undoes an organ's scale.
     """
     fitted = [
-        _fit_organ(model, surgery, organ, donor, is_trainable, cache_dir)
+        _fit_organ(model, surgery, organ, donor, is_trainable, master_weights, cache_dir)
         for organ, donor in zip(organs, donors, strict=True)
     ]
     if differences and not surgery.is_scaffold:
@@ -80,15 +115,22 @@ def _fit_organ(
     resolved: ResolvedOrgan,
     donor: DonorModel,
     is_trainable: bool,
+    master_weights: bool,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Organ:
     spec, repo = resolved.spec, None if isinstance(resolved.donor, DonorModel) else str(resolved.donor)
     config = copy.deepcopy(spec.config)
     config.position, config.mode, config.scale = int(resolved.place.position), resolved.mode, 1.0
-    layers = _own_layers(model, surgery, resolved, donor)
+    config.digests = None  # the organ's tensors may change
+    layers = _own_layers(model, surgery, resolved, donor, master_weights)
     organ = Organ(resolved.name, config, spec, layers, resolved.active, repo, commit_of(resolved.revision))
     organ.set_trainable(is_trainable)
     if resolved.scale != 1:
+        if any(parameter.is_meta for parameter in layers[0].parameters()):
+            raise NotHFError(
+                f"an empty model (meta device) cannot take an organ of scale {resolved.scale:g}; make it at scale 1 "
+                f"and call set_donor_scale({organ.name!r}, {resolved.scale:g}) when the weights are loaded"
+            )
         require_scalable(surgery.stack(model), layers[0])
         organ.rescale(resolved.scale)
     if others := computing_differences(spec.organ, surgery.base_config):
@@ -101,24 +143,29 @@ def _fit_organ(
 
 
 def _own_layers(
-    model: PreTrainedModel, surgery: Surgery, resolved: ResolvedOrgan, donor: DonorModel
+    model: PreTrainedModel, surgery: Surgery, resolved: ResolvedOrgan, donor: DonorModel, master_weights: bool
 ) -> list[nn.Module]:
-    """Take or copy a donor's layers, in the dtype and on the execution device of the layers at its position."""
-    base_layers = surgery.base_layers or [model.get_input_embeddings()]
-    neighbour = base_layers[min(resolved.place.position, len(base_layers) - 1)]
+    """Take or copy a donor's layers, in the dtype and on the execution device of the layers at its position.
+
+    Neither or both of recipient and donor may be empty (on the meta device), as in `from_config`.
+    """
+    neighbour = surgery.neighbour(model, resolved.place.position)
     device = execution_device(neighbour)
-    if device is None and any(parameter.is_meta for parameter in neighbour.parameters()):
+    is_empty = device is None and any(parameter.is_meta for parameter in neighbour.parameters())
+    has_values = not any(parameter.is_meta for parameter in donor.parameters())
+    if is_empty and has_values:
         raise NotHFError("the recipient's layers have no weights (meta device); load its weights first")
     if is_partitioned(neighbour):
         raise NotHFError("the recipient is partitioned (DeepSpeed ZeRO-3); load organs before training begins")
     if donor is resolved.donor:  # the caller's
-        if any(parameter.is_meta for parameter in donor.parameters()):
+        if not (has_values or is_empty):
             raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device first")
         layers, known = [copy.deepcopy(layer) for layer in donor.stack.layers], {}
     else:
         layers, known = list(donor.stack.layers), {parameter: parameter.dtype for parameter in donor.parameters()}
     for layer in layers:
-        settle(layer, neighbour, device)
+        settle(layer, neighbour, device, master_weights)
         follow(layer, neighbour, keys_left_in_place(model))
-    require_finite(layers, resolved.name, known)
+    if has_values:
+        require_finite(layers, resolved.name, known)
     return layers

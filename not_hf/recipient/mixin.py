@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
 from not_hf.architecture.scaling import require_scalable, scale_problem
-from not_hf.architecture.upstream import attention_of, forget_conversions
-from not_hf.composition.check import validate
+from not_hf.architecture.upstream import forget_conversions
+from not_hf.cards.common import warn_once
+from not_hf.cards.description import as_html, describe_organ
 from not_hf.composition.layout import require_free_names
-from not_hf.composition.resolve import resolve_organ
 from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.averaging import combined, combined_config
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
-from not_hf.recipient.loading import fit_organs, load_donors
+from not_hf.recipient.loading import fit_organs, read_donor
 from not_hf.recipient.organ import DonorStatus, Organ
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.surgery import Surgery
+from not_hf.recipient.without_donors import WithoutDonors
 
 if TYPE_CHECKING:
     _Native = PreTrainedModel  # each instance is also of a native class
@@ -35,7 +37,23 @@ else:
 class Recipient(_Native):
     """A native model with organs: mixed into the native class of a model."""
 
-    _surgery: Surgery
+    @property
+    def _surgery(self) -> Surgery:
+        """The state of the model, after what Ctrl-C has interrupted was undone or completed."""
+        surgery: Surgery = vars(self)["_surgery"]
+        surgery.repair(self)
+        return surgery
+
+    def extra_repr(self) -> str:
+        """List the organs, for `print(model)`."""
+        lines = [super().extra_repr()]
+        for name, organ in self._surgery.organs.items():
+            state = "" if name in self.active_donors else ", not active"
+            lines.append(f"organ {name!r}: {describe_organ(organ.config)}{state}")
+        return "\n".join(filter(None, lines))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.donor_config)
 
     @property
     def active_donors(self) -> list[str]:
@@ -59,8 +77,10 @@ class Recipient(_Native):
         position: int | None = None,
         mode: str | None = None,
         is_trainable: bool = False,
+        autocast_donor_dtype: bool = True,
         revision: str | None = None,
         subfolder: str | None = None,
+        verify: bool = False,
         **hub_kwargs: Any,
     ) -> None:
         """Load another organ and activate it beside the active ones. Arguments as in `from_pretrained`.
@@ -69,13 +89,12 @@ class Recipient(_Native):
             IncompatibleDonorError: The organ does not fit the recipient, or overlaps an active organ.
             CorruptDonorError: The donor is damaged. As with any error, the model is unchanged.
         """
-        surgery = self._surgery
-        organ = resolve_organ(OrganSource(donor_name, donor, revision, subfolder, position, mode), hub_kwargs)
-        fit = validate([organ], surgery.base_config, list(surgery.organs.values()))
-        donors, cache_dir = load_donors([organ], attention_of(self.config), hub_kwargs), hub_kwargs.get("cache_dir")
-        (loaded,) = fit_organs(self, surgery, [organ], donors, fit.differences, is_trainable, cache_dir)
-        with surgery.changing(self):
-            surgery.organs[donor_name] = loaded
+        surgery, cache_dir = self._surgery, hub_kwargs.get("cache_dir")
+        source = OrganSource(donor_name, donor, revision, subfolder, position, mode)
+        organ, donors, differences = read_donor(self, surgery, source, surgery.organs.values(), hub_kwargs, verify)
+        trained = (is_trainable, is_trainable and autocast_donor_dtype)
+        (loaded,) = fit_organs(self, surgery, [organ], donors, differences, *trained, cache_dir)
+        surgery.change(self, lambda: surgery.organs.update({donor_name: loaded}))
 
     def set_donor(self, donor_names: str | Sequence[str]) -> None:
         """Activate exactly these organs. At one position, they stay in load order.
@@ -86,22 +105,16 @@ class Recipient(_Native):
         """
         names, surgery = self._named(donor_names), self._surgery
         surgery.plan([organ for name, organ in surgery.organs.items() if name in names])
-        with surgery.changing(self):
+
+        def activate() -> None:
             for name, organ in surgery.organs.items():
                 organ.active = name in names
 
-    @contextlib.contextmanager
-    def disable_donors(self) -> Iterator[None]:
+        surgery.change(self, activate)
+
+    def disable_donors(self) -> contextlib.AbstractContextManager[None]:
         """Run the base without organs, bit for bit, inside the `with` block, which may be nested."""
-        surgery = self._surgery
-        with surgery.changing(self):
-            surgery.disabled += 1
-        try:
-            yield
-        finally:
-            if vars(self).get("_surgery") is surgery:  # not unloaded or merged inside the block
-                with surgery.changing(self):
-                    surgery.disabled -= 1
+        return WithoutDonors(self, self._surgery)
 
     def set_donor_scale(self, donor_name: str, scale: float) -> None:
         """Scale the contribution of an inserted organ's layers to the residual stream.
@@ -126,7 +139,7 @@ class Recipient(_Native):
         require_own_modules(self._surgery, organ)
         if scale != 1:
             require_scalable(self._surgery.stack(self), organ.layers[0])
-        organ.rescale(float(scale))
+        self._surgery.changes.make(lambda: organ.rescale(float(scale)), lambda: None)
 
     def hotswap_donor(
         self,
@@ -134,6 +147,7 @@ class Recipient(_Native):
         donor: DonorLike,
         revision: str | None = None,
         subfolder: str | None = None,
+        verify: bool = False,
         **hub_kwargs: Any,
     ) -> None:
         """Copy a donor's weights into the tensors of a loaded organ, without rebuilding or recompiling the model.
@@ -152,15 +166,17 @@ class Recipient(_Native):
         old, surgery = self._surgery.organs[name], self._surgery
         require_own_modules(surgery, old)
         place = (old.config.position, old.config.mode, 1.0, old.active)
-        organ = resolve_organ(OrganSource(name, donor, revision, subfolder, *place), hub_kwargs)
-        validate([organ], surgery.base_config, [each for each in surgery.organs.values() if each is not old])
-        donors = load_donors([organ], attention_of(self.config), hub_kwargs)
-        (new,) = fit_organs(self, surgery, [organ], donors, [], False, hub_kwargs.get("cache_dir"))
+        source = OrganSource(name, donor, revision, subfolder, *place)
+        others = [each for each in surgery.organs.values() if each is not old]
+        organ, donors, _ = read_donor(self, surgery, source, others, hub_kwargs, verify)
+        options = (False, isinstance(old.layers[0], MasterWeights), hub_kwargs.get("cache_dir"))
+        (new,) = fit_organs(self, surgery, [organ], donors, [], *options)
         if differences := surgery.swap_differences(old, new):
             raise IncompatibleDonorError(
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
             )
-        old.take_over(new)
+        new.rescale(old.config.scale)
+        surgery.changes.make(lambda: old.take_over(new), lambda: None)
 
     def add_weighted_donor(
         self,
@@ -195,8 +211,8 @@ class Recipient(_Native):
         layers = nn.ModuleList(copy.deepcopy(layer) for layer in chosen[0].layers)
         layers.load_state_dict(tensors)
         layers.requires_grad_(False)
-        with surgery.changing(self):
-            surgery.organs[donor_name] = Organ(donor_name, config, config.check(), list(layers), active=False)
+        averaged = Organ(donor_name, config, config.check(), list(layers), active=False)
+        surgery.change(self, lambda: surgery.organs.update({donor_name: averaged}))
 
     def get_donor_status(self) -> dict[str, DonorStatus]:
         """Describe the loaded organs by name, in load order: place, scale, trainable parameters, …"""
@@ -210,8 +226,8 @@ class Recipient(_Native):
     def delete_donor(self, donor_name: str) -> None:
         """Remove an organ; the others stay."""
         (name,) = self._named([donor_name])
-        with self._surgery.changing(self):
-            del self._surgery.organs[name]
+        surgery = self._surgery
+        surgery.change(self, lambda: surgery.organs.__delitem__(name))
 
     def unload(self) -> PreTrainedModel:
         """Remove all organs and return the native model with its class, config and `requires_grad` flags restored.
@@ -220,11 +236,7 @@ class Recipient(_Native):
             NotHFError: The model is a scaffold.
         """
         self._require_layers("unload")
-        surgery = self._surgery
-        with surgery.changing(self):
-            surgery.organs = {}
-        surgery.release(self)
-        return self._release()
+        return self._release([])
 
     def merge_and_unload(self, dequantize: bool = False) -> PreTrainedModel:
         """Make the active organs part of the native model, which then saves and loads without not_hf.
@@ -253,16 +265,7 @@ class Recipient(_Native):
                 raise IncompatibleDonorError(
                     f"a native model cannot hold these layers: {some(differences)}; use save_pretrained() instead"
                 )
-        if packed:  # dequantized weights can be trained
-            surgery.requires_grad = dict.fromkeys(surgery.requires_grad, True)
-        with self.disable_donors():
-            surgery.release(self)
-        with surgery.changing(self):
-            surgery.disabled = 0
-        for organ in chosen:
-            organ.set_trainable(True)
-        forget_conversions(self)
-        return self._release()
+            return self._release(chosen, can_learn=packed)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -306,23 +309,57 @@ class Recipient(_Native):
                 "save_pretrained() and load it into the whole base: from_pretrained(base, folder)"
             )
 
-    def _release(self) -> PreTrainedModel:
-        """Return the model to its native class."""
-        native = self._surgery.native_class
-        del self._surgery
-        if not self.model_tags:
-            vars(self).pop("model_tags", None)
-        self.__class__ = native  # type: ignore[assignment]
+    def _release(self, kept: Sequence[Organ], can_learn: bool = False) -> PreTrainedModel:
+        """Return the model to its native class, with some organs in its stack.
+
+        Args:
+            kept: The organs that stay.
+            can_learn: Whether all parameters of the base are trainable, because they were dequantized.
+        """
+        surgery = self._surgery
+
+        def become_native() -> None:
+            surgery.organs, surgery.blocks = {organ.name: organ for organ in kept}, ()
+            surgery.release(self, can_learn)
+            for organ in kept:
+                organ.release_master_weights(surgery.neighbour(self, organ.place.position))
+                organ.set_trainable(True)
+            if kept:
+                forget_conversions(self)
+            if not self.model_tags:
+                vars(self).pop("model_tags", None)
+            self.__class__ = surgery.native_class  # type: ignore[assignment]
+            del vars(self)["_surgery"]
+
+        surgery.change(self, become_native, flags=True)
         return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; warns if there is nothing to train, which gradient checkpointing hides from trainers."""
+        if mode and not any(parameter.requires_grad for parameter in self.parameters()):
+            warn_once("no parameter of the model can be trained; load organs that are to learn with is_trainable=True")
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Recipient:
         """Apply `to()`, `half()`, … to the layers outside the stack too."""
-        with self._surgery.at_scale_one():
-            super()._apply(fn, recurse)
+        surgery, native = self._surgery, super()._apply
+
+        def apply() -> None:
+            native(fn, recurse)
             if recurse:
-                for layer in self._surgery.parked(self):
+                for layer in surgery.parked(self):
                     layer._apply(fn)
+
+        surgery.require_scalable_to(fn)
+        surgery.at_scale_one(apply)
         return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch, but a change that another thread makes to the organs meanwhile is an error."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with self._surgery.changes.watched():
+            return super().__call__(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the stack: a copy made inside `disable_donors()` has its organs enabled."""

@@ -15,18 +15,25 @@ from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from not_hf.architecture.stack import head_class, is_encoder
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of
 from not_hf.cards.common import warn_once
 from not_hf.cards.license import inherit_license
-from not_hf.composition.check import validate
+from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError, UnsupportedArchitectureError, reading_base
+from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
 from not_hf.recipient.loading import fit_organs, load_donors
 from not_hf.recipient.mixin import Recipient
@@ -55,7 +62,9 @@ class Transplanted(Recipient):
         donor_revision: str | None = None,
         donor_subfolder: str | None = None,
         is_trainable: bool = False,
+        autocast_donor_dtype: bool = True,
         scaffold: str = "full",
+        verify: bool = False,
         config: PreTrainedConfig | None = None,
         **base_kwargs: Any,
     ) -> Self:
@@ -71,9 +80,12 @@ class Transplanted(Recipient):
             donor_revision: Branch, tag or commit of the donor repo.
             donor_subfolder: Folder of the donor within its repo.
             is_trainable: Make the organ's parameters trainable. All others are frozen.
+            autocast_donor_dtype: Hold the weights of a trainable organ in float32 if the recipient is in float16 or
+                bfloat16, in which most updates would be rounded away. The organ computes in the recipient's dtype.
             scaffold: `"minimal"` leaves out the recipient's own layers: only its embeddings, final norm and head are
                 loaded, to train an organ when the whole recipient does not fit in memory. The saved organ can be
                 loaded into the whole recipient. `"full"` loads the whole recipient.
+            verify: Compare the donor's tensors with the digest in its config, which costs a pass over their bytes.
             config: Config of the first argument, if already loaded.
             **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `revision`, …). `token`,
                 `cache_dir`, `force_download` and `local_files_only` also apply to the donor. Without `donor`,
@@ -83,20 +95,25 @@ class Transplanted(Recipient):
             The native model with organs, in eval mode unless a live recipient was in train mode.
 
         Raises:
-            NotHFError: An argument is out of range, or no base is named.
+            NotHFError: An argument is out of range, no base is named, or there is no digest to verify.
             IncompatibleDonorError: Lists all mismatches, before weights are read.
             CorruptDonorError: The donor is damaged. As with any error, a live recipient is unchanged.
             OSError: A repo cannot be read.
         """
         is_scaffold = wants_scaffold(scaffold, pretrained_model_name_or_path, base_kwargs)
         source = OrganSource(donor_name, "", donor_revision, donor_subfolder, position, mode)
-        resolved = resolve(pretrained_model_name_or_path, donor, source, config, base_kwargs)
-        live = resolved.base if isinstance(resolved.base, PreTrainedModel) else None
+        first = pretrained_model_name_or_path
+        live = first if isinstance(first, PreTrainedModel) else None
         present = list(live._surgery.organs.values()) if isinstance(live, Transplanted) else []
-        fit = validate(resolved.organs, resolved.base_config, present)
-        cls._require_head(resolved.base_config)
-        attention = base_kwargs.get("attn_implementation") or attention_of(resolved.base_config)
-        donors = load_donors(resolved.organs, attention, resolved.shared)
+
+        def read() -> tuple[Resolved, Fit, list[DonorModel]]:
+            resolved = resolve(first, donor, source, config, base_kwargs)
+            fit = validate(resolved.organs, resolved.base_config, present)
+            cls._require_head(resolved.base_config)
+            attention = base_kwargs.get("attn_implementation") or attention_of(resolved.base_config)
+            return resolved, fit, load_donors(resolved.organs, attention, resolved.shared, verify)
+
+        resolved, fit, donors = read_steadily(first if donor is None else donor, read)
         base, info = cls._load_base(resolved, is_scaffold) if live is None else (live, None)
         if isinstance(base, Transplanted):
             surgery = base._surgery
@@ -104,8 +121,11 @@ class Transplanted(Recipient):
             commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
             surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
         cache_dir = resolved.shared.get("cache_dir")
-        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, is_trainable, cache_dir)
+        trained = (is_trainable, is_trainable and autocast_donor_dtype)
+        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, *trained, cache_dir)
         model = cls._splice(base, surgery, organs)
+        if resolved.generation_config is not None:
+            model.generation_config = resolved.generation_config
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
     @classmethod
@@ -181,11 +201,14 @@ class Transplanted(Recipient):
             )
         (organ,) = self._surgery.organs.values()
         loaded, missing = DonorModel.load_tensors(organ.spec, dict(state_dict), partial=not strict)
-        with self._surgery.at_scale_one():
+
+        def copy_tensors() -> None:
             for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
                 place = f"{loaded.stack.full_path}.{n}."
                 tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
                 layer.load_state_dict(tensors, strict=False)
+
+        self._surgery.at_scale_one(copy_tensors)
         return IncompatibleKeys([], [])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -225,23 +248,18 @@ class Transplanted(Recipient):
     @classmethod
     def _splice(cls, base: PreTrainedModel, surgery: Surgery, organs: Sequence[Organ]) -> Self:
         """Extend a model in place, freeze it and splice organs into its stack; undo everything on failure."""
-        fresh = not isinstance(base, Transplanted)
-        if fresh:
-            native: Any = type(base)
-            base.__class__ = _transplanted_class(cast(Any, cls), native)
-            base.requires_grad_(False)
-            # with a list, Trainer keeps the tags of our card
-            base.model_tags = base.model_tags or []
-            cast(Self, base)._surgery = surgery
-        model = cast(Self, base)
-        try:
-            with surgery.changing(model):
-                surgery.organs |= {organ.name: organ for organ in organs}
-        except BaseException:
-            if fresh and not surgery.is_scaffold:  # a scaffold is discarded
-                model.unload()
-            raise
-        return model
+
+        def splice() -> None:
+            if not isinstance(base, Transplanted):
+                vars(base)["_surgery"] = surgery
+                base.__class__ = _transplanted_class(cast(Any, cls), cast(Any, type(base)))
+                base.requires_grad_(False)
+                # with a list, Trainer keeps the tags of our card
+                base.model_tags = base.model_tags or []
+            surgery.organs |= {organ.name: organ for organ in organs}
+
+        surgery.change(base, splice, flags=True)
+        return cast(Self, base)
 
 
 class TransplantedForCausalLM(Transplanted):
@@ -262,6 +280,12 @@ class TransplantedForCausalLM(Transplanted):
     """
 
     native_auto_class = AutoModelForCausalLM
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
+        native: Any = super()
+        with self._surgery.changes.watched():
+            return native.generate(*args, **kwargs)
 
 
 class TransplantedForMaskedLM(Transplanted):

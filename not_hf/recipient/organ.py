@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from not_hf.architecture.layers import is_finite, require_finite, settle
+from not_hf.architecture.master_weights import MasterWeights, release_master_weights
 from not_hf.architecture.scaling import scaled_parameters, unscaled
 from not_hf.architecture.twin import meta_twin
 from not_hf.composition.layout import Place
 from not_hf.config import DonorConfig, OrganSpec
+from not_hf.errors import NotHFError
 
 
 @dataclass(frozen=True)
@@ -103,49 +105,73 @@ class Organ:
             for name, parameter in layer.named_parameters():
                 parameter.requires_grad_(flags[name])
 
+    def release_master_weights(self, neighbour: nn.Module) -> None:
+        """Round master weights to the dtype of the recipient's layer `neighbour`.
+
+        Raises:
+            CorruptDonorError: A value overflows in that dtype.
+        """
+        for layer in self.layers:
+            if isinstance(layer, MasterWeights):
+                release_master_weights(layer)
+                settle(layer, neighbour, next(layer.parameters()).device)
+                require_finite([layer], self.name, {})
+
     @torch.no_grad()
     def rescale(self, scale: float) -> None:
         """Change the scale, in place; 1 restores the weights exactly.
 
         Raises:
-            NotHFError: The organ was trained at scale 0; nothing is changed.
+            NotHFError: The organ was trained at scale 0, or a scaled weight overflows its dtype; nothing is changed.
         """
         parameters = dict(scaled_parameters(self.layers))
         at_one = {name: self.at_scale_one(name, p.detach()) for name, p in parameters.items()}
         originals = {} if scale == 1 else {name: tensor.clone() for name, tensor in at_one.items()}
-        with _overwriting(parameters.values()):
-            for name, parameter in parameters.items():
-                parameter.copy_(at_one[name] if scale == 1 else originals[name] * scale)
-        self.originals, self.config.scale = originals, scale
+        values = {name: tensor * scale for name, tensor in originals.items()} or at_one
+        for name, value in values.items():
+            if not is_finite(value):
+                raise NotHFError(
+                    f"organ {self.name!r}: at scale {scale:g} weights overflow {value.dtype} ({name}); "
+                    "use a smaller scale"
+                )
+
+        def bookkeep() -> None:
+            self.originals, self.config.scale = originals, scale
+
+        self._overwrite(parameters, values, bookkeep)
 
     @torch.no_grad()
     def take_over(self, other: Organ) -> None:
-        """Copy the weights and config of `other`, which has scale 1 and the same structure; keep place and scale."""
-        scale = self.config.scale
+        """Copy the weights and config of `other`, which has the same structure and scale; keep the place."""
         ours, theirs = (nn.ModuleList(organ.layers).state_dict() for organ in (self, other))
-        originals = {name: theirs[name].clone() for name in self.originals}
-        with _overwriting(ours.values()):
-            for name, tensor in ours.items():
-                tensor.copy_(originals[name] * scale if name in originals else theirs[name])
         config = copy.copy(other.config)
-        config.position, config.mode, config.scale = self.config.position, self.config.mode, scale
-        self.config, self.spec, self.originals = config, other.spec, originals
-        self.repo, self.revision = other.repo, other.revision
+        config.position, config.mode = self.config.position, self.config.mode
+
+        def bookkeep() -> None:
+            self.config, self.spec, self.originals = config, other.spec, other.originals
+            self.repo, self.revision = other.repo, other.revision
+
+        self._overwrite(ours, theirs, bookkeep)
+
+    def _overwrite(
+        self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], bookkeep: Callable[[], None]
+    ) -> None:
+        """Copy values into tensors and note it; restore both if that fails or is interrupted."""
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        noted, scale = dict(vars(self)), self.config.scale
+        try:
+            for name, tensor in tensors.items():
+                tensor.copy_(values[name])
+            bookkeep()
+        except BaseException:
+            vars(self).update(noted)
+            self.config.scale = scale
+            for name, tensor in tensors.items():
+                tensor.copy_(before[name])
+            raise
 
     def at_scale_one(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the unscaled value of `tensor`, named `<layer>.<name in the layer>`; raises as `unscaled`."""
         if name not in self.originals:
             return tensor
         return unscaled(tensor, self.originals[name].to(tensor.device), self.config.scale)
-
-
-@contextlib.contextmanager
-def _overwriting(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Restore the values of tensors if the block raises."""
-    before = [(tensor, tensor.clone()) for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        for tensor, value in before:
-            tensor.copy_(value)
-        raise

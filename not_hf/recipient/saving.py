@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import README
@@ -19,7 +20,7 @@ from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License
 from not_hf.composition.sources import composition_config, write_entry
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.saving import write_donor
+from not_hf.donor.saving import save_generation_config, write_donor
 from not_hf.donor.tokenizer import save_local_tokenizer
 from not_hf.donor.vocabulary import VOCABULARY
 from not_hf.errors import NotHFError
@@ -76,8 +77,10 @@ def save_organs(
     states = {name: organ_tensors(model, surgery, name, state_dict) for name in names}
     for name, shell in shells.items():
         _require_own(name, states[name], shell)
+    generation = _generation_config(model, surgery, folder)
     if len(names) == 1:
-        write_donor(shells[names[0]], folder, is_main_process, states[names[0]], repo_id=repo_id, **kwargs)
+        kwargs |= {"repo_id": repo_id, "generation_config": generation}
+        write_donor(shells[names[0]], folder, is_main_process, states[names[0]], **kwargs)
         return
     require_donor_folder(folder)
     first = shells[names[0]].config  # all have the same base
@@ -89,14 +92,29 @@ def save_organs(
     num_parameters = sum(tensor.numel() for tensor in tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     card = updated_card(folder, config, num_parameters, size, repo_id)  # raises before anything is written
-    with replacing(folder) as draft:
+    with replacing(folder, is_main_process) as draft:
+        digests: dict[str, str] = {}
         for name, shell in shells.items():
             place = os.path.join(folder, name)
-            write_donor(shell, place, is_main_process, states[name], draft=os.path.join(draft, name), **kwargs)
+            options = {"draft": os.path.join(draft, name), **kwargs}
+            written = write_donor(shell, place, is_main_process, states[name], **options) or {}
+            digests |= {f"{name}/{file}": value for file, value in written.items()}
         if is_main_process:
+            config.digests = digests or None
             config.save_pretrained(draft)
             card.save(Path(draft, README))
+            if generation is not None:
+                save_generation_config(generation, draft)
             save_local_tokenizer(config.base_model_name_or_path, folder, draft)
+
+
+def _generation_config(
+    model: PreTrainedModel, surgery: Surgery, folder: str | os.PathLike[str]
+) -> GenerationConfig | None:
+    """Return the generation config if it is not the base's, or if `folder` has one, which may be outdated."""
+    config = getattr(model, "generation_config", None)
+    is_saved = os.path.exists(os.path.join(folder, GENERATION_CONFIG_NAME))
+    return config if is_saved or config != surgery.generation_config else None
 
 
 def require_own_modules(surgery: Surgery, organ: Organ) -> None:

@@ -5,25 +5,31 @@ Every change rebuilds the stack from the unchanged base and the active organs, s
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, spliced_device_map
 from not_hf.architecture.differences import describe, native_differences
-from not_hf.architecture.layers import adopt
+from not_hf.architecture.layers import adopt, is_finite
+from not_hf.architecture.master_weights import MasterWeights, hold_master_weights
 from not_hf.architecture.splicing import LayerOrigin, set_layer_index, splice_config, spliced_config
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange
+from not_hf.errors import NotHFError, interval
+from not_hf.recipient.changes import Changes
 from not_hf.recipient.organ import Organ
 
 PlacedLayer = tuple[nn.Module, LayerOrigin]
+
+_ATTRIBUTES = {"_surgery", "model_tags", "_weight_conversions"}  # of a model, which come and go with its organs
 
 
 class Surgery:
@@ -46,18 +52,21 @@ class Surgery:
         self.is_scaffold = is_scaffold  # without the base's own layers, though positions count them
         self.base_layers: list[nn.Module] = list(self.stack(model).layers)
         self.base_config = copy.deepcopy(model.config)
+        self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # the base's
         self.base_revision = base_revision  # commit, if known
         self.base_subfolder = base_subfolder
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.organs: dict[str, Organ] = {}
-        self.disabled = 0
+        self.changes = Changes()
+        self.blocks: tuple[weakref.ref[Any], ...] = ()  # the open `disable_donors()` blocks
+        self._shows_base = True  # whether the stack is the base's, because no organ is active
         self.device_map = copy.copy(getattr(model, "hf_device_map", None))
         self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
         self._base_derived: dict[tuple[str, str], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Enable the organs of a copy made inside `disable_donors()`."""
-        return {**vars(self), "disabled": 0}
+        return {**vars(self), "blocks": ()}
 
     def stack(self, model: PreTrainedModel) -> Stack:
         """Return the stack of the live model."""
@@ -66,7 +75,9 @@ class Surgery:
     @property
     def active(self) -> list[str]:
         """Names of the active organs, in load order."""
-        return [] if self.disabled else [name for name, organ in self.organs.items() if organ.active]
+        if [block for block in self.blocks if block() is not None]:
+            return []
+        return [name for name, organ in self.organs.items() if organ.active]
 
     def _chosen(self) -> list[Organ]:
         return [self.organs[name] for name in self.active]
@@ -101,7 +112,7 @@ class Surgery:
     def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
         """List the reasons why the weights of `other` cannot be copied into the tensors of `organ`."""
         if organ.config.span != other.config.span:
-            return [f"it holds layers {list(other.config.span)}, not {list(organ.config.span)}"]
+            return [f"it holds layers {interval(other.config.span)}, not {interval(organ.config.span)}"]
         spliced, others = (
             splice_config(self.base_config, [(each.spec.organ, n) for n in range(len(each.layers))])
             for each in (organ, other)
@@ -111,20 +122,56 @@ class Surgery:
             [describe(layer) for layer in other.layers], [describe(layer) for layer in organ.layers], there="here"
         )
 
-    @contextlib.contextmanager
-    def changing(self, model: PreTrainedModel) -> Iterator[None]:
-        """Change organs or their flags inside the block, then the stack; undo everything on failure."""
-        organs, disabled = dict(self.organs), self.disabled
-        flags = {name: organ.active for name, organ in organs.items()}
-        try:
-            yield
+    def change(self, model: PreTrainedModel, change: Callable[[], None], flags: bool = False) -> None:
+        """Change organs, their flags or the class of the model, then its stack; undo everything on failure.
+
+        Args:
+            model: The live model.
+            change: Makes the change; the stack is rebuilt afterwards.
+            flags: Whether it changes `requires_grad` flags or master weights, which are then restored too.
+        """
+
+        def whole() -> None:
+            change()
             self.apply(model)
-        except BaseException:
-            self.organs, self.disabled = organs, disabled
-            for name, organ in organs.items():
-                organ.active = flags[name]
+
+        self.changes.make(whole, self._undoing(model, flags))
+
+    def _undoing(self, model: PreTrainedModel, flags: bool) -> Callable[[], None]:
+        """Return a function that restores the model as it is now."""
+        kind, organs, blocks = type(model), dict(self.organs), self.blocks
+        active = [(organ, organ.active) for organ in organs.values()]
+        kept = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
+        parts = (model, *self.parked(model)) if flags else ()
+        parameters = {p: p.requires_grad for part in parts for p in part.parameters()}
+        held = organs.values() if flags else ()
+        layers = [layer for organ in held for layer in organ.layers if isinstance(layer, MasterWeights)]
+        masters = [(layer, layer.not_cast, {p: (p.data, p.grad) for p in layer.parameters()}) for layer in layers]
+
+        def undo() -> None:
+            vars(model).update(kept)  # before the class, which needs `_surgery`
+            model.__class__ = kind
+            for key in _ATTRIBUTES - kept.keys():
+                vars(model).pop(key, None)
+            self.organs, self.blocks = organs, blocks
+            for organ, is_active in active:
+                organ.active = is_active
+            for layer, not_cast, values in masters:
+                hold_master_weights(layer, not_cast)
+                for parameter, (data, grad) in values.items():
+                    parameter.grad, parameter.data = None, data
+                    parameter.grad = grad
+            for parameter, flag in parameters.items():
+                parameter.requires_grad_(flag)
             self.apply(model)
-            raise
+
+        return undo
+
+    def repair(self, model: PreTrainedModel) -> None:
+        """Complete what Ctrl-C has interrupted: undoing a change, or leaving a `disable_donors()` block."""
+        self.changes.repair()
+        if self._shows_base and self.active:
+            self.changes.make(lambda: self.apply(model), lambda: self.apply(model))
 
     def apply(self, model: PreTrainedModel) -> None:
         """Make the live model agree with `plan()`. Steps that may raise come first; `changing` undoes the rest."""
@@ -136,17 +183,19 @@ class Surgery:
 
         stack, config = self.stack(model), model.config
         standing = {id(layer) for layer in stack.layers}
+        entering = [layer for layer, _ in placed if id(layer) not in standing]
         reference = dict(stack.layers[0].named_modules()) if stack.layers else {}
-        forget_capture_hooks([model, *self.parked(model), *[layer for layer, _ in placed]])
+        forget_capture_hooks(model, stack.full_path, entering)
         for key, value in values.items():
             setattr(config, key, value)
         for (path, key), value in attributes.items():
             setattr(model.get_submodule(path), key, value)
         for n, (layer, _) in enumerate(placed):
             set_layer_index(layer, n)
-            if id(layer) not in standing:
-                adopt(layer, config, reference, model.training)
+        for layer in entering:
+            adopt(layer, config, reference, model.training)
         set_layers(stack.layers, [layer for layer, _ in placed])
+        self._shows_base = not self.active
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
 
@@ -171,22 +220,50 @@ class Surgery:
             self._base_derived.update({key: base[key] for key in self._derived[signature]})
         return {**self._base_derived, **self._derived[signature]}
 
-    def release(self, model: PreTrainedModel) -> None:
-        """Restore the `requires_grad` flags of the base, from whose stack the organs have been removed."""
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+    def release(self, model: PreTrainedModel, can_learn: bool = False) -> None:
+        """Restore the `requires_grad` flags of the base, or set all, whether organs are in its stack or not."""
+        path = f"{self.stack(model).full_path}."
+        outside = {name: p for name, p in model.named_parameters() if not name.startswith(path)}
+        layers = {f"{path}{n}.{k}": p for n, layer in enumerate(self.base_layers) for k, p in layer.named_parameters()}
+        for name, parameter in (outside | layers).items():
+            flag = self.requires_grad.get(name, parameter.requires_grad)
+            parameter.requires_grad_(flag or can_learn)
 
-    @contextlib.contextmanager
-    def at_scale_one(self) -> Iterator[None]:
-        """Unscale all organs inside the block, to convert or replace their weights."""
+    def at_scale_one(self, change: Callable[[], None]) -> None:
+        """Convert or replace weights while no organ is scaled."""
         scales = {name: organ.config.scale for name, organ in self.organs.items() if organ.config.scale != 1}
-        try:
-            for name in scales:
-                self.organs[name].rescale(1.0)
-            yield
-        finally:
+
+        def rescale() -> None:
             for name, scale in scales.items():
                 self.organs[name].rescale(scale)
+
+        def whole() -> None:
+            for name in scales:
+                self.organs[name].rescale(1.0)
+            change()
+            rescale()
+
+        self.changes.make(whole, rescale)
+
+    def require_scalable_to(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Check that no scaled weight overflows the dtype to which `fn` converts it.
+
+        Raises:
+            NotHFError: One does.
+        """
+        for organ in self.organs.values():
+            for name, tensor in organ.originals.items():
+                dtype = fn(tensor[:0]).dtype
+                if dtype != tensor.dtype and not is_finite(tensor.to(dtype) * organ.config.scale):
+                    raise NotHFError(
+                        f"organ {organ.name!r}: at scale {organ.config.scale:g} weights overflow {dtype} ({name}); "
+                        "use a smaller scale"
+                    )
+
+    def neighbour(self, model: PreTrainedModel, position: int) -> nn.Module:
+        """Return the module whose dtype and device an organ at that position takes."""
+        modules = self.base_layers or [model.get_input_embeddings()]  # a scaffold has no layers
+        return modules[min(position, len(modules) - 1)]
 
     def parked(self, model: PreTrainedModel) -> Iterator[nn.Module]:
         """Yield the layers of the model that are not in the stack."""

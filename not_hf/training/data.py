@@ -82,7 +82,11 @@ def load_text(
     """
     source = os.path.expanduser(source)
     how: dict[str, Any] = {"split": split, "streaming": streaming, "token": token}
+    if streaming and "[" in split:
+        raise NotHFError(f"a stream has no slices, got split {split!r}; give a whole split, or do not stream")
     files = _files(source)
+    if files and all(os.path.isfile(file) and os.path.getsize(file) == 0 for file in files):
+        raise NotHFError(f"{source} is empty; give a file that holds text")
 
     def load(by: SampleBy) -> Any:
         options = how if by == "line" else {**how, "sample_by": by}  # other builders than that of plain text refuse it

@@ -35,6 +35,9 @@ def bitsandbytes(**bits):
     return BitsAndBytesConfig(**bits)
 
 
+# quanto compiles an extension when it is first used: once for all tests of this file, not in several workers at a time
+pytestmark = pytest.mark.xdist_group("quantization")
+
 # how to make the config; whether its plain weights compute what its packed ones do
 QUANTIZERS = {
     "torchao int8": (torchao, 1e-4),

@@ -111,3 +111,29 @@ def test_a_donor_config_with_a_scale_that_is_none_is_corrupt(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "scale": float("inf")}))
     with pytest.raises(CorruptDonorError, match="scale must be a finite number"):
         TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1e6), (torch.float32, 1e39)])
+def test_a_scale_that_overflows_is_refused(dtype, scale, token_ids):
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama").to(dtype), tiny_organ(1), position=2)
+    before = logits(model, token_ids)
+    with pytest.raises(NotHFError, match=r"weights overflow torch\.float\d\d .*use a smaller scale"):
+        model.set_donor_scale("default", scale)
+    assert model.donor_config["default"].scale == 1 and torch.equal(logits(model, token_ids), before)
+
+
+def test_a_scale_that_overflows_in_a_donors_config_is_refused(tmp_path):
+    tiny_organ(1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "scale": 1e39}))
+    with pytest.raises(NotHFError, match="weights overflow"):
+        TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tmp_path)
+
+
+def test_a_cast_in_which_a_scaled_weight_overflows_is_refused(token_ids):
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1), position=2)
+    model.set_donor_scale("default", 1e6)
+    before = logits(model, token_ids)
+    with pytest.raises(NotHFError, match=r"weights overflow torch\.float16"):
+        model.half()
+    assert model.dtype == torch.float32 and torch.equal(logits(model, token_ids), before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -493,3 +494,29 @@ def test_inspect_adds_up_the_organs(base, tmp_path):
     organs = [DonorModel.from_pretrained(tmp_path / name) for name in ("one", "two")]
     assert found["num_parameters"] == sum(each.num_parameters() for each in organs)
     assert {tensor["organ"] for tensor in found["tensors"]} == {"one", "two"}
+
+
+def test_nothing_that_a_donor_holds_reaches_the_terminal_as_a_command(donor, base, tmp_path):
+    folder = Path(shutil.copytree(donor, tmp_path / "donor"))
+    config = json.loads((folder / "config.json").read_text())
+    hostile = "\x1b]52;c;aGk=\x07\x1b[2J\x9b31m\u202e"
+    config |= {"domain": hostile, "datasets": [hostile], "metrics": {hostile: 1.0}, "fingerprint": hostile}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    forged = f"bogus {hostile}\n{folder} fits {base}"
+    save_file({**tensors, forged: torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    for command in (
+        ("inspect", folder),
+        ("inspect", folder, "--recipient", base),
+        ("check", folder, base),
+        ("push", folder, "me/hostile"),
+    ):
+        for form in ((), ("--json",)):
+            result = invoke(*command, *form)
+            shown = result.stdout + result.stderr
+            assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown), (command, shown)
+            assert "\\u001b" in shown
+            assert f"{folder} fits {base}" not in shown.splitlines()
+            if form and result.stdout:
+                assert json.loads(result.stdout)
+    assert done("inspect", folder)["config"]["domain"] == hostile

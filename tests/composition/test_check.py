@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
-from not_hf import CorruptDonorError, DonorModel, TransplantedForCausalLM
+from not_hf import CorruptDonorError, DonorModel, TransplantedForCausalLM, check_compatibility
 from not_hf.composition.check import check_donor
 from testing.commands import done, invoke
 from testing.models import tiny_model
@@ -117,3 +119,42 @@ def test_inspect_reads_headers_alone(sound, hub):
     header = int.from_bytes((sound / "model.safetensors").read_bytes()[:8], "little")
     assert sum(record.bytes for record in hub.requests if record.path.startswith("/lfs/")) == 8 + header
     assert found["num_parameters"] == DonorModel.from_pretrained(sound).num_parameters()
+
+
+def test_what_a_merge_will_refuse_is_listed():
+    """gpt2 with this flag scales attention by the layer's number, which an insertion changes."""
+    base = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    donor = DonorModel.from_base(base, (1, 3))
+    with tempfile.TemporaryDirectory() as folder:
+        donor.save_pretrained(folder)
+        found = check_donor(folder, base, position=0)
+        assert found == [] and any("can run but not be merged into a native" in line for line in found.differences)
+        found = check_donor(folder, base, position=1, mode="replace")
+        assert found == [] and not any("merged" in line for line in found.differences)
+
+
+def test_sliding_layers_in_the_place_of_full_ones_are_told(tmp_path):
+    base = tiny_model("gemma3_text")  # sliding, full, sliding, full
+    DonorModel.from_base(base, (0, 1), mode="replace").save_pretrained(tmp_path)
+    line = "layer_types of the organ are sliding_attention; in their place the recipient has full_attention"
+    assert line in check_donor(tmp_path, base, position=1).differences
+    assert line in check_compatibility(tmp_path, base, position=1).differences
+    assert line not in check_donor(tmp_path, base, position=2).differences
+    assert line not in check_donor(tmp_path, base, position=1, mode="insert").differences
+
+
+def test_a_check_shows_no_bar_of_weights_that_it_does_not_load(sound, base_repo, capfd, monkeypatch):
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
+    assert check_donor(sound, base_repo("llama")) == []
+    assert "Loading weights" not in capfd.readouterr().err
+    DonorModel.from_pretrained(sound)
+    assert "Loading weights" in capfd.readouterr().err  # on again
+
+
+def test_inspect_shows_a_place_for_each_organ_of_a_composition(sound, base_repo, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(base_repo("llama"), sound, donor_name="one", position=0)
+    model.load_donor(sound, "two", position=2, mode="replace")
+    model.save_pretrained(tmp_path)
+    facts, _, organs = invoke("inspect", tmp_path).stdout.partition("Organs")
+    assert not re.search(r"│ (position|mode|init|layers) +│", facts) and "│ parameters" in facts
+    assert "insert" in organs and "replace" in organs

@@ -222,6 +222,13 @@ BROKEN: dict[str, tuple[Sequence, type, str]] = {
     "revision of nothing": ((second(donor=None, subfolder="law"),), CorruptDonorError, "a revision but no donor"),
     "another composition": ((first, second(donor="me/c-nest")), CorruptDonorError, "'law' is a composition itself"),
     "a scale that is none": ((second(scale=float("inf")),), CorruptDonorError, "scale inf, which must be a finite"),
+    "a scale beyond floats": ((second(scale=10**400),), CorruptDonorError, "integer of 1329 bits"),
+    "name with an escape sequence": ((second(name="\x1b[2Jlaw"),), CorruptDonorError, "plain name"),
+    "more organs than anybody needs": (
+        [second(name=f"law{n}") for n in range(3000)],
+        CorruptDonorError,
+        "donors: 3,000 entries; at most 128 are read",
+    ),
     "a scale of a replacement": (
         (first, second(scale=0.5)),
         IncompatibleDonorError,

@@ -70,7 +70,7 @@ def test_averages_count_at_scale_one():
         (["a", "b"], [1, float("inf")], "mean", "linear", "must be finite"),
         (["a", "b", "b"], [1, 1, 1], "mean", "slerp", "slerp needs two donors"),
         (["a", "b"], [1, 1], "mean", "ties", "combination_type must be one of"),
-        (["a", "c"], [1, 1], "mean", "linear", r"layers \[1, 3\] and \[0, 2\] cannot be averaged"),
+        (["a", "c"], [1, 1], "mean", "linear", r"layers \[1, 3\) and \[0, 2\) cannot be averaged"),
         (["a", "x"], [1, 1], "mean", "linear", "no organ named x"),
         (["a", "b"], [1, 1], "a", "linear", "is taken"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from not_hf import (
 )
 from testing import tree
 from testing.commands import is_one_line
+from testing.donors import moved
 from testing.models import tiny_model
 
 SPAN = (1, 3)
@@ -329,3 +331,17 @@ def test_what_no_load_takes_is_not_saved(value, sound, tmp_path):
             model.save_pretrained(tmp_path, selected_donors=names)
         assert tree(tmp_path) == files
     model.save_pretrained(tmp_path / "sound", selected_donors=["a"])
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_folder(donor_folder):
+    files = tree(donor_folder)
+    donor = moved(DonorModel.from_pretrained(donor_folder), 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"donor cannot be written: .*; free space, save again") as raised:
+            donor.save_pretrained(donor_folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert is_one_line(raised.value)
+    assert tree(donor_folder) == files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,3 +117,39 @@ def test_what_is_no_checkpoint_is_refused(case, base_folder, tmp_path):
         import_checkpoint(tmp_path, base_folder("llama"), SPAN)
     assert is_one_line(raised.value) and str(tmp_path / "donor_layers.pt") in str(raised.value)
     assert "weights_only" not in str(raised.value)
+
+
+def test_a_compressed_file_is_refused_before_it_is_inflated(base_folder, tmp_path, monkeypatch):
+    sound = save(layers_of("llama"), tmp_path)
+    file = tmp_path / "small.pt"
+    with zipfile.ZipFile(sound) as whole, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for entry in whole.namelist():
+            padding = bytes(2**24) if entry.endswith("data.pkl") else b""
+            deflated.writestr(entry, whole.read(entry) + padding)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(CorruptDonorError, match=r"small\.pt is compressed, which torch\.save never does"):
+        import_checkpoint(file, base_folder("llama"), SPAN)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused(base_folder, tmp_path):
+    content = {"layers": layers_of("llama"), "lengths": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}
+    with pytest.raises(CorruptDonorError, match=r"holds a nested tensor, lengths; torch\.save dense"):
+        import_checkpoint(save(content, tmp_path), base_folder("llama"), SPAN)
+
+
+def test_one_tensor_under_many_names_is_refused_before_it_is_copied(base_folder, tmp_path, monkeypatch):
+    layers = layers_of("llama")
+    large = torch.ones(2**16)
+    layers[0] |= {f"mlp.{n}": large for n in range(100)}
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    with pytest.raises(CorruptDonorError, match="refers to its values many times: 6,5"):
+        import_checkpoint(save(layers, tmp_path), base_folder("llama"), SPAN)
+
+
+@pytest.mark.parametrize(
+    "key", [(1, 2), 1.5, None, "k" * 5000, 2**80], ids=["tuple", "float", "none", "long", "large"]
+)
+def test_what_has_no_name_is_left_out(key, base_folder, tmp_path):
+    content = {"layers": layers_of("llama"), key: {"self_attn.q_proj.weight": torch.ones(2)}}
+    assert import_checkpoint(save(content, tmp_path), base_folder("llama"), SPAN).config.layers == [1, 3]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -102,6 +103,43 @@ def test_sft_saves_organs_and_resumes(base_folder, tmp_path):
     assert DonorModel.from_pretrained(tmp_path / "run" / "checkpoint-3").config.layers == [1, 3]
     sft(resumed).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert same(resumed, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True], ids=["donor", "composition"])
+def test_by_name(several, base_folder, tmp_path):
+    """TRL reads the class of the model from the config; `is_trainable` goes through `model_init_kwargs`."""
+    model = trainable(base_folder("llama"))
+    if several:
+        model.load_donor(organ(base_folder("llama"), 2), "second")
+    model.save_pretrained(folder := str(tmp_path / "organ"))
+    args = SFTConfig(output_dir=str(tmp_path / "sft"), max_length=16, **COMMON)
+    args.model_init_kwargs = {"is_trainable": True}
+    rows = Dataset.from_dict({"text": ["w3 w4 w5 w6 w7"] * 8})
+    run = SFTTrainer(model=folder, args=args, train_dataset=rows)
+    assert isinstance(run.model, TransplantedForCausalLM) and len(run.model.active_donors) == 1 + several
+    run.train()
+    assert not same(run.model, model)
+    run = DPOTrainer(
+        model=folder,
+        args=DPOConfig(output_dir=str(tmp_path / "dpo"), **COMMON),
+        train_dataset=PAIRS,
+        peft_config=LoraConfig(target_modules=["q_proj"]),
+    )
+    assert isinstance(run.model.get_base_model(), TransplantedForCausalLM)
+    run.train()
+
+
+def test_training_what_is_frozen_is_told(base_folder, caplog):
+    """TRL's gradient checkpointing hides it: the loss stands still."""
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), organ(base_folder("llama"), 1))
+    model.eval()
+    assert "no parameter" not in caplog.text
+    model.train()
+    assert "no parameter of the model can be trained" in caplog.text and "is_trainable=True" in caplog.text
+    caplog.clear()
+    trainable(base_folder("llama")).train()
+    assert not caplog.records
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from not_hf import (
 from not_hf.hub.checkpoint import DTYPES, open_checkpoint
 from not_hf.hub.headers import BITS
 from testing.checkpoints import write_fp8, write_mxfp4
+from testing.commands import is_one_line
 from testing.cuts import WIDE, cut, is_cut, nbytes, weights
 from testing.models import tiny_model
 
@@ -146,3 +147,32 @@ def test_tensors_that_begin_anywhere_are_read(tmp_path):
     views = open_checkpoint(tmp_path)
     assert all(torch.equal(views[name][...], tensor) for name, tensor in tensors.items())
     assert torch.equal(views["b"][1:3], tensors["b"][1:3])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"weight_map": ' + "[" * 300 + "]" * 300 + "}", "nested more than 32 deep"),
+        ("[" * 100_000, "nested more than 32 deep"),
+        ('{"weight_map": {"a": "b.safetensors"}, "x": 1' + "0" * 400 + "}", "an integer of"),
+        ('{"weight_map": "model.safetensors"}', "must map names to files"),
+        ('"weight_map"', "not a safetensors index"),
+        ("{", "not a safetensors index"),
+        ("\xff", "not a safetensors index"),
+        (json.dumps({"weight_map": {str(n): f"../{n}.safetensors" for n in range(10_000)}}), "and 9995 more"),
+    ],
+    ids=["nested", "open brackets", "integer", "text", "only text", "truncated", "latin", "many outside"],
+)
+def test_an_index_that_is_none_is_one_line(text, message, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CorruptDonorError, match=message) as raised:
+        open_checkpoint(tmp_path)
+    assert is_one_line(raised.value)
+
+
+def test_an_index_beyond_any_models_is_not_read(tmp_path, monkeypatch):
+    with open(tmp_path / "model.safetensors.index.json", "wb") as file:
+        file.truncate(2**26 + 1)
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(CorruptDonorError, match="67,108,865 bytes; it must have at most 67,108,864"):
+        open_checkpoint(tmp_path)

@@ -57,8 +57,15 @@ def test_a_header_that_contradicts_itself_is_refused_and_not_kept(hub, model, tm
         lambda header: header.replace(b"layers.4.input_layernorm", b"layers.3.input_layernorm"),
         lambda header: re.sub(rb"offsets\":\[(\d)", lambda found: b'offsets":[9', header, count=3),
         lambda header: re.sub(rb"(offsets\":\[)\d+,\d", rb"\g<1>0,1e99", header, count=1),
+        lambda header: header.replace(b'"format":"pt"', b'"format":[]'),
+        lambda header: header.replace(b'{"format":"pt"}', b"[]"),
+        lambda header: header.replace(b'"dtype":', b'"x":NaN,"dtype":', 1),
+        lambda header: header.decode().encode("utf-16-le"),
     ],
-    ids=["length", "words", "negative", "dtype", "list", "twins", "overlap", "infinite"],
+    ids=[
+        *("length", "words", "negative", "dtype", "list", "twins", "overlap", "infinite"),
+        *("metadata", "no metadata", "not a number", "utf-16"),
+    ],
 )
 @pytest.mark.parametrize("place", ["folder", "repo"])
 def test_headers_that_safetensors_refuses_are_refused(change, place, model, tmp_path):

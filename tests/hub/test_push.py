@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from functools import partialmethod
 
@@ -17,9 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from local_hub import Fault
-from not_hf import DonorConfig, NotHFError, TransplantedForCausalLM, list_donors
+from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors
 from not_hf.hub.atomic_write import DRAFT
-from testing.commands import invoke
+from testing.commands import failed, invoke
 from testing.donors import holds, organ, same, with_organs
 from testing.models import tiny_model
 
@@ -462,3 +463,18 @@ def test_two_pushes_at_once_leave_one_whole_organ(base, api, repo_id):
     seed = {0: 2, 1: 3}[DonorConfig.from_pretrained(repo_id).position]
     assert holds(repo_id, organ(base, seed))
     assert ("model.safetensors" in api.list_repo_files(repo_id)) == (seed == 2)
+
+
+@pytest.mark.parametrize("token", ["hf_secret\n", "hf_se cret", "hf_sécret"])
+def test_a_token_that_cannot_be_sent_is_not_spelled_out(token, base, tmp_path):
+    organ(base, 1).save_pretrained(tmp_path)
+    for attempt in (
+        lambda: organ(base, 1).push_to_hub("me/with-token", token=token),
+        lambda: DonorModel.from_pretrained("me/with-token", token=token),
+        lambda: list_donors(token=token),
+    ):
+        with pytest.raises(NotHFError, match=r"the token holds a line break, a space or .*; copy it again") as raised:
+            attempt()
+        assert "cret" not in "".join(traceback.format_exception(raised.value)).replace("test_push.py", "")
+    for command in (("push", tmp_path, "me/with-token"), ("inspect", "me/with-token")):
+        assert "cret" not in failed(*command, "--token", token)

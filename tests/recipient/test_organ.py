@@ -45,8 +45,8 @@ def test_a_swap_keeps_the_place_the_scale_and_the_flags(token_ids):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: tiny_organ(2, layers=(1, 2)), r"it holds layers \[1, 2\], not \[1, 3\]"),
-        (lambda: tiny_organ(2, layers=(0, 2)), r"it holds layers \[0, 2\], not \[1, 3\]"),
+        (lambda: tiny_organ(2, layers=(1, 2)), r"it holds layers \[1, 2\), not \[1, 3\)"),
+        (lambda: tiny_organ(2, layers=(0, 2)), r"it holds layers \[0, 2\), not \[1, 3\)"),
         (lambda: tiny_organ(2, "mistral"), "model_type mistral does not fit"),
         (
             lambda: organ(tiny_model("llama", intermediate_size=40), 2),

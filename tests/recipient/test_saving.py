@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from not_hf import (
     CorruptDonorError,
@@ -93,3 +94,55 @@ def test_a_composition_touches_only_its_own_files(tmp_path):
     with pytest.raises(NotHFError, match="cannot be read"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+
+
+def with_temperature(base, *donors: str) -> TransplantedForCausalLM:
+    model = TransplantedForCausalLM.from_pretrained(base, A, donor_name="a")
+    for name in donors:
+        model.load_donor(C, name)
+    model.generation_config.temperature, model.generation_config.do_sample = 0.3, True
+    return model
+
+
+@pytest.mark.parametrize("donors", [(), ("c",)], ids=["donor", "composition"])
+@pytest.mark.parametrize("where", ["folder", "repo"])
+def test_a_changed_generation_config_is_kept(donors, where, base_folder, base_repo, hub, tmp_path):
+    base = base_folder("llama") if where == "folder" else base_repo("llama")
+    place = tmp_path if where == "folder" else f"me/warm-{len(donors)}"
+    model = with_temperature(base, *donors)
+    save = model.save_pretrained if where == "folder" else model.push_to_hub
+    save(place)
+    for load in (TransplantedForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        again = load(place)
+        assert again.generation_config.temperature == 0.3 and again.generation_config.do_sample
+        assert type(again.generation_config) is type(model.generation_config)
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "generation_config.json").exists()
+    # a recipient that is named has its own, and so has a caller who gives one
+    assert TransplantedForCausalLM.from_pretrained(base, A).generation_config.temperature != 0.3
+    given = GenerationConfig(temperature=0.9, do_sample=True)
+    assert AutoModelForCausalLM.from_pretrained(place, generation_config=given).generation_config.temperature == 0.9
+    model.generation_config.temperature, model.generation_config.do_sample = 1.0, False  # as the base
+    save(place)
+    assert AutoModelForCausalLM.from_pretrained(place).generation_config.temperature != 0.3
+
+
+def test_an_unchanged_generation_config_is_not_saved(base_folder, tmp_path):
+    TransplantedForCausalLM.from_pretrained(base_folder("llama"), A).save_pretrained(tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()
+
+
+def test_an_inconsistent_generation_config_does_not_stop_a_save(base_folder, tmp_path):
+    """Trainer saves after hours."""
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), A)
+    model.generation_config.temperature = 0.3  # which sampling is off for
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.temperature == 0.3
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"validate": 3}'])
+def test_a_generation_config_that_is_none_is_refused(content, base_folder, tmp_path):
+    with_temperature(base_folder("llama")).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(CorruptDonorError, match=r"generation_config\.json: "):
+        TransplantedForCausalLM.from_pretrained(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from transformers import GPT2Config
 
 from not_hf import DonorConfig
@@ -26,3 +28,11 @@ def make_config(**changes) -> DonorConfig:
         "metrics": METRICS,
     }
     return DonorConfig(**{**values, **changes})
+
+
+def markup(text: str) -> list[str]:
+    """What renderers make something of, outside of code."""
+    ours = r"\]\(https://(?:huggingface\.co|arxiv\.org)/[^()\s]*\)"
+    prose = re.sub(rf"```.*?```|`[^`\n]*`|{ours}", "", text, flags=re.DOTALL)
+    found = re.findall(r"(?<!\\)<(?!!-- /?not_hf )\w+|(?<!\\)\]\(.*?\)", prose)
+    return found + re.findall(r"(?<!\()https?://\S+|www\.\S+|\S+@\S+|[\x00-\x08\x0b-\x1f\x7f]", prose)

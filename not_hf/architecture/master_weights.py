@@ -1,0 +1,63 @@
+"""Master weights: a layer that is trained in float32 and computes in the dtype of the model around it.
+
+In bfloat16 most updates of a weight are smaller than the distance to the next number, and are lost.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from not_hf.architecture.upstream import rebind_forward, replaced_parameters
+
+
+class MasterWeights(nn.Module):
+    """Mixed into the class of a layer: casts float32 parameters to the dtype of the hidden states in each forward."""
+
+    not_cast: frozenset[str]  # names of parameters that are float32 in the recipient's layers too
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the native class."""
+        dtype = (args[0] if args else kwargs["hidden_states"]).dtype
+        masters = {name: p for name, p in self.named_parameters() if p.dtype == torch.float32 != dtype}
+        values = {name: p.to(dtype) for name, p in masters.items() if name not in self.not_cast}
+        with replaced_parameters(self, values):
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle the native class and extend it again, since the dynamic class cannot be imported by name."""
+        return _revive, (native_class(self),), self.__dict__
+
+
+def hold_master_weights(layer: nn.Module, not_cast: Iterable[str]) -> None:
+    """Have a layer cast its other parameters in each forward; its class becomes one of the same name."""
+    vars(layer)["not_cast"] = frozenset(not_cast)
+    layer.__class__ = _class_with_master_weights(cast(Any, native_class(layer)))
+
+
+def release_master_weights(layer: nn.Module) -> None:
+    """Return a layer to its native class."""
+    layer.__class__ = native_class(layer)
+    vars(layer).pop("not_cast", None)
+    rebind_forward(layer)
+
+
+def native_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer in transformers."""
+    kind = type(layer)
+    return cast(type[nn.Module], kind.__bases__[1]) if issubclass(kind, MasterWeights) else kind
+
+
+@functools.cache
+def _class_with_master_weights(native: Any) -> Any:
+    names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
+    return type(native.__name__, (MasterWeights, native), names)
+
+
+def _revive(native: Any) -> nn.Module:
+    kind = _class_with_master_weights(native)
+    return cast(nn.Module, kind.__new__(kind))

@@ -1,0 +1,36 @@
+"""The tokenizer of a local base goes into the donor's folder, unless it would run code."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+
+import pytest
+
+from not_hf import DonorModel
+from testing.models import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A base whose tokenizer has code of its own; running it would leave a file."""
+    folder = tmp_path / "base"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = {
+        **json.loads(path.read_text()),
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": ["own.Own", None]},
+    }
+    path.write_text(json.dumps(values))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    return folder
+
+
+def test_a_tokenizer_with_code_is_left_out_with_a_warning_and_no_question(base, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(builtins, "input", lambda *args: pytest.fail("asked"))
+    DonorModel.from_base(base, (1, 3)).save_pretrained(tmp_path / "donor")
+    assert not (tmp_path / "ran").exists() and not list((tmp_path / "donor").glob("tokenizer*"))
+    assert f"tokenizer of {base} has code of its own" in caplog.text and "trust_remote_code=True" in caplog.text

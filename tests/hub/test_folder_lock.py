@@ -1,0 +1,168 @@
+"""Two saves into one folder follow each other; what a killed save left there goes with the next one."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from not_hf import DonorModel, NotHFError
+from not_hf.hub import folder_lock
+from not_hf.hub.atomic_write import DRAFT, replacing
+from not_hf.hub.folder_lock import locked
+from testing.donors import holds, organ, with_organs
+
+
+@pytest.fixture(scope="module")
+def base(base_folder: Callable[[str], Path]) -> str:
+    return str(base_folder("llama"))
+
+
+@pytest.fixture
+def waiting(monkeypatch) -> threading.Event:
+    """Set when a save waits for another one."""
+    event = threading.Event()
+    monkeypatch.setattr(folder_lock.logger, "warning", lambda *args: event.set())
+    return event
+
+
+def test_a_second_save_waits_for_the_first(base, tmp_path, waiting, monkeypatch):
+    """The first one has its weights in place and not yet its config when the second one begins."""
+    first, second = organ(base, 1), organ(base, 2)
+    second.config.position = 0
+    first.save_pretrained(tmp_path)
+    replace, threads = os.replace, [threading.Thread(target=second.save_pretrained, args=(tmp_path,))]
+
+    def slow(source, target) -> None:
+        if threads and Path(target) == tmp_path / "config.json":
+            started.append(threads.pop())
+            started[0].start()
+            assert waiting.wait(20)
+        replace(source, target)
+
+    started: list[threading.Thread] = []
+    monkeypatch.setattr("not_hf.hub.atomic_write.os.replace", slow)
+    first.save_pretrained(tmp_path)
+    started[0].join(20)
+    assert not started[0].is_alive()
+    assert holds(tmp_path, second) and DonorModel.from_pretrained(tmp_path, verify=True).config.position == 0
+
+
+@pytest.mark.slow
+def test_processes_that_save_to_one_folder_leave_one_of_their_saves(base, tmp_path):
+    code = """
+import sys
+from not_hf import DonorModel
+donor = DonorModel.from_pretrained(sys.argv[1])
+for _ in range(20):
+    donor.save_pretrained(sys.argv[2])
+"""
+    donors = [organ(base, seed) for seed in (1, 2)]
+    for n, donor in enumerate(donors):
+        donor.config.position = n
+        donor.save_pretrained(tmp_path / f"{n}")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / f"{n}"), str(tmp_path / "f")]) for n in (0, 1)
+    ]
+    assert [writer.wait(120) for writer in writers] == [0, 0]
+    found = DonorModel.from_pretrained(tmp_path / "f", verify=True)
+    assert holds(tmp_path / "f", donors[found.config.position])
+
+
+def test_a_folder_that_a_failed_save_removed_is_made_again(tmp_path, waiting):
+    folder, got = tmp_path / "donor", []
+
+    def save() -> None:
+        with replacing(folder) as draft:
+            Path(draft, "file").write_text("second")
+        got.append(True)
+
+    second = threading.Thread(target=save)
+    with pytest.raises(OSError, match="full"), replacing(folder):
+        second.start()
+        assert waiting.wait(20)
+        raise OSError("full")
+    second.join(20)
+    assert got and (folder / "file").read_text() == "second"
+
+
+def test_a_folder_that_cannot_be_locked_is_saved_to_with_a_warning(base, tmp_path, monkeypatch, caplog):
+    def flock(*args: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
+    (tmp_path / f"{DRAFT}12345678").mkdir()
+    organ(base, 1).save_pretrained(tmp_path)
+    assert holds(tmp_path, organ(base, 1))
+    assert "let only one program at a time save there" in caplog.text
+    assert (tmp_path / f"{DRAFT}12345678").exists()  # it may be of a save that is under way
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["donor", "composition"])
+def test_processes_that_write_nothing_do_not_wait(several, base, tmp_path):
+    """The main process may need them while it saves."""
+    model = with_organs(base, 1, 2) if several else organ(base, 1)
+    with locked(tmp_path):
+        model.save_pretrained(tmp_path, is_main_process=False)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_next_save_removes_what_killed_saves_left(base, tmp_path, caplog):
+    code = f"""
+import os, signal
+from not_hf import DonorModel
+replace = os.replace
+def killed(source, target):
+    if str(target) == {str(tmp_path / "config.json")!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+donor = DonorModel.from_pretrained({str(tmp_path)!r})
+os.replace = killed
+donor.save_pretrained({str(tmp_path)!r})
+"""
+    organ(base, 1).save_pretrained(tmp_path)
+    (tmp_path / "_drafts").mkdir()  # somebody's own
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == -9
+    assert len(list(tmp_path.glob(f"{DRAFT}*"))) == 2  # the new files, and the old ones
+    organ(base, 2).save_pretrained(tmp_path)
+    assert holds(tmp_path, organ(base, 2))
+    assert not list(tmp_path.glob(f"{DRAFT}*")) and (tmp_path / "_drafts").exists()
+    assert not caplog.records  # nobody waits for a process that is gone
+
+
+def test_a_save_that_fails_keeps_what_a_killed_save_left(tmp_path):
+    """It may be the only copy of the files of before."""
+    (tmp_path / f"{DRAFT}12345678").mkdir()
+    with pytest.raises(OSError, match="full"), replacing(tmp_path):
+        raise OSError("full")
+    assert (tmp_path / f"{DRAFT}12345678").exists()
+
+
+def test_a_composition_does_not_write_through_a_link(base, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "composition"
+    model = with_organs(base, 1, 2)
+    model.save_pretrained(folder)
+    shutil.rmtree(folder / "organ2")
+    (folder / "organ2").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(NotHFError, match="organ2 is a link, and its target would be written to; remove it"):
+        model.save_pretrained(folder)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_link_to_the_folder_itself_is_followed(base, tmp_path, caplog):
+    """People link to a larger disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "donor").symlink_to(tmp_path / "disk")
+    caplog.set_level(logging.WARNING)
+    organ(base, 1).save_pretrained(tmp_path / "donor")
+    assert holds(tmp_path / "disk", organ(base, 1))

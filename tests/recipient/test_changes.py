@@ -1,0 +1,251 @@
+"""A change of a model is made whole or not at all, whenever Ctrl-C comes and whatever other threads do."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf.recipient.changes import Changes
+from not_hf.recipient.mixin import Recipient
+from testing.donors import tiny_organ
+from testing.interrupting import interrupted
+from testing.models import TOKEN_IDS, logits, tiny_model
+
+
+def with_two_organs() -> TransplantedForCausalLM:
+    """Both are scaled, and the first is trainable."""
+    model = TransplantedForCausalLM.from_pretrained(
+        tiny_model("llama"), tiny_organ(1), donor_name="a", position=2, is_trainable=True
+    )
+    model.load_donor(tiny_organ(2), "b", position=0)
+    model.set_donor_scale("a", 0.5)
+    return model
+
+
+def without_donors(model: TransplantedForCausalLM) -> None:
+    with model.disable_donors(), model.disable_donors():
+        pass
+
+
+OPERATIONS: dict[str, Callable[[Any], Any]] = {
+    "disable_donors": without_donors,
+    "set_donor": lambda model: model.set_donor("b"),
+    "set_donor_scale": lambda model: model.set_donor_scale("a", 0.25),
+    "load_donor": lambda model: model.load_donor(tiny_organ(3), "c", position=1),
+    "hotswap_donor": lambda model: model.hotswap_donor("a", tiny_organ(3)),
+    "add_weighted_donor": lambda model: model.add_weighted_donor(["a", "b"], [0.5, 0.5], "c"),
+    "delete_donor": lambda model: model.delete_donor("a"),
+    "to": lambda model: model.to(torch.float64),
+    "unload": lambda model: model.unload(),
+    "merge_and_unload": lambda model: model.merge_and_unload(),
+    "merge_and_unload, disabled": lambda model: merged_inside(model),
+}
+
+
+def merged_inside(model: TransplantedForCausalLM) -> None:
+    with model.disable_donors():
+        model.merge_and_unload()
+
+
+def state_of(model: PreTrainedModel) -> list[Any]:
+    """Everything that a change could change, so that two states can be compared."""
+    active = model.active_donors if isinstance(model, Recipient) else None  # a use that repairs what is to be repaired
+    state: list[Any] = [type(model), "_surgery" in vars(model), active, vars(model).get("model_tags")]
+    state += [model.config.to_dict()]
+    state += [(name, p.requires_grad, p.dtype) for name, p in model.named_parameters()]
+    state += [layer.self_attn.layer_idx for layer in model.model.layers]
+    if isinstance(model, Recipient):
+        state += [list(model.donor_config)]
+        state += [(organ.scale, organ.position) for organ in model.donor_config.values()]
+    return [*state, logits(model, TOKEN_IDS).double().numpy().tobytes()]
+
+
+def at_scale_one(model: PreTrainedModel) -> list[Any]:
+    """The weights that would be saved."""
+    if isinstance(model, Recipient):
+        for name in model.donor_config:
+            model.set_donor_scale(name, 1)
+    return state_of(model)
+
+
+def try_interrupts(operation: str, points: int | None, opcodes: bool = False) -> dict[str, int]:
+    """Interrupt an operation at evenly spread points, or at all, and count what was found afterwards."""
+    change, fresh = OPERATIONS[operation], with_two_organs()
+    done = copy.deepcopy(fresh)
+    interrupted(lambda: change(copy.deepcopy(fresh)))  # what is cached from now on takes no steps
+    steps = interrupted(lambda: change(done), opcodes=opcodes)
+    known = {"before": [state_of(fresh)], "after": [state_of(done)]}
+    for name, model in (("before", fresh), ("after", done)):
+        known[name].append(at_scale_one(copy.deepcopy(model)))
+    found = dict.fromkeys(("before", "after", "neither"), 0)
+    for step in range(0, steps, 1 if points is None else max(1, steps // points)):
+        model = copy.deepcopy(fresh)
+        interrupted(lambda model=model: change(model), step, opcodes)
+        states = [state_of(model), at_scale_one(model)]
+        found[next((name for name, each in known.items() if each == states), "neither")] += 1
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_interrupted_change_is_made_or_undone(operation):
+    found = try_interrupts(operation, points=40)
+    assert found["neither"] == 0 and sum(found.values()) >= 40
+
+
+@pytest.mark.slow
+def test_an_interrupted_transplant_leaves_the_model_or_its_organs():
+    base = tiny_model("llama")
+    base.model.embed_tokens.requires_grad_(False)
+    before, donor = state_of(base), tiny_organ(1)
+
+    def transplant(model: PreTrainedModel) -> TransplantedForCausalLM:
+        return TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
+
+    after = state_of(transplant(copy.deepcopy(base)))
+    steps = interrupted(lambda: transplant(copy.deepcopy(base)))
+    for step in range(0, steps, max(1, steps // 60)):
+        model = copy.deepcopy(base)
+        interrupted(lambda model=model: transplant(model), step)
+        assert state_of(model) in (before, after), step
+        assert state_of(transplant(model).unload()) == before or isinstance(model, Recipient)
+
+
+def test_undoing_that_is_interrupted_is_completed_by_the_next_use():
+    changes, done = Changes(), []
+
+    def undo() -> None:
+        done.append(len(done))
+        if len(done) == 1:
+            raise KeyboardInterrupt
+
+    def fail() -> None:
+        raise RuntimeError
+
+    with pytest.raises(KeyboardInterrupt):
+        changes.make(fail, undo)
+    changes.repair()
+    changes.repair()
+    assert done == [0, 1]
+
+
+def test_a_block_whose_exit_never_began_ends_with_its_object():
+    model = with_two_organs()
+    before = logits(model, TOKEN_IDS)
+    block = model.disable_donors()
+    block.__enter__()
+    assert model.active_donors == [] and len(model.model.layers) == 4
+    del block
+    assert torch.equal(logits(model, TOKEN_IDS), before)
+    assert model.active_donors == ["a", "b"] and len(model.model.layers) == 8
+
+
+def test_disable_donors_decorates_functions():
+    model = with_two_organs()
+    assert model.disable_donors()(lambda: model.active_donors)() == []
+    assert model.active_donors == ["a", "b"]
+
+
+def test_generating_while_another_thread_changes_organs_gives_one_state_or_an_error():
+    model = with_two_organs()
+    options = {"attention_mask": torch.ones_like(TOKEN_IDS), "max_new_tokens": 12, "do_sample": False}
+    states = [lambda: model.set_donor("a"), lambda: model.set_donor("b"), lambda: model.set_donor_scale("a", 1)]
+    states += [lambda: model.set_donor(["a", "b"]), lambda: model.set_donor_scale("a", 0.5)]
+    expected = []
+    for change in states:
+        change()
+        expected.append(model.generate(TOKEN_IDS, **options).tolist())
+    outputs, errors, stop = [], [], threading.Event()
+
+    def generate() -> None:
+        while not stop.is_set():
+            try:
+                outputs.append(model.generate(TOKEN_IDS, **options).tolist())
+            except NotHFError as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=generate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for n in range(60):
+        states[n % len(states)]()
+        if n % 10 == 0:
+            stop.wait(0.05)
+    stop.wait(0.2)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert outputs and errors, "neither an undisturbed call nor a disturbed one"
+    assert all(output in expected for output in outputs)
+    assert all("another thread changed the organs" in error for error in errors)
+
+
+def test_changes_of_several_threads_come_one_after_another():
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1), donor_name="a", position=2)
+    before, failures = logits(model, TOKEN_IDS), []
+
+    def load_and_delete(name: str) -> None:
+        try:
+            for _ in range(5):
+                model.load_donor(tiny_organ(2), name, position=0)
+                model.set_donor_scale(name, 0.5)
+                model.delete_donor(name)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=load_and_delete, args=(f"organ {n}",)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert list(model.donor_config) == ["a"] and torch.equal(logits(model, TOKEN_IDS), before)
+
+
+def test_a_callback_may_change_organs_during_its_own_call():
+    model = with_two_organs()
+
+    def halve(module: Any, args: Any) -> None:
+        model.set_donor_scale("b", 0.5)
+
+    handle = model.lm_head.register_forward_pre_hook(halve)
+    model(TOKEN_IDS)
+    handle.remove()
+    assert model.donor_config["b"].scale == 0.5
+
+
+def test_a_scale_check_leaves_the_live_stack_alone():
+    model, seen = with_two_organs(), []
+    stack = model.model.layers
+    real = type(stack).__setattr__
+    layers = list(stack)
+
+    class Watched(type(stack)):
+        def __setattr__(self, name: str, value: Any) -> None:
+            seen.append(name)
+            real(self, name, value)
+
+    stack.__class__ = Watched
+    model.set_donor_scale("a", 0.25)
+    assert not seen and list(stack) == layers
+
+
+def test_twins_are_built_by_several_threads_at_once():
+    donors: list[DonorModel] = []
+    threads = [
+        threading.Thread(target=lambda n=n: donors.append(tiny_organ(n, ["llama", "qwen3", "gpt2"][n % 3])))
+        for n in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(donors) == 6
+    assert torch.nn.init.normal_(torch.zeros(4)).any()  # initialization is not left switched off
