@@ -8,13 +8,11 @@ config keys, which are data (`tables.py`).
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import logging
 import os
 import threading
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -332,26 +330,3 @@ def dispatch_hooks(module: nn.Module) -> list[Any]:
 def keys_left_in_place(model: PreTrainedModel) -> Any:
     """Names of the arguments that accelerate does not move between devices, such as the cache."""
     return getattr(model, "_skip_keys_device_placement", None)
-
-
-# ------------------------------------------------------------------ what trainers push
-
-
-def replace_trainer_card(kind: type, write: Callable[..., None]) -> None:
-    """Have `Trainer.create_model_card` call `write(trainer, **arguments)` for models of a kind.
-
-    `Trainer` has no hook for it: it writes a card of its own over the one that the model has just saved.
-    """
-    from transformers import Trainer
-
-    native = Trainer.create_model_card
-
-    @functools.wraps(native)
-    def create_model_card(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(trainer.model, kind):
-            native(trainer, *args, **kwargs)
-        elif trainer.is_world_process_zero():
-            _, *given = inspect.signature(native).bind(trainer, *args, **kwargs).arguments.items()
-            write(trainer, **dict(given))
-
-    Trainer.create_model_card = create_model_card  # type: ignore

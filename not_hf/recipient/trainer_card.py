@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import CONFIG_NAME
 
-from not_hf.architecture.upstream import replace_trainer_card
 from not_hf.cards.common import README, unite
 from not_hf.cards.donor import updated_card
 from not_hf.cards.metrics import perplexities, trainer_metrics
@@ -70,7 +70,20 @@ def _evaluations(state: TrainerState) -> dict[str, Any] | None:
 
 @functools.cache
 def _replace_trainer_card() -> None:
-    replace_trainer_card(Recipient, complete_card)
+    """Have `Trainer.create_model_card` complete the card of organs; `Trainer` has no hook for it."""
+    from transformers import Trainer
+
+    native = Trainer.create_model_card
+
+    @functools.wraps(native)
+    def create_model_card(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(trainer.model, Recipient):
+            native(trainer, *args, **kwargs)
+        elif trainer.is_world_process_zero():
+            _, *given = inspect.signature(native).bind(trainer, *args, **kwargs).arguments.items()
+            complete_card(trainer, **dict(given))
+
+    Trainer.create_model_card = create_model_card  # type: ignore
 
 
 def keep_card_from_trainers() -> None:

@@ -116,6 +116,7 @@ class PrefixCache:
 
     def _follow(self) -> bool:
         """Open the store of the model as it is now; return whether there can be one."""
+        key = self._model_key.current()
         if hook := self._model_key.foreign_hook():
             if not self._is_off:
                 logger.warning(
@@ -125,7 +126,6 @@ class PrefixCache:
                 )
             self._is_off = True
             return False
-        key = self._model_key.current()
         if key != getattr(self, "key", None):
             self._require_frozen()
             token = torch.zeros(1, 1, dtype=torch.long, device=self.forward.model.device)

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from not_hf.architecture.differences import describe
 from not_hf.architecture.upstream import foreign_hooks, global_hooks, implementations, tables_of, tensor_state
 
-_State = tuple[int, int, int]  # of a tensor, as `tensor_state` gives it
+# By the state of a tensor, as `tensor_state` gives it; with the tensor, so that no other one takes that state
+_Digests = dict[tuple[int, int, int], tuple[torch.Tensor, bytes]]
 
 
 class PrefixKey:
@@ -42,14 +43,15 @@ class PrefixKey:
 
     def forget(self) -> None:
         """Have the next key computed from every byte."""
-        self._digests: dict[_State, tuple[torch.Tensor, bytes]] = {}  # the tensor, so that its state stays its own
+        self._digests: _Digests = {}
         self._find_modules()
 
     def current(self) -> str:
         """Return the key of the model as it is now; the name of a folder."""
         if not self._digests or self._has_changed():
             self._find_modules()
-            self._key = self._compute()
+            known, self._digests = self._digests, {}  # empty until the key is computed, should that be interrupted
+            self._key = self._compute(known)
         return self._key
 
     def foreign_hook(self) -> str | None:
@@ -81,7 +83,7 @@ class PrefixKey:
     def _look(self) -> list[Any]:
         return [implementations(self._model.config), *map(_adapters, self._adapted), *map(tensor_state, self._watched)]
 
-    def _compute(self) -> str:
+    def _compute(self, known: _Digests) -> str:
         about = {
             **self._about,
             **implementations(self._model.config),
@@ -90,10 +92,10 @@ class PrefixKey:
             "adapters": [_adapters(module) for module in self._adapted],
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-        digests = {}
+        digests: _Digests = {}
         for name, tensor in self._tensors():
             state = tensor_state(tensor)
-            digests[state] = self._digests.get(state) or (tensor, _digest(tensor))
+            digests[state] = known.get(state) or (tensor, _digest(tensor))
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + digests[state][1])
         self._digests = digests
         return digest.hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import math
@@ -351,6 +352,19 @@ def test_callbacks_are_those_of_trainer(disable_tqdm, tmp_path):
         for cls in (DonorTrainer, Trainer)
     )
     assert ours == theirs and EarlyStoppingCallback in ours
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_what_trainer_prints_is_printed(disable_tqdm, tmp_path, capsys):
+    """Losses, and at the end the metrics of the training."""
+    printed = []
+    for cls in (Trainer, DonorTrainer):
+        made(recipient(), tmp_path, cls=cls, max_steps=2, disable_tqdm=disable_tqdm).train()
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        printed.append([ast.literal_eval(line).keys() for line in lines])
+    theirs, ours = printed
+    assert len(theirs) == len(ours) == 3 and "train_loss" in ours[-1]
+    assert all(there <= here for there, here in zip(theirs, ours, strict=True))  # DonorTrainer counts tokens too
 
 
 def test_how_many_tokens_an_organ_has_seen(tmp_path):
