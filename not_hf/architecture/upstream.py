@@ -15,8 +15,9 @@ import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks, _IncompatibleKeys
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -248,6 +249,52 @@ def copy_checkpointing(layer: nn.Module, reference: Mapping[str, nn.Module]) -> 
                 setattr(module, key, neighbour[key])
             else:
                 vars(module).pop(key, None)
+
+
+def tensor_state(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Identity, address and number of changes in place of a tensor; while it exists, no change leaves all three."""
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+# Hooks of transformers and PEFT that record what passes through, or set a flag.
+_INERT_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad")
+
+
+def foreign_hooks(module: nn.Module, before_only: bool = False, keeps_forward: bool = True) -> list[str]:
+    """Names of what was attached to a module and may change what it computes.
+
+    accelerate's hooks, which move tensors between devices, are left out.
+
+    Args:
+        module: The module.
+        before_only: Leave out hooks that run after it.
+        keeps_forward: Whether another `forward` than its class's counts.
+    """
+    own = vars(module)
+    if not (own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own):
+        return []
+    hooks = list(own["_forward_pre_hooks"].values()) + ([] if before_only else list(own["_forward_hooks"].values()))
+    found = [hook for hook in hooks if getattr(hook, "__name__", "") not in _INERT_HOOKS]
+    if "_hf_hook" in own:
+        found += [hook for hook in _flat(own["_hf_hook"]) if type(hook).__module__ != "accelerate.hooks"]
+    forward = own.get("_old_forward" if "_hf_hook" in own else "forward") if keeps_forward else None
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        found.append(forward)
+    return [_name_of(hook) for hook in found]
+
+
+def global_hooks() -> list[str]:
+    """Names of the hooks that run before or after every module of the process."""
+    return [_name_of(hook) for hook in (*_global_forward_pre_hooks.values(), *_global_forward_hooks.values())]
+
+
+def _name_of(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _flat(hook: Any) -> list[Any]:
+    """The hooks that one of accelerate's consists of."""
+    return [each for part in hook.hooks for each in _flat(part)] if hasattr(hook, "hooks") else [hook]
 
 
 def forget_capture_hooks(model: nn.Module, path: str, entering: Iterable[nn.Module]) -> None:

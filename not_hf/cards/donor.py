@@ -25,13 +25,19 @@ from not_hf.cards.common import (
     updated,
 )
 from not_hf.cards.license import License
+from not_hf.cards.metrics import MEASURED_ON
 from not_hf.config import DonorConfig
 
+CURVE = "training_curve.png"  # the plot that `TrainingCurve` writes
 _DATA_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")
 
 
 def donor_card(
-    config: DonorConfig, num_parameters: int | None = None, size: int | None = None, repo_id: str | None = None
+    config: DonorConfig,
+    num_parameters: int | None = None,
+    size: int | None = None,
+    repo_id: str | None = None,
+    has_curve: bool = False,
 ) -> ModelCard:
     """Render the card of a donor.
 
@@ -40,6 +46,7 @@ def donor_card(
         num_parameters: Number of parameters of the donor.
         size: Size of its weights in bytes.
         repo_id: The donor's repo, for the code on the card; `None`: the code runs in the donor's folder.
+        has_curve: Whether the plot of its training lies beside the card, and so is shown.
     """
     base = named_base(config.base_model_name_or_path)
     title = short_name(repo_id) if repo_id else f"{short_name(config.base_model_name_or_path)}-organ"
@@ -58,7 +65,8 @@ def donor_card(
         eval_results=results or None,
         **License.of(config).metadata(),
     )
-    facts = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
+    facts: dict[str, Any] = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
+    facts |= {"conditions": dict(_conditions(config.metrics or {})), "curve": CURVE if has_curve else None}
     return render("donor_card.md", data, title=title, repo_id=repo_id, picture=picture(config), **facts)
 
 
@@ -82,7 +90,7 @@ def updated_card(
         NotHFError: The metadata of a README.md cannot be read.
     """
     own = Path(folder, README)
-    card = updated(own, donor_card(config, num_parameters, size, repo_id))
+    card = updated(own, donor_card(config, num_parameters, size, repo_id, Path(folder, CURVE).exists()))
     if published is None:
         return card
     united = updated(published, card)
@@ -101,15 +109,34 @@ def _measured(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Collect the numbers in nested `metrics`: by name, their values "before" and "after" the transplant."""
     found: dict[str, dict[str, float]] = {}
     for path, value in _numbers(metrics):
-        name = " ".join(key for key in path if key not in ("before", "after")).replace("_", " ") or "value"
-        found.setdefault(name, {})["before" if "before" in path else "after"] = value
+        found.setdefault(_name(path), {})["before" if "before" in path else "after"] = value
     return found
+
+
+def _conditions(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Yield the name of each number that says what it was `measured_on`, and that in words."""
+    for key, value in metrics.items():
+        if not isinstance(value, dict):
+            continue
+        if key != MEASURED_ON:
+            yield from _conditions(value, (*path, str(key)))
+            continue
+        count, window = (
+            number if type(number) is int else None for number in map(value.get, ("num_tokens", "window"))
+        )
+        tokens = "" if count is None else f"{count:,} tokens of "
+        windows = "" if window is None else f", {window:,} tokens at a time"
+        yield _name(path), f"{tokens}{value.get('text') or 'a text without a name'}{windows}"
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return " ".join(key for key in path if key not in ("before", "after")).replace("_", " ") or "value"
 
 
 def _numbers(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
     for key, value in metrics.items():
         if isinstance(value, dict):
-            yield from _numbers(value, (*path, str(key)))
+            yield from _numbers(value, (*path, str(key))) if key != MEASURED_ON else ()
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield (*path, str(key)), float(value)
 

@@ -78,7 +78,7 @@ def command(example: str, name: str | None = None) -> Callable[[Callable[..., Re
             except Exception as error:  # the outermost boundary: any failure becomes one line
                 if debug:
                     raise
-                _end_progress_bars()
+                end_progress_bars()
                 typer.echo(f"error: {printable(_message(error))}", err=True)
                 raise typer.Exit(1) from error
             _show(result, as_json)
@@ -98,22 +98,31 @@ def command(example: str, name: str | None = None) -> Callable[[Callable[..., Re
 
 
 @contextlib.contextmanager
-def output_folder(folder: Path, force: bool) -> Iterator[None]:
+def output_folder(folder: Path, force: bool, can_resume: bool = False) -> Iterator[None]:
     """Refuse a folder that is not empty, unless forced; delete a new folder if the block fails.
 
-    A new folder is kept if it holds checkpoints to resume from.
+    A new folder is kept if it holds checkpoints to resume from; `can_resume`: the command has `--resume` for that.
     """
     existed = folder.exists()
     if folder.is_file():
         raise NotHFError(f"{folder} is a file; choose another --output")
+    if existed and not force and can_resume and _has_checkpoints(folder):
+        raise NotHFError(
+            f"{folder} holds an unfinished training; continue it with --resume, choose another --output, "
+            "or start over with --force, which deletes its checkpoints"
+        )
     if existed and any(folder.iterdir()) and not force:
         raise NotHFError(f"{folder} is not empty; choose another --output, or overwrite it with --force")
     try:
         yield
     except BaseException:
-        if not existed and not any(folder.glob(f"{CHECKPOINTS}/checkpoint-*")):
+        if not existed and not _has_checkpoints(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any(folder.glob(f"{CHECKPOINTS}/checkpoint-*"))
 
 
 def facts(title: str, rows: dict[str, Any]) -> Table:
@@ -168,7 +177,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _end_progress_bars() -> None:
+def end_progress_bars() -> None:
     """Close unfinished progress bars, so that what follows starts on a new line."""
     if tqdm := sys.modules.get("tqdm"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from not_hf.cli.app import Result, command
 from not_hf.cli.loading import has_organ, load_model
-from not_hf.cli.options import Base, Column, Data, Model, Split
+from not_hf.cli.options import Base, Column, Data, Model, SampleBy, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ def evaluate(
     base: Base = None,
     column: Column = "text",
     split: Split = "train",
+    sample_by: SampleBy = None,
     without_organ: Annotated[
         bool, typer.Option("--without-organ/--no-without-organ", help="Also measure without the organ.")
     ] = True,
@@ -30,7 +31,7 @@ def evaluate(
     """Measure perplexity on text, with the organ and without it. The rows of the text are scored as one stream."""
     from not_hf import load_text
 
-    texts = load_text(data, split=split, column=column)["text"]
+    texts = load_text(data, split=split, column=column, sample_by=sample_by)["text"]
     loaded, tokenizer = load_model(model, base)
     found = measure(loaded, tokenizer, texts, without_organ and has_organ(loaded))
     table = Table("", "perplexity", title=f"{model} on {data}", title_justify="left")
@@ -55,19 +56,28 @@ def measure(
     """Measure the perplexity of texts as one stream.
 
     Returns:
-        `num_tokens`, perplexity `after` the transplant and, if wanted, `before` it: without the organ.
+        `num_tokens`, tokens per `window` (a new one begins after half of them), perplexity `after` the transplant and,
+        if wanted, `before` it: without the organ.
     """
     from not_hf import perplexity
+    from not_hf.evaluation.perplexity import default_window
+
+    window = default_window(model)
+    how: dict[str, Any] = {
+        "add_start_token": tokenizer.bos_token is not None,
+        "max_length": window,
+        "stride": window // 2,
+        "batch_size": 1 if model.device.type == "cpu" else 16,  # a CPU is busy with one, and the progress bar moves
+    }
 
     def score() -> dict[str, Any]:
-        has_start = tokenizer.bos_token is not None
-        found = perplexity.compute(predictions=[stream], model=model, tokenizer=tokenizer, add_start_token=has_start)
+        found = perplexity.compute(predictions=[stream], model=model, tokenizer=tokenizer, **how)
         assert found is not None  # it is None on other processes than the main one
         return found
 
     stream = "\n".join(texts)
     found = score()
-    measured = {"after": found["perplexity"], "num_tokens": found["num_tokens"]}
+    measured = {"after": found["perplexity"], "num_tokens": found["num_tokens"], "window": window}
     if without_organ:
         with model.disable_donors():
             measured["before"] = score()["perplexity"]

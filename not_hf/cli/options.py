@@ -36,6 +36,15 @@ Data = Annotated[
 Column = Annotated[str, typer.Option("--column", help="Column that holds the text.")]
 Split = Annotated[str, typer.Option("--split", help="Split, or slice of one: 'train[:90%]'.")]
 
+SampleBy = Annotated[
+    Literal["line", "paragraph", "document"] | None,
+    typer.Option(
+        "--sample-by",
+        help="What a row of a plain text file is, which ends with EOS in training.",
+        show_default="line, or paragraph where lines look wrapped",
+    ),
+]
+
 Mode = Literal["insert", "replace"]
 CutMode = Annotated[
     Mode, typer.Option("--mode", help="Insert the organ before layer `position`, or replace layers from there on.")

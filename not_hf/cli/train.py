@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from not_hf.cli.app import CHECKPOINTS, Result, command, facts, output_folder
+from not_hf.cli.app import CHECKPOINTS, Result, command, end_progress_bars, facts, output_folder
 from not_hf.cli.eval import measure
 from not_hf.cli.loading import load_model
-from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, Split, given
+from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, SampleBy, Split, given
 from not_hf.errors import NotHFError
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ def train(
     base: Base = None,
     column: Column = "text",
     split: Split = "train",
+    sample_by: SampleBy = None,
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Read the text while training; needs --max-steps.")
     ] = False,
@@ -93,7 +97,7 @@ def train(
         raise typer.BadParameter("needs --eval-data or --control-data", param_hint="--eval-steps")
     if streaming and max_steps is None:
         raise typer.BadParameter("needs --max-steps: the length of a stream is unknown", param_hint="--streaming")
-    with output_folder(output, force or resume):
+    with output_folder(output, force or resume, can_resume=True), _saying_how_to_resume(output):
         import torch
         import transformers
         from transformers import AutoTokenizer, TrainingArguments
@@ -112,12 +116,13 @@ def train(
             raise NotHFError(f"{donor} holds several donors; give the folder of the one to train")
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
         tokenizer = AutoTokenizer.from_pretrained(base or donor)
-        texts = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
+        texts: Any = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
+        how: dict[str, Any] = {"column": column, "sample_by": sample_by}
         evaluated: Any = {
-            name: load_text(source, split=part, column=column) for name, (source, part) in texts.items() if source
+            name: load_text(source, split=part, **how) for name, (source, part) in texts.items() if source
         }
         eval_blocks = {name: pack(text, tokenizer, block_length) for name, text in evaluated.items() if eval_steps}
-        blocks = pack(load_text(data, split=split, column=column, streaming=streaming), tokenizer, block_length)
+        blocks = pack(load_text(data, split=split, streaming=streaming, **how), tokenizer, block_length)
         if streaming:
             blocks = blocks.shuffle(seed=seed, buffer_size=1000)  # blocks of a Dataset are shuffled by the Trainer
         model: Any = TransplantedForCausalLM.from_pretrained(
@@ -166,8 +171,8 @@ def train(
         trainer.note_tokens()
         _save(model, output, data, domain)
         del model, trainer
-        if "held-out" in evaluated:
-            _measure(output, base, evaluated["held-out"]["text"])
+        if evaluated:
+            _measure(output, base, {name: (texts[name][0], rows["text"]) for name, rows in evaluated.items()})
         _clean_up(output)
     config = DonorConfig.from_pretrained(output)
     document = {
@@ -179,34 +184,68 @@ def train(
         "tokens_seen": config.tokens_seen,
         "metrics": config.metrics,
     }
-    return Result(document, facts("Trained", document))
+    return Result(document, facts("Trained", _view(document, block_length if eval_steps else None)))
+
+
+def _view(document: dict[str, Any], block_length: int | None) -> dict[str, Any]:
+    """Name the numbers for people: what each was measured on, and how.
+
+    Args:
+        document: The result of the command.
+        block_length: That of the blocks on which perplexity was measured while training, if it was.
+    """
+    rows = {key.replace("_", " "): value for key, value in document.items() if key not in ("metrics", "train_loss")}
+    rows["training loss, mean of all steps"] = document["train_loss"]
+    for name, found in (document["metrics"] or {}).items():
+        on = found["measured_on"]
+        how = f"{on['num_tokens']:,} tokens of {on['text']}, windows of {on['window']:,}"
+        rows[name.replace("_", " ")] = f"{found['before']:.4g} → {found['after']:.4g} with the organ ({how})"
+    if block_length:
+        rows["perplexity while training"] = f"in blocks of {block_length:,} tokens, without the text before each"
+    return rows
 
 
 def _save(model: Any, folder: Path, data: str, domain: str | None) -> None:
     """Save the organ in the donor's dtype, whatever dtype it was trained in, and record the text it was trained on."""
+    from not_hf.cards.donor import CURVE
+
     config: DonorConfig = model.donor_config["default"]
     config.domain = domain or config.domain
     config.datasets = list(dict.fromkeys([*(config.datasets or []), _public_name(data)]))
     config.metrics = None  # those of an earlier training no longer hold
+    if (curve := folder / CHECKPOINTS / CURVE).exists():
+        shutil.copy(curve, folder)  # now, for the card
     for parameter in model.parameters():
         if parameter.requires_grad and config.dtype is not None:
             parameter.data = parameter.data.to(config.dtype)
     model.save_pretrained(folder)
 
 
-def _measure(folder: Path, base: str | None, texts: Iterable[str]) -> None:
-    """Measure perplexity of the saved donor, as it will be loaded by others, and write it into its config and card."""
+def _measure(folder: Path, base: str | None, texts: Mapping[str, tuple[str, Iterable[str]]]) -> None:
+    """Measure perplexity of the saved donor, as it will be loaded by others, and write it into its config and card.
+
+    Args:
+        folder: Of the donor.
+        base: The recipient, if not the donor's base.
+        texts: Source and rows of each text, by what it is: `"held-out"` or `"control"`.
+    """
     from not_hf import DonorModel
 
-    found = measure(*load_model(str(folder), base), texts)
+    model, tokenizer = load_model(str(folder), base)
+    metrics = {}
+    for name, (source, rows) in texts.items():
+        found = measure(model, tokenizer, rows)
+        on = {"text": _public_name(source), "num_tokens": found["num_tokens"], "window": found["window"]}
+        key = "perplexity" if name == "held-out" else f"{name}_perplexity"
+        metrics[key] = {"before": found["before"], "after": found["after"], "measured_on": on}
     donor = DonorModel.from_pretrained(folder)
-    donor.config.metrics = {"perplexity": {"before": found["before"], "after": found["after"]}}
+    donor.config.metrics = metrics
     donor.save_pretrained(folder)
 
 
 def _checkpoint(folder: Path, resume: bool) -> str | None:
     """Find the last checkpoint to resume from; without `resume`, delete those of an earlier training."""
-    from not_hf.training.trainer import last_complete_checkpoint
+    from not_hf.training.checkpoints import last_complete_checkpoint
 
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -215,6 +254,24 @@ def _checkpoint(folder: Path, resume: bool) -> str | None:
     if checkpoint is None:
         raise NotHFError(f"no checkpoint in {folder} to resume from; leave out --resume")
     return checkpoint
+
+
+@contextlib.contextmanager
+def _saying_how_to_resume(output: Path) -> Iterator[None]:
+    """On Ctrl-C in the block, say what was saved, and the command that continues from there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from not_hf.training.checkpoints import last_complete_checkpoint
+
+        end_progress_bars()
+        if checkpoint := last_complete_checkpoint(output / CHECKPOINTS):
+            arguments = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]
+            typer.echo(f"interrupted; the training is saved in {checkpoint}. To continue it:", err=True)
+            typer.echo(shlex.join(["not-hf", *arguments, "--resume"]), err=True)
+        else:
+            typer.echo("interrupted before the first checkpoint (--save-steps); nothing was saved", err=True)
+        raise typer.Exit(130) from None
 
 
 def _clean_up(folder: Path) -> None:

@@ -126,8 +126,8 @@ class Perplexity(evaluate.Metric):
         stride: int | None = None,
     ) -> dict[str, Any]:
         model, tokenizer = _load(model, model_id, tokenizer, device)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        max_length = int(min(1024, context)) if max_length is None else max_length
+        context = _context(model)
+        max_length = default_window(model) if max_length is None else max_length
         stride = max_length // 2 if stride is None else stride
         if not 2 <= max_length <= context:
             raise NotHFError(f"max_length must be between 2 and {context}, the model's context, got {max_length}")
@@ -141,11 +141,13 @@ class Perplexity(evaluate.Metric):
         num_tokens = [0] * len(texts)
         windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, early out-of-memory
         batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-        with eval_mode(model):
-            for batch in evaluate.logging.tqdm(batches, desc="Perplexity"):
+        total = sum(window.end - window.scored for window in windows)
+        with eval_mode(model), evaluate.logging.tqdm(total=total, desc="Perplexity", unit=" tokens") as progress:
+            for batch in batches:
                 for window, window_nll in zip(batch, _nll(model, texts, batch), strict=True):
                     nll[window.text] += window_nll
                     num_tokens[window.text] += window.end - window.scored
+                progress.update(sum(window.end - window.scored for window in batch))
         perplexities = [_exp(total / count) for total, count in zip(nll, num_tokens, strict=True)]
         return {
             "perplexities": perplexities,
@@ -153,6 +155,15 @@ class Perplexity(evaluate.Metric):
             "perplexity": _exp(math.fsum(nll) / sum(num_tokens)),
             "num_tokens": sum(num_tokens),
         }
+
+
+def default_window(model: PreTrainedModel) -> int:
+    """Return the tokens per window unless `max_length` says otherwise; `stride` is half of it."""
+    return int(min(1024, _context(model)))
+
+
+def _context(model: PreTrainedModel) -> float:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 class _Window(NamedTuple):

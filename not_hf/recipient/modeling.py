@@ -25,6 +25,7 @@ from transformers import (
 
 from not_hf.architecture.stack import head_class, is_encoder
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of
+from not_hf.cards.common import warn_once
 from not_hf.cards.license import inherit_license
 from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
@@ -40,6 +41,7 @@ from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import save_organs
 from not_hf.recipient.scaffold import load_scaffold, wants_scaffold
 from not_hf.recipient.surgery import Surgery
+from not_hf.recipient.trainer_card import keep_card_from_trainers
 
 
 class Transplanted(Recipient):
@@ -161,6 +163,12 @@ class Transplanted(Recipient):
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
         options = {"is_main_process": is_main_process, "dtype": dtype, "max_shard_size": max_shard_size, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
+        keep_card_from_trainers()
+        if len(names) > 1 and os.path.basename(save_directory).startswith("checkpoint-"):  # a trainer's
+            warn_once(
+                f"checkpoints of several organs ({', '.join(names)}) cannot be restored by a trainer, neither to "
+                "resume nor as the best model; load them with TransplantedForCausalLM.from_pretrained(folder)"
+            )
         if push_to_hub:
             self.push_to_hub(repo_id, selected_donors=names, dtype=dtype, max_shard_size=max_shard_size, **push_kwargs)
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from not_hf.cards.donor import CURVE
+from not_hf.cards.metrics import perplexities
 from not_hf.errors import NotHFError
-from not_hf.training.progress import perplexities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 class TrainingCurve(TrainerCallback):
     """Plots loss and perplexities into `training_curve.png` in the output folder when training ends.
 
-    Does nothing where matplotlib is not installed. See `plot_training_curve` for what the plot shows.
+    So that the plot begins with the model as it was, evaluations include one before the first step
+    (`eval_on_start`), unless `load_best_model_at_end` is set. Does nothing where matplotlib is not installed. See
+    `plot_training_curve` for what the plot shows.
 
     Examples:
         >>> import os, tempfile
@@ -43,6 +46,14 @@ class TrainingCurve(TrainerCallback):
         ['training_curve.png']
     """
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have the model evaluated before the first step."""
+        is_evaluated = args.eval_strategy != "no" and not args.load_best_model_at_end
+        if is_evaluated and state.global_step == 0 and find_spec("matplotlib"):
+            args.eval_on_start = True
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -50,7 +61,7 @@ class TrainingCurve(TrainerCallback):
         drawable = any("loss" in logs or any(perplexities(logs)) for logs in state.log_history)
         if state.is_world_process_zero and drawable and find_spec("matplotlib"):
             os.makedirs(str(args.output_dir), exist_ok=True)
-            plot_training_curve(state.log_history, os.path.join(str(args.output_dir), "training_curve.png"))
+            plot_training_curve(state.log_history, os.path.join(str(args.output_dir), CURVE))
 
 
 def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -100,7 +111,9 @@ def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7, 1.2 + 2.4 * len(panels)), layout="constrained")
     axes = list(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0])
     if training:
-        axes[0].plot([logs[unit] for logs in training], [logs["loss"] for logs in training], color="0.35", linewidth=1)
+        dots = {"marker": "o", "markersize": 3} if len(training) == 1 else {}  # a line through one point is invisible
+        places, losses = [logs[unit] for logs in training], [logs["loss"] for logs in training]
+        axes[0].plot(places, losses, color="0.35", linewidth=1, **dots)
         axes[0].set_ylabel("training loss (nats per token)")
     if evaluations:
         _draw_perplexities(axes[-1], evaluations, unit)
@@ -123,8 +136,9 @@ def _draw_perplexities(panel: Axes, evaluations: Sequence[Mapping[str, Any]], un
         for name, value in perplexities(logs):
             curves.setdefault(name, []).append((logs[unit], value))
     for name, points in curves.items():
-        first, last = points[0][1], points[-1][1]
-        label = f"{name or 'held-out'}: {first:,.2f} → {last:,.2f}"
+        (start, first), (_, last) = points[0], points[-1]
+        before = f"{first:,.2f} → " if start == 0 else ""  # measured before the first step
+        label = f"{name or 'held-out'}: {before}{last:,.2f}"
         panel.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1.5)
     values = [value for points in curves.values() for _, value in points if math.isfinite(value)]
     if values and max(values) > 3 * min(values):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from not_hf.errors import NotHFError
+from not_hf.training.wrapping import wrapped_at
+
+logger = logging.getLogger(__name__)
+
+SampleBy = Literal["line", "paragraph", "document"]
+_LINES = 2000  # of a text by which its line breaks are judged
 
 # suffix -> builder of `datasets`; it would not read .md as text by itself
 _BUILDERS = {
@@ -36,7 +43,7 @@ def load_text(
     name: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    sample_by: Literal["line", "paragraph", "document"] = "line",
+    sample_by: SampleBy | None = None,
 ) -> Dataset | IterableDataset:
     r"""Load text for training or evaluation as a dataset with exactly one column, `text`.
 
@@ -53,8 +60,9 @@ def load_text(
         name: Configuration of a Hub dataset.
         revision: Branch, tag or commit of a Hub dataset.
         token: Hub token, `None` for the stored one.
-        sample_by: What a row of a plain text file is: a line without its line break, a paragraph (ended by an empty
-            line; for prose with hard line breaks), or the whole file.
+        sample_by: What a row of a plain text file is, which `pack` ends with EOS: `"line"`, `"paragraph"` (ended by an
+            empty line) or `"document"`, the whole file. `None`: a line, or a paragraph where lines look wrapped, which
+            is logged.
 
     Returns:
         A `Dataset`, or an `IterableDataset` when streaming, with the one column `text` (string).
@@ -74,20 +82,30 @@ def load_text(
     """
     source = os.path.expanduser(source)
     how: dict[str, Any] = {"split": split, "streaming": streaming, "token": token}
-    if sample_by != "line":  # other builders than that of plain text refuse it
-        how["sample_by"] = sample_by
     if streaming and "[" in split:
         raise NotHFError(f"a stream has no slices, got split {split!r}; give a whole split, or do not stream")
     files = _files(source)
     if files and all(os.path.isfile(file) and os.path.getsize(file) == 0 for file in files):
         raise NotHFError(f"{source} is empty; give a file that holds text")
-    try:
-        if files is None:
-            dataset = load_dataset(source, name, revision=revision, **how)
-        else:
-            dataset = load_dataset(_builder(files), data_files=files, **how)
-    except (DatasetGenerationError, TypeError) as error:  # an unreadable file; an option its builder does not know
-        raise NotHFError(f"cannot read {source}: {error.__cause__ or error}") from error
+
+    def load(by: SampleBy) -> Any:
+        options = how if by == "line" else {**how, "sample_by": by}  # other builders than that of plain text refuse it
+        try:
+            if files is None:
+                return load_dataset(source, name, revision=revision, **options)
+            return load_dataset(_builder(files), data_files=files, **options)
+        except (DatasetGenerationError, TypeError) as error:  # an unreadable file; an option its builder does not know
+            raise NotHFError(f"cannot read {source}: {error.__cause__ or error}") from error
+
+    dataset = load(sample_by or "line")
+    if sample_by in (None, "line") and (width := _wrapped_at(dataset)):
+        rows = "each is a row of its own" if sample_by else "rows are paragraphs"
+        logger.warning(
+            "lines of %s look wrapped at %d characters, and %s; sample_by (--sample-by) chooses line, paragraph or "
+            "document",
+            *(source, width, rows),
+        )
+        dataset = dataset if sample_by else load("paragraph")
     dataset = _only_column(dataset, column, source)
     if column != "text":
         dataset = dataset.rename_column(column, "text")
@@ -175,6 +193,13 @@ def pack(
         raise NotHFError(f"the text has fewer tokens than one block of {block_length}; use a shorter block_length")
     blocks["gen_kwargs"]["documents"] = documents
     return Dataset.from_generator(_blocks, **blocks)
+
+
+def _wrapped_at(dataset: Dataset | IterableDataset) -> int | None:
+    """Return the width at which the lines of a plain text look wrapped, if they do."""
+    if dataset.info.builder_name != "text":
+        return None
+    return wrapped_at(row["text"] for row in dataset.take(_LINES))
 
 
 def _files(source: str) -> list[str] | None:

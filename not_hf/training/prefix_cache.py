@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,34 +16,55 @@ from torch import nn
 
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
-from not_hf.architecture.upstream import attention_of
 from not_hf.errors import NotHFError
 from not_hf.training.partial_forward import PartialForward
+from not_hf.training.prefix_folder import require_only_stores
+from not_hf.training.prefix_key import PrefixKey
 from not_hf.training.row_store import RowStore
+
+logger = logging.getLogger(__name__)
+
+
+def prefix_folder(folder: str | os.PathLike[str] | None) -> Path:
+    """Return the folder for stores, by default one in the assets of the Hub's cache.
+
+    Raises:
+        NotHFError: It holds something else.
+    """
+    found = Path(folder or cached_assets_path("not_hf", namespace="prefixes"))
+    require_only_stores(found)
+    return found
 
 
 class PrefixCache:
     """Runs the frozen layers below the organ once for each row of a batch, and stores the result on disk.
 
+    Whatever changes below the organ, during a training too, gets a store of its own.
+
     Args:
         forward: Runs parts of the model.
         entry: Number of the first trainable layer; the number of layers if there is none.
         below: The modules that hidden states at the entry may depend on: those outside the stack and the layers below.
-        folder: Each prefix has a subfolder here; `None`: in the assets of the Hub's cache.
+        around: The modules that contain the stack, outermost first.
+        folder: Each prefix has a subfolder here.
         max_bytes: Limit for all subfolders together.
         dtype: To store hidden states in; `None`: as computed, without rounding.
         mixed_precision: The autocast setting of the training; part of the key.
 
     Raises:
-        NotHFError: No layer lies below a trainable one, or something in `below` is trainable.
+        NotHFError: No layer lies below a trainable one. `hidden` raises it when something in `below` is trainable.
     """
+
+    key: str
+    rows: RowStore
 
     def __init__(
         self,
         forward: PartialForward,
         entry: int,
         below: Sequence[nn.Module],
-        folder: Path | None,
+        around: Sequence[nn.Module],
+        folder: Path,
         max_bytes: int,
         dtype: torch.dtype | None,
         mixed_precision: str,
@@ -53,21 +75,17 @@ class PrefixCache:
                 f"cache_prefix=True stores what is computed below the organ, but {which} is trainable; "
                 "use cache_prefix=False, or an organ at a higher position"
             )
-        for name, parameter in forward.model.named_parameters():
-            if parameter.requires_grad and _is_in(parameter, below):
-                raise NotHFError(
-                    f"cache_prefix=True needs everything below the organ frozen, but {name} is trainable; "
-                    "freeze it, or use cache_prefix=False"
-                )
-        self.forward, self.entry = forward, entry
-        token = torch.zeros(1, 1, dtype=torch.long, device=forward.model.device)
-        self._computed = forward.run_to(entry, {"input_ids": token}).dtype
-        self.dtype = dtype or self._computed
-        self.key = _key(forward.model, below, entry, self.dtype, mixed_precision)
-        root = Path(folder or cached_assets_path("not_hf", namespace="prefixes"))
-        self.rows = RowStore(root / self.key, max_bytes)
+        self.forward, self.entry, self.folder, self.max_bytes = forward, entry, folder, max_bytes
+        self._below, self._given_dtype = below, dtype
+        about = _settings(forward.model, entry, dtype, mixed_precision)
+        self._model_key = PrefixKey(forward.model, below, around, about)
+        self._is_off = False
 
-    def hidden(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def forget(self) -> None:
+        """Look at every byte below the organ before the next batch."""
+        self._model_key.forget()
+
+    def hidden(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
         """Return the hidden states at the entry, from the cache if it has all rows of the batch.
 
         If any row is missing, the whole batch is run: so a row's values do not depend on which other rows were cached.
@@ -76,8 +94,10 @@ class PrefixCache:
             inputs: A batch as the model takes it, without labels.
 
         Returns:
-            Hidden states, `(batch, seq, hidden)`.
+            Hidden states, `(batch, seq, hidden)`; `None` where they depend on what cannot be followed.
         """
+        if not self._follow():
+            return None
         ids = inputs["input_ids"]  # (batch, seq)
         keys, lengths = row_keys(inputs)
         if all(key in self.rows for key in keys):
@@ -93,6 +113,35 @@ class PrefixCache:
         for key, length, row in zip(keys, lengths, hidden, strict=True):
             self.rows.write(key, row[:length])
         return hidden.to(self._computed)
+
+    def _follow(self) -> bool:
+        """Open the store of the model as it is now; return whether there can be one."""
+        key = self._model_key.current()
+        if hook := self._model_key.foreign_hook():
+            if not self._is_off:
+                logger.warning(
+                    "cache_prefix is off while there is a hook that may change what the layers below the organ "
+                    "compute: %s; remove the hook, or use cache_prefix=False",
+                    hook,
+                )
+            self._is_off = True
+            return False
+        if key != getattr(self, "key", None):
+            self._require_frozen()
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.forward.model.device)
+            self._computed = self.forward.run_to(self.entry, {"input_ids": token}).dtype
+            self.dtype = self._given_dtype or self._computed
+            self.key, self.rows = key, RowStore(self.folder / key, self.max_bytes)
+        return True
+
+    def _require_frozen(self) -> None:
+        below = {id(parameter) for module in self._below for parameter in module.parameters()}
+        for name, parameter in self.forward.model.named_parameters():
+            if parameter.requires_grad and id(parameter) in below:
+                raise NotHFError(
+                    f"cache_prefix=True needs everything below the organ frozen, but {name} is trainable; "
+                    "freeze it, or use cache_prefix=False"
+                )
 
 
 def row_keys(inputs: Mapping[str, Any]) -> tuple[list[bytes], list[int]]:
@@ -127,26 +176,23 @@ def row_keys(inputs: Mapping[str, Any]) -> tuple[list[bytes], list[int]]:
     return keys, lengths
 
 
-def _key(model: Any, below: Sequence[nn.Module], entry: int, dtype: torch.dtype, mixed_precision: str) -> str:
-    """Digest everything that hidden states at the entry depend on besides the tokens; the name of a folder."""
+def _settings(model: Any, entry: int, dtype: torch.dtype | None, mixed_precision: str) -> dict[str, Any]:
+    """Return what hidden states at the entry depend on besides the tokens and the modules below it."""
     config = model.config
-    about = {
+    return {
         "layers": fingerprint(spliced_config(config, [(config, n) for n in range(entry)])),
-        "attention": attention_of(config),
         "dtype": str(dtype),
         "mixed_precision": mixed_precision,
         "device": model.device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "float32": _float32_precision(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for n, module in enumerate(below):
-        for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
-            digest.update(f"{n} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
 
 
-def _is_in(parameter: nn.Parameter, modules: Sequence[nn.Module]) -> bool:
-    return any(parameter is each for module in modules for each in module.parameters())
+def _float32_precision() -> list[str]:
+    """Return how exactly float32 matrices are multiplied: TF32 and the like round."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return [torch.get_float32_matmul_precision()]
+    return [backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)]

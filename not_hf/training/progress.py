@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
+
+from not_hf.cards.metrics import perplexities
 
 
 class ProgressLine(TrainerCallback):
@@ -160,10 +160,3 @@ class ProgressLine(TrainerCallback):
             per_step = (time.perf_counter() - began) / (state.global_step - first)
             parts.append(f"{timedelta(seconds=round(per_step * (state.max_steps - state.global_step)))} left")
         return " · ".join(parts)
-
-
-def perplexities(logs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield name and perplexity of each evaluation set in a log; an only set (`eval_loss`) has an empty name."""
-    for key, loss in logs.items():
-        if match := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
-            yield match[1] or "", math.exp(loss) if loss < 700 else math.inf  # above, exp overflows

@@ -3,14 +3,15 @@
 A store is a folder of segments. One process writes a segment, by appending only: `<name>.rows` holds the bytes, and
 `<name>.index` one record for each row, written after its bytes. So a process may be killed at any moment, and several
 may share the folder: an incomplete row has no record or does not match its checksum, and counts as missing. Rows are
-read with `preadv` rather than mapped, since a map of a file that another program truncates kills the process.
+read rather than mapped, since a map of a file that another program truncates kills the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import shutil
+import stat
 import struct
 import uuid
 import zlib
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
+
+from not_hf.training.prefix_folder import make_room, make_store
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +46,12 @@ class RowStore:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
         self.hits = self.misses = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        os.utime(folder)  # most recently used
+        make_store(folder)
         self._locations: dict[bytes, _Location] = {}
         for index in sorted(folder.glob("*.index")):
-            self._open(index)
-        self._room = max_bytes - _make_room(folder, max_bytes)
+            with contextlib.suppress(FileNotFoundError):  # a process was killed before it wrote both, or makes room
+                self._open(index)
+        self._room = max_bytes - make_room(folder, max_bytes)
         self._segment: tuple[BinaryIO, BinaryIO] | None = None
 
     def __contains__(self, key: bytes) -> bool:
@@ -62,9 +65,9 @@ class RowStore:
         location = self._locations.get(key)
         row = torch.empty(shape, dtype=dtype)
         if location is not None and location.size == row.nbytes:
-            into = row.view(torch.uint8).numpy().data.cast("B")
-            is_whole = os.preadv(location.file.fileno(), [into], location.start) == location.size
-            if is_whole and zlib.crc32(into) == location.checksum:
+            data = _read_at(location.file, location.start, location.size)
+            if len(data) == location.size and zlib.crc32(data) == location.checksum:
+                row.view(torch.uint8).numpy().data.cast("B")[:] = data
                 self.hits += 1
                 return row
         self._locations.pop(key, None)
@@ -92,32 +95,25 @@ class RowStore:
         self._locations[key] = _Location(rows, start, len(data), checksum)
 
     def _new_segment(self) -> tuple[BinaryIO, BinaryIO]:
+        make_store(self.folder)  # another process may have deleted it to make room
         name = self.folder / uuid.uuid4().hex
         return open(name.with_suffix(".rows"), "a+b"), open(name.with_suffix(".index"), "ab")
 
     def _open(self, index: Path) -> None:
-        try:
-            rows = open(index.with_suffix(".rows"), "rb")  # noqa: SIM115 (kept open for reading)
-        except FileNotFoundError:
+        """Find the rows of a segment; anything but a regular file is left alone."""
+        name = index.with_suffix(".rows")
+        if not all(stat.S_ISREG(file.lstat().st_mode) for file in (index, name)):
             return
+        rows = open(name, "rb")  # noqa: SIM115 (kept open for reading)
         end, records = os.fstat(rows.fileno()).st_size, index.read_bytes()
         for key, start, size, checksum in _RECORD.iter_unpack(records[: len(records) // _RECORD.size * _RECORD.size]):
             if start + size <= end:
                 self._locations[key] = _Location(rows, start, size, checksum)
 
 
-def _make_room(folder: Path, max_bytes: int) -> int:
-    """Delete sibling stores of `folder`, least recently used first, until all fit; return the bytes that remain."""
-
-    def size(store: Path) -> int:
-        return sum(file.stat().st_size for file in store.iterdir() if file.is_file())
-
-    stores = sorted((each for each in folder.parent.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime)
-    sizes = {store: size(store) for store in stores}
-    for store in stores:
-        if sum(sizes.values()) <= max_bytes:
-            break
-        if store != folder:
-            shutil.rmtree(store, ignore_errors=True)
-            del sizes[store]
-    return sum(sizes.values())
+def _read_at(file: BinaryIO, start: int, size: int) -> bytes:
+    """Read a part of a file, without its position, which forked processes share; Windows has neither."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, start)
+    file.seek(start)
+    return file.read(size)

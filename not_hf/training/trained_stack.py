@@ -20,10 +20,12 @@ class TrainedStack:
 
     forward: PartialForward
     layers: list[nn.Module]
+    around: list[nn.Module]  # modules that contain the stack, outermost first
     outside: list[nn.Module]  # modules beside the layers: embeddings, rotary embeddings, final norm, head
     dtype: torch.dtype  # of the model
     entry: int  # number of the first trainable layer; the number of layers if there is none
     frozen: list[nn.Module]  # those of `below` without trainable parameters
+    frozen_parameters: list[nn.Parameter]
     prefix: PrefixCache | None = None
 
     @classmethod
@@ -34,10 +36,11 @@ class TrainedStack:
             UnsupportedArchitectureError: The layers cannot be found, or cannot run in parts.
         """
         forward = PartialForward(find_stack(model))
-        layers, outside = list(forward.stack.layers), _outside(forward.stack)
+        layers, around, outside = list(forward.stack.layers), *_outer_modules(forward.stack)
         entry = next((n for n, layer in enumerate(layers) if is_trainable(layer)), len(layers))
         frozen = [module for module in (*outside, *layers[:entry]) if not is_trainable(module)]
-        return cls(forward, layers, outside, model.dtype, entry, frozen)
+        frozen_parameters = [parameter for module in frozen for parameter in module.parameters()]
+        return cls(forward, layers, around, outside, model.dtype, entry, frozen, frozen_parameters)
 
     @property
     def below(self) -> list[nn.Module]:
@@ -47,7 +50,13 @@ class TrainedStack:
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether it still describes the model."""
         stack = self.forward.stack
-        return stack.model is model and self.dtype == model.dtype and self.layers == list(stack.layers)
+        return (
+            stack.model is model
+            and self.dtype == model.dtype
+            and self.layers == list(stack.layers)
+            and (self.around, self.outside) == _outer_modules(stack)
+            and not any(parameter.requires_grad for parameter in self.frozen_parameters)
+        )
 
     def starting_at(self, hidden: torch.Tensor | None) -> contextlib.AbstractContextManager[None]:
         """Make forward passes in the block start at the entry with these hidden states; if `None`, run them whole."""
@@ -59,10 +68,13 @@ def is_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _outside(stack: Stack) -> list[nn.Module]:
-    found: list[nn.Module] = []
+def _outer_modules(stack: Stack) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the modules that contain a stack, and those beside it."""
+    around: list[nn.Module] = []
+    outside: list[nn.Module] = []
     parent: nn.Module = stack.model
     for step in stack.full_path.split("."):
-        found += [module for name, module in parent.named_children() if name != step]
+        around.append(parent)
+        outside += [module for name, module in parent.named_children() if name != step]
         parent = getattr(parent, step)
-    return found
+    return around, outside

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,17 +17,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from not_hf.architecture.stack import find_stack
 from not_hf.architecture.upstream import is_partitioned
-from not_hf.config import DonorConfig
+from not_hf.cards.common import unite
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
+from not_hf.training.checkpoints import last_complete_checkpoint, require_restorable
 from not_hf.training.chunked_loss import IGNORE_INDEX, summed_loss
 from not_hf.training.optimizers import MuonWithAdamW
-from not_hf.training.prefix_cache import PrefixCache
+from not_hf.training.prefix_cache import PrefixCache, prefix_folder
+from not_hf.training.record import TrainingRecord, trained_organs
 from not_hf.training.trained_stack import TrainedStack, is_trainable
 
 MAX_PREFIX_BYTES = 32 * 2**30
@@ -49,8 +48,8 @@ class DonorTrainer(Trainer):
             there whenever all rows of a batch are stored: in later epochs, later runs and evaluation. Useful when data
             is seen more than once. Losses are bit-identical in float32 on a CPU, except for mixtures of experts, where
             the rounding of a token depends on the other tokens in its batch.
-        prefix_dir: Folder to store them in; `None`: `assets/not_hf/prefixes` in the Hub's cache. Each base, position
-            and set of library versions has a subfolder.
+        prefix_dir: Folder to store them in, with nothing else in it; `None`: `assets/not_hf/prefixes` in the Hub's
+            cache. Each base, position and set of library versions has a subfolder.
         max_prefix_bytes: Limit for all subfolders together. The least recently used are deleted first; when there are
             no others, no more is stored.
         prefix_dtype: dtype to store them in; `None`: as computed, without rounding. `torch.bfloat16` halves the size
@@ -111,6 +110,7 @@ class DonorTrainer(Trainer):
         for name, value in numbers.items():
             if value < 0:
                 raise NotHFError(f"{name} must be 0 or more, got {value}")
+        prefixes = prefix_folder(prefix_dir) if cache_prefix else None
         super().__init__(*trainer_args, **trainer_kwargs)
         if optimizer == "muon":
             args = self.args
@@ -119,7 +119,7 @@ class DonorTrainer(Trainer):
             self.optimizer_cls_and_kwargs = (cast(Any, MuonWithAdamW), options)
         self.cache_prefix, self.head_chunk, self.kl_weight = cache_prefix, head_chunk, kl_weight
         self._prefix_options: dict[str, Any] = {
-            "folder": Path(prefix_dir) if prefix_dir else None,
+            "folder": prefixes,
             "max_bytes": max_prefix_bytes,
             "dtype": prefix_dtype,
             "mixed_precision": str(self.accelerator.mixed_precision),
@@ -132,7 +132,7 @@ class DonorTrainer(Trainer):
             )
         if self.args.include_num_input_tokens_seen == "no":
             self.args.include_num_input_tokens_seen = "all"  # for `tokens_seen` in the organs' configs
-        self._tokens_before = {name: config.tokens_seen or 0 for name, config in self._trained_organs().items()}
+        self._record = TrainingRecord(self._native)
         self._stack: TrainedStack | None = None
         self._prediction_loss_only = True
 
@@ -151,8 +151,27 @@ class DonorTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise NotHFError(f"no complete checkpoint in {self.args.output_dir}; leave out resume_from_checkpoint")
+        saves_all = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if (resume_from_checkpoint or self.args.load_best_model_at_end) and not saves_all:
+            require_restorable(self.model)
         self._stack = None  # weights below the organ may have changed since the last run
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        trained = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.note_tokens()
+        return trained
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            self._record.add_evaluation(self.state.global_step, metrics)
+            self.note_tokens()
+        return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in `Trainer`."""
+        if not self.is_in_train and self._stack is not None and self._stack.prefix is not None:
+            self._stack.prefix.forget()  # weights below the organ may have been changed through `.data`
+        return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -198,19 +217,31 @@ class DonorTrainer(Trainer):
             self._prediction_loss_only = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; updates `tokens_seen` in the organs' configs."""
+        """As in `Trainer`; updates `tokens_seen` and `metrics` in the organs' configs."""
         self.note_tokens()
         super().save_model(output_dir, _internal_call)
 
     def note_tokens(self) -> None:
-        """Write into the organs' configs how many tokens they were trained on, earlier trainings included."""
-        for name, config in self._trained_organs().items():
-            if name in self._tokens_before and self.state.num_input_tokens_seen:
-                config.tokens_seen = self._tokens_before[name] + int(self.state.num_input_tokens_seen)
+        """Write into the organs' configs how many tokens they were trained on, and what was measured of them.
+
+        Tokens include those of earlier trainings.
+        """
+        state = self.state
+        is_best = self.args.load_best_model_at_end and not self.is_in_train and state.best_model_checkpoint
+        step = state.best_global_step if is_best else state.global_step
+        self._record.note_tokens(self._native, state)
+        if step:
+            self._record.note_evaluations(self._native, step)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; `dataset`, `language` and `tags` go into the organ's card, which is completed."""
+        for config in trained_organs(self._native).values():
+            config.datasets = unite(config.datasets, kwargs.get("dataset_tags") or kwargs.get("dataset")) or None
+        return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer` for models without organs; the card of an organ is saved with it."""
-        if not isinstance(self._native, Recipient):
+        """As in `Trainer` for models without organs; the card of an organ is saved with it, and completed here."""
+        if isinstance(self.model, Recipient) or not isinstance(self._native, Recipient):
             super().create_model_card(*args, **kwargs)
 
     def _current_stack(self) -> TrainedStack:
@@ -222,7 +253,7 @@ class DonorTrainer(Trainer):
             for module in stack.frozen:
                 module.eval()
         if self.cache_prefix and stack.prefix is None and (native.training or 0 < stack.entry < len(stack.layers)):
-            prefix = PrefixCache(stack.forward, stack.entry, stack.below, **self._prefix_options)
+            prefix = PrefixCache(stack.forward, stack.entry, stack.below, stack.around, **self._prefix_options)
             stack = dataclasses.replace(stack, prefix=prefix)
         self._stack = stack
         return stack
@@ -297,32 +328,7 @@ class DonorTrainer(Trainer):
                 native(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         return last[0]
 
-    def _trained_organs(self) -> dict[str, DonorConfig]:
-        """Configs of the trainable organs, by name."""
-        if not isinstance(self._native, Recipient):
-            return {}
-        trained = {each.name for each in self._native.get_donor_status().values() if each.num_trainable_parameters}
-        return {name: config for name, config in self._native.donor_config.items() if name in trained}
-
 
 def is_split_up(module: nn.Module) -> bool:
     """Whether a module's parameters are sharded over processes (FSDP2, ZeRO-3) or offloaded."""
     return is_partitioned(module) or any(isinstance(p, DTensor) or p.is_meta for p in module.parameters())
-
-
-def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """Find the newest checkpoint of a `Trainer` that was written completely; `None` when there is none.
-
-    `Trainer` writes `trainer_state.json` last.
-    """
-
-    def is_complete(checkpoint: Path) -> bool:
-        try:
-            TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        except (OSError, json.JSONDecodeError):
-            return False
-        return True
-
-    found = [each for each in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if each.name.split("-")[-1].isdigit()]
-    found.sort(key=lambda each: int(each.name.split("-")[-1]), reverse=True)
-    return next((str(each) for each in found if is_complete(each)), None)

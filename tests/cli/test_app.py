@@ -256,6 +256,28 @@ def test_a_training_shows_a_line_and_leaves_a_plot(donor, words, tmp_path):
     assert lines[0].startswith("step 0/10 · perplexity control ") and lines[-1].startswith("step 10/10 · ")
     assert "train_runtime" not in result.stdout + result.stderr  # the Trainer's own bar would print it
     assert (tmp_path / "out" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    config = DonorModel.from_pretrained(tmp_path / "out").config
+    control = config.metrics["control_perplexity"]
+    assert control["after"] < control["before"]
+    assert control["measured_on"] == {"text": "words.txt", "num_tokens": 312, "window": 64}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| control perplexity | {control['before']:.4g} | {control['after']:.4g} |" in card
+    assert "- control perplexity: 312 tokens of words.txt, 64 tokens at a time" in card
+    assert "](training_curve.png)" in card
+    shown = " ".join(result.stdout.split())
+    assert "training loss, mean of all steps" in shown and "in blocks of 16 tokens, without the text before" in shown
+    assert f"{control['after']:.4g} with the organ (312 tokens of words.txt, windows of 64)" in shown
+
+
+def test_how_a_text_is_divided_can_be_said(donor, tmp_path, caplog):
+    text = tmp_path / "wrapped.txt"
+    line = " ".join(f"w{n}" for n in range(10, 30))  # 79 characters
+    text.write_text("\n".join([line] * 10))
+    arguments = ("train", donor, "--data", text, "--epochs", "1", *TRAINING)
+    seen = {by: done(*arguments, "-o", tmp_path / by, "--sample-by", by)["tokens_seen"] for by in ("line", "document")}
+    assert seen == {"line": 208, "document": 192}  # 10 lines of 20 tokens with EOS after each, or one
+    assert done(*arguments, "-o", tmp_path / "default")["tokens_seen"] == 192
+    assert "look wrapped at 79 characters, and rows are paragraphs; sample_by (--sample-by)" in caplog.text
 
 
 class Diary(TrainerCallback):
@@ -295,6 +317,34 @@ def test_trackio(donor, words, tmp_path):
     assert loss["value"] == pytest.approx(shown["train_loss"])
 
 
+def test_ctrl_c_says_what_was_saved_and_how_to_continue(donor, words, tmp_path, monkeypatch):
+    arguments = ["train", donor, "--data", words, "-o", tmp_path / "my out", "--max-steps", "6", *TRAINING]
+    arguments = [str(argument) for argument in arguments]
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+        return step_end(self, args, state, control, **kwargs)
+
+    step_end = DefaultFlowCallback.on_step_end
+    monkeypatch.setattr(DefaultFlowCallback, "on_step_end", interrupt)
+    result = invoke(*arguments)
+    assert result.exit_code == 130 and not (tmp_path / "my out").exists()
+    assert result.stderr.splitlines()[-1] == (
+        "interrupted before the first checkpoint (--save-steps); nothing was saved"
+    )
+    arguments += ["--save-steps", "2", "--force"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/not-hf", *arguments])
+    result = invoke(*arguments)
+    assert result.exit_code == 130
+    said, following = result.stderr.splitlines()[-2:]
+    assert f"saved in {tmp_path}/my out/checkpoints/checkpoint-2. " in said and "Traceback" not in result.stderr
+    monkeypatch.setattr(DefaultFlowCallback, "on_step_end", step_end)
+    continued = shlex.split(following)
+    assert continued == ["not-hf", *arguments[:-1], "--resume"]
+    assert done(*continued[1:])["steps"] == 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--streaming", "--gradient-checkpointing")])
 def test_an_interrupted_training_resumes(more, donor, words, tmp_path, monkeypatch):
@@ -311,6 +361,8 @@ def test_an_interrupted_training_resumes(more, donor, words, tmp_path, monkeypat
         patch.setattr(DefaultFlowCallback, "on_step_end", interrupt)
         assert "RuntimeError: power cut (--debug" in failed(*arguments, "-o", tmp_path / "half")
     assert [file.name for file in (tmp_path / "half").glob("*/*")] == ["checkpoint-2"]
+    refused = failed(*arguments, "-o", tmp_path / "half")
+    assert refused.index("continue it with --resume") < refused.index("start over with --force")
     assert done(*arguments, "-o", tmp_path / "half", "--resume")["steps"] == 4
     whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
     untrained = load_file(donor / "model.safetensors")

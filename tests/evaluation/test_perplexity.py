@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from pathlib import Path
+from typing import Any, ClassVar
 
 import evaluate
 import pytest
@@ -219,3 +220,26 @@ def test_asks_for_a_start_token(gpt2, tokenizer):
     no_bos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(NotHFError, match="no BOS token; pass add_start_token=False"):
         perplexity.compute(predictions=TEXTS, model=gpt2, tokenizer=no_bos)
+
+
+def test_progress_counts_tokens(gpt2, tokenizer, monkeypatch):
+    class Bar:
+        """A progress bar that remembers what it is told."""
+
+        steps: ClassVar[list[int]] = []
+
+        def __init__(self, total: int, **options: Any) -> None:
+            Bar.total = total
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def update(self, n: int) -> None:
+            self.steps.append(n)
+
+    monkeypatch.setattr(evaluate.logging, "tqdm", Bar)
+    found = perplexity.compute(predictions=TEXTS, model=gpt2, tokenizer=tokenizer, batch_size=2)
+    assert sum(Bar.steps) == Bar.total == found["num_tokens"] and len(Bar.steps) > 1

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import pickle
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -104,6 +105,48 @@ def test_load_text_sample_by(tmp_path):
     (tmp_path / "prose.txt").write_text("one\nwrapped\n\ntwo\n")
     assert load_text(tmp_path / "prose.txt")["text"][:] == ["one", "wrapped", "two"]
     assert load_text(tmp_path / "prose.txt", sample_by="paragraph")["text"][:] == ["one\nwrapped", "two\n"]
+
+
+GENESIS = (
+    "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness "
+    "was upon the face of the deep. And the Spirit of God moved upon the face of the waters. And God said, Let there "
+    "be light: and there was light. And God saw the light, that it was good: and God divided the light from the "
+    "darkness. And God called the light Day, and the darkness he called Night."
+)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prose_with_hard_line_breaks_is_read_by_paragraphs(streaming, tmp_path, caplog, tokenizer):
+    paragraphs = [textwrap.fill(text, 68) for text in (GENESIS, GENESIS.upper(), GENESIS[70:])]
+    file = tmp_path / "kjv.txt"
+    file.write_text("\n\n".join(paragraphs))
+    dataset = load_text(file, streaming=streaming)
+    assert [row["text"] for row in dataset] == paragraphs
+    (record,) = caplog.records
+    assert "kjv.txt look wrapped at 68 characters, and rows are paragraphs; sample_by" in record.getMessage()
+    assert flat(pack(dataset, tokenizer, 8)).count(tokenizer.eos_token_id) in (2, 3)  # the last may be in the tail
+    caplog.clear()
+    lines = load_text(file, streaming=streaming, sample_by="line")
+    assert [row["text"] for row in lines] == "\n".join(paragraphs).split("\n")
+    assert "each is a row of its own" in caplog.records[0].getMessage()
+    caplog.clear()
+    for by, count in (("paragraph", 3), ("document", 1)):
+        assert len(list(load_text(file, streaming=streaming, sample_by=by))) == count
+    assert not caplog.records
+
+
+def test_lines_that_stand_on_their_own_stay_rows(tmp_path, caplog):
+    sentences = GENESIS.replace(": ", ". ").split(". ")
+    texts = {
+        "sentences": [f"{sentence}." for sentence in sentences * 3],
+        "verses": LINES[:200],
+        "words": ["light", "earth", "void"] * 20,
+        "code": Path(textwrap.__file__).read_text().splitlines(),
+    }
+    for name, lines in texts.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+        assert load_text(tmp_path / f"{name}.txt")["text"][:] == [line for line in lines if line.strip()]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("streaming", [False, True])

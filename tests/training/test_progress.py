@@ -14,7 +14,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
-from not_hf import NotHFError
+from not_hf import NotHFError, TrainingCurve
 from not_hf.training import progress
 from not_hf.training.curve import _draw, plot_training_curve
 from not_hf.training.data import pack
@@ -209,6 +209,30 @@ def test_the_picture_over_steps_where_tokens_were_not_counted(blocks, tmp_path):
     assert list(perplexity.get_lines()[0].get_xdata()) == [3, 6] and perplexity.get_xlabel() == "steps"
     assert perplexity.get_lines()[0].get_label().startswith("held-out: ")
     assert not loss.child_axes
+
+
+def test_a_single_loss_can_be_seen_and_nothing_is_called_the_start_that_is_not():
+    (panel,) = _draw([{"loss": 3.0, "step": 500}]).axes
+    assert panel.get_lines()[0].get_marker() == "o"
+    (panel,) = _draw([{"loss": 3.0, "step": 1}, {"loss": 2.0, "step": 2}]).axes
+    assert panel.get_lines()[0].get_marker() == "None"
+
+    def label(*steps: int) -> str:
+        (panel,) = _draw([{"eval_domain_loss": 3.0 - step / 100, "step": step} for step in steps]).axes
+        return panel.get_lines()[0].get_label()
+
+    assert label(0, 100) == "domain: 20.09 → 7.39" and label(50, 100) == "domain: 7.39"
+
+
+def test_the_picture_begins_before_the_first_step(blocks, tmp_path):
+    run = trainer(blocks, tmp_path, both(blocks), callbacks=[TrainingCurve()], save_strategy="no")
+    run.train()
+    assert [logs["step"] for logs in run.state.log_history if "eval_domain_loss" in logs] == [0, 3, 6]
+    assert (tmp_path / "training_curve.png").exists()
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_domain_loss"}
+    run = trainer(blocks, tmp_path, both(blocks), callbacks=[TrainingCurve()], **best)  # step 0 has no checkpoint
+    run.train()
+    assert [logs["step"] for logs in run.state.log_history if "eval_domain_loss" in logs] == [3, 6]
 
 
 def test_the_clock_goes_on_where_training_was_resumed():

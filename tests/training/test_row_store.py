@@ -119,3 +119,25 @@ def test_a_full_disk_stops_the_writing_and_nothing_else(tmp_path, caplog):
     store.write(key(7), row(7))
     assert "no more rows are stored in" in caplog.text and key(7) not in store
     assert torch.equal(store.read(key(1), SHAPE, torch.float32), row(1))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_pipes_and_links_named_as_rows_are_left_alone(tmp_path):
+    written(tmp_path / "a", 2)
+    (rows,) = (tmp_path / "a").glob("*.rows")
+    for suffix in (".rows", ".index"):
+        other = {".rows": ".index", ".index": ".rows"}[suffix]
+        os.mkfifo(tmp_path / "a" / f"x{suffix}")  # whoever opens it waits for another process
+        (tmp_path / "a" / f"x{other}").write_bytes(b"")
+        (tmp_path / "a" / f"link{suffix}").symlink_to(rows.with_suffix(suffix))
+        assert found(tmp_path / "a", 2) == [True, True]
+        for each in ("x.rows", "x.index"):
+            (tmp_path / "a" / each).unlink()
+
+
+def test_rows_are_read_without_a_position_that_forked_processes_share(tmp_path):
+    store = written(tmp_path / "a", 3)
+    file = store._locations[key(2)].file
+    file.seek(5)
+    assert torch.equal(store.read(key(2), SHAPE, torch.float32), row(2))
+    assert file.tell() == 5

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
+import math
 import os
 import signal
 import subprocess
@@ -15,68 +18,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
-from not_hf.training.trainer import DonorTrainer, last_complete_checkpoint
+from not_hf.training.checkpoints import last_complete_checkpoint
+from not_hf.training.trainer import DonorTrainer
 from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
+from testing.training import losses, made, organ, recipient, rows, trained
 
 ARCHITECTURES = ["bloom", "cohere", "gemma2", "gpt_neox", "gpt2", "granite", "llama", "opt", "phi3", "qwen3"]
 EXPERTS = ["gpt_oss", "mixtral", "qwen3_moe"]
-
-
-def rows(count: int = 10, length: int = 16, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 90, (count, length), generator=generator)
-    return [{"input_ids": each, "labels": each.clone()} for each in ids]
-
-
-def recipient(model_type: str = "llama", span: tuple[int, int] = (2, 3), **options: Any) -> TransplantedForCausalLM:
-    torch.manual_seed(0)
-    base = tiny_model(model_type)
-    donor = DonorModel.from_base(base, span, **{"mode": "replace", **options})
-    return TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
-
-
-def made(model: Any, folder: Path, data: Any = None, cls: type[Trainer] = DonorTrainer, **options: Any) -> Trainer:
-    """A trainer; options of `TrainingArguments` and of the trainer may come in one."""
-    known = TrainingArguments.__dataclass_fields__
-    arguments = {
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **{key: value for key, value in options.items() if key in known},
-    }
-    rest = {key: value for key, value in options.items() if key not in known}
-    if cls is DonorTrainer and rest.get("cache_prefix"):
-        rest.setdefault("prefix_dir", folder / "prefixes")
-    arguments = TrainingArguments(str(folder / "run"), **arguments)
-    return cls(model, arguments, train_dataset=rows() if data is None else data, **rest)
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def organ(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def trained(
-    folder: Path, model: Any = None, *args: Any, **options: Any
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    model = recipient() if model is None else model
-    trainer = made(model, folder, *args, **options)
-    trainer.train()
-    return losses(trainer), organ(model)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -111,12 +66,20 @@ def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_prefix_is_run_once_for_each_row_and_not_at_all_in_the_next_run(tmp_path):
+def test_the_prefix_is_run_once_for_each_row_and_not_at_all_in_the_next_run(tmp_path, monkeypatch):
     def rows_through_the_first_layer() -> int:
         model, seen = recipient(), []
         trainer = made(model, tmp_path, cache_prefix=True, num_train_epochs=4)
-        model.model.layers[0].register_forward_hook(lambda layer, args, output: seen.append(args[0].shape))
-        trainer.train()
+        first = model.model.layers[0]
+
+        @functools.wraps(type(first).forward)
+        def counting(layer: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.extend([hidden.shape] if layer is first else [])
+            return counting.__wrapped__(layer, hidden, *args, **kwargs)
+
+        with monkeypatch.context() as patch:  # a hook would turn the cache off
+            patch.setattr(type(first), "forward", counting)
+            trainer.train()
         return sum(batch for batch, seq, _ in seen if seq == 16)  # not those of the probes
 
     assert rows_through_the_first_layer() == 10
@@ -391,6 +354,19 @@ def test_callbacks_are_those_of_trainer(disable_tqdm, tmp_path):
     assert ours == theirs and EarlyStoppingCallback in ours
 
 
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_what_trainer_prints_is_printed(disable_tqdm, tmp_path, capsys):
+    """Losses, and at the end the metrics of the training."""
+    printed = []
+    for cls in (Trainer, DonorTrainer):
+        made(recipient(), tmp_path, cls=cls, max_steps=2, disable_tqdm=disable_tqdm).train()
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        printed.append([ast.literal_eval(line).keys() for line in lines])
+    theirs, ours = printed
+    assert len(theirs) == len(ours) == 3 and "train_loss" in ours[-1]
+    assert all(there <= here for there, here in zip(theirs, ours, strict=True))  # DonorTrainer counts tokens too
+
+
 def test_how_many_tokens_an_organ_has_seen(tmp_path):
     model = recipient()
     model.donor_config["default"].tokens_seen = 1000
@@ -400,17 +376,36 @@ def test_how_many_tokens_an_organ_has_seen(tmp_path):
     assert DonorModel.from_pretrained(tmp_path / "organ").config.tokens_seen == 1000 + (4 + 4 + 2 + 4) * 16
 
 
-def test_a_push_keeps_the_organ_s_card(hub, tmp_path):
-    trainer = made(recipient(), tmp_path, max_steps=1, hub_model_id="me/pushed-by-donor-trainer")
+@pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
+def test_a_push_keeps_the_organ_s_card(cls, hub, tmp_path):
+    repo_id = f"me/pushed-by-{cls.__name__.lower()}"
+    evaluated = {"eval_dataset": rows(2), "eval_strategy": "steps", "eval_steps": 1}
+    trainer = made(recipient(), tmp_path, cls=cls, max_steps=1, hub_model_id=repo_id, **evaluated)
     trainer.train()
-    trainer.push_to_hub()
-    loaded = DonorModel.from_pretrained("me/pushed-by-donor-trainer")
+    trainer.push_to_hub(dataset="me/kjv", language="en", tags=["bible"])
+    loaded = DonorModel.from_pretrained(repo_id)
     expected = organ(trainer.model)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.values(), strict=True))
-    from huggingface_hub import ModelCard
+    assert loaded.config.datasets == ["me/kjv"]
+    card = ModelCard.load(repo_id)
+    assert {"not-hf", "bible"} <= set(card.data.tags) and card.data.library_name == "not_hf"
+    assert (card.data.language, card.data.datasets) == ("en", ["me/kjv"])
+    assert f'donor = "{repo_id}"' in card.text and "from_pretrained" in card.text
+    assert "fine-tuned version of" not in card.text
+    (loss,) = (logs["eval_loss"] for logs in trainer.state.log_history if "eval_loss" in logs)
+    assert f"| perplexity | – | {math.exp(loss):.4g} | – |" in card.text
+    again = made(recipient(), tmp_path, cls=cls, max_steps=1, hub_model_id=repo_id)
+    again.push_to_hub()  # what was said stays
+    card = ModelCard.load(repo_id)
+    assert "bible" in card.data.tags and (card.data.language, card.data.datasets) == ("en", ["me/kjv"])
 
-    card = ModelCard.load("me/pushed-by-donor-trainer")
-    assert "not-hf" in card.data.tags and "from_pretrained" in card.text
+
+def test_a_trainer_s_card_of_a_model_without_organs_is_its_own(hub, tmp_path):
+    recipient().save_pretrained(tmp_path / "organ")
+    trainer = made(tiny_model("llama"), tmp_path, cls=Trainer, max_steps=1, hub_model_id="me/no-organ")
+    trainer.push_to_hub()
+    card = ModelCard.load("me/no-organ")
+    assert "generated_from_trainer" in card.data.tags and card.data.library_name == "transformers"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""The card of organs that a `Trainer` pushes: the one that was saved with them, completed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import CONFIG_NAME
+
+from not_hf.cards.common import README, unite
+from not_hf.cards.donor import updated_card
+from not_hf.cards.metrics import perplexities, trainer_metrics
+from not_hf.config import DonorConfig
+from not_hf.hub.headers import read_header
+from not_hf.recipient.mixin import Recipient
+
+if TYPE_CHECKING:
+    from transformers.trainer_callback import TrainerState
+
+
+def complete_card(
+    trainer: Any,
+    *,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    **unused: Any,
+) -> None:
+    """Complete the card in a trainer's output folder for its repo, where organs were saved there.
+
+    Args:
+        trainer: The trainer.
+        language: As in `Trainer.create_model_card`, like the others. Names of datasets go into the config too.
+    """
+    folder = str(trainer.args.output_dir)
+    if not os.path.exists(os.path.join(folder, CONFIG_NAME)):
+        return
+    config = DonorConfig.from_pretrained(folder)
+    if config.donors is None:
+        config.datasets = unite(config.datasets, dataset_tags or dataset) or None
+        config.metrics = config.metrics or _evaluations(trainer.state)
+        config.save_pretrained(folder)
+    places = [folder] if config.donors is None else [os.path.join(folder, each["subfolder"]) for each in config.donors]
+    tensors = [
+        each
+        for place in places
+        for file in Path(place).glob("*.safetensors")
+        for each in read_header(str(file)).values()
+    ]
+    size = sum(end - start for start, end in (tensor.data_offsets for tensor in tensors))
+    card = updated_card(folder, config, sum(tensor.parameter_count for tensor in tensors), size, trainer.hub_model_id)
+    data: Any = card.data
+    data.tags = unite(data.tags, tags)
+    data.language = language or data.language
+    data.license = license or data.license
+    card.save(Path(folder, README))
+
+
+def _evaluations(state: TrainerState) -> dict[str, Any] | None:
+    """Return what was measured after the last step of a training."""
+    logs = [logs for logs in state.log_history if logs.get("step") == state.global_step]
+    return trainer_metrics({name: value for each in logs for name, value in perplexities(each)})
+
+
+@functools.cache
+def _replace_trainer_card() -> None:
+    """Have `Trainer.create_model_card` complete the card of organs; `Trainer` has no hook for it."""
+    from transformers import Trainer
+
+    native = Trainer.create_model_card
+
+    @functools.wraps(native)
+    def create_model_card(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(trainer.model, Recipient):
+            native(trainer, *args, **kwargs)
+        elif trainer.is_world_process_zero():
+            _, *given = inspect.signature(native).bind(trainer, *args, **kwargs).arguments.items()
+            complete_card(trainer, **dict(given))
+
+    Trainer.create_model_card = create_model_card  # type: ignore
+
+
+def keep_card_from_trainers() -> None:
+    """Have `Trainer.push_to_hub` complete the card of organs; it would write its own over it.
+
+    Nothing is done, and nothing imported, where `Trainer` is not in use.
+    """
+    if "transformers.trainer" in sys.modules:
+        _replace_trainer_card()

@@ -1,0 +1,75 @@
+"""What a training writes into its organ's config and card."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from not_hf import DonorModel, TrainingCurve
+from testing.training import made, recipient, rows
+
+SETS = {"domain": rows(4, seed=1), "control": rows(4, seed=2)}
+EVALUATED = {"eval_dataset": SETS, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+
+
+def measured(trainer, name: str, step: int) -> float:
+    """The perplexity of a set after a step, from the log."""
+    losses = {
+        logs["step"]: logs[key] for logs in trainer.state.log_history for key in [f"eval_{name}_loss"] if key in logs
+    }
+    return math.exp(losses[step])
+
+
+def test_what_the_trainer_measured_is_on_the_card(tmp_path):
+    model = recipient()
+    trainer = made(model, tmp_path, callbacks=[TrainingCurve()], **EVALUATED)
+    trainer.train()
+    config = model.donor_config["default"]
+    assert config.tokens_seen == (4 + 4 + 2) * 16  # without a save
+    assert {name: value["after"] for name, value in config.metrics.items()} == {
+        f"{name}_perplexity": measured(trainer, name, 3) for name in SETS
+    }
+    trainer.save_model()
+    card = (tmp_path / "run/README.md").read_text()
+    assert f"| domain perplexity | – | {measured(trainer, 'domain', 3):.4g} | – |" in card
+    assert "\n- domain perplexity: the evaluation set of its training, in the trainer's batches\n" in card
+    assert "](training_curve.png)" in card and (tmp_path / "run/training_curve.png").exists()
+    assert "Nothing was measured yet" not in card
+
+
+def test_numbers_are_of_the_weights_that_are_saved(tmp_path):
+    """Of an evaluation after the last step, or of the best model where that was loaded."""
+    model = recipient()
+    made(model, tmp_path / "a", **{**EVALUATED, "eval_steps": 2}, save_strategy="steps", save_steps=1).train()
+    saved = {n: DonorModel.from_pretrained(tmp_path / f"a/run/checkpoint-{n}").config.metrics for n in (1, 2)}
+    assert saved[1] is None and saved[2] is not None
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_domain_loss", "greater_is_better": True}
+    model = recipient()
+    best |= {"learning_rate": 3.0}  # so that the first step is the worst
+    trainer = made(model, tmp_path / "b", **EVALUATED, **best, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert trainer.state.best_global_step < 3
+    found = model.donor_config["default"].metrics["domain_perplexity"]["after"]
+    assert found == measured(trainer, "domain", trainer.state.best_global_step)
+    assert DonorModel.from_pretrained(tmp_path / "b/run/checkpoint-3").config.metrics["domain_perplexity"][
+        "after"
+    ] == measured(trainer, "domain", 3)
+
+
+def test_numbers_from_before_the_training_go_and_those_of_others_stay(tmp_path):
+    model = recipient()
+    config = model.donor_config["default"]
+    config.metrics = {"perplexity": {"after": 3.0}}
+    trainer = made(model, tmp_path, max_steps=1, eval_dataset=rows(4, seed=1))
+    trainer.evaluate(rows(4, seed=3))
+    assert config.metrics == {"perplexity": {"after": 3.0}}  # nothing was trained yet
+    trainer.train()
+    assert config.metrics is None
+    trainer.evaluate(rows(4, seed=3))  # not its evaluation set
+    assert config.metrics is None
+    loss = trainer.evaluate()["eval_loss"]
+    assert config.metrics["perplexity"]["after"] == pytest.approx(math.exp(loss))
+    config.metrics = {"accuracy": 0.5}
+    trainer.evaluate()
+    assert config.metrics == {"accuracy": 0.5}
