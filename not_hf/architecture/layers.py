@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -31,10 +31,38 @@ def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def silence(layer: nn.Module) -> None:
-    """Zero what the layer writes to the residual stream."""
-    for _, parameter in output_projections(layer):
-        parameter.zero_()
+def silence(layer: nn.Module, written: Callable[[], torch.Tensor]) -> None:
+    """Have a layer write nothing to the residual stream, in a way from which training can start.
+
+    Its output projections become zero. If a norm behind them blows up any small step of theirs to full size, the gain
+    of that norm becomes zero instead. A layer that writes something in either case is left so.
+
+    Args:
+        layer: The layer.
+        written: Runs the layer, and returns what it writes.
+    """
+    projections = [parameter for _, parameter in output_projections(layer)]
+    originals, whole = [parameter.clone() for parameter in projections], written().norm()
+    for parameter in projections:
+        parameter.mul_(1e-3)
+    if written().norm() <= 0.1 * whole:
+        for parameter in projections:
+            parameter.zero_()
+        return
+    for parameter, original in zip(projections, originals, strict=True):
+        parameter.copy_(original)
+    gains = [p for name, p in layer.named_parameters() if "norm" in name and name.endswith("weight")]
+    originals = [gain.clone() for gain in gains]
+    for zero in (0.0, -1.0):  # Gemma's norms multiply by 1 + gain
+        for gain in gains:
+            gain.fill_(zero)
+        if not written().any():
+            break
+    for gain, original in zip(gains, originals, strict=True):
+        zeroed = gain.clone()
+        gain.copy_(original)
+        if written().any():  # this one is needed
+            gain.copy_(zeroed)
 
 
 def computes(parameter: torch.Tensor) -> bool:

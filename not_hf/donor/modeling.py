@@ -333,16 +333,22 @@ class DonorModel(StrippedModel):
 
     @torch.no_grad()
     def _make_identity(self, hidden: torch.Tensor) -> None:
-        """Zero the output projections of every layer, then check that hidden states pass unchanged."""
-        for layer in self.stack.layers:
-            silence(layer)
+        """Silence every layer, then check that hidden states pass unchanged."""
+        layers = list(self.stack.layers)
+
+        def written(layer: nn.Module) -> torch.Tensor:
+            with upstream.swapped_layers(self.stack.layers, [layer]):
+                return self(inputs_embeds=hidden, use_cache=False).last_hidden_state - hidden
+
         try:
+            for layer in layers:
+                silence(layer, functools.partial(written, layer))
             silent = torch.equal(self(inputs_embeds=hidden).last_hidden_state, hidden)
         except Exception as error:  # a native forward may raise anything
             reason = one_line(error, 200)
             raise UnsupportedArchitectureError(f"these layers cannot be run without their base: {reason}") from error
         if not silent:
             raise UnsupportedArchitectureError(
-                f"layers of model_type {self.organ.config.model_type!r} with zero output projections are not a no-op; "
-                "use init='copy'"
+                f"layers of model_type {self.organ.config.model_type!r} are not a no-op even when their output "
+                "projections or the norms behind them are zero; use init='copy'"
             )
