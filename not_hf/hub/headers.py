@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub.utils import TensorInfo
 
-from not_hf.errors import CorruptDonorError, one_line
+from not_hf.errors import CorruptDonorError, one_line, some
 from not_hf.hub.ranges import RemoteFile
 from not_hf.limits import MAX_HEADER
 
@@ -80,7 +80,9 @@ def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorIn
 
 
 def _info(entry: dict[str, Any], first: int) -> TensorInfo:
-    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype, shape, (start, end) = (entry.pop(key) for key in ("dtype", "shape", "data_offsets"))
+    if entry:
+        raise ValueError(f"a tensor has {some(list(entry))} besides dtype, shape and data_offsets")
     numbers = (*shape, start, end)
     if dtype not in BITS or len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise ValueError(f"a tensor of dtype {dtype!r:.50} and shape {shape!r:.100} cannot be read")

@@ -40,9 +40,14 @@ def main() -> int:
     whole = sum(NAMES[name] for name in names)
     counts = {name: -(-options.inputs * NAMES[name] // whole) for name in names}
     print(f"{sum(counts.values()):,} inputs, seed {options.seed}", flush=True)
+    total = wrong = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda name: _child(name, counts[name], options.seed), names))
-    return _report(dict(zip(names, results, strict=True)))
+        for result in pool.map(lambda name: _child(name, counts[name], options.seed), names):
+            _show(result)
+            total += sum(result["ends"].values())
+            wrong += len(result["found"]) + ("died" in result)
+    print(f"{total:,} inputs, {wrong} of which ended wrongly")
+    return bool(wrong)
 
 
 def _child(name: str, num_inputs: int, seed: int) -> dict[str, Any]:
@@ -77,24 +82,18 @@ def _run(name: str, num_inputs: int, seed: int) -> dict[str, Any]:
     return {"name": name, "ends": dict(ends), "found": kept, "seconds": seconds, "memory": memory}
 
 
-def _report(results: dict[str, dict[str, Any]]) -> int:
-    total = sum(sum(result["ends"].values()) for result in results.values())
-    for name, result in results.items():
-        if "died" in result:
-            print(f"{name:12} its process ended with status {result['died']}")
-            continue
-        ends = ", ".join(
-            f"{count:,} {end}" for end, count in sorted(result["ends"].items(), key=lambda each: -each[1])
-        )
-        print(
-            f"{name:12} {sum(result['ends'].values()):7,} in {result['seconds']:5.0f} s, at most "
-            f"{result['memory'] / 2**20:.1f} GiB: {ends}"
-        )
-        for file, faults in list(result["found"].items())[:20]:
-            print(f"  {'; '.join(faults)[:300]}\n    {file}")
-    wrong = sum(len(result["found"]) for result in results.values()) + sum("died" in each for each in results.values())
-    print(f"{total:,} inputs, {wrong} of which ended wrongly")
-    return bool(wrong)
+def _show(result: dict[str, Any]) -> None:
+    if "died" in result:
+        print(f"{result['name']:12} its process ended with status {result['died']}", flush=True)
+        return
+    ends = sorted(result["ends"].items(), key=lambda end: -end[1])
+    print(
+        f"{result['name']:12} {sum(result['ends'].values()):7,} in {result['seconds']:5.0f} s, "
+        f"at most {result['memory'] / 2**20:.1f} GiB: {', '.join(f'{count:,} {end}' for end, count in ends)}"
+    )
+    for file, faults in list(result["found"].items())[:20]:
+        print(f"  {'; '.join(faults)[:300]}\n    {file}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+"""`make faults` in its small form."""
+
+from __future__ import annotations
+
+import pytest
+
+from faults.saves import fill_disk, interrupt_saves, kill_saves
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),  # forks beside threads that wait
+]
+
+
+def test_killed_saves(tmp_path):
+    assert not kill_saves(30, tmp_path).keys() - {"old", "new", "refused"}
+
+
+def test_saves_on_a_full_disk(tmp_path):
+    found = fill_disk(20, tmp_path)
+    assert found["old"] and not found.keys() - {"old", "new"}
+
+
+def test_interrupted_saves(tmp_path):
+    found = interrupt_saves(40, tmp_path)
+    assert found["old"] and found["new"] and not found.keys() - {"old", "new"}
