@@ -277,7 +277,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_is_of(item, inner[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and (inner[1] is Any or all(_is_of(item, inner[1]) for item in value.values()))
     return type(value) in {float: (int, float)}.get(kind, (kind,))
 
 
