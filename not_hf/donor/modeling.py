@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -334,15 +335,9 @@ class DonorModel(StrippedModel):
     @torch.no_grad()
     def _make_identity(self, hidden: torch.Tensor) -> None:
         """Silence every layer, then check that hidden states pass unchanged."""
-        layers = list(self.stack.layers)
-
-        def written(layer: nn.Module) -> torch.Tensor:
-            with upstream.swapped_layers(self.stack.layers, [layer]):
-                return self(inputs_embeds=hidden, use_cache=False).last_hidden_state - hidden
-
         try:
-            for layer in layers:
-                silence(layer, functools.partial(written, layer))
+            for layer in list(self.stack.layers):
+                silence(layer, functools.partial(self.written_by, layer, hidden))
             silent = torch.equal(self(inputs_embeds=hidden).last_hidden_state, hidden)
         except Exception as error:  # a native forward may raise anything
             reason = one_line(error, 200)

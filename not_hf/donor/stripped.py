@@ -119,6 +119,11 @@ class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
             **kwargs,
         )
 
+    def written_by(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Run one layer on hidden states, and return what it adds to them, both `(batch, seq, hidden)`."""
+        with upstream.swapped_layers(self.stack.layers, [layer]):
+            return self(inputs_embeds=hidden).last_hidden_state - hidden
+
     @torch.no_grad()
     def require_bare(self, hidden: torch.Tensor) -> None:
         """Check that without layers any hidden states, `(batch, seq, hidden)`, pass unchanged.

@@ -51,6 +51,21 @@ def test_an_identity_organ_is_a_no_op_or_refused_behind_the_norms_of_encoders(mo
     assert torch.equal(logits(model, token_ids), before)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "gemma3_text", "olmo2", "glm4", "exaone4"])
+def test_an_identity_organ_takes_small_steps(model_type, token_ids):
+    """A norm behind zeroed projections would blow up the first step, however small, to full size."""
+    base = tiny_model(model_type)
+    donor = DonorModel.from_base(base, SPAN, init="identity")
+    model = transplanted_class(base).from_pretrained(base, donor, is_trainable=True)
+    before = logits(model, token_ids)
+    model(token_ids, labels=token_ids).loss.backward()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+    torch.optim.AdamW(learning, lr=1e-4, weight_decay=0).step()
+    moved = (logits(model, token_ids) - before).norm() / before.norm()
+    assert 0 < norm < 10 and 0 < moved < 0.05
+
+
 @every
 def test_an_organ_alone_continues_the_hidden_states_of_the_base(model_type, token_ids):
     base = tiny_model(model_type)
