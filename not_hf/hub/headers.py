@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub.utils import TensorInfo
 
-from not_hf.errors import CorruptDonorError, one_line, some
+from not_hf.errors import CorruptDonorError, one_line
 from not_hf.hub.ranges import RemoteFile
-from not_hf.limits import MAX_HEADER
+from not_hf.limits import MAX_HEADER, require_plain
 
 # Bits per value by safetensors' name of the dtype; a file may hold tensors that are not read here
 BITS = {
@@ -66,6 +66,7 @@ def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorIn
         metadata = entries.pop("__metadata__", None)
         if metadata is not None and not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its __metadata__ are not texts by name")
+        require_plain([*entries, metadata], "header")
         tensors = {name: _info(entry, 8 + len(text)) for name, entry in entries.items()}
         end = 8 + len(text)
         for name, info in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
@@ -81,8 +82,8 @@ def _parse(text: bytes | bytearray, size: int, where: str) -> dict[str, TensorIn
 
 def _info(entry: dict[str, Any], first: int) -> TensorInfo:
     dtype, shape, (start, end) = (entry.pop(key) for key in ("dtype", "shape", "data_offsets"))
-    if entry:
-        raise ValueError(f"a tensor has {some(list(entry))} besides dtype, shape and data_offsets")
+    if entry:  # other keys are not read, and must be JSON for safetensors as well
+        require_plain(entry, "header")
     numbers = (*shape, start, end)
     if dtype not in BITS or len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
         raise ValueError(f"a tensor of dtype {dtype!r:.50} and shape {shape!r:.100} cannot be read")

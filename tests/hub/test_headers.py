@@ -61,10 +61,13 @@ def test_a_header_that_contradicts_itself_is_refused_and_not_kept(hub, model, tm
         lambda header: header.replace(b'{"format":"pt"}', b"[]"),
         lambda header: header.replace(b'"dtype":', b'"x":NaN,"dtype":', 1),
         lambda header: header.decode().encode("utf-16-le"),
+        lambda header: header.replace(b'"format":"pt"', b'"format":"\\ud800"'),
+        lambda header: header.replace(b'"dtype":', b'"x":' + b"[" * 200 + b"]" * 200 + b',"dtype":', 1),
     ],
     ids=[
         *("length", "words", "negative", "dtype", "list", "twins", "overlap", "infinite"),
-        *("metadata", "no metadata", "not a number", "utf-16"),
+        *("metadata", "no metadata", "not a number", "utf-16", "half a character"),
+        "nested",
     ],
 )
 @pytest.mark.parametrize("place", ["folder", "repo"])
