@@ -6,6 +6,7 @@ In bfloat16 most updates of a weight are smaller than the distance to the next n
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -13,6 +14,9 @@ import torch
 from torch import nn
 
 from not_hf.architecture.upstream import rebind_forward, replaced_parameters
+
+# While a layer runs, its parameters are the cast ones; a second thread in it would take those for the layer's own
+_FORWARD = threading.RLock()
 
 
 class MasterWeights(nn.Module):
@@ -22,6 +26,12 @@ class MasterWeights(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As in the native class."""
+        if torch.compiler.is_compiling():  # nothing is replaced in a compiled graph
+            return self._forward_cast(*args, **kwargs)
+        with _FORWARD:
+            return self._forward_cast(*args, **kwargs)
+
+    def _forward_cast(self, *args: Any, **kwargs: Any) -> Any:
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
         masters = {name: p for name, p in self.named_parameters() if p.dtype == torch.float32 != dtype}
         values = {name: p.to(dtype) for name, p in masters.items() if name not in self.not_cast}
