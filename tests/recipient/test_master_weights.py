@@ -21,6 +21,7 @@ from transformers import (
 from not_hf import CorruptDonorError, DonorModel, DonorTrainer, TransplantedForCausalLM
 from not_hf.architecture.master_weights import MasterWeights
 from testing.donors import SPAN, moved, tiny_organ
+from testing.interrupting import interrupted
 from testing.models import TOKEN_IDS, logits, tiny_model
 
 
@@ -167,6 +168,14 @@ def test_a_compiled_model_with_master_weights(token_ids):
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
     assert model._surgery.organs["default"].layers[0].mlp.up_proj.weight.grad.dtype == torch.float32
+
+
+def test_an_interrupted_forward_leaves_its_master_weights():
+    model, file = trainable(), ("/not_hf/architecture/upstream.py",)
+    before, steps = list(model.parameters()), interrupted(lambda: model(TOKEN_IDS), files=file)
+    for step in range(0, steps, 3):
+        interrupted(lambda: model(TOKEN_IDS), step, files=file)
+        assert all(after is parameter for after, parameter in zip(model.parameters(), before, strict=True)), step
 
 
 @pytest.mark.slow
