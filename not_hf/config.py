@@ -266,7 +266,8 @@ def _known_values(values: Mapping[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _kinds() -> dict[str, Any]:
     """Return the keys that may be in the root of a donor's `config.json`, and the types of their values."""
-    return {**_WRITTEN, **inspect.get_annotations(DonorConfig, eval_str=True)}
+    fields, kinds = dataclasses.fields(DonorConfig), inspect.get_annotations(DonorConfig, eval_str=True)
+    return {**_WRITTEN, **{field.name: kinds[field.name] for field in fields if field.name in kinds}}
 
 
 def _is_of(value: Any, kind: Any) -> bool:

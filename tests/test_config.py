@@ -90,6 +90,7 @@ IGNORED = {
     "configuration_files": ["a.json"],
     "transformers_weights": "model.bin",
     "_heterogeneity_spec": 3,
+    "auto_map": {"AutoConfig": "code.Config"},
     "__class__": "x",
     "num_labels": 10**9,
     "per_layer_config": {"0": {"x": 1}},

@@ -138,6 +138,7 @@ def forget_conversions(model: nn.Module) -> None:
 
 
 IncompatibleKeys = _IncompatibleKeys  # what `nn.Module.load_state_dict` returns
+traced_parameters = _reparametrize_module  # does what `replaced_parameters` does, where torch.compile traces it
 
 
 # ------------------------------------------------------------------ what a model is
@@ -226,7 +227,24 @@ def view_with_layers(model: nn.Module, path: str, layers: Iterable[nn.Module]) -
     return view
 
 
-replaced_parameters = _reparametrize_module  # context manager: a module has other tensors, by name, inside the block
+@contextlib.contextmanager
+def replaced_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Have a module hold other tensors, by name, inside the block; Ctrl-C leaves it the parameters that it had."""
+    places = [(module.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name in values]
+    before = [table[key] for table, key in places]
+
+    def put(tensors: Iterable[Any]) -> None:
+        for (table, key), tensor in zip(places, tensors, strict=True):
+            table[key] = tensor
+
+    try:
+        try:
+            put(values.values())
+            yield
+        finally:
+            put(before)
+    finally:  # again, if Ctrl-C came in between
+        put(before)
 
 
 def rebind_forward(module: nn.Module) -> None:

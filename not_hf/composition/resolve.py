@@ -252,8 +252,9 @@ def _read_generation_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) 
         return None
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        if unknown := sorted(values.keys() - GenerationConfig().to_dict().keys()):
-            raise ValueError(f"unknown keys {', '.join(unknown)}")
+        unknown = values.keys() - GenerationConfig().to_dict().keys()  # of another release, or of a model's own
+        if hiding := sorted(key for key in unknown if hasattr(GenerationConfig, key)):
+            raise ValueError(f"the keys {', '.join(hiding)} would hide methods")
         return GenerationConfig.from_dict(values)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptDonorError(f"{source.donor}: generation_config.json: {one_line(error, 300)}") from error

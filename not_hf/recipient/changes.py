@@ -19,7 +19,7 @@ class Changes:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held while a change is made
         self._undo: list[Callable[[], None]] = []  # of the changes being made, the outermost first
         self._broken: int | None = None  # the changes from this one on are to be undone
         self._made: Counter[int] = Counter()  # number of changes by thread
@@ -35,7 +35,7 @@ class Changes:
             change: Makes the change; may make others within.
             undo: Restores the state from before. It may be called before the change began, and twice.
         """
-        with self._lock:
+        with self.lock:
             level = len(self._undo)
             try:
                 self._undo.append(undo)
@@ -51,7 +51,7 @@ class Changes:
         """Undo a change whose undoing was interrupted."""
         if self._broken is None:
             return
-        with self._lock:
+        with self.lock:
             while self._broken is not None and len(self._undo) > self._broken:
                 self._undo[-1]()
                 self._undo.pop()
@@ -73,7 +73,7 @@ class Changes:
         self._require_unchanged(before)
 
     def _made_elsewhere(self) -> int:
-        with self._lock:
+        with self.lock:
             return self._made.total() - self._made[threading.get_ident()]
 
     def _require_unchanged(self, before: int, error: Exception | None = None) -> None:

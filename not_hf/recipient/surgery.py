@@ -135,7 +135,8 @@ class Surgery:
             change()
             self.apply(model)
 
-        self.changes.make(whole, self._undoing(model, flags))
+        with self.changes.lock:  # what is undone leads back to the state after another thread's change
+            self.changes.make(whole, self._undoing(model, flags))
 
     def _undoing(self, model: PreTrainedModel, flags: bool) -> Callable[[], None]:
         """Return a function that restores the model as it is now."""
@@ -170,11 +171,14 @@ class Surgery:
     def repair(self, model: PreTrainedModel) -> None:
         """Complete what Ctrl-C has interrupted: undoing a change, or leaving a `disable_donors()` block."""
         self.changes.repair()
-        if self._shows_base and self.active:
-            self.changes.make(lambda: self.apply(model), lambda: self.apply(model))
+        if not (self._shows_base and self.active):
+            return
+        with self.changes.lock:
+            if self._shows_base and self.active:  # not another thread's change, which has just ended
+                self.changes.make(lambda: self.apply(model), lambda: self.apply(model))
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Make the live model agree with `plan()`. Steps that may raise come first; `changing` undoes the rest."""
+        """Make the live model agree with `plan()`. Steps that may raise come first; `change` undoes the rest."""
         placed = self.plan()
         values = splice_config(self.base_config, [origin for _, origin in placed])
         if not self.active:

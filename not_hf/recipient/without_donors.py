@@ -30,7 +30,8 @@ class WithoutDonors(contextlib.ContextDecorator):
         self.surgery.change(self.model, begin)
 
     def __exit__(self, *error: object) -> None:
-        self.surgery.blocks = tuple(block for block in self.surgery.blocks if block() not in (None, self))
+        with self.surgery.changes.lock:
+            self.surgery.blocks = tuple(block for block in self.surgery.blocks if block() not in (None, self))
         if vars(self.model).get("_surgery") is self.surgery:  # not unloaded or merged inside the block
             self.surgery.changes.make(self._apply, self._apply)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -133,6 +134,27 @@ def test_changes_of_several_threads_come_one_after_another():
         thread.join()
     assert not failures
     assert list(model.donor_config) == ["a"] and torch.equal(logits(model, TOKEN_IDS), before)
+
+
+def test_a_change_that_fails_undoes_no_change_of_another_thread():
+    model, started = with_two_organs(), threading.Event()
+    surgery = model._surgery
+
+    def remove() -> None:
+        started.set()
+        time.sleep(0.1)
+        del surgery.organs["b"]
+
+    def fail() -> None:
+        raise ValueError
+
+    other = threading.Thread(target=surgery.change, args=(model, remove))
+    other.start()
+    started.wait()
+    with pytest.raises(ValueError):
+        surgery.change(model, fail)
+    other.join()
+    assert list(model.donor_config) == ["a"] and len(model.model.layers) == 6
 
 
 def test_a_callback_may_change_organs_during_its_own_call():

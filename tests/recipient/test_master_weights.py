@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from not_hf import CorruptDonorError, DonorModel, DonorTrainer, TransplantedForCausalLM
 from not_hf.architecture.master_weights import MasterWeights
 from testing.donors import SPAN, moved, tiny_organ
+from testing.interrupting import interrupted
 from testing.models import TOKEN_IDS, logits, tiny_model
 
 
@@ -159,6 +168,35 @@ def test_a_compiled_model_with_master_weights(token_ids):
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
     assert model._surgery.organs["default"].layers[0].mlp.up_proj.weight.grad.dtype == torch.float32
+
+
+def test_an_interrupted_forward_leaves_its_master_weights():
+    model, file = trainable(), ("/not_hf/architecture/upstream.py",)
+    before, steps = list(model.parameters()), interrupted(lambda: model(TOKEN_IDS), files=file)
+    for step in range(0, steps, 3):
+        interrupted(lambda: model(TOKEN_IDS), step, files=file)
+        assert all(after is parameter for after, parameter in zip(model.parameters(), before, strict=True)), step
+
+
+@pytest.mark.slow
+def test_threads_that_run_a_model_at_once_leave_its_master_weights():
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 2, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=99, **shape)).to(torch.bfloat16)
+    donor = DonorModel.from_base(base, layers=(0, 2))
+    model = TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True).eval()
+    expected, before, outputs = logits(model, TOKEN_IDS), list(model.parameters()), []
+
+    def run() -> None:
+        for _ in range(10):
+            outputs.append(logits(model, TOKEN_IDS))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outputs) == 30 and all(torch.equal(output, expected) for output in outputs)
+    assert all(after is parameter for after, parameter in zip(model.parameters(), before, strict=True))
 
 
 def test_a_donor_of_16_bits_is_trained_in_float32_too():

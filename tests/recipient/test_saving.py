@@ -140,7 +140,14 @@ def test_an_inconsistent_generation_config_does_not_stop_a_save(base_folder, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.temperature == 0.3
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"validate": 3}'])
+def test_a_generation_config_keeps_values_of_its_model(base_folder, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), A)
+    model.generation_config = GenerationConfig(chat_format="chatml")  # a key of its own, as in some repos
+    model.save_pretrained(tmp_path)
+    assert TransplantedForCausalLM.from_pretrained(tmp_path).generation_config.chat_format == "chatml"
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"validate": 3}', '{"__class__": 3}'])
 def test_a_generation_config_that_is_none_is_refused(content, base_folder, tmp_path):
     with_temperature(base_folder("llama")).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)
