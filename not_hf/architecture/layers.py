@@ -45,7 +45,7 @@ def silence(layer: nn.Module, written: Callable[[], torch.Tensor]) -> None:
     originals, whole = [parameter.clone() for parameter in projections], written().norm()
     for parameter in projections:
         parameter.mul_(1e-3)
-    if written().norm() <= 0.1 * whole:
+    if not written().norm() > 0.1 * whole:
         for parameter in projections:
             parameter.zero_()
         return
@@ -83,16 +83,16 @@ def settle(
     """
     theirs = {name: p for name, p in neighbour.named_parameters() if computes(p)}
     fallback = next(iter(theirs.values()))
-    is_half = {name: theirs.get(name, fallback).element_size() == 2 for name, _ in layer.named_parameters()}
+    likes = {name: theirs.get(name, fallback) for name, _ in layer.named_parameters()}
+    masters = {name: like.dtype for name, like in likes.items() if master_weights and like.element_size() == 2}
     for name, parameter in layer.named_parameters():
-        like = theirs.get(name, fallback)
-        dtype = torch.float32 if master_weights and is_half[name] else like.dtype
-        parameter.data = parameter.data.to(device=device or like.device, dtype=dtype)
+        dtype = torch.float32 if name in masters else likes[name].dtype
+        parameter.data = parameter.data.to(device=device or likes[name].device, dtype=dtype)
         parameter.grad = None
     for buffer in layer.buffers():
         buffer.data = buffer.data.to(device=device or fallback.device)
-    if master_weights and any(is_half.values()):
-        hold_master_weights(layer, (name for name, half in is_half.items() if not half))
+    if masters:
+        hold_master_weights(layer, likes.keys() - masters.keys(), computes_in=next(iter(masters.values())))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

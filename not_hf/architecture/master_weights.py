@@ -23,6 +23,7 @@ class MasterWeights(nn.Module):
     """Mixed into the class of a layer: casts float32 parameters to the dtype of the hidden states in each forward."""
 
     not_cast: frozenset[str]  # names of parameters that are float32 in the recipient's layers too
+    computes_in: torch.dtype  # dtype of the recipient's layers when the organ was loaded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As in the native class."""
@@ -43,16 +44,17 @@ class MasterWeights(nn.Module):
         return _revive, (native_class(self),), self.__dict__
 
 
-def hold_master_weights(layer: nn.Module, not_cast: Iterable[str]) -> None:
+def hold_master_weights(layer: nn.Module, not_cast: Iterable[str], computes_in: torch.dtype) -> None:
     """Have a layer cast its other parameters in each forward; its class becomes one of the same name."""
-    vars(layer)["not_cast"] = frozenset(not_cast)
+    vars(layer).update(not_cast=frozenset(not_cast), computes_in=computes_in)
     layer.__class__ = _class_with_master_weights(cast(Any, native_class(layer)))
 
 
 def release_master_weights(layer: nn.Module) -> None:
     """Return a layer to its native class."""
     layer.__class__ = native_class(layer)
-    vars(layer).pop("not_cast", None)
+    for key in ("not_cast", "computes_in"):
+        vars(layer).pop(key, None)
     rebind_forward(layer)
 
 

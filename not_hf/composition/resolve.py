@@ -240,6 +240,10 @@ def _read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorCon
     )
 
 
+# Keys of a generation config that choose how to compute, not what: the caller's choice
+_CALLERS = ("compile_config", "cache_implementation", "cache_config", "disable_compile")
+
+
 def _read_generation_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> GenerationConfig | None:
     """Read the `generation_config.json` of a donor, if any.
 
@@ -255,7 +259,7 @@ def _read_generation_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) 
         unknown = values.keys() - GenerationConfig().to_dict().keys()  # of another release, or of a model's own
         if hiding := sorted(key for key in unknown if hasattr(GenerationConfig, key)):
             raise ValueError(f"the keys {', '.join(hiding)} would hide methods")
-        return GenerationConfig.from_dict(values)
+        return GenerationConfig.from_dict({key: value for key, value in values.items() if key not in _CALLERS})
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptDonorError(f"{source.donor}: generation_config.json: {one_line(error, 300)}") from error
 

@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME
 
 from not_hf.errors import CorruptDonorError, NotHFError
 from not_hf.hub.atomic_write import DRAFT
+from not_hf.hub.folder_lock import may_be_locked
 
 # Seconds between the tries of a reader; files are moved within milliseconds
 _PAUSES = (0.01, 0.05, 0.1, 0.2, 0.5, 1)
@@ -66,7 +67,7 @@ def _state(source: Any) -> tuple[bool, tuple[int, ...] | None] | None:
     """Whether a save into a folder is under way, and what changes with its config; `None` if it is no folder."""
     if not isinstance(source, str | os.PathLike) or not os.path.isdir(source):
         return None
-    is_saving = any(Path(source).glob(f"{DRAFT}*"))
+    is_saving = any(Path(source).glob(f"{DRAFT}*")) and may_be_locked(source)  # a killed save leaves its draft
     try:
         found = os.stat(Path(source, CONFIG_NAME))
     except OSError:

@@ -52,6 +52,24 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[bool]:
             os.close(descriptor)
 
 
+def may_be_locked(folder: str | os.PathLike[str]) -> bool:
+    """Whether somebody holds the lock of a folder; `True` where locks do not work."""
+    if fcntl is None:
+        return True
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _lock(descriptor: int, folder: str | os.PathLike[str]) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -92,7 +92,7 @@ class Recipient(_Native):
         organ, donors, differences = read_donor(self, surgery, source, surgery.organs.values(), hub_kwargs, verify)
         trained = (is_trainable, is_trainable and autocast_donor_dtype)
         (loaded,) = fit_organs(self, surgery, [organ], donors, differences, *trained, cache_dir)
-        surgery.change(self, lambda: surgery.organs.update({donor_name: loaded}))
+        surgery.change(self, lambda: surgery.add(loaded))
 
     def set_donor(self, donor_names: str | Sequence[str]) -> None:
         """Activate exactly these organs. At one position, they stay in load order.
@@ -201,7 +201,7 @@ class Recipient(_Native):
         for organ in chosen:
             require_own_modules(surgery, organ)
         averaged = average(chosen, weights, donor_name, combination_type)
-        surgery.change(self, lambda: surgery.organs.update({donor_name: averaged}))
+        surgery.change(self, lambda: surgery.add(averaged))
 
     def get_donor_status(self) -> dict[str, DonorStatus]:
         """Describe the loaded organs by name, in load order: place, scale, trainable parameters, …"""

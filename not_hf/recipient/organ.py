@@ -130,10 +130,11 @@ class Organ:
         originals = {} if scale == 1 else {name: tensor.clone() for name, tensor in at_one.items()}
         values = {name: tensor * scale for name, tensor in originals.items()} or at_one
         for name, value in values.items():
-            if not is_finite(value):
+            layer = self.layers[int(name.partition(".")[0])]
+            dtype = layer.computes_in if isinstance(layer, MasterWeights) else value.dtype
+            if not is_finite(value.to(dtype)):
                 raise NotHFError(
-                    f"organ {self.name!r}: at scale {scale:g} weights overflow {value.dtype} ({name}); "
-                    "use a smaller scale"
+                    f"organ {self.name!r}: at scale {scale:g} weights overflow {dtype} ({name}); use a smaller scale"
                 )
 
         def bookkeep() -> None:

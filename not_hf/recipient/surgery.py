@@ -22,7 +22,7 @@ from not_hf.architecture.splicing import LayerOrigin, set_layer_index, splice_co
 from not_hf.architecture.stack import Stack, find_stack
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
-from not_hf.composition.layout import arrange
+from not_hf.composition.layout import arrange, require_free_names
 from not_hf.errors import NotHFError, interval
 from not_hf.recipient.changes import Changes
 from not_hf.recipient.organ import Organ
@@ -147,7 +147,10 @@ class Surgery:
         parameters = {p: p.requires_grad for part in parts for p in part.parameters()}
         held = organs.values() if flags else ()
         layers = [layer for organ in held for layer in organ.layers if isinstance(layer, MasterWeights)]
-        masters = [(layer, layer.not_cast, {p: (p.data, p.grad) for p in layer.parameters()}) for layer in layers]
+        masters = [
+            (layer, (layer.not_cast, layer.computes_in), {p: (p.data, p.grad) for p in layer.parameters()})
+            for layer in layers
+        ]
 
         def undo() -> None:
             vars(model).update(kept)  # before the class, which needs `_surgery`
@@ -157,8 +160,8 @@ class Surgery:
             self.organs, self.blocks = organs, blocks
             for organ, is_active in active:
                 organ.active = is_active
-            for layer, not_cast, values in masters:
-                hold_master_weights(layer, not_cast)
+            for layer, dtypes, values in masters:
+                hold_master_weights(layer, *dtypes)
                 for parameter, (data, grad) in values.items():
                     parameter.grad, parameter.data = None, data
                     parameter.grad = grad
@@ -276,6 +279,11 @@ class Surgery:
                 f"{operation}() needs the base's own layers, which scaffold='minimal' leaves out; save the organ with "
                 "save_pretrained() and load it into the whole base: from_pretrained(base, folder)"
             )
+
+    def add(self, organ: Organ) -> None:
+        """Add an organ, unless another thread has loaded one of that name meanwhile."""
+        require_free_names([organ.name], list(self.organs))
+        self.organs[organ.name] = organ
 
     def parked(self, model: PreTrainedModel) -> Iterator[nn.Module]:
         """Yield the layers of the model that are not in the stack."""

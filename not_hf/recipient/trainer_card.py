@@ -46,7 +46,11 @@ def complete_card(
         config.datasets = unite(config.datasets, dataset_tags or dataset) or None
         config.metrics = config.metrics or _evaluations(trainer.state)
         config.save_pretrained(folder)
-    places = [folder] if config.donors is None else [os.path.join(folder, each["subfolder"]) for each in config.donors]
+    places = (
+        [folder]
+        if config.donors is None
+        else [os.path.join(folder, each.get("subfolder") or "") for each in config.donors]
+    )
     tensors = [
         each
         for place in places

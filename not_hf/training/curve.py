@@ -46,18 +46,23 @@ class TrainingCurve(TrainerCallback):
         ['training_curve.png']
     """
 
+    def __init__(self) -> None:
+        self._asked: bool | None = None  # what the arguments say of `eval_on_start`, if this has changed it
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Have the model evaluated before the first step."""
         is_evaluated = args.eval_strategy != "no" and not args.load_best_model_at_end
         if is_evaluated and state.global_step == 0 and find_spec("matplotlib"):
-            args.eval_on_start = True
+            self._asked, args.eval_on_start = args.eval_on_start, True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the plot."""
+        if self._asked is not None:
+            args.eval_on_start, self._asked = self._asked, None
         drawable = any("loss" in logs or any(perplexities(logs)) for logs in state.log_history)
         if state.is_world_process_zero and drawable and find_spec("matplotlib"):
             os.makedirs(str(args.output_dir), exist_ok=True)

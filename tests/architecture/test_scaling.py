@@ -122,6 +122,13 @@ def test_a_scale_that_overflows_is_refused(dtype, scale, token_ids):
     assert model.donor_config["default"].scale == 1 and torch.equal(logits(model, token_ids), before)
 
 
+def test_a_scale_that_overflows_where_float32_weights_compute_in_float16_is_refused():
+    base = tiny_model("llama").to(torch.float16)
+    model = TransplantedForCausalLM.from_pretrained(base, tiny_organ(1), position=2, is_trainable=True)
+    with pytest.raises(NotHFError, match=r"weights overflow torch\.float16"):
+        model.set_donor_scale("default", 1e7)
+
+
 def test_a_scale_that_overflows_in_a_donors_config_is_refused(tmp_path):
     tiny_organ(1).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
