@@ -133,8 +133,7 @@ class DonorConfig(PreTrainedConfig):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         """As in transformers, but within limits."""
-        read_json(json_file, MAX_CONFIG)
-        values = super()._dict_from_json_file(json_file)
+        values = cls._decode_special_floats(read_json(json_file, MAX_CONFIG))
         if isinstance(values, dict):
             values.pop("configuration_files", None)  # transformers would read another file instead
         return values

@@ -53,9 +53,8 @@ def inspect(
         "digests": {organ.organ.name: organ.organ.spec.config.digests for organ in organs},
         "unreadable": [organ.unreadable for organ in organs if organ.unreadable],
     }
-    listed = [{**entry, "digest": _short(data["digests"][entry["name"]])} for entry in config.donors or []]
     views: list[RenderableType] = [_provenance(donor, config, data)]
-    views += [_table(title, rows) for title, rows in (("Organs", listed), ("Tensors", tensors)) if rows]
+    views += [_table(title, rows) for title, rows in (("Organs", config.donors), ("Tensors", tensors)) if rows]
     views += data["unreadable"]
     if recipient:
         problems = recipient_problems(organs, recipient, **given(token=token))
@@ -81,7 +80,7 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
             "license": config.license,
             "not_hf version": config.not_hf_version,
             "fingerprint": config.fingerprint,
-            "digest": None if config.donors else config.digests,
+            "digest": _short(data["digests"]) if config.donors else config.digests,
         },
     )
 
@@ -91,9 +90,10 @@ def _place(config: DonorConfig) -> dict[str, Any]:
     return {"layers": config.layers, "position": config.position, "mode": config.mode, "init": config.init}
 
 
-def _short(digests: dict[str, str] | None) -> str:
-    """Present the digests of one organ in a table."""
-    return ", ".join(f"{value:.16}…" for value in (digests or {}).values())
+def _short(digests: dict[str, dict[str, str] | None]) -> str:
+    """Present the digests of the organs of a composition in one line."""
+    values = [f"{name} {value:.16}…" for name, files in digests.items() for value in (files or {}).values()]
+    return ", ".join(values)
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:

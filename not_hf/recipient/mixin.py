@@ -337,10 +337,10 @@ class Recipient(_Native):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch, but a change that another thread makes to the organs meanwhile is an error."""
-        if torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)
+        if torch.compiler.is_compiling() or "_surgery" not in vars(self):  # a compiled model may outlive its organs
+            return nn.Module.__call__(self, *args, **kwargs)
         with self._surgery.changes.watched():
-            return super().__call__(*args, **kwargs)
+            return nn.Module.__call__(self, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the stack: a copy made inside `disable_donors()` has its organs enabled."""

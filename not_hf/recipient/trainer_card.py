@@ -60,7 +60,7 @@ def complete_card(
     size = sum(end - start for start, end in (tensor.data_offsets for tensor in tensors))
     card = updated_card(folder, config, sum(tensor.parameter_count for tensor in tensors), size, trainer.hub_model_id)
     data: Any = card.data
-    data.tags = unite(data.tags, tags)
+    data.tags = unite(data.tags, "generated_from_trainer", tags)
     data.language = language or data.language
     data.license = license or data.license
     card.save(Path(folder, README))

@@ -67,9 +67,11 @@ def test_trace_load(tmp_path):
     for name, load in loads.items():
         reads = load["reads of one config.json, at most"]
         assert set(reads.values()) == {1}
-        assert load["calls of `resolve_commit`"] == len(reads)
+        assert len(reads) <= load["calls of `resolve_commit`"] <= len(reads) + 1
         assert set(load["requests for the commit of one repo, at most"].values()) == {1}
-        assert load["pairs of files that call each other"] == []
+        # what is called back: a change, and a read that is tried again
+        called_back = {"recipient/changes.py", "hub/consistent_read.py", "recipient/modeling.py"}
+        assert all(set(pair) & called_back for pair in load["pairs of files that call each other"])
         assert load["compatibility checks"] == (0 if name == "from_base(base)" else 1)
         assert 1 <= load["twins built"] <= 2
     assert [load["checks of a donor's config"] for load in loads.values()] == [1, 1, 2, 2, 1]

@@ -178,8 +178,12 @@ class Life(RuleBasedStateMachine):
     @rule(way=st.sampled_from(["deepcopy", "pickle"]))
     def copy(self, way: str) -> None:
         """The life goes on as a copy, in which no block is open."""
-        self.model = copy.deepcopy(self.model) if way == "deepcopy" else pickle.loads(pickle.dumps(self.model))
-        self.disabled = 0
+        try:
+            self.model = copy.deepcopy(self.model) if way == "deepcopy" else pickle.loads(pickle.dumps(self.model))
+        except AttributeError as error:  # of hooks of transformers, with which native models cannot be pickled either
+            assert "local object" in str(error)
+        else:
+            self.disabled = 0
 
     @precondition(lambda self: not self.disabled)
     @rule()

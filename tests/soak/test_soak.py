@@ -12,11 +12,11 @@ from soak.machine import Life
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_random_lives(model_type):
     """No operation of any sequence leaves a model that computes other than one built anew."""
     machine = type("Life", (Life,), {"model_type": model_type})
-    options = {"max_examples": 8, "stateful_step_count": 12, "deadline": None, "database": None, "derandomize": True}
+    options = {"max_examples": 5, "stateful_step_count": 10, "deadline": None, "database": None, "derandomize": True}
     run_state_machine_as_test(machine, settings=settings(**options, suppress_health_check=list(HealthCheck)))
 
 
