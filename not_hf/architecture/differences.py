@@ -72,7 +72,7 @@ def describe(layer: nn.Module) -> LayerDescription:
     return LayerDescription(
         {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()},
         {name: tuple(tensor.shape) for name, tensor in layer.named_buffers()},
-        {name: native_class(module) for name, module in modules.items()},
+        {name: type(module) for name, module in modules.items()} | {"": native_class(layer)},
         {(name, key): value for name, module in modules.items() for key, value in _derived(module).items()},
     )
 
