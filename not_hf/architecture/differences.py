@@ -30,9 +30,9 @@ class Difference(NamedTuple):
 
 
 def config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[Difference]:
-    """The keys in which two configs differ, other than names and dtypes."""
+    """The keys in which two configs differ, other than names, dtypes and private ones."""
     mine, other = ours.to_dict(), theirs.to_dict()
-    keys = sorted((mine.keys() | other.keys()) - tables.NAMES)
+    keys = sorted(key for key in (mine.keys() | other.keys()) - tables.NAMES if not key.startswith("_"))
     pairs = [Difference(key, mine.get(key), other.get(key)) for key in keys]
     return [pair for pair in pairs if not _same(pair.ours, pair.theirs)]
 

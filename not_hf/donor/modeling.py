@@ -74,8 +74,8 @@ class DonorModel(StrippedModel):
             position: Default position in a recipient, among its own layers. `None`: right after the span for
                 `mode="insert"`, the span itself for `mode="replace"`.
             mode: `"insert"` before layer `position`, or `"replace"` layers `position … position + k`.
-            init: `"copy"` keeps the weights; `"identity"` zeroes the output projections, so that an inserted organ
-                starts as an exact no-op.
+            init: `"copy"` keeps the weights; `"identity"` zeroes the output projections, or the gains of norms
+                behind them, so that an inserted organ starts as an exact no-op.
             domain: Intended domain, free text.
             license: The Hub's identifier of the donor's licence; `None`: the licence on the base's card. For a live
                 model that card is read only from the cache.

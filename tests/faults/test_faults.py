@@ -13,14 +13,14 @@ pytestmark = [
 
 
 def test_killed_saves(tmp_path):
-    assert not kill_saves(30, tmp_path).keys() - {"old", "new", "refused"}
+    assert not kill_saves(12, tmp_path).keys() - {"old", "new", "refused"}
 
 
 def test_saves_on_a_full_disk(tmp_path):
-    found = fill_disk(20, tmp_path)
+    found = fill_disk(10, tmp_path)
     assert found["old"] and not found.keys() - {"old", "new"}
 
 
 def test_interrupted_saves(tmp_path):
-    found = interrupt_saves(40, tmp_path)
+    found = interrupt_saves(16, tmp_path)
     assert found["old"] and found["new"] and not found.keys() - {"old", "new"}

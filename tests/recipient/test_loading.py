@@ -21,7 +21,7 @@ from not_hf import (
     TransplantedForCausalLM,
 )
 from not_hf.architecture.twin import build
-from testing.donors import tiny_organ
+from testing.donors import SPAN, tiny_organ
 from testing.models import logits, tiny_model
 
 A = tiny_organ(1, layers=(1, 2))
@@ -119,3 +119,12 @@ def test_a_recipient_whose_config_makes_the_organ_compute_otherwise_is_warned_of
     donor = DonorModel.from_base(tiny_model("olmo", clip_qkv=0.01), (1, 3))
     TransplantedForCausalLM.from_pretrained(tiny_model("olmo"), donor)
     assert "clip_qkv is 0.01, not None" in caplog.text
+
+
+def test_private_keys_of_a_config_are_no_difference(tmp_path, caplog):
+    """As the loader of GGUF files leaves them."""
+    base = tiny_model("llama")
+    base.config._model_name_or_path = "a name out of a file"
+    DonorModel.from_base(base, SPAN).save_pretrained(tmp_path)
+    TransplantedForCausalLM.from_pretrained(base, tmp_path)
+    assert "another config" not in caplog.text
