@@ -252,11 +252,11 @@ class Life(RuleBasedStateMachine):
         made["operations"] += 1
         active = () if self.disabled else tuple(placed for placed in self.organs if placed.active)
         assert self.model.active_donors == [placed.name for placed in active]
-        values, config, names = expected(self.model_type, active)
+        values, _, names = expected(self.model_type, active)
         found = logits(self.model, TOKEN_IDS)
         assert torch.equal(found, values), (self.organs, (found - values).abs().max())
         layers = find_stack(self.model).layers
-        assert len(layers) == self.model.config.num_hidden_layers == config["num_hidden_layers"]
+        assert len(layers) == self.model.config.num_hidden_layers
         assert not any(parameter.requires_grad for parameter in self.model.parameters())
         assert [name for name, _ in self.model.named_parameters()] == names
 
