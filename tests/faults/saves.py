@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from not_hf import DonorModel, NotHFError
 from testing.donors import tiny_organ
 from testing.interrupting import SAVING, interrupted
@@ -53,6 +55,9 @@ def kill_saves(times: int, folder: Path, seed: int = 0) -> Counter[str]:
         donors["old"].save_pretrained(folder)
         start = time.perf_counter()
         if (child := os.fork()) == 0:
+            tqdm.set_lock(
+                threading.RLock()
+            )  # the other one is shared with this process, which would wait for the dead
             save_new(donors, folder)
             os._exit(0)
         time.sleep(chance.uniform(0, 0.08))
@@ -69,6 +74,7 @@ def fill_disk(times: int, folder: Path, seed: int = 0) -> Counter[str]:
     for _ in range(times):
         donors["old"].save_pretrained(folder)
         if (child := os.fork()) == 0:
+            disable_progress_bar()
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing raises OSError instead
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit := chance.randrange(100, 30_000), limit))
             try:
