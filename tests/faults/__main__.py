@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         tell("Ctrl-C during a save", interrupt_saves(options.points, Path(folder, "interrupted")))
     for operation in OPERATIONS:
         tell(f"Ctrl-C in {operation}", try_interrupts(operation, options.points))
-    lost = {kind: count for kind, count in total.items() if kind.startswith(LOST)}
+    lost = {kind: count for kind, count in total.items() if count and kind.startswith(LOST)}
     print(f"{total.total():,} faults; lost or mixed up: {lost or 'nothing'}", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-k", "kill or interrupt or break or full", "tests"]
     print("\nKilled pushes, downloads, cuts, trainings, caches (part of the suite):", flush=True)

@@ -55,9 +55,7 @@ def kill_saves(times: int, folder: Path, seed: int = 0) -> Counter[str]:
         donors["old"].save_pretrained(folder)
         start = time.perf_counter()
         if (child := os.fork()) == 0:
-            tqdm.set_lock(
-                threading.RLock()
-            )  # the other one is shared with this process, which would wait for the dead
+            disable_progress_bar()  # bars have a lock between processes, which a killed one would keep
             save_new(donors, folder)
             os._exit(0)
         time.sleep(chance.uniform(0, 0.08))
