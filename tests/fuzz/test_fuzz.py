@@ -11,6 +11,8 @@ from fuzz.guard import Guard
 from fuzz.run import CORPUS, run_target
 from fuzz.targets import Target, make_targets
 
+pytestmark = pytest.mark.slow
+
 INPUTS = {
     "config": 100,
     "donor": 30,

@@ -24,6 +24,8 @@ from testing.donors import SPAN, moved, tiny_organ
 from testing.interrupting import interrupted
 from testing.models import TOKEN_IDS, logits, tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 def half(model_type: str = "llama", dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     return tiny_model(model_type).to(dtype)

@@ -19,6 +19,8 @@ from testing.donors import moved
 from testing.models import tiny_model
 from testing.training import losses, made, recipient, rows
 
+pytestmark = pytest.mark.slow
+
 
 def two_organs() -> TransplantedForCausalLM:
     """A frozen organ below a trainable one."""
