@@ -16,7 +16,7 @@ from not_hf import CorruptDonorError, DonorConfig, DonorModel, NotHFError, Trans
 from not_hf.donor.loading import refuse
 from not_hf.limits import MAX_CONFIG, MAX_DEPTH, MAX_LAYERS
 from testing.commands import is_one_line
-from testing.donors import same
+from testing.donors import edit_json, same
 from testing.models import ARCHITECTURES, tiny_model
 
 
@@ -33,14 +33,7 @@ def edited(sound, tmp_path):
 
     def edit(**values) -> Path:
         folder = Path(shutil.copytree(sound, tmp_path / "donor"))
-        config = json.loads((folder / "config.json").read_text())
-        for key, value in values.items():
-            *outer, last = [key] if key.startswith("_") else key.split("__")
-            inner = config
-            for name in outer:
-                inner = inner[name]
-            inner[last] = value
-        (folder / "config.json").write_text(json.dumps(config))
+        edit_json(folder / "config.json", **values)
         return folder
 
     return edit

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from not_hf.architecture.upstream import rebind_forward, replaced_parameters, traced_parameters
+from not_hf.architecture.upstream import parameters_in, rebind_forward, replaced_parameters, traced_parameters
 
 # While a layer runs, its parameters are the cast ones; a second thread in it would take those for the layer's own
-_FORWARD = threading.RLock()
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 class MasterWeights(nn.Module):
@@ -29,12 +30,12 @@ class MasterWeights(nn.Module):
         """As in the native class."""
         if torch.compiler.is_compiling():  # nothing is replaced in a compiled graph
             return self._forward_cast(traced_parameters, *args, **kwargs)
-        with _FORWARD:
+        with _locks.setdefault(self, threading.RLock()):
             return self._forward_cast(replaced_parameters, *args, **kwargs)
 
     def _forward_cast(self, replaced: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         dtype = (args[0] if args else kwargs["hidden_states"]).dtype
-        masters = {name: p for name, p in self.named_parameters() if p.dtype == torch.float32 != dtype}
+        masters = {name: p for name, p in parameters_in(self) if p.dtype == torch.float32 != dtype}
         values = {name: p.to(dtype) for name, p in masters.items() if name not in self.not_cast}
         with replaced(self, values):
             return super().forward(*args, **kwargs)

@@ -166,15 +166,6 @@ BOOKKEEPING = ("_attn_implementation", "_is_hf", "_output_capturing", "_version"
 # ------------------------------------------------------------------ attention
 
 
-class DelegatesAttention:
-    """For a model that wraps another one, which decides which attention implementations there are."""
-
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-
 def attention_of(config: PreTrainedConfig) -> str | None:
     """The attention implementation that a config names; `None` until a model of it is built."""
     return config._attn_implementation
@@ -227,10 +218,19 @@ def view_with_layers(model: nn.Module, path: str, layers: Iterable[nn.Module]) -
     return view
 
 
+def parameters_in(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters by each of their names; those of a replica of `DataParallel`, too, which are plain tensors."""
+    for path, each in module.named_modules():
+        for key, tensor in (each._parameters | getattr(each, "_former_parameters", {})).items():
+            if tensor is not None:
+                yield f"{path}.{key}" if path else key, tensor
+
+
 @contextlib.contextmanager
 def replaced_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Have a module hold other tensors, by name, inside the block; Ctrl-C leaves it the parameters that it had."""
-    places = [(module.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name in values]
+    owners = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values]
+    places = [(own._parameters if key in own._parameters else vars(own), key) for own, key in owners]
     before = [table[key] for table, key in places]
 
     def put(tensors: Iterable[Any]) -> None:

@@ -29,6 +29,7 @@ def inspect(
 ) -> Result:
     """Show what a donor repo holds, without reading its weights."""
     from not_hf.composition.check import recipient_problems, survey
+    from not_hf.hub.headers import size_of
 
     config, organs = survey(donor, **given(revision=revision, subfolder=subfolder, token=token))
     tensors: list[dict[str, Any]] = [
@@ -38,7 +39,7 @@ def inspect(
             "shape": list(tensor.shape),
             "dtype": tensor.dtype,
             "num_parameters": tensor.parameter_count,
-            "size": tensor.data_offsets[1] - tensor.data_offsets[0],
+            "size": size_of(tensor),
         }
         for organ in organs
         for name, tensor in organ.tensors.items()

@@ -33,6 +33,7 @@ from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.hub.checkpoint import checkpoint_files, open_checkpoint
 from not_hf.hub.consistent_read import saved_digests
 from not_hf.hub.digest import digest_problems
+from not_hf.hub.headers import size_of
 from not_hf.hub.partial_download import list_tensors
 
 
@@ -205,9 +206,8 @@ def _planned(organ: ResolvedOrgan, hub_kwargs: Mapping[str, Any]) -> PlannedOrga
     config.position, config.mode, config.scale = int(organ.place.position), organ.mode, organ.scale
     tensors = list_tensors(donor, **hub_kwargs, revision=organ.revision, subfolder=organ.subfolder or "")
     refuse(donor, header_problems(organ.spec, tensors))
-    sizes = [tensor.data_offsets[1] - tensor.data_offsets[0] for tensor in tensors.values()]
     num_parameters = sum(tensor.parameter_count for tensor in tensors.values())
-    return PlannedOrgan(organ, config, num_parameters, sum(sizes))
+    return PlannedOrgan(organ, config, num_parameters, sum(map(size_of, tensors.values())))
 
 
 def _source(donor: str | os.PathLike[str] | OrganSource) -> OrganSource:

@@ -38,10 +38,10 @@ def read_tensors(file: str, name: str) -> dict[str, torch.Tensor]:
             f"{name} is a safetensors file, not a pickle; load a donor with DonorModel.from_pretrained, "
             "cut one out of a model with DonorModel.from_base"
         )
-    if _is_compressed(file):
-        raise CorruptDonorError(f"{name} is compressed, which torch.save never does; torch.save the layers again")
+    if is_zip := head.startswith(b"PK\x03\x04"):  # as torch tells
+        _require_stored(file, name)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK\x03\x04"))
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # an unpickler raises anything on bytes that are not a pickle
         raise CorruptDonorError(
             f"{name} cannot be read as tensors of torch.save: {_reason(file, head, error)}; "
@@ -50,13 +50,22 @@ def read_tensors(file: str, name: str) -> dict[str, torch.Tensor]:
     return _flatten(content, name)
 
 
-def _is_compressed(file: str) -> bool:
-    """Whether a file is a zip archive with compressed entries: a few bytes can unfold into gigabytes."""
+def _require_stored(file: str, name: str) -> None:
+    """Check that the entries of a zip archive are not compressed: a few bytes can unfold into gigabytes.
+
+    Raises:
+        CorruptDonorError: Some are, or it cannot be told.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
-            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # torch says what is wrong with it
-        return False
+            compressed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        reason = one_line(error, 200)
+        raise CorruptDonorError(
+            f"{name} cannot be read as tensors of torch.save: {reason}; torch.save the layers again"
+        ) from error
+    if compressed:
+        raise CorruptDonorError(f"{name} is compressed, which torch.save never does; torch.save the layers again")
 
 
 def _reason(file: str, head: bytes, error: Exception) -> str:

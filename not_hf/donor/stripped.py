@@ -25,7 +25,7 @@ from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, inter
 POSITIONAL = ("rotary", "rope")
 
 
-class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
+class StrippedModel(PreTrainedModel):
     """The base class of `DonorModel`.
 
     Args:
@@ -39,6 +39,8 @@ class StrippedModel(upstream.DelegatesAttention, PreTrainedModel):
     base_model_prefix = "organ"
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
+    # which attention implementations there are is for the native model to say
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(
         self,

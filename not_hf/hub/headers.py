@@ -24,6 +24,12 @@ BITS = {
 }
 
 
+def size_of(tensor: TensorInfo) -> int:
+    """Number of bytes that a tensor takes in its file."""
+    start, end = tensor.data_offsets
+    return end - start
+
+
 def read_remote_header(file: RemoteFile) -> dict[str, TensorInfo]:
     """The tensors of a file on the Hub, from its header alone.
 

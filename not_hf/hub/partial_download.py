@@ -19,7 +19,7 @@ from not_hf.architecture.upstream import commit_of
 from not_hf.errors import CorruptDonorError
 from not_hf.hub import checkpoint
 from not_hf.hub.checkpoint import View, open_checkpoint, open_file
-from not_hf.hub.headers import BITS, read_remote_header
+from not_hf.hub.headers import BITS, read_remote_header, size_of
 from not_hf.hub.ranges import Piece, RemoteFile, gather
 
 
@@ -160,7 +160,7 @@ def _assemble(tensors: Located) -> tuple[bytes, list[Piece]]:
     offsets: dict[str, int] = {}
     end = 0
     for name, (_, info) in ordered:
-        offsets[name], end = end, end + info.data_offsets[1] - info.data_offsets[0]
+        offsets[name], end = end, end + size_of(info)
         header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [offsets[name], end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)

@@ -15,7 +15,8 @@ from not_hf.cards.common import README, unite
 from not_hf.cards.donor import updated_card
 from not_hf.cards.metrics import perplexities, trainer_metrics
 from not_hf.config import DonorConfig
-from not_hf.hub.headers import read_header
+from not_hf.hub.headers import size_of
+from not_hf.hub.partial_download import list_tensors
 from not_hf.recipient.mixin import Recipient
 
 if TYPE_CHECKING:
@@ -46,19 +47,10 @@ def complete_card(
         config.datasets = unite(config.datasets, dataset_tags or dataset) or None
         config.metrics = config.metrics or _evaluations(trainer.state)
         config.save_pretrained(folder)
-    places = (
-        [folder]
-        if config.donors is None
-        else [os.path.join(folder, each.get("subfolder") or "") for each in config.donors]
-    )
-    tensors = [
-        each
-        for place in places
-        for file in Path(place).glob("*.safetensors")
-        for each in read_header(str(file)).values()
-    ]
-    size = sum(end - start for start, end in (tensor.data_offsets for tensor in tensors))
-    card = updated_card(folder, config, sum(tensor.parameter_count for tensor in tensors), size, trainer.hub_model_id)
+    places = ["."] if config.donors is None else [each["subfolder"] for each in config.donors if "donor" not in each]
+    tensors = [tensor for place in places for tensor in list_tensors(os.path.join(folder, place)).values()]
+    num_parameters, size = sum(tensor.parameter_count for tensor in tensors), sum(map(size_of, tensors))
+    card = updated_card(folder, config, num_parameters, size, trainer.hub_model_id)
     data: Any = card.data
     data.tags = unite(data.tags, "generated_from_trainer", tags)
     data.language = language or data.language

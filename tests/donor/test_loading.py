@@ -23,7 +23,7 @@ from not_hf import (
 )
 from testing import tree
 from testing.commands import is_one_line
-from testing.donors import moved
+from testing.donors import edit_json, moved
 from testing.models import tiny_model
 
 SPAN = (1, 3)
@@ -54,14 +54,7 @@ def edit_tensors(change):
 
 def edit_config(**values):
     def apply(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        for key, value in values.items():
-            *outer, last = key.split("__")
-            inner = config
-            for name in outer:
-                inner = inner[name]
-            inner[last] = value
-        (folder / "config.json").write_text(json.dumps(config))
+        edit_json(folder / "config.json", **values)
 
     return apply
 

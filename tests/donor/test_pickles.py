@@ -131,6 +131,14 @@ def test_a_compressed_file_is_refused_before_it_is_inflated(base_folder, tmp_pat
         import_checkpoint(file, base_folder("llama"), SPAN)
 
 
+def test_an_archive_that_cannot_be_listed_is_not_given_to_torch(base_folder, tmp_path, monkeypatch):
+    file = save(layers_of("llama"), tmp_path)
+    file.write_bytes(file.read_bytes()[:-200])
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(CorruptDonorError, match=r"cannot be read as tensors of torch\.save"):
+        import_checkpoint(file, base_folder("llama"), SPAN)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused(base_folder, tmp_path):
     content = {"layers": layers_of("llama"), "lengths": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,31 @@ def test_threads_that_run_a_model_at_once_leave_its_master_weights():
         thread.join()
     assert len(outputs) == 30 and all(torch.equal(output, expected) for output in outputs)
     assert all(after is parameter for after, parameter in zip(model.parameters(), before, strict=True))
+
+
+def test_replicas_of_data_parallel_cast_their_tensors():
+    """Made as `torch.nn.parallel.replicate` makes them, which wants GPUs: parameters are plain tensors there."""
+    model = trainable()
+    layer = model._surgery.organs["default"].layers[0]
+    inputs: dict[str, Any] = {}
+    handle = layer.register_forward_pre_hook(lambda layer, args, kw: inputs.update(args=args, kw=kw), with_kwargs=True)
+    model(TOKEN_IDS, use_cache=False)
+    handle.remove()
+    replicas = {module: module._replicate_for_data_parallel() for module in layer.modules()}
+    for module, replica in replicas.items():
+        replica._former_parameters = {}
+        for key, child in module._modules.items():
+            replica._modules[key] = replicas[child]
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[key] = None
+                continue
+            setattr(replica, key, parameter * 1)
+            replica._former_parameters[key] = getattr(replica, key)
+    found, expected = (each(*inputs["args"], **inputs["kw"]) for each in (replicas[layer], layer))
+    assert torch.equal(found, expected)
+    found.float().sum().backward()
+    assert layer.mlp.up_proj.weight.grad.dtype == torch.float32
 
 
 def test_a_donor_of_16_bits_is_trained_in_float32_too():

@@ -16,29 +16,16 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
 
 from not_hf import DonorModel, IncompatibleDonorError, NotHFError, average_donors
 from not_hf.architecture.stack import find_stack
-from testing.donors import organ, same, scaled_by_hand, transplanted_class
-from testing.lifecycle import NORM_BEHIND, STILL_WRITE
-from testing.models import TOKEN_IDS, enable_checkpointing, logits, tiny_model
+from testing.donors import same, scaled_by_hand, transplanted_class
+from testing.lifecycle import NORM_BEHIND, STILL_WRITE, base_of, organ_of
+from testing.models import TOKEN_IDS, enable_checkpointing, logits
 
 NAMES = ("a", "b", "c")
 SCALES = (0.0, 0.3, 0.5, 1.0, 2.0)
 made: Counter[str] = Counter()  # sequences and operations of this process
-
-
-@functools.cache
-def base_of(model_type: str) -> PreTrainedModel:
-    """Never changed."""
-    return tiny_model(model_type)
-
-
-@functools.cache
-def donor_of(model_type: str, seed: int) -> DonorModel:
-    """Layers 1 and 2 of the base, every tensor that seed's own; never changed."""
-    return organ(base_of(model_type), seed)
 
 
 @functools.cache
@@ -84,7 +71,7 @@ class Life(RuleBasedStateMachine):
         self.model: Any = copy.deepcopy(base_of(self.model_type))
         self.organs: list[Placed] = []
         self.disabled = 0
-        self._load(Placed("a", donor_of(self.model_type, seed), position, "insert"))
+        self._load(Placed("a", organ_of(self.model_type, seed), position, "insert"))
 
     def _load(self, placed: Placed) -> None:
         place = {"donor_name": placed.name, "position": placed.position, "mode": placed.mode}
@@ -114,7 +101,7 @@ class Life(RuleBasedStateMachine):
     )
     def load(self, name: str, seed: int, position: int, mode: str) -> None:
         assume(self.organs and name not in [placed.name for placed in self.organs])
-        self._load(Placed(name, donor_of(self.model_type, seed), position, mode))
+        self._load(Placed(name, organ_of(self.model_type, seed), position, mode))
 
     @rule(names=st.sets(st.sampled_from(NAMES)))
     def choose(self, names: set[str]) -> None:
@@ -141,7 +128,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), seed=st.integers(0, 3))
     def swap(self, name: str, seed: int) -> None:
-        n, donor = self._organ(name), donor_of(self.model_type, seed)
+        n, donor = self._organ(name), organ_of(self.model_type, seed)
         self.model.hotswap_donor(name, donor)
         self.organs[n] = replace(self.organs[n], donor=donor)
 

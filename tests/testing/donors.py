@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -28,6 +30,18 @@ def moved(donor: DonorModel, seed: int) -> DonorModel:
             generator = torch.Generator().manual_seed(100 * seed + n)
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return donor
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    """Put values into a JSON file; `a__b` is key `b` of `a`."""
+    content = json.loads(file.read_text())
+    for key, value in values.items():
+        *outer, last = [key] if key.startswith("_") else key.split("__")
+        inner = content
+        for name in outer:
+            inner = inner[name]
+        inner[last] = value
+    file.write_text(json.dumps(content))
 
 
 def organ(base: PreTrainedModel | str | Path, seed: int, layers: tuple[int, int] = SPAN, **options) -> DonorModel:

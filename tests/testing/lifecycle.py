@@ -47,21 +47,21 @@ STILL_WRITE = {"distilbert"}
 
 
 @functools.cache
-def _base(model_type: str) -> PreTrainedModel:
+def base_of(model_type: str) -> PreTrainedModel:
     return tiny_model(model_type)
 
 
 @functools.cache
-def _organ(model_type: str, seed: int) -> DonorModel:
-    return organ(_base(model_type), seed)
+def organ_of(model_type: str, seed: int) -> DonorModel:
+    return organ(base_of(model_type), seed)
 
 
 def _fresh(model_type: str, places: Iterable[tuple[str, Place]], **options) -> PreTrainedModel:
     """A copy of the base with these organs."""
-    model = copy.deepcopy(_base(model_type))
+    model = copy.deepcopy(base_of(model_type))
     for name, (seed, position, mode) in places:
         place = {"donor_name": name, "position": position, "mode": mode}
-        model = transplanted_class(model).from_pretrained(model, _organ(model_type, seed), **place, **options)
+        model = transplanted_class(model).from_pretrained(model, organ_of(model_type, seed), **place, **options)
     return model
 
 
@@ -81,7 +81,7 @@ class Tester:
     @property
     def base(self) -> PreTrainedModel:
         """Never changed."""
-        return _base(self.model_type)
+        return base_of(self.model_type)
 
     def fresh(self, **options) -> TransplantedForCausalLM | TransplantedForMaskedLM:
         """A model with all organs of the set-up."""
@@ -154,7 +154,7 @@ class Tester:
             model.set_donor_scale(name, 0.3)  # exact in no dtype
             scaled = logits(model, TOKEN_IDS)
             by_hand = copy.deepcopy(whole)
-            by_hand.hotswap_donor(name, scaled_by_hand(_organ(self.model_type, seed), 0.3))
+            by_hand.hotswap_donor(name, scaled_by_hand(organ_of(self.model_type, seed), 0.3))
             assert torch.equal(scaled, logits(by_hand, TOKEN_IDS)) and not self.gives(model)
             assert any(folder.iterdir()) or self.a_scale_is_kept(model, name, folder)
             model.set_donor_scale(name, 0)
@@ -170,7 +170,7 @@ class Tester:
         again = transplanted_class(base).from_pretrained(base, folder)
         merged = copy.deepcopy(model).merge_and_unload()
         found = [logits(each, TOKEN_IDS) for each in (again, merged)]
-        return same(alone, _organ(self.model_type, self.places[name][0])) and all(map(scaled.equal, found))
+        return same(alone, organ_of(self.model_type, self.places[name][0])) and all(map(scaled.equal, found))
 
     def why_no_scale(self, mode: str) -> str:
         """What a refusal says."""
@@ -179,7 +179,7 @@ class Tester:
         return "they still write" if self.model_type in STILL_WRITE else "a norm undoes it"
 
     def check_swapping(self) -> None:
-        model, other = self.fresh(), _organ(self.model_type, 9)
+        model, other = self.fresh(), organ_of(self.model_type, 9)
         tensors = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
         for name in self.places:
             model.hotswap_donor(name, other)
@@ -189,12 +189,12 @@ class Tester:
 
     def check_averaging(self) -> None:
         model, name = self.fresh(), next(iter(self.places))
-        model.load_donor(other := _organ(self.model_type, 9), "other", position=4, mode="insert")
+        model.load_donor(other := organ_of(self.model_type, 9), "other", position=4, mode="insert")
         model.add_weighted_donor([name, "other"], [1, 3], "mean")
         assert model.active_donors == [*self.places, "other"]
         model.set_donor("mean")
         seed, position, mode = self.places[name]
-        mean = average_donors([_organ(self.model_type, seed), other], [1, 3])
+        mean = average_donors([organ_of(self.model_type, seed), other], [1, 3])
         base = copy.deepcopy(self.base)
         expected = transplanted_class(base).from_pretrained(base, mean, position=position, mode=mode)
         assert torch.equal(logits(model, TOKEN_IDS), logits(expected, TOKEN_IDS))
@@ -205,7 +205,7 @@ class Tester:
         for name, status in model.get_donor_status().items():
             assert (status.position, status.mode) == self.places[name][1:] and status.span == (1, 3)
             assert status.active is (name in model.active_donors) is bool(status.layers)
-            assert status.num_parameters == _organ(self.model_type, 1).num_parameters()
+            assert status.num_parameters == organ_of(self.model_type, 1).num_parameters()
 
     def check_saving(self, folder: Path) -> None:
         model = self.fresh()
