@@ -137,7 +137,8 @@ class Recipient(_Native):
         require_own_modules(self._surgery, organ)
         if scale != 1:
             require_scalable(self._surgery.stack(self), organ.layers[0])
-        self._surgery.changes.make(lambda: organ.rescale(float(scale)), lambda: None)
+        changes = self._surgery.changes
+        changes.make(lambda: organ.rescale(float(scale), changes), lambda: None)  # undone within
 
     def hotswap_donor(
         self,
@@ -174,7 +175,7 @@ class Recipient(_Native):
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
             )
         new.rescale(old.config.scale)
-        surgery.changes.make(lambda: old.take_over(new), lambda: None)
+        surgery.changes.make(lambda: old.take_over(new, surgery.changes), lambda: None)  # undone within
 
     def add_weighted_donor(
         self,

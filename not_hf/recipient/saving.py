@@ -102,8 +102,8 @@ def save_organs(
     tensors = [tensor for state in states.values() for tensor in state.values()]
     num_parameters = sum(tensor.numel() for tensor in tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    card = updated_card(folder, config, num_parameters, size, repo_id)  # raises before anything is written
     with replacing(folder, is_main_process) as draft:
+        card = updated_card(folder, config, num_parameters, size, repo_id)
         digests: dict[str, str] = {}
         for name, shell in shells.items():
             place = os.path.join(folder, name)
