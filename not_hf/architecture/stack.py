@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -14,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from not_hf.architecture.tables import SHARED_STATE
-from not_hf.architecture.upstream import is_recurrent
+from not_hf.architecture.upstream import is_recurrent, native_classes
 from not_hf.errors import UnsupportedArchitectureError
 
 
@@ -23,13 +24,13 @@ class Stack:
     """Where a live model keeps its layers: their `ModuleList` is `model.<base>.<path>`."""
 
     model: nn.Module
-    base: str  # the base model in the model with a head: model, transformer, bert, …
+    base: str  # the base model in the model with a head: model, transformer, bert, …; empty if it has no head
     path: str  # the list in the base model: layers, h, decoder.layers, …
 
     @property
     def full_path(self) -> str:
         """Path of the list from the model."""
-        return f"{self.base}.{self.path}"
+        return f"{self.base}.{self.path}" if self.base else self.path
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -65,6 +66,8 @@ def find_stack(model: PreTrainedModel) -> Stack:
     if len(paths) != 1:
         found = "no list" if not paths else "several lists (" + ", ".join(paths) + ")"
         raise UnsupportedArchitectureError(f"{kind} has {found} of num_hidden_layers={num_layers} layers")
+    if model.base_model is model and model.get_output_embeddings() is None:
+        return Stack(model, "", paths[0])
     parts = paths[0].split(".")
     for n in range(1, len(parts)):
         base = model.get_submodule(".".join(parts[:n]))
@@ -103,6 +106,29 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 def head_class(config: PreTrainedConfig) -> Any:
     """The Auto class that builds a model with a language-modelling head from a config."""
     return AutoModelForMaskedLM if is_encoder(config) else AutoModelForCausalLM
+
+
+def require_head(config: PreTrainedConfig, auto_class: Any) -> None:
+    """Check that an Auto class builds the models of a config, with the head that it is for.
+
+    Raises:
+        UnsupportedArchitectureError: Naming the class to use instead, if there is one.
+    """
+    kind = f"model_type {config.model_type!r}"
+    if auto_class in (AutoModelForMaskedLM, AutoModelForCausalLM):
+        if head_class(config) is not auto_class:
+            what, other = ("an encoder", "MaskedLM") if is_encoder(config) else ("a causal LM", "CausalLM")
+            raise UnsupportedArchitectureError(f"{kind} is {what}; use TransplantedFor{other}, or AutoModelFor{other}")
+    elif not native_classes(auto_class, config):
+        raise UnsupportedArchitectureError(f"transformers has no {auto_class.__name__} for {kind}")
+
+
+def saved_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class with a head that a config names as that of its weights; `None` if transformers does not have it."""
+    name = str((config.architectures or [""])[0])
+    found = getattr(transformers, name, None) if name.isidentifier() else None
+    is_native = isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)
+    return found if is_native and found not in native_classes(AutoModel, config) else None
 
 
 def task_of(config: PreTrainedConfig) -> str:

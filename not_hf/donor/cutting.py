@@ -17,7 +17,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
-from not_hf.architecture.stack import Stack, find_stack
+from not_hf.architecture.stack import Stack, find_stack, saved_class
 from not_hf.architecture.twin import meta_twin
 from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, resolve_commit
 from not_hf.cards.license import inherit_license
@@ -70,7 +70,7 @@ class StoredBase:
     name: str
     revision: str | None  # commit on the Hub
     config: PreTrainedConfig
-    prefix: str  # name of the base model in the causal LM
+    prefix: str  # name of the base model in the model with a head
     path: str
     hub_kwargs: Mapping[str, Any]
     quantization: dict[str, Any] | None = None  # for transformers to dequantize the weights, if quantized
@@ -108,7 +108,7 @@ def layer_pattern(prefix: str, path: str, span: Span | None = None) -> re.Patter
     """Compile a pattern for names of tensors in layers; its groups are the layer's number and the name in the layer.
 
     Args:
-        prefix: Name of the base model in a causal LM (`model`, `transformer`), which a checkpoint may omit.
+        prefix: Name of the base model in a model with a head (`model`, `transformer`), which a checkpoint may omit.
         path: Path of the stack in the base model (`layers`, `h`, `decoder.layers`).
         span: Layers to match; `None`: all.
     """
@@ -151,7 +151,7 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
 
 def stored_base(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, Any]) -> StoredBase:
     """Find the stack of a stored base from its config; `hub_kwargs` have a pinned revision. Raises as `open_base`."""
-    stack, commit = meta_twin(config).stack, commit_of(hub_kwargs.get("revision"))
+    stack, commit = meta_twin(config, saved_class(config)).stack, commit_of(hub_kwargs.get("revision"))
     quantization = _dequantization(config)
     if getattr(config, "quantization_config", None) is not None and quantization is None:
         raise _quantized(name)
