@@ -1,6 +1,6 @@
 """The public classes of recipients, one for each head that transformers has an Auto class for.
 
-They differ in the Auto class that loads the recipient, and `TransplantedForCausalLM` guards `generate`.
+They differ in the Auto class that loads the recipient; those that generate text guard `generate`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -21,7 +23,17 @@ from transformers import (
 from not_hf.recipient.modeling import Transplanted
 
 
-class TransplantedForCausalLM(Transplanted):
+class Generating(Transplanted):
+    """Base class of those that generate text."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
+        native: Any = super()
+        with self._surgery.changes.watched():
+            return native.generate(*args, **kwargs)
+
+
+class TransplantedForCausalLM(Generating):
     """A causal LM with organs, made by `from_pretrained`: an instance of its native class (`LlamaForCausalLM`, …) too.
 
     Examples:
@@ -40,11 +52,45 @@ class TransplantedForCausalLM(Transplanted):
 
     native_auto_class = AutoModelForCausalLM
 
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
-        native: Any = super()
-        with self._surgery.changes.watched():
-            return native.generate(*args, **kwargs)
+
+class TransplantedForImageTextToText(Generating):
+    """A vision-language model with organs among the layers of its text model, made by `from_pretrained`.
+
+    An organ of the text model alone fits, and the other way round, where both have the same layers.
+
+    Examples:
+        >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+        >>> from not_hf import DonorModel, TransplantedForImageTextToText
+        >>> shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> text = LlamaConfig(vocab_size=9, num_hidden_layers=4, **shape)
+        >>> vision = CLIPVisionConfig(num_hidden_layers=2, image_size=4, patch_size=2, **shape)
+        >>> config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=8)
+        >>> base = LlavaForConditionalGeneration(config)
+        >>> model = TransplantedForImageTextToText.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> model.config.text_config.num_hidden_layers
+        6
+    """
+
+    native_auto_class = AutoModelForImageTextToText
+
+
+class TransplantedForMultimodalLM(Generating):
+    """A model for text, images, sounds or videos with organs; as `TransplantedForImageTextToText`.
+
+    Examples:
+        >>> from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+        >>> from not_hf import DonorModel, TransplantedForMultimodalLM
+        >>> shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+        >>> text = {"model_type": "qwen2", "vocab_size": 9, "num_hidden_layers": 4, **shape}
+        >>> audio = {"d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+        >>> config = Qwen2AudioConfig(text_config=text, audio_config=audio, audio_token_index=8)
+        >>> base = Qwen2AudioForConditionalGeneration(config)
+        >>> model = TransplantedForMultimodalLM.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> model.config.text_config.num_hidden_layers
+        6
+    """
+
+    native_auto_class = AutoModelForMultimodalLM
 
 
 class TransplantedForMaskedLM(Transplanted):
@@ -135,7 +181,9 @@ class TransplantedModel(Transplanted):
 # AutoModel is not among those that load them by ID: it loads a `DonorModel`.
 BY_ID = (
     TransplantedForCausalLM,
+    TransplantedForImageTextToText,
     TransplantedForMaskedLM,
+    TransplantedForMultimodalLM,
     TransplantedForQuestionAnswering,
     TransplantedForSequenceClassification,
     TransplantedForTokenClassification,

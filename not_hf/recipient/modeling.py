@@ -98,14 +98,14 @@ class Transplanted(Recipient):
         source = OrganSource(donor_name, "", donor_revision, donor_subfolder, position, mode)
         first = pretrained_model_name_or_path
         live = first if isinstance(first, PreTrainedModel) else None
-        if live is not None:
-            cls._require_class(live)
         present = list(live._surgery.organs.values()) if isinstance(live, Transplanted) else []
 
         def read() -> tuple[Resolved, Fit, list[DonorModel]]:
             resolved = resolve(first, donor, source, config, base_kwargs)
             fit = validate(resolved.organs, resolved.base_config, present)
-            require_head(resolved.base_config, cls.native_auto_class)
+            require_head(resolved.base_kwargs["config"] if live is None else live.config, cls.native_auto_class)
+            if live is not None:
+                cls._require_class(live)
             attention = base_kwargs.get("attn_implementation") or attention_of(resolved.base_config)
             return resolved, fit, load_donors(resolved.organs, attention, resolved.shared, verify)
 
@@ -226,7 +226,7 @@ class Transplanted(Recipient):
     @classmethod
     def _require_class(cls, live: PreTrainedModel) -> None:
         """Check that a live recipient has the head of this class."""
-        kinds = native_classes(cls.native_auto_class, getattr(live, "base_config", live.config))
+        kinds = native_classes(cls.native_auto_class, live.config)
         if kinds and not isinstance(live, kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise NotHFError(

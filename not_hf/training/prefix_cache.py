@@ -118,7 +118,7 @@ class PrefixCache:
         ids = inputs["input_ids"]  # (batch, seq)
         keys, lengths = row_keys(inputs)
         if all(key in store.rows for key in keys):
-            width = self.forward.model.config.hidden_size
+            width = self.forward.stack.base_model.config.hidden_size
             rows = [store.rows.read(key, (n, width), store.dtype) for key, n in zip(keys, lengths, strict=True)]
             found = [row for row in rows if row is not None]  # a damaged one is computed again
             if len(found) == len(rows):
