@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TransplantedForTokenClassification,
         TransplantedModel,
     )
+    from not_hf.recipient.merging import merge_donor
     from not_hf.recipient.reference import reference_model
     from not_hf.training.curve import TrainingCurve, plot_training_curve
     from not_hf.training.data import load_text, pack
@@ -67,6 +68,7 @@ _LAZY = {
     "import_checkpoint": "not_hf.donor.importing",
     "list_donors": "not_hf.hub.search",
     "load_text": "not_hf.training.data",
+    "merge_donor": "not_hf.recipient.merging",
     "merged_card": "not_hf.cards.merged",
     "pack": "not_hf.training.data",
     "perplexity": "not_hf.evaluation.perplexity",
@@ -105,6 +107,7 @@ __all__ = [
     "import_checkpoint",
     "list_donors",
     "load_text",
+    "merge_donor",
     "merged_card",
     "pack",
     "perplexity",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +70,20 @@ def open_part(
     prefix, pieces = _assemble(located)
     gather(pieces, prefix, part, f"{repo} {name}", fresh)
     return open_file(str(part))
+
+
+@contextlib.contextmanager
+def borrow_part(source: str | os.PathLike[str], names: Iterable[str], **hub_kwargs: Any) -> Iterator[dict[str, View]]:
+    """Open tensors of these names as `open_part` does, but keep nothing that was fetched after the block.
+
+    What an interruption leaves is kept, so that the next call goes on where it was.
+    """
+    ordered = sorted(names)
+    wanted = re.compile(rf"(?:{'|'.join(map(re.escape, ordered))})\Z")
+    name = f"tensors-{hashlib.sha256(repr(ordered).encode()).hexdigest()[:16]}"
+    yield open_part(source, wanted, name, **hub_kwargs)
+    if commit := commit_of(hub_kwargs.get("revision")):
+        _part_file(os.fspath(source), commit, name, hub_kwargs).unlink(missing_ok=True)
 
 
 def list_tensors(
