@@ -20,10 +20,8 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks, _IncompatibleKeys
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -128,30 +126,6 @@ def without_progress_bar() -> Iterator[None]:
         yield
     finally:
         transformers_logging._tqdm_active = before
-
-
-def forget_conversions(model: nn.Module) -> None:
-    """Save a model in the layout of its modules, whatever conversions transformers made when it loaded the weights.
-
-    `save_pretrained` would undo them by name: dequantized weights would get the names of quantized ones, and experts
-    that came in one tensor would stay so.
-    """
-    vars(model).pop("_weight_conversions", None)
-
-
-def used_conversions(model: nn.Module) -> list[Any]:
-    """What transformers did to the names or the layout of tensors when it loaded a model."""
-    return vars(model).get("_weight_conversions") or []
-
-
-def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """The tensors that `save_pretrained` writes, in its order; `None` if it changes names or the layout of some."""
-    ignored = model._keys_to_ignore_on_save or ()
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    state = remove_tied_weights_from_state_dict(state, model)
-    written: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
-    is_same = written.keys() == state.keys() and all(written[name] is tensor for name, tensor in state.items())
-    return written if is_same else None
 
 
 IncompatibleKeys = _IncompatibleKeys  # what `nn.Module.load_state_dict` returns

@@ -74,12 +74,12 @@ class View:
             CorruptDonorError: The file has changed.
         """
         start, end = self.data_offsets
-        self._require_unchanged()
         with open(self.path, "rb") as file:
             file.seek(start)
             for left in range(end - start, 0, -CHUNK):
-                yield torch.frombuffer(bytearray(file.read(min(CHUNK, left))), dtype=torch_dtype(self.dtype))
-        self._require_unchanged()
+                values = bytearray(file.read(min(CHUNK, left)))
+                self._require_unchanged()
+                yield torch.frombuffer(values, dtype=torch_dtype(self.dtype))
 
     def _require_unchanged(self) -> None:
         if _identity(self.path) != self.identity:

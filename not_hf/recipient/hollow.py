@@ -18,6 +18,7 @@ from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import PreTrainedModel
 
+from not_hf.architecture.file_layout import saved_tensors, used_conversions
 from not_hf.architecture.layers import is_finite
 from not_hf.architecture.scaling import require_scalable, scaled_parameters
 from not_hf.architecture.splicing import spliced_config
@@ -29,8 +30,6 @@ from not_hf.architecture.upstream import (
     built_whole,
     commit_of,
     fetch_file,
-    saved_tensors,
-    used_conversions,
     without_load_report,
     without_progress_bar,
 )

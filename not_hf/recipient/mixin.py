@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from not_hf.architecture.file_layout import forget_conversions
 from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
 from not_hf.architecture.scaling import require_scalable, scale_problem
 from not_hf.architecture.stack import layers_config
-from not_hf.architecture.upstream import forget_conversions
 from not_hf.cards.common import warn_once
 from not_hf.composition.layout import require_free_names
 from not_hf.composition.sources import DonorLike, OrganSource
