@@ -140,8 +140,8 @@ def hollow_merge(opened: OpenedMerge, folder: str | os.PathLike[str]) -> HollowM
         _hollow_donor(organ, files, attention) for organ, files in zip(resolved.organs, opened.files, strict=True)
     ]
     dtypes = [{name: tensor.dtype for name, tensor in donor.state_dict().items()} for donor in donors]
+    located = _locate(meta_twin(resolved.base_config).model, headers)
     base = _hollow_base(opened, headers)
-    located = _locate(base, headers)
 
     surgery = Surgery(base, commit_of(opened.base_where.get("revision")), opened.base_where.get("subfolder") or None)
     at_one = [replace(organ, scale=1.0) for organ in resolved.organs]
@@ -208,10 +208,8 @@ def _hollow_base(opened: OpenedMerge, headers: Mapping[str, TensorInfo]) -> PreT
     native: Any = type(meta_twin(config).model)
     with built_whole(), without_load_report(), without_progress_bar():
         model, info = native.from_pretrained(None, **options)
-    if used_conversions(model):
+    if used_conversions(model) or info["missing_keys"]:
         raise NotCopiedError("the recipient's tensors have another layout in its files than in the model")
-    if missing := sorted(info["missing_keys"]):
-        raise NotCopiedError(f"the recipient's files lack tensors: {some(missing)}")
     model.config.name_or_path = model.name_or_path = base
     if model.can_generate():
         defaults = dict.fromkeys(("cache_dir", "proxies", "token", "revision")) | {"subfolder": ""}
@@ -237,8 +235,8 @@ def _locate(base: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict[st
         if len(stored) != 1:
             raise NotCopiedError(f"the recipient's files do not hold one of {', '.join(group)}, which its config ties")
         located |= dict.fromkeys(group, stored.pop())
-    if unknown := [name for name in state if name not in located]:
-        raise NotCopiedError(f"the recipient's files lack {some(unknown)}")
+    if absent := [name for name in state if name not in located]:
+        raise NotCopiedError(f"the recipient's files lack tensors, or have them in another layout: {some(absent)}")
     return located
 
 

@@ -29,7 +29,10 @@ def quick(name: str, folder: Path, *options: str | Path, form: str = "--quick") 
 
 
 def test_extract(tmp_path):
-    """A cut from the Hub serves and holds little more than the organ; the second one reads nothing."""
+    """A cut from the Hub serves and holds little more than the organ; the second one reads nothing.
+
+    A merge holds little more than a tensor, and writes what one in memory writes, which the benchmark asserts.
+    """
     printed, found = quick("extract.py", tmp_path)
     assert "served / organ" in printed
     ways = found["ways"]
@@ -39,6 +42,13 @@ def test_extract(tmp_path):
     # 1.00 in the full run; in an organ of this size connections and buffers weigh up to 0.2
     assert all(ways[way]["memory_per_organ_byte"] <= 1.3 for way in ("range", "again", "folder"))
     assert ways["whole"]["bytes_per_organ_byte"] > 2
+    merges, bounds = found["merges"], found["bounds"]
+    for way in ("merge-folder", "merge-hub"):
+        assert merges[way]["built_because"] is None
+        # buffers and connections weigh up to 40 MB, whatever the size of the model
+        assert merges[way]["memory_growth"] < 1.5 * bounds["largest_tensor"] + bounds["layer"] + 40e6
+    assert merges["merge-memory"]["memory_growth"] > merges["merge-memory"]["merged_bytes"]
+    assert found["model_bytes"] * 0.99 < merges["merge-hub"]["bytes_served"] < found["model_bytes"] * 1.02
 
 
 def test_runtime(tmp_path):
