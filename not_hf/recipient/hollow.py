@@ -10,19 +10,19 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import TensorInfo
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.file_layout import saved_tensors, used_conversions
 from not_hf.architecture.layers import is_finite
 from not_hf.architecture.scaling import require_scalable, scaled_parameters
 from not_hf.architecture.splicing import spliced_config
-from not_hf.architecture.stack import is_encoder
+from not_hf.architecture.stack import saved_class
 from not_hf.architecture.twin import meta_twin
 from not_hf.architecture.upstream import (
     HUB_KWARGS,
@@ -30,6 +30,7 @@ from not_hf.architecture.upstream import (
     built_whole,
     commit_of,
     fetch_file,
+    native_classes,
     without_load_report,
     without_progress_bar,
 )
@@ -45,7 +46,7 @@ from not_hf.errors import CorruptDonorError, NotHFError, one_line, some
 from not_hf.hub.checkpoint import View, hollow
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.partial_download import list_tensors
-from not_hf.recipient.heads import TransplantedForCausalLM, TransplantedForMaskedLM
+from not_hf.recipient.heads import class_for
 from not_hf.recipient.loading import fit_organs
 from not_hf.recipient.modeling import Transplanted
 from not_hf.recipient.organ import Organ
@@ -83,7 +84,19 @@ class OpenedMerge:
     @property
     def kind(self) -> type[Transplanted]:
         """The class of the recipient with organs."""
-        return TransplantedForMaskedLM if is_encoder(self.resolved.base_config) else TransplantedForCausalLM
+        return class_for(self.base_config)
+
+    @property
+    def base_config(self) -> PreTrainedConfig:
+        """The whole config of the recipient."""
+        config: PreTrainedConfig = self.resolved.base_kwargs["config"]
+        return config
+
+    @property
+    def native_class(self) -> type[PreTrainedModel]:
+        """The class that the Auto class builds the recipient of."""
+        natives, saved = native_classes(self.kind.native_auto_class, self.base_config), saved_class(self.base_config)
+        return saved if saved in natives else natives[0] if natives else type(meta_twin(self.base_config).model)
 
     @property
     def base_where(self) -> dict[str, Any]:
@@ -140,7 +153,7 @@ def hollow_merge(opened: OpenedMerge, folder: str | os.PathLike[str]) -> HollowM
         _hollow_donor(organ, files, attention) for organ, files in zip(resolved.organs, opened.files, strict=True)
     ]
     dtypes = [{name: tensor.dtype for name, tensor in donor.state_dict().items()} for donor in donors]
-    located = _locate(meta_twin(resolved.base_config).model, headers)
+    located = _locate(meta_twin(opened.base_config, opened.native_class).model, headers)
     base = _hollow_base(opened, headers)
 
     surgery = Surgery(base, commit_of(opened.base_where.get("revision")), opened.base_where.get("subfolder") or None)
@@ -172,7 +185,7 @@ def _where(organ: ResolvedOrgan, shared: Mapping[str, Any]) -> dict[str, Any]:
 
 def _base_headers(opened: OpenedMerge) -> dict[str, TensorInfo]:
     """Read the headers of the recipient's files, unless its config says that they are not the model's."""
-    config, base, where = opened.resolved.base_config, str(opened.resolved.base), opened.base_where
+    config, base, where = opened.base_config, str(opened.resolved.base), opened.base_where
     if getattr(config, "quantization_config", None) is not None:
         raise NotCopiedError("the recipient is quantized")
     if not any(organ.active for organ in opened.resolved.organs):
@@ -202,10 +215,9 @@ def _hollow_donor(organ: ResolvedOrgan, files: Mapping[str, View], attn_implemen
 
 def _hollow_base(opened: OpenedMerge, headers: Mapping[str, TensorInfo]) -> PreTrainedModel:
     """Build the recipient on the meta device, with the dtypes that it has when it is loaded."""
-    base, config, where = str(opened.resolved.base), opened.resolved.base_config, opened.base_where
+    base, where, native = str(opened.resolved.base), opened.base_where, cast(Any, opened.native_class)
     options = {key: value for key, value in opened.resolved.base_kwargs.items() if key not in HUB_KWARGS}
     options |= {"state_dict": hollow(headers), "device_map": "meta", "output_loading_info": True}
-    native: Any = type(meta_twin(config).model)
     with built_whole(), without_load_report(), without_progress_bar():
         model, info = native.from_pretrained(None, **options)
     if used_conversions(model) or info["missing_keys"]:
@@ -219,10 +231,10 @@ def _hollow_base(opened: OpenedMerge, headers: Mapping[str, TensorInfo]) -> PreT
 
 
 def _locate(base: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Find the name of each tensor of the recipient in its files, which may omit the prefix of the base model."""
-    state, located = base.state_dict(), dict[str, str]()
+    """Find the name of each tensor of the recipient in its files, with or without the prefix of the base model."""
+    state, located, prefix = base.state_dict(), dict[str, str](), base.base_model_prefix
     for name in headers:
-        for key in (name, f"{base.base_model_prefix}.{name}"):
+        for key in {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")}:
             if key in state and located.setdefault(key, name) != name:
                 raise NotCopiedError(f"the recipient's files hold {key} twice")
     names: dict[int, list[str]] = {}  # of each parameter, several if it is tied

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Model
 
+import not_hf
 from local_hub import Fault
 from not_hf import (
     CorruptDonorError,
@@ -288,3 +290,22 @@ def test_a_donor_becomes_its_merged_model(base, donor, tmp_path):
     assert {key: ours[key] for key in theirs if key != "README.md"} == {
         key: value for key, value in theirs.items() if key != "README.md"
     }
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "Model"])
+def test_a_recipient_keeps_the_head_that_its_config_names(head, tmp_path):
+    config = tiny_model("llama", num_labels=3).config
+    native, ours = getattr(transformers, f"Llama{head}"), getattr(not_hf, f"Transplanted{head}")
+    base = tmp_path / "base"
+    native(config).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    organ(tiny_model("llama"), 1).save_pretrained(tmp_path / "donor")
+    merged = merge_donor(tmp_path / "donor", tmp_path / "ours", base, max_shard_size=SHARD)
+    if head == "Model":  # names no head, and lacks that of a language model
+        assert merged.architecture == "LlamaForCausalLM" and "lm_head.weight" in merged.built_because
+        return
+    assert (merged.architecture, merged.built_because) == (native.__name__, None)
+    model = ours.from_pretrained(base, tmp_path / "donor")
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs", max_shard_size=SHARD)
+    theirs = contents(tmp_path / "theirs")
+    assert {name: contents(tmp_path / "ours")[name] for name in theirs} == theirs
