@@ -42,7 +42,7 @@ from not_hf.config import DonorConfig
 from not_hf.donor.cutting import plain_config
 from not_hf.donor.loading import open_tensors, refuse
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import CorruptDonorError, NotHFError, one_line, some
+from not_hf.errors import CorruptDonorError, NotHFError, one_line
 from not_hf.hub.checkpoint import View, hollow
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.partial_download import list_tensors
@@ -248,7 +248,8 @@ def _locate(base: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict[st
             raise NotCopiedError(f"the recipient's files do not hold one of {', '.join(group)}, which its config ties")
         located |= dict.fromkeys(group, stored.pop())
     if absent := [name for name in state if name not in located]:
-        raise NotCopiedError(f"the recipient's files lack tensors, or have them in another layout: {some(absent)}")
+        more = f" and {len(absent) - 1} more" * (len(absent) > 1)
+        raise NotCopiedError(f"the recipient's files lack tensors, or have another layout: {absent[0]}{more}")
     return located
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import require_known, without_progress_bar
 from not_hf.cards.common import README
 from not_hf.cards.merged import merged_card
@@ -108,7 +109,7 @@ def merge_donor(
             _copy(opened, merge, draft, max_shard_size)
         tokenizer.save_pretrained(draft)
         card.save(Path(draft, README))
-    num_layers = native.config.num_hidden_layers
+    num_layers = layers_config(native.config).num_hidden_layers
     return Merged(os.fspath(folder), type(native).__name__, num_layers, native.num_parameters(), reason)
 
 

@@ -22,6 +22,7 @@ from not_hf import (
     NotHFError,
     OrganSource,
     TransplantedForCausalLM,
+    TransplantedForImageTextToText,
     TransplantedForMaskedLM,
     UnsupportedArchitectureError,
     compose,
@@ -31,8 +32,9 @@ from not_hf import (
 from not_hf.architecture.stack import is_encoder
 from testing.checkpoints import write_fp8
 from testing.cuts import weights
-from testing.donors import edit_json, organ
+from testing.donors import edit_json, moved, organ
 from testing.models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from testing.wrappers import wrapper
 
 SHARD = "20KB"
 
@@ -182,7 +184,7 @@ def in_one_file(base: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda tensors: tensors.pop("model.norm.weight"), "in another layout: model.norm.weight"),
+        (lambda tensors: tensors.pop("model.norm.weight"), "have another layout: model.norm.weight"),
         (lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 32)}), "do not hold one of"),
         (lambda tensors: tensors.update({"norm.weight": torch.ones(32)}), "hold model.norm.weight twice"),
     ],
@@ -290,6 +292,22 @@ def test_a_donor_becomes_its_merged_model(base, donor, tmp_path):
     assert {key: ours[key] for key in theirs if key != "README.md"} == {
         key: value for key, value in theirs.items() if key != "README.md"
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "llava"])
+def test_layers_under_another_config(model_type, tmp_path):
+    base = tmp_path / "base"
+    wrapper(model_type).save_pretrained(base, max_shard_size="50KB")
+    tiny_tokenizer().save_pretrained(base)
+    moved(DonorModel.from_base(base, (1, 3)), 1).save_pretrained(tmp_path / "donor")
+    merged = merge_donor(tmp_path / "donor", tmp_path / "ours", max_shard_size=SHARD)
+    assert (merged.built_because is None) is (model_type == "qwen3_vl")  # the files of llava have older names
+    assert merged.num_layers == 6
+    model = TransplantedForImageTextToText.from_pretrained(tmp_path / "donor")
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs", max_shard_size=SHARD)
+    theirs = contents(tmp_path / "theirs")
+    assert {name: contents(tmp_path / "ours")[name] for name in theirs} == theirs
 
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "Model"])
