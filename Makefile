@@ -61,7 +61,7 @@ faults: $(READY) ## kill, interrupt and starve saves, changes, pushes and traini
 fuzz: $(READY) ## 100,000 hostile files against all that reads files of strangers (options: FUZZ_ARGS="--inputs 1000")
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
 
-bench-extract: $(READY) ## cut from a model of 6 GB on a local Hub: bytes, memory, seconds (options: BENCH_ARGS=--quick)
+bench-extract: $(READY) ## cut from and merge into a model of 6 GB on a local Hub: bytes, memory, seconds (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/extract.py --output benchmarks/results/extract.json $(BENCH_ARGS)
 
 bench-runtime: $(READY) ## decoding, loading and switching with an organ and without (options: BENCH_ARGS=--quick)
