@@ -44,6 +44,11 @@ class LoraMatrix:
     Args:
         name: Name of the module in the recipient.
         error: Norm (Frobenius) of what is lost, as a share of the change's norm; 0 at full rank.
+
+    Examples:
+        >>> from not_hf import LoraMatrix
+        >>> LoraMatrix("model.layers.8.mlp.down_proj", error=0.12).error
+        0.12
     """
 
     name: str
