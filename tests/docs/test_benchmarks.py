@@ -139,3 +139,13 @@ def test_train(tmp_path):
         assert run["seconds"] > 0 and run["trained"] > 0 and run["file_bytes"] > 4 * run["trained"]
     assert found["runs"][0]["time_to_reference"] == 1
     assert (tmp_path / "found.png").stat().st_size > 10_000
+
+
+def test_lora_export(tmp_path, demo_base):
+    """At full rank the adapter is the organ; at rank 1 it lies between it and the base."""
+    printed, found = quick("lora_export.py", tmp_path, "--cache", demo_base.parent)
+    base, organ, low, full, bare = found["rows"]
+    assert "| rank 1 |" in printed
+    assert full["domain"] == pytest.approx(organ["domain"], rel=1e-3) and full["same_tokens"] == found["prompts"]
+    assert organ["domain"] < low["domain"] < base["domain"]
+    assert low["bytes"] < bare["bytes"] < full["bytes"] and low["error"] > 0.1 > full["error"]
