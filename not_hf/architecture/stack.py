@@ -13,8 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from not_hf.architecture.tables import SHARED_STATE
-from not_hf.architecture.upstream import is_recurrent
+from not_hf.architecture.tables import UNCUTTABLE
 from not_hf.errors import UnsupportedArchitectureError
 
 
@@ -51,8 +50,6 @@ def find_stack(model: PreTrainedModel) -> Stack:
     config = model.config
     check_config(config)
     kind = f"model_type {config.model_type!r}"
-    if is_recurrent(model):
-        raise UnsupportedArchitectureError(f"{kind} carries a recurrent state that has no place in a KV cache")
     num_layers = getattr(config, "num_hidden_layers", None)
     paths = [
         path
@@ -65,6 +62,10 @@ def find_stack(model: PreTrainedModel) -> Stack:
     if len(paths) != 1:
         found = "no list" if not paths else "several lists (" + ", ".join(paths) + ")"
         raise UnsupportedArchitectureError(f"{kind} has {found} of num_hidden_layers={num_layers} layers")
+    layers = cast(nn.ModuleList, model.get_submodule(paths[0]))
+    distinct = {parameter for layer in layers for parameter in layer.parameters()}
+    if len(distinct) < sum(1 for layer in layers for _ in layer.parameters()):
+        raise UnsupportedArchitectureError(f"{kind} uses the same weights in several layers; they cannot be cut apart")
     parts = paths[0].split(".")
     for n in range(1, len(parts)):
         base = model.get_submodule(".".join(parts[:n]))
@@ -84,8 +85,9 @@ def check_config(config: PreTrainedConfig) -> None:
     kind = f"model_type {config.model_type!r}"
     if config.is_encoder_decoder:
         raise UnsupportedArchitectureError(f"{kind} is an encoder-decoder; use a decoder-only causal LM")
-    if any(getattr(config, key, None) for key in SHARED_STATE):
-        raise UnsupportedArchitectureError(f"{kind} shares keys and values between layers; they cannot be cut apart")
+    for key, reason in UNCUTTABLE.items():
+        if value := getattr(config, key, None):
+            raise UnsupportedArchitectureError(f"{kind} {reason} ({key}={value!r:.100})")
     if config.is_heterogeneous:
         raise UnsupportedArchitectureError(f"{kind} uses per_layer_config, which not_hf cannot splice yet")
 

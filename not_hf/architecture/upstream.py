@@ -144,11 +144,6 @@ traced_parameters = _reparametrize_module  # does what `replaced_parameters` doe
 # ------------------------------------------------------------------ what a model is
 
 
-def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether a model carries a recurrent state from token to token."""
-    return bool(getattr(model, "_is_stateful", False))
-
-
 def is_partitioned(module: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 has partitioned a module: its parameters are empty, their values on all processes."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())

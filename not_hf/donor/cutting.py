@@ -18,7 +18,8 @@ from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack
-from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.tables import STORED_NAMES
+from not_hf.architecture.twin import meta_twin, require_loadable
 from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, resolve_commit
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
@@ -113,7 +114,8 @@ def layer_pattern(prefix: str, path: str, span: Span | None = None) -> re.Patter
         span: Layers to match; `None`: all.
     """
     number = r"\d+" if span is None else "|".join(map(str, range(*span)))
-    return re.compile(rf"(?:{re.escape(prefix)}\.)?{re.escape(path)}\.({number})\.(.+)")
+    prefixes = "|".join(map(re.escape, (prefix, *STORED_NAMES)))
+    return re.compile(rf"(?:(?:{prefixes})\.)?{re.escape(path)}\.({number})\.(.+)")
 
 
 def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any) -> LiveBase | StoredBase:
@@ -193,6 +195,7 @@ def cut_config(
 
     Raises:
         NotHFError: An argument is out of range.
+        UnsupportedArchitectureError: No native config describes these layers alone.
     """
     num_layers = base.config.num_hidden_layers
     try:
@@ -209,6 +212,8 @@ def cut_config(
     last = num_layers if mode == "insert" else num_layers - (j - i)
     if not hasattr(position, "__index__") or not 0 <= position <= last:
         raise NotHFError(f"position must be between 0 and {last} to {mode} {j - i} layers, got {position!r}")
+    organ = spliced_config(base.config, [(base.config, n) for n in range(i, j)])
+    require_loadable(organ)
     config = DonorConfig(
         base_model_name_or_path=base.name,
         base_revision=base.revision,
@@ -218,7 +223,7 @@ def cut_config(
         mode=mode,
         init=init,
         base_config=plain_config(base.config),
-        organ_config=plain_config(spliced_config(base.config, [(base.config, n) for n in range(i, j)])),
+        organ_config=plain_config(organ),
         fingerprint=fingerprint(base.config),
         license=license,
     )

@@ -136,7 +136,7 @@ class Recipient(_Native):
             raise error(f"organ {name!r}: {problem}")
         require_own_modules(self._surgery, organ)
         if scale != 1:
-            require_scalable(self._surgery.stack(self), organ.layers[0])
+            require_scalable(self._surgery.stack(self), organ.layers)
         self._surgery.changes.make(lambda: organ.rescale(float(scale)), lambda: None)
 
     def hotswap_donor(
