@@ -256,6 +256,23 @@ def logits(model: Callable, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     return model(ids, **inputs).logits
 
 
+@torch.no_grad()
+def exact_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The same for models that are to agree to the last bit.
+
+    torch may round in another way where weights require gradients, or where a file has put them in memory.
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+    found = model(ids).logits
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    return found
+
+
 def enable_checkpointing(model: PreTrainedModel, kwargs: dict | None = None) -> None:
     """Turn gradient checkpointing on, under the name that transformers 5.23 gave it or the one it had before."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
