@@ -45,6 +45,7 @@ def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> l
         *tables.LAYER_INDEX_LISTS,
         *tables.DENSE_PREFIXES,
         *tables.PERIODS,
+        *(key for keys in tables.PERIODS_WITH_OFFSET for key in keys),
         *tables.LAYERLESS,
     }
     ignored |= {ours.attribute_map.get(key, key) for key in ignored}
@@ -73,7 +74,12 @@ def describe(layer: nn.Module) -> LayerDescription:
         {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()},
         {name: tuple(tensor.shape) for name, tensor in layer.named_buffers()},
         {name: type(module) for name, module in modules.items()} | {"": native_class(layer)},
-        {(name, key): value for name, module in modules.items() for key, value in _derived(module).items()},
+        {
+            (name, key): value
+            for name, module in modules.items()
+            for key, value in _derived(module).items()
+            if key not in tables.COUNT_ATTRIBUTES  # set on every splice
+        },
     )
 
 

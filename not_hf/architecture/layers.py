@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from not_hf.architecture.master_weights import hold_master_weights
-from not_hf.architecture.tables import OUTPUT_PROJECTIONS
+from not_hf.architecture.tables import BRANCHES, OUTPUT_PROJECTIONS
 from not_hf.architecture.upstream import copy_checkpointing
 from not_hf.errors import CorruptDonorError
 
@@ -25,9 +25,13 @@ def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         *path, leaf = name.split(".")
         owner = path[-1] if leaf in ("weight", "bias") and path else leaf
         owners = (owner, ".".join((*path[-2:-1], owner)))
-        branch = "attention" if path and "att" in path[0].lower() else "mlp"
-        if any(each in OUTPUT_PROJECTIONS[branch] for each in owners):
+        if any(each in OUTPUT_PROJECTIONS[branch_of(path[0] if path else "")] for each in owners):
             yield name, parameter
+
+
+def branch_of(name: str) -> str:
+    """The branch of a layer to which a module directly in it belongs, by its name: a key of `OUTPUT_PROJECTIONS`."""
+    return next((b for b, marks in BRANCHES.items() if any(mark in name.lower() for mark in marks)), "mlp")
 
 
 @torch.no_grad()

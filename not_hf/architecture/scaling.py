@@ -57,16 +57,23 @@ def unscaled(tensor: torch.Tensor, original: torch.Tensor, scale: float) -> torc
     return tensor / scale
 
 
-@torch.no_grad()
-def require_scalable(stack: Stack, layer: nn.Module) -> None:
-    """Check that a layer writes half as much when its output projections are halved, and nothing when they are zero.
+def require_scalable(stack: Stack, layers: Sequence[nn.Module]) -> None:
+    """Check that layers write half as much when their output projections are halved, and nothing when they are zero.
 
     A norm behind the projections would undo a scale, and a projection that `OUTPUT_PROJECTIONS` lacks would stay as it
-    is. Checked on a copy of the layer with random projections, branch by branch, called as the model calls it.
+    is. Checked on a copy of one layer of each kind with random projections, branch by branch, called as the model
+    calls its first layer.
 
     Raises:
-        UnsupportedArchitectureError: The layer does not.
+        UnsupportedArchitectureError: A layer does not.
     """
+    kinds = {tuple(name for name, _ in layer.named_parameters()): layer for layer in layers}
+    for layer in kinds.values():
+        _require_scalable(stack, layer)
+
+
+@torch.no_grad()
+def _require_scalable(stack: Stack, layer: nn.Module) -> None:
     probe = copy.deepcopy(layer).eval()
     args, kwargs = _layer_call(stack, probe)
     generator = torch.Generator().manual_seed(0)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
-from not_hf.architecture.tables import DENSE_PREFIXES, INDEX_ATTRIBUTES, LAYER_INDEX_LISTS, PER_LAYER_LISTS
+from not_hf.architecture.tables import (
+    COUNT_ATTRIBUTES,
+    COUNTED_BY_FIRST_LAYER,
+    DENSE_PREFIXES,
+    INDEX_ATTRIBUTES,
+    LAYER_INDEX_LISTS,
+    NUMBERED_FROM_ONE,
+    PER_LAYER_LISTS,
+    PERIODS_WITH_OFFSET,
+    UNCOUNTED_TYPES,
+)
+from not_hf.errors import UnsupportedArchitectureError
 
 LayerOrigin = tuple[PreTrainedConfig, int]  # the config of a layer's own model, and its index there
 
@@ -23,14 +34,18 @@ def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dic
 
     Returns:
         New values by attribute name, for `num_hidden_layers` and every per-layer rule that `base` has.
+
+    Raises:
+        UnsupportedArchitectureError: A rule of the architecture cannot describe these layers in this order.
     """
     values: dict[str, Any] = {"num_hidden_layers": len(origins)}
+    derived = [key for key in PER_LAYER_LISTS if _is_list(base, key) and _is_derived(base, key)]
     for key in PER_LAYER_LISTS:
-        if _is_list(base, key) and len(getattr(base, key)) == base.num_hidden_layers:
+        if _is_list(base, key) and len(getattr(base, key)) == base.num_hidden_layers and key not in derived:
             values[key] = [getattr(config, key)[i] for config, i in origins]
     for key in LAYER_INDEX_LISTS:
-        if _is_list(base, key):
-            values[key] = [n for n, (config, i) in enumerate(origins) if i in getattr(config, key)]
+        if hasattr(base, key) and any(_is_list(config, key) for config in (base, *(config for config, _ in origins))):
+            values[key] = [n for n, (config, i) in enumerate(origins) if i in (getattr(config, key) or ())]
     if "attention_layers" in values and _is_list(base, "attention_types"):  # gpt_neo writes the list run-length coded
         values["attention_types"] = [[list(values["attention_layers"]), 1]]
     if getattr(base, "decoder_sparse_step", None) is not None and "mlp_only_layers" in values:
@@ -45,7 +60,58 @@ def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dic
         if getattr(base, key, None) is not None:
             dense = [i < getattr(config, key) for config, i in origins]
             values[key] = dense.index(False) if False in dense else len(dense)
+    for key, lists in NUMBERED_FROM_ONE.items():
+        if isinstance(old := getattr(base, key, None), dict):
+            values[key] = old | {
+                name: [n + 1 for n, (config, i) in enumerate(origins) if i + 1 in getattr(config, key)[name]]
+                for name in old.keys() & {*lists}
+            }
+    for keys in PERIODS_WITH_OFFSET:
+        if all(hasattr(base, key) for key in keys):
+            values.update(zip(keys, _spliced_period(base, keys, origins), strict=True))
+    if derived:
+        _require_derived(base, values, {key: [getattr(config, key)[i] for config, i in origins] for key in derived})
     return values
+
+
+def _spliced_period(base: PreTrainedConfig, keys: tuple[str, str], origins: Sequence[LayerOrigin]) -> tuple[int, int]:
+    """A period and offset that mark those of the layers that are marked in their own models; the base's if they can.
+
+    Raises:
+        UnsupportedArchitectureError: There is none.
+    """
+
+    def marks(config: PreTrainedConfig, i: int) -> bool:
+        period, offset = (getattr(config, key) for key in keys)
+        return bool(i % period == offset)
+
+    marked = [marks(config, i) for config, i in origins]
+    for period in (getattr(base, keys[0]), *range(1, len(marked) + 2)):
+        for offset in range(period):
+            if all((n % period == offset) == mark for n, mark in enumerate(marked)):
+                return period, offset
+    places = ", ".join(str(n) for n, mark in enumerate(marked) if mark)
+    raise UnsupportedArchitectureError(
+        f"model_type {base.model_type!r} spaces layers evenly ({', '.join(keys)}), "
+        f"and these would stand at {places} of {len(marked)}"
+    )
+
+
+def _require_derived(base: PreTrainedConfig, values: dict[str, Any], expected: dict[str, list[Any]]) -> None:
+    """Check that a config with these values derives these lists from them.
+
+    Raises:
+        UnsupportedArchitectureError: It derives others.
+    """
+    config = copy.copy(base)
+    for key, value in values.items():
+        setattr(config, key, value)
+    for key, of_layers in expected.items():
+        if (found := list(getattr(config, key))) != of_layers:
+            raise UnsupportedArchitectureError(
+                f"model_type {base.model_type!r} cannot have {key} {', '.join(map(str, of_layers))}: "
+                f"its config makes them {', '.join(map(str, found))}"
+            )
 
 
 def spliced_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> PreTrainedConfig:
@@ -56,18 +122,40 @@ def spliced_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> Pr
     return config
 
 
-def set_layer_index(layer: nn.Module, index: int) -> None:
-    """Set the index in the stack that a layer and the modules in it store."""
-    for module, name in _index_holders(layer):
-        setattr(module, name, index)
+def require_counted(base: PreTrainedConfig, spliced: PreTrainedConfig) -> None:
+    """Check that a cache of a spliced model counts the tokens that it has seen, if that of the base does.
+
+    Raises:
+        UnsupportedArchitectureError: It does not.
+    """
+    counted, still = (
+        [kind not in UNCOUNTED_TYPES for kind in getattr(config, "layer_types", None) or ()]
+        for config in (base, spliced)
+    )
+    if any(counted) and not any(still):
+        raise UnsupportedArchitectureError(
+            f"model_type {base.model_type!r} needs an attention layer in its stack, by which its cache counts tokens"
+        )
+    if base.model_type in COUNTED_BY_FIRST_LAYER and counted[0] and not still[0]:
+        raise UnsupportedArchitectureError(
+            f"model_type {base.model_type!r} needs an attention layer as its first, by which its cache counts tokens"
+        )
 
 
-def _index_holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def set_layer_index(layer: nn.Module, index: int, num_layers: int) -> None:
+    """Set the index in the stack, and the number of layers, that a layer and the modules in it store."""
+    values = dict.fromkeys(INDEX_ATTRIBUTES, index) | dict.fromkeys(COUNT_ATTRIBUTES, num_layers)
     for module in layer.modules():
-        for name in INDEX_ATTRIBUTES:
+        for name, value in values.items():
             if type(vars(module).get(name)) is int:  # None where a model does not number this module
-                yield module, name
+                setattr(module, name, value)
 
 
 def _is_list(config: PreTrainedConfig, key: str) -> bool:
     return isinstance(getattr(config, key, None), (list, tuple))
+
+
+def _is_derived(config: PreTrainedConfig, key: str) -> bool:
+    """Whether a config computes a value from others, and does not let it be set."""
+    value = getattr(type(config), config.attribute_map.get(key, key), None)
+    return isinstance(value, property) and value.fset is None

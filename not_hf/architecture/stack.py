@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from not_hf.architecture.tables import SHARED_STATE
-from not_hf.architecture.upstream import is_recurrent, native_classes
+from not_hf.architecture.tables import UNCUTTABLE
+from not_hf.architecture.upstream import native_classes
 from not_hf.errors import UnsupportedArchitectureError, one_line
 
 
@@ -53,8 +53,6 @@ def find_stack(model: PreTrainedModel) -> Stack:
     config = layers_config(model.config)
     check_config(config)
     kind = f"model_type {config.model_type!r}"
-    if is_recurrent(model):
-        raise UnsupportedArchitectureError(f"{kind} carries a recurrent state that has no place in a KV cache")
     num_layers = getattr(config, "num_hidden_layers", None)
     paths = [
         path
@@ -72,6 +70,10 @@ def find_stack(model: PreTrainedModel) -> Stack:
     if len(stacks) > 1:
         found = f"several lists ({', '.join(stack.full_path for stack in stacks)})"
         raise UnsupportedArchitectureError(f"{kind} has {found} of num_hidden_layers={num_layers} layers")
+    layers = stacks[0].layers
+    distinct = {parameter for layer in layers for parameter in layer.parameters()}
+    if len(distinct) < sum(1 for layer in layers for _ in layer.parameters()):
+        raise UnsupportedArchitectureError(f"{kind} uses the same weights in several layers; they cannot be cut apart")
     return stacks[0]
 
 
@@ -116,8 +118,9 @@ def check_config(config: PreTrainedConfig) -> None:
     kind = f"model_type {config.model_type!r}"
     if config.is_encoder_decoder:
         raise UnsupportedArchitectureError(f"{kind} is an encoder-decoder; use a decoder-only causal LM")
-    if any(getattr(config, key, None) for key in SHARED_STATE):
-        raise UnsupportedArchitectureError(f"{kind} shares keys and values between layers; they cannot be cut apart")
+    for key, reason in UNCUTTABLE.items():
+        if value := getattr(config, key, None):
+            raise UnsupportedArchitectureError(f"{kind} {reason} ({key}={value!r:.100})")
     if config.is_heterogeneous:
         raise UnsupportedArchitectureError(f"{kind} uses per_layer_config, which not_hf cannot splice yet")
 

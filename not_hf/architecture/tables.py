@@ -15,12 +15,28 @@ PER_LAYER_LISTS = (
 )
 
 
+# Layer types without a KV cache, by whose length models count the tokens that a cache has seen.
+UNCOUNTED_TYPES = {"linear_attention", "mamba", "conv", "moe", "mlp"}
+
+
+# Model types that ask their first layer for that count, whatever its type.
+COUNTED_BY_FIRST_LAYER = {"minimax"}
+
+
 # Config lists that hold the indices of the layers that have a property.
-LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers")
+LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
+
+
+# Dicts in configs, and the lists in them that number the layers of a kind from 1.
+NUMBERED_FROM_ONE = {"linear_attn_config": ("full_attn_layers", "kda_layers")}
 
 
 # Config counts of the first layers, which are dense where the others have experts.
 DENSE_PREFIXES = ("first_k_dense_replace", "num_dense_layers")
+
+
+# Config pairs: a layer is special if the remainder of its index by the first is the second.
+PERIODS_WITH_OFFSET = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
 
 
 # Config rules that say which layers are special; a splice rewrites or overrules them.
@@ -45,14 +61,28 @@ LAYERLESS = {
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
 
 
+# Attributes in which a layer, or a module in it, stores the number of layers.
+COUNT_ATTRIBUTES = ("num_hidden_layers",)
+
+
 # Modules (end of the path) and parameters (without `weight`/`bias`) by which a layer writes to the residual stream.
 OUTPUT_PROJECTIONS = {
-    "attention": ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "dense_attention"),
+    "attention": ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "dense_attention", "output"),
+    "mixer": ("out_proj", "o_proj", "linear_out", "down_proj"),
     "mlp": (
         *("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "down_proj_bias", "output_linear", "Wo"),
         "output.dense",  # of an encoder; its `intermediate.dense` goes the other way
+        "feed_forward.value",
     ),
 }
+
+
+# The branch of a module, by what its name in the layer contains; the others are MLPs.
+BRANCHES = {"attention": ("att",), "mixer": ("mixer", "mamba", "conv", "temporal")}
+
+
+# Other names that files have for the base model.
+STORED_NAMES = ("backbone",)
 
 
 # What stands before the layers of a text model in checkpoints of models with more in them, of any release.
@@ -63,8 +93,12 @@ TEXT_PREFIXES = ("language_model.model", "model.language_model", "language_model
 NEUTRAL_EMBEDDING = {"embedding_multiplier": 1.0}
 
 
-# Config values that make layers depend on each other; an organ cannot be cut where they are set.
-SHARED_STATE = ("num_kv_shared_layers",)
+# Config values that make layers depend on each other or on their place; no organ can be cut where they are set.
+UNCUTTABLE = {
+    "num_kv_shared_layers": "shares keys and values between layers; they cannot be cut apart",
+    "num_mem_blocks": "uses the same weights in several layers; they cannot be cut apart",
+    "rescale_every": "changes the weights of its layers in place, by where they stand",
+}
 
 
 # Config keys that say nothing about what a model computes.

@@ -63,6 +63,7 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
             for each in (config, layers_config(config)):
                 if isinstance(each.dtype, str):  # save_pretrained leaves it so, and some models compute with it
                     each.dtype = getattr(torch, each.dtype)
+            require_loadable(layers_config(config))
             with built_whole(hollow=True), torch.device("meta"):
                 twin = Twin(build(model_class or head_class(config).from_config, config))
             _twins.append((key, twin))
@@ -70,6 +71,20 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
 
 
 _twins: deque[tuple[str, Twin]] = deque(maxlen=4)  # by the content of the config
+
+
+def require_loadable(config: PreTrainedConfig) -> None:
+    """Check that a config can be read back from a file.
+
+    Raises:
+        UnsupportedArchitectureError: Its class refuses its values.
+    """
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception as error:  # a native config may raise anything
+        raise UnsupportedArchitectureError(
+            f"no config of model_type {config.model_type!r} describes these layers: {one_line(error, 300)}"
+        ) from error
 
 
 def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:

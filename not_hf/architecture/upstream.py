@@ -141,11 +141,6 @@ def native_classes(auto_class: Any, config: PreTrainedConfig) -> tuple[type[PreT
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 
-def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether a model carries a recurrent state from token to token."""
-    return bool(getattr(model, "_is_stateful", False))
-
-
 def is_partitioned(module: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 has partitioned a module: its parameters are empty, their values on all processes."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())

@@ -97,7 +97,11 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
     except IncompatibleDonorError as error:
         return Fit([str(error)], [], [])
     except UnsupportedArchitectureError as error:
-        return Fit([f"{compatibility.name_of(recipient)} cannot take these layers: {error}"], [], [])
+        for organ in organs:
+            found = compatibility.structure_problems(organ.spec, recipient, organ.place.position, organ.mode)
+            problems += named(organ, found)
+        problem = f"{compatibility.name_of(recipient)} cannot take these layers: {error}"
+        return Fit(problems or [problem], [], [])
     if compatibility.unmatched_tensors(built, native):
         for organ in organs:
             found = compatibility.structure_problems(organ.spec, recipient, organ.place.position, organ.mode)

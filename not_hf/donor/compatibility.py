@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import LayerDescription, computing_differences
-from not_hf.architecture.splicing import spliced_config
+from not_hf.architecture.splicing import require_counted, spliced_config
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.twin import meta_twin
 from not_hf.config import DonorConfig, OrganSpec
@@ -138,9 +138,9 @@ def describe_stack(
     Raises:
         UnsupportedArchitectureError: No native model can be built of such a stack.
     """
-    native = meta_twin(
-        spliced_config(recipient, [(spec.organ if spec else recipient, n) for spec, n in origins])
-    ).descriptions
+    spliced = spliced_config(recipient, [(spec.organ if spec else recipient, n) for spec, n in origins])
+    require_counted(recipient, spliced)
+    native = meta_twin(spliced).descriptions
     specs = {id(spec): spec for spec, _ in origins if spec is not None}
     organs = {key: meta_twin(spec.base).descriptions[slice(*spec.config.span)] for key, spec in specs.items()}
     own = meta_twin(recipient).descriptions
@@ -221,23 +221,24 @@ def structure_problems(spec: OrganSpec, recipient: PreTrainedConfig, position: i
     """Check whether a native model would have other modules at a place than the organ; names places that fit."""
     k, name = spec.config.num_organ_layers, name_of(recipient)
 
-    def unmatched(position: int) -> set[str]:
+    def problem_at(position: int) -> str | None:
         rest = position + (k if mode == "replace" else 0)
         stack: list[tuple[OrganSpec | None, int]] = [(None, n) for n in range(recipient.num_hidden_layers)]
         stack[position:rest] = [(spec, n) for n in range(k)]
-        return unmatched_tensors(*describe_stack(stack, recipient))
+        try:
+            found = unmatched_tensors(*describe_stack(stack, recipient))
+        except UnsupportedArchitectureError as error:
+            return f"{name} cannot take these layers ({error})"
+        if not found:
+            return None
+        others = ", ".join(sorted(found)[:4])
+        return f"layers of {name} have other modules than the donor's ({others}, …)"
 
-    try:
-        found = unmatched(position)
-    except UnsupportedArchitectureError as error:
-        return [f"{name} cannot take these layers: {error}"]
-    if not found:
+    if (problem := problem_at(position)) is None:
         return []
-    fitting = [n for n in range(_last_position(k, mode, recipient) + 1) if n != position and not unmatched(n)]
-    problem = f"layers of {name} have other modules than the donor's ({', '.join(sorted(found)[:4])}, …)"
-    if not fitting:
-        return [f"{problem} at every position; cut a donor of layers like the recipient's"]
-    return [f"{problem} at position {position}; fitting positions: {', '.join(map(str, fitting))}"]
+    if fitting := [n for n in range(_last_position(k, mode, recipient) + 1) if n != position and not problem_at(n)]:
+        return [f"{problem} at position {position}; fitting positions: {', '.join(map(str, fitting))}"]
+    return [f"{problem} at every position; cut a donor of layers like the recipient's"]
 
 
 def _place_problems(spec: OrganSpec, config: PreTrainedConfig, position: Any, mode: str) -> list[str]:

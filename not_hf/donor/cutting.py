@@ -18,8 +18,8 @@ from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack, layers_config, saved_class
-from not_hf.architecture.tables import TEXT_PREFIXES
-from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.tables import STORED_NAMES, TEXT_PREFIXES
+from not_hf.architecture.twin import meta_twin, require_loadable
 from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, resolve_commit
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
@@ -158,7 +158,7 @@ def stored_base(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, An
     if getattr(config, "quantization_config", None) is not None and quantization is None:
         raise _quantized(name)
     native = layers_config(config)
-    prefixes = (stack.base, *(TEXT_PREFIXES if native is not config else ()))
+    prefixes = (stack.base, *(STORED_NAMES if native is config else TEXT_PREFIXES))
     return StoredBase(name, commit, native, prefixes, stack.path, hub_kwargs, quantization)
 
 
@@ -197,6 +197,7 @@ def cut_config(
 
     Raises:
         NotHFError: An argument is out of range.
+        UnsupportedArchitectureError: No native config describes these layers alone.
     """
     num_layers = base.config.num_hidden_layers
     try:
@@ -213,6 +214,8 @@ def cut_config(
     last = num_layers if mode == "insert" else num_layers - (j - i)
     if not hasattr(position, "__index__") or not 0 <= position <= last:
         raise NotHFError(f"position must be between 0 and {last} to {mode} {j - i} layers, got {position!r}")
+    organ = spliced_config(base.config, [(base.config, n) for n in range(i, j)])
+    require_loadable(organ)
     config = DonorConfig(
         base_model_name_or_path=base.name,
         base_revision=base.revision,
@@ -222,7 +225,7 @@ def cut_config(
         mode=mode,
         init=init,
         base_config=plain_config(base.config),
-        organ_config=plain_config(spliced_config(base.config, [(base.config, n) for n in range(i, j)])),
+        organ_config=plain_config(organ),
         fingerprint=fingerprint(base.config),
         license=license,
     )

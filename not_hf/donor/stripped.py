@@ -22,7 +22,7 @@ from not_hf.config import DonorConfig, OrganSpec
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, interval, one_line, some
 
 # Names of modules that stay beside the layers: they compute positions, not hidden states.
-POSITIONAL = ("rotary", "rope")
+POSITIONAL = ("rotary", "rope", "pos_emb")
 
 
 class StrippedModel(PreTrainedModel):
@@ -85,6 +85,11 @@ class StrippedModel(PreTrainedModel):
     def _repr_html_(self) -> str:
         return as_html({"donor": self.config})
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return `False`: the layers are native, and so is how transformers fills the buffers that no file holds."""
+        return False
+
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """Return `None`: a donor has no embeddings."""
 
@@ -128,21 +133,40 @@ class StrippedModel(PreTrainedModel):
 
     @torch.no_grad()
     def require_bare(self, hidden: torch.Tensor) -> None:
-        """Check that without layers any hidden states, `(batch, seq, hidden)`, pass unchanged.
+        """Check that without layers hidden states, `(batch, seq, hidden)`, pass unchanged, and layers take no others.
 
         Raises:
-            UnsupportedArchitectureError: Another module changes them, or needs the rest of the base.
+            UnsupportedArchitectureError: Another module changes them, or a module needs the rest of the base.
         """
         kind = f"model_type {self.organ.config.model_type!r}"
         try:
             with upstream.swapped_layers(self.stack.layers, []):
                 found = self(inputs_embeds=hidden).last_hidden_state
         except Exception as error:  # a native forward may raise anything
-            raise UnsupportedArchitectureError(
-                f"layers of {kind} cannot be run without their base: {one_line(error, 200)}"
-            ) from error
+            raise _cannot_run(kind, error) from error
         if not torch.equal(found, hidden):
             raise UnsupportedArchitectureError(f"{kind} changes hidden states outside of its layers")
+
+        def require_one(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+            if sum(each.shape == hidden.shape for each in given) > 1:
+                raise UnsupportedArchitectureError(
+                    f"layers of {kind} take the embeddings, too; they cannot be run without their base"
+                )
+
+        hook = self.stack.layers[0].register_forward_pre_hook(require_one, with_kwargs=True)
+        try:
+            self(inputs_embeds=hidden)
+        except UnsupportedArchitectureError:
+            raise
+        except Exception as error:
+            raise _cannot_run(kind, error) from error
+        finally:
+            hook.remove()
+
+
+def _cannot_run(kind: str, error: Exception) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(f"layers of {kind} cannot be run without their base: {one_line(error, 200)}")
 
 
 def _build_layers(spec: OrganSpec, attn_implementation: str | None) -> Stack:
@@ -165,7 +189,7 @@ def _build_layers(spec: OrganSpec, attn_implementation: str | None) -> Stack:
             whole = find_stack(build(head_class(base).from_config, base, dtype=dtype))
         upstream.set_layers(stack.layers, list(whole.layers)[span])
         for n, layer in enumerate(stack.layers):
-            set_layer_index(layer, n)
+            set_layer_index(layer, n, len(stack.layers))
             adopt(layer, native, {}, layer.training)
     inherit_attributes(list(stack.layers), originals)
     return stack
@@ -174,7 +198,10 @@ def _build_layers(spec: OrganSpec, attn_implementation: str | None) -> Stack:
 def _strip(stack: Stack) -> None:
     """Replace all modules of the base model but its layers and rotary embeddings by a `Passthrough`."""
     parent: nn.Module = stack.base_model
+    kind = f"model_type {stack.base_model.config.model_type!r}"
     for step in stack.path.split("."):
+        for name, _ in parent.named_parameters(recurse=False):
+            raise UnsupportedArchitectureError(f"{kind} changes hidden states outside of its layers ({name})")
         for name, _ in list(parent.named_children()):
             if name != step and not any(word in name for word in POSITIONAL):
                 setattr(parent, name, Passthrough())

@@ -264,7 +264,9 @@ def _organ_tensors(
         UnsupportedArchitectureError: A norm undoes the scale.
     """
     if resolved.scale != 1:
-        _require_scalable(resolved, path, files)
+        kinds = {tuple(name for name, _ in layer.named_parameters()): n for n, layer in enumerate(organ.layers)}
+        for n in kinds.values():
+            _require_scalable(resolved, n, path, files)
     scaled = {name for name, _ in scaled_parameters(organ.layers)}
     tensors = {}
     for key, tensor in nn.ModuleList(organ.layers).state_dict().items():
@@ -289,13 +291,14 @@ def _stays_finite(tensor: OrganTensor, dtype: torch.dtype) -> bool:
     return all(map(is_finite, replace(tensor, dtype=dtype, scale=1.0).values()))
 
 
-def _require_scalable(organ: ResolvedOrgan, path: str, files: Mapping[str, View]) -> None:
-    """`require_scalable` on the first layer of an organ, the only one that is loaded for it."""
+def _require_scalable(organ: ResolvedOrgan, n: int, path: str, files: Mapping[str, View]) -> None:
+    """`require_scalable` on layer `n` of an organ, the only one that is loaded for it."""
     config: DonorConfig = copy.deepcopy(organ.spec.config)
-    first = config.span[0]
-    config.layers, config.digests = [first, first + 1], None
-    config.organ_config = plain_config(spliced_config(organ.spec.base, [(organ.spec.base, first)]))
-    views = {name: view for name, view in files.items() if name.startswith(f"{path}.0.")}
+    place = config.span[0] + n
+    config.layers, config.digests = [place, place + 1], None
+    config.organ_config = plain_config(spliced_config(organ.spec.base, [(organ.spec.base, place)]))
+    here = f"{path}.{n}."
+    views = {f"{path}.0.{name.removeprefix(here)}": view for name, view in files.items() if name.startswith(here)}
     with without_progress_bar():
         layer, _ = DonorModel.load_tensors(config.check(), views, source=str(organ.donor))
-    require_scalable(layer.stack, layer.stack.layers[0])
+    require_scalable(layer.stack, layer.stack.layers)

@@ -136,7 +136,7 @@ def _fit_organ(
                 f"an empty model (meta device) cannot take an organ of scale {resolved.scale:g}; make it at scale 1 "
                 f"and call set_donor_scale({organ.name!r}, {resolved.scale:g}) when the weights are loaded"
             )
-        require_scalable(surgery.stack(model), layers[0])
+        require_scalable(surgery.stack(model), layers)
         organ.rescale(resolved.scale)
     if others := computing_differences(spec.organ, surgery.base_config):
         logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))

@@ -99,7 +99,7 @@ class Recipient(ModelWithOrgans):
             raise error(f"organ {name!r}: {problem}")
         require_own_modules(self._surgery, organ)
         if scale != 1:
-            require_scalable(self._surgery.stack(self), organ.layers[0])
+            require_scalable(self._surgery.stack(self), organ.layers)
         changes = self._surgery.changes
         changes.make(lambda: organ.rescale(float(scale), changes), lambda: None)  # undone within
 

@@ -18,7 +18,13 @@ from not_hf.architecture.devices import execution_device, spliced_device_map
 from not_hf.architecture.differences import describe, native_differences
 from not_hf.architecture.layers import adopt, is_finite
 from not_hf.architecture.master_weights import MasterWeights, hold_master_weights
-from not_hf.architecture.splicing import LayerOrigin, set_layer_index, splice_config, spliced_config
+from not_hf.architecture.splicing import (
+    LayerOrigin,
+    require_counted,
+    set_layer_index,
+    splice_config,
+    spliced_config,
+)
 from not_hf.architecture.stack import Stack, find_stack, layers_config, with_layers_config
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
@@ -195,6 +201,8 @@ class Surgery:
         """Make the live model agree with `plan()`. Steps that may raise come first; `change` undoes the rest."""
         placed = self.plan()
         values = splice_config(self.base_config, [origin for _, origin in placed])
+        if self.active:
+            require_counted(self.base_config, spliced_config(self.base_config, [origin for _, origin in placed]))
         if not self.active:
             values = {key: copy.deepcopy(getattr(self.base_config, key)) for key in values}
         attributes = self._attributes(placed)
@@ -211,7 +219,7 @@ class Surgery:
         for (path, key), value in attributes.items():
             setattr(model.get_submodule(path), key, value)
         for n, (layer, _) in enumerate(placed):
-            set_layer_index(layer, n)
+            set_layer_index(layer, n, len(placed))
         for layer in entering:
             adopt(layer, config, reference, model.training)
         set_layers(stack.layers, [layer for layer, _ in placed])

@@ -24,9 +24,11 @@ from not_hf.errors import UnsupportedArchitectureError
 class SkippedLayer(nn.Module):
     """Stands in for a layer that is not run. Returns `hidden` if set, else its input, in the form the layer would."""
 
-    def __init__(self, tuple_length: int | None) -> None:
-        """`tuple_length`: of the tuple that the layer returns; `None` when it returns a tensor."""
+    def __init__(self, layer: nn.Module, tuple_length: int | None) -> None:
+        """Stand in for `layer`, which returns a tuple of that length, or a tensor when `None`."""
         super().__init__()
+        plain = {key: value for key, value in vars(layer).items() if isinstance(value, (bool, int, str))}
+        vars(self).update(plain)  # a native model may ask for a layer's type
         self.tuple_length = tuple_length
         self.hidden: torch.Tensor | None = None
 
@@ -90,9 +92,10 @@ class PartialForward:
             n: At least 1; the number of layers leaves norm and head only.
             hidden: Input of layer `n`, `(batch, seq, hidden)`.
         """
-        skipped = [SkippedLayer(self._tuple_length) for _ in range(n)]
+        layers = list(self.stack.layers)
+        skipped = [SkippedLayer(layer, self._tuple_length) for layer in layers[:n]]
         skipped[-1].hidden = hidden
-        with swapped_layers(self.stack.layers, [*skipped, *list(self.stack.layers)[n:]]):
+        with swapped_layers(self.stack.layers, [*skipped, *layers[n:]]):
             yield
 
     @contextlib.contextmanager

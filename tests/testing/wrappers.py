@@ -162,6 +162,22 @@ WRAPPERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         },
         _sound,
     ),
+    "qwen3_5": (
+        {
+            "text_config": {
+                **_TEXT,
+                "rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0},
+                "layer_types": ["linear_attention", "full_attention"] * 2,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 2,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+            },
+            "vision_config": _QWEN_TOWER,
+            **_QWEN_TOKENS,
+        },
+        _qwen_image,
+    ),
 }
 
 
