@@ -264,9 +264,11 @@ def _organ_tensors(
         UnsupportedArchitectureError: A norm undoes the scale.
     """
     if resolved.scale != 1:
-        kinds = {tuple(name for name, _ in layer.named_parameters()): n for n, layer in enumerate(organ.layers)}
-        for n in kinds.values():
-            _require_scalable(resolved, n, path, files)
+        kinds: dict[tuple[str, ...], int] = {}  # the first layer of each
+        for place, layer in enumerate(organ.layers):
+            kinds.setdefault(tuple(name for name, _ in layer.named_parameters()), place)
+        for place in kinds.values():
+            _require_scalable(resolved, place, path, files)
     scaled = {name for name, _ in scaled_parameters(organ.layers)}
     tensors = {}
     for key, tensor in nn.ModuleList(organ.layers).state_dict().items():
@@ -301,4 +303,4 @@ def _require_scalable(organ: ResolvedOrgan, n: int, path: str, files: Mapping[st
     views = {f"{path}.0.{name.removeprefix(here)}": view for name, view in files.items() if name.startswith(here)}
     with without_progress_bar():
         layer, _ = DonorModel.load_tensors(config.check(), views, source=str(organ.donor))
-    require_scalable(layer.stack, layer.stack.layers)
+    require_scalable(layer.stack, list(layer.stack.layers))
