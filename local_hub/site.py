@@ -24,6 +24,7 @@ class Site:
     users: dict[str, str]  # token -> name
     secret: bytes
     xorbs: Xorbs
+    has_xet: bool
 
     def sign(self, text: str) -> str:
         """A signature only this server can make, for links and tokens that need no login."""

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from not_hf.architecture.releases import is_heterogeneous
 from not_hf.architecture.tables import SHARED_STATE
 from not_hf.architecture.upstream import is_recurrent
 from not_hf.errors import UnsupportedArchitectureError
@@ -86,7 +87,7 @@ def check_config(config: PreTrainedConfig) -> None:
         raise UnsupportedArchitectureError(f"{kind} is an encoder-decoder; use a decoder-only causal LM")
     if any(getattr(config, key, None) for key in SHARED_STATE):
         raise UnsupportedArchitectureError(f"{kind} shares keys and values between layers; they cannot be cut apart")
-    if config.is_heterogeneous:
+    if is_heterogeneous(config):
         raise UnsupportedArchitectureError(f"{kind} uses per_layer_config, which not_hf cannot splice yet")
 
 

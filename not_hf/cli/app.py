@@ -22,6 +22,11 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 
+try:
+    from typer import TyperException
+except ImportError:  # until typer 0.27 they are those of click
+    from click import ClickException as TyperException
+
 from not_hf.errors import NotHFError, interval, one_line, printable
 from not_hf.version import __version__
 
@@ -73,7 +78,7 @@ def command(example: str, name: str | None = None) -> Callable[[Callable[..., Re
             try:
                 with contextlib.redirect_stdout(sys.stderr):  # libraries may print; stdout is for the result
                     result = function(**arguments)
-            except (typer.Exit, typer.Abort, typer.TyperException):
+            except (typer.Exit, typer.Abort, TyperException):
                 raise
             except Exception as error:  # the outermost boundary: any failure becomes one line
                 if debug:
