@@ -42,7 +42,10 @@ _session = repocard.get_session
 
 def _session_of_the_test_hub():
     """Have huggingface_hub 1, which asks huggingface.co in any case, ask the Hub of `HF_ENDPOINT` to check a card."""
-    session, ask = _session(), lambda url, **sent: session.post(url.replace("https://huggingface.co", _HUB.endpoint), **sent)
+    session, ask = (
+        _session(),
+        lambda url, **sent: session.post(url.replace("https://huggingface.co", _HUB.endpoint), **sent),
+    )
     return SimpleNamespace(post=ask)
 
 

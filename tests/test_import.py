@@ -8,6 +8,8 @@ import textwrap
 
 import pytest
 
+from testing.releases import since
+
 
 def run(script: str, *options: str) -> str:
     done = subprocess.run(
@@ -32,7 +34,10 @@ def test_import_is_as_cheap_as_that_of_transformers():
     [
         "import not_hf; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer",
         "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer; import not_hf",
-        "import not_hf; from transformers.modeling_layers import AutoModel; from transformers import *",
+        pytest.param(
+            "import not_hf; from transformers.modeling_layers import AutoModel; from transformers import *",
+            marks=since("transformers", "5.22", "`import *` needs packages that it does not require"),
+        ),
         "import not_hf; from transformers import pipeline, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer",
         "from not_hf import *; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer",
     ],

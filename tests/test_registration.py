@@ -29,6 +29,7 @@ from not_hf import (
     TransplantedForCausalLM,
 )
 from testing.models import logits, tiny_model
+from testing.releases import logged
 
 PROMPT = "w5 w6 w7 w8"
 

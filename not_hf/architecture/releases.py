@@ -40,7 +40,7 @@ def pin_revision(
 ) -> str | None:
     """Resolve a revision to the commit that it names now, as `resolve_revision` of transformers 5.18 and later does.
 
-    The revision is read from the Hub and noted in the cache; where the Hub cannot be reached, it is read from the cache.
+    The Hub is asked, and its answer is noted in the cache; where it cannot be reached, that note is read.
 
     Returns:
         A `Commit`; the revision as it came, if `source` is a folder, or if what then reads the repo should say why it
@@ -81,7 +81,7 @@ def pinned_file_kwargs(revision: str | None) -> dict[str, str]:
 
 
 def is_heterogeneous(config: PreTrainedConfig) -> bool:
-    """Whether a config gives layers values of their own (`per_layer_config`); only newer releases have such configs."""
+    """Whether a config gives layers values of their own, by `per_layer_config`; older releases have no such configs."""
     return bool(getattr(config, "is_heterogeneous", False))
 
 

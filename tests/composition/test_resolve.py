@@ -27,6 +27,7 @@ from not_hf import (
 from testing.donors import organ
 from testing.hub import commit, entries, weights_asked_for
 from testing.models import logits, tiny_model
+from testing.releases import logged
 
 PROMPT = "w5 w6 w7 w8"
 

@@ -14,7 +14,8 @@ _LOGGED = ("The following generation flags are not valid", "Passing `generation_
 def since(package: str, release: str, reason: str) -> pytest.MarkDecorator:
     """Skip a test with older releases of a package."""
     return pytest.mark.skipif(
-        Version(version(package)) < Version(release), reason=f"{package} {version(package)}, before {release}: {reason}"
+        Version(version(package)) < Version(release),
+        reason=f"{package} {version(package)}, before {release}: {reason}",
     )
 
 
