@@ -153,7 +153,7 @@ class DonorConfig(PreTrainedConfig):
         """
         values = _known_values(config_dict)
         try:
-            made = super().from_dict(values, **kwargs)
+            made: Any = super().from_dict(values, **kwargs)
         except (StrictDataclassError, TypeError, AttributeError, IndexError, KeyError) as error:
             raise CorruptDonorError(f"donor config.json: {one_line(error, 300)}") from error
         if kwargs.get("return_unused_kwargs"):  # the dtype is meant for the model, which older releases do not tell

@@ -1,4 +1,4 @@
-"""The releases that not_hf says it runs with: told in one way everywhere, and beside what people serve or train with."""
+"""The releases that not_hf says it runs with: the same everywhere, and those that people serve and train with."""
 
 from __future__ import annotations
 

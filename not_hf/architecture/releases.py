@@ -81,18 +81,18 @@ def pinned_file_kwargs(revision: str | None) -> dict[str, str]:
 
 
 def is_heterogeneous(config: PreTrainedConfig) -> bool:
-    """Whether a config gives layers values of their own, by `per_layer_config`; older releases have no such configs."""
+    """Whether a config gives layers values of their own, by `per_layer_config`; older ones do not."""
     return bool(getattr(config, "is_heterogeneous", False))
 
 
-def make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
-    """Make a native config of its values.
+# Until 5.17 transformers misreads `rope_parameters` by layer type where the stack lacks one of their types
+_NEEDS_ALL_TYPES = not hasattr(PreTrainedConfig, "nested_rope_parameter_keys")
 
-    Until 5.17 transformers takes `rope_parameters` by layer type for a single set of them, and adds to them or refuses
-    them, where the stack lacks a type that they name, as a span may. So such a type is there while the config is made.
-    """
+
+def make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Make a native config of its values, which may be those of a span that lacks some of the base's layer types."""
     rope, types, count = (values.get(key) for key in ("rope_parameters", "layer_types", "num_hidden_layers"))
-    if hasattr(PreTrainedConfig, "nested_rope_parameter_keys") or not (isinstance(rope, dict) and types and count):
+    if not (_NEEDS_ALL_TYPES and isinstance(rope, dict) and types and count):
         return kind(**values)
     lacking = [key for key, each in rope.items() if isinstance(each, dict) and key not in types]
     config = kind(**{**values, "layer_types": [*types, *lacking], "num_hidden_layers": count + len(lacking)})

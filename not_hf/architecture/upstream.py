@@ -1,8 +1,8 @@
 """Every private name of transformers, accelerate, DeepSpeed and torch that not_hf relies on.
 
 Read this file against their changelogs when one of them releases: nothing else in the package calls or sets a private
-name of theirs. Two kinds stay where they are used: methods that a subclass overrides (`_from_config`, `_apply`), and
-config keys, which are data (`tables.py`).
+name of theirs. Three kinds stay elsewhere: methods that a subclass overrides (`_from_config`, `_apply`), config keys,
+which are data (`tables.py`), and what differs between releases (`releases.py`).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from rich.table import Table
 try:
     from typer import TyperException
 except ImportError:  # until typer 0.27 they are those of click
-    from click import ClickException as TyperException
+    from click import ClickException as TyperException  # type: ignore[assignment]
 
 from not_hf.errors import NotHFError, interval, one_line, printable
 from not_hf.version import __version__

@@ -77,7 +77,7 @@ class View:
         values = torch.empty(end - start, dtype=torch.uint8, device="cpu")
         with open(self.path, "rb") as file:
             file.seek(start)
-            file.readinto(values.numpy())
+            file.readinto(values.numpy().data)
         return values.untyped_storage()
 
     def _require_unchanged(self) -> None:
