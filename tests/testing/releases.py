@@ -19,6 +19,9 @@ def since(package: str, release: str, reason: str) -> pytest.MarkDecorator:
     )
 
 
+dequantizes_fp8 = since("transformers", "5.16", "it needs Triton to dequantize FP8")
+
+
 def logged(stderr: str) -> list[str]:
     """The lines that a process logged, but for bars and for what transformers logs of any model."""
     lines = (line for line in stderr.splitlines() if line.strip() and "Loading weights" not in line)
