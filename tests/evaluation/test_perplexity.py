@@ -180,7 +180,7 @@ def test_donors_and_transplanted_models(gpt2, tokenizer, tmp_path):
     assert perplexity.compute(predictions=TEXTS, model_id=str(tmp_path / "donor"), device="cpu") == expected
 
 
-@since("datasets", "4.8", "its writer does not keep the order of `add` and `add_batch`")
+@since("datasets", "5.0", "its writer does not keep the order of `add` and `add_batch`")
 def test_is_a_metric_without_cache_files(gpt2, tokenizer, tmp_path):
     assert isinstance(perplexity, evaluate.Metric)
     assert not_hf.perplexity is perplexity
