@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from not_hf.donor.modeling import DonorModel
     from not_hf.evaluation.perplexity import perplexity
     from not_hf.hub.search import list_donors
-    from not_hf.recipient.modeling import TransplantedForCausalLM, TransplantedForMaskedLM
+    from not_hf.recipient.heads import (
+        TransplantedForCausalLM,
+        TransplantedForImageTextToText,
+        TransplantedForMaskedLM,
+        TransplantedForMultimodalLM,
+        TransplantedForQuestionAnswering,
+        TransplantedForSequenceClassification,
+        TransplantedForTokenClassification,
+        TransplantedModel,
+    )
     from not_hf.recipient.reference import reference_model
     from not_hf.training.curve import TrainingCurve, plot_training_curve
     from not_hf.training.data import load_text, pack
@@ -42,8 +51,14 @@ _LAZY = {
     "OrganSource": "not_hf.composition.sources",
     "ProgressLine": "not_hf.training.progress",
     "TrainingCurve": "not_hf.training.curve",
-    "TransplantedForCausalLM": "not_hf.recipient.modeling",
-    "TransplantedForMaskedLM": "not_hf.recipient.modeling",
+    "TransplantedForCausalLM": "not_hf.recipient.heads",
+    "TransplantedForImageTextToText": "not_hf.recipient.heads",
+    "TransplantedForMaskedLM": "not_hf.recipient.heads",
+    "TransplantedForMultimodalLM": "not_hf.recipient.heads",
+    "TransplantedForQuestionAnswering": "not_hf.recipient.heads",
+    "TransplantedForSequenceClassification": "not_hf.recipient.heads",
+    "TransplantedForTokenClassification": "not_hf.recipient.heads",
+    "TransplantedModel": "not_hf.recipient.heads",
     "average_donors": "not_hf.donor.averaging",
     "check_compatibility": "not_hf.donor.compatibility",
     "check_donor": "not_hf.composition.check",
@@ -73,7 +88,13 @@ __all__ = [
     "ProgressLine",
     "TrainingCurve",
     "TransplantedForCausalLM",
+    "TransplantedForImageTextToText",
     "TransplantedForMaskedLM",
+    "TransplantedForMultimodalLM",
+    "TransplantedForQuestionAnswering",
+    "TransplantedForSequenceClassification",
+    "TransplantedForTokenClassification",
+    "TransplantedModel",
     "UnsupportedArchitectureError",
     "__version__",
     "average_donors",

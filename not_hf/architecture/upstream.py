@@ -144,6 +144,12 @@ traced_parameters = _reparametrize_module  # does what `replaced_parameters` doe
 # ------------------------------------------------------------------ what a model is
 
 
+def native_classes(auto_class: Any, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """The classes that an Auto class has for a config; none if the config's class is not in its table."""
+    found = auto_class._model_mapping.get(type(config), ())
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether a model carries a recurrent state from token to token."""
     return bool(getattr(model, "_is_stateful", False))

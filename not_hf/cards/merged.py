@@ -15,7 +15,7 @@ from not_hf.cards.license import base_license, joint_license, organ_license
 from not_hf.version import __version__
 
 if TYPE_CHECKING:
-    from not_hf.recipient.modeling import TransplantedForCausalLM
+    from not_hf.recipient.heads import TransplantedForCausalLM
 
 
 def merged_card(model: TransplantedForCausalLM, folder: str | os.PathLike[str], **hub_kwargs: Any) -> ModelCard:

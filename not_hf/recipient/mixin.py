@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
 from not_hf.architecture.scaling import require_scalable, scale_problem
+from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import forget_conversions
 from not_hf.cards.common import warn_once
 from not_hf.cards.description import as_html, describe_organ
@@ -137,7 +138,8 @@ class Recipient(_Native):
         require_own_modules(self._surgery, organ)
         if scale != 1:
             require_scalable(self._surgery.stack(self), organ.layers[0])
-        self._surgery.changes.make(lambda: organ.rescale(float(scale)), lambda: None)
+        changes = self._surgery.changes
+        changes.make(lambda: organ.rescale(float(scale), changes), lambda: None)  # undone within
 
     def hotswap_donor(
         self,
@@ -174,7 +176,7 @@ class Recipient(_Native):
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
             )
         new.rescale(old.config.scale)
-        surgery.changes.make(lambda: old.take_over(new), lambda: None)
+        surgery.changes.make(lambda: old.take_over(new, surgery.changes), lambda: None)  # undone within
 
     def add_weighted_donor(
         self,
@@ -261,7 +263,7 @@ class Recipient(_Native):
     ) -> nn.Embedding:
         """As in transformers; also updates `base_config`."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self._surgery.base_config.vocab_size = self.config.vocab_size
+        self._surgery.base_config.vocab_size = layers_config(self.config).vocab_size
         return embeddings
 
     def get_base_model(self) -> PreTrainedModel:
