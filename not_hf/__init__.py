@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         TransplantedForTokenClassification,
         TransplantedModel,
     )
+    from not_hf.recipient.lora import LoraMatrix, from_lora, to_lora
+    from not_hf.recipient.merging import merge_donor
     from not_hf.recipient.reference import reference_model
     from not_hf.training.curve import TrainingCurve, plot_training_curve
     from not_hf.training.data import load_text, pack
@@ -47,6 +49,7 @@ _LAZY = {
     "DonorConfig": "not_hf.config",
     "DonorModel": "not_hf.donor.modeling",
     "DonorTrainer": "not_hf.training.trainer",
+    "LoraMatrix": "not_hf.recipient.lora",
     "MuonWithAdamW": "not_hf.training.optimizers",
     "OrganSource": "not_hf.composition.sources",
     "ProgressLine": "not_hf.training.progress",
@@ -64,9 +67,11 @@ _LAZY = {
     "check_donor": "not_hf.composition.check",
     "choose_span": "not_hf.training.span_choice",
     "compose": "not_hf.composition.plan",
+    "from_lora": "not_hf.recipient.lora",
     "import_checkpoint": "not_hf.donor.importing",
     "list_donors": "not_hf.hub.search",
     "load_text": "not_hf.training.data",
+    "merge_donor": "not_hf.recipient.merging",
     "merged_card": "not_hf.cards.merged",
     "pack": "not_hf.training.data",
     "perplexity": "not_hf.evaluation.perplexity",
@@ -74,6 +79,7 @@ _LAZY = {
     "push_donor": "not_hf.composition.publish",
     "reference_model": "not_hf.recipient.reference",
     "require_isolation": "not_hf.training.isolation",
+    "to_lora": "not_hf.recipient.lora",
 }
 
 __all__ = [
@@ -82,6 +88,7 @@ __all__ = [
     "DonorModel",
     "DonorTrainer",
     "IncompatibleDonorError",
+    "LoraMatrix",
     "MuonWithAdamW",
     "NotHFError",
     "OrganSource",
@@ -102,9 +109,11 @@ __all__ = [
     "check_donor",
     "choose_span",
     "compose",
+    "from_lora",
     "import_checkpoint",
     "list_donors",
     "load_text",
+    "merge_donor",
     "merged_card",
     "pack",
     "perplexity",
@@ -112,6 +121,7 @@ __all__ = [
     "push_donor",
     "reference_model",
     "require_isolation",
+    "to_lora",
 ]
 
 register_config()

@@ -128,15 +128,6 @@ def without_progress_bar() -> Iterator[None]:
         transformers_logging._tqdm_active = before
 
 
-def forget_conversions(model: nn.Module) -> None:
-    """Save a model in the layout of its modules, whatever conversions transformers made when it loaded the weights.
-
-    `save_pretrained` would undo them by name: dequantized weights would get the names of quantized ones, and experts
-    that came in one tensor would stay so.
-    """
-    vars(model).pop("_weight_conversions", None)
-
-
 IncompatibleKeys = _IncompatibleKeys  # what `nn.Module.load_state_dict` returns
 traced_parameters = _reparametrize_module  # does what `replaced_parameters` does, where torch.compile traces it
 

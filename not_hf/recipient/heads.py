@@ -18,8 +18,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GenerationMixin,
+    PreTrainedConfig,
 )
 
+from not_hf.architecture.stack import head_class, saved_class
+from not_hf.architecture.upstream import native_classes
 from not_hf.recipient.modeling import Transplanted
 
 
@@ -188,3 +191,14 @@ BY_ID = (
     TransplantedForSequenceClassification,
     TransplantedForTokenClassification,
 )
+
+
+def class_for(config: PreTrainedConfig) -> type[Transplanted]:
+    """The class for recipients with the head that a config names, or else for language models of that config."""
+    usual, saved = head_class(config), saved_class(config)
+    others = [kind for kind in BY_ID if kind not in (TransplantedForCausalLM, TransplantedForMaskedLM)]
+    if saved is not None and saved not in native_classes(usual, config):
+        for kind in others:
+            if saved in native_classes(kind.native_auto_class, config):
+                return kind
+    return next(kind for kind in (*BY_ID, TransplantedModel) if kind.native_auto_class is usual)

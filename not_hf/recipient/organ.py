@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,6 @@ from not_hf.architecture.scaling import scaled_parameters, unscaled
 from not_hf.architecture.twin import meta_twin
 from not_hf.composition.layout import Place
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.donor.averaging import combined, combined_config
 from not_hf.errors import NotHFError
 from not_hf.recipient.changes import Changes
 
@@ -189,21 +188,3 @@ class Organ:
         if name not in self.originals:
             return tensor
         return unscaled(tensor, self.originals[name].to(tensor.device), self.config.scale)
-
-
-def average(organs: Sequence[Organ], weights: Sequence[float] | None, name: str, combination_type: str) -> Organ:
-    """Average organs into a new one in the place of the first, which is frozen and inactive.
-
-    Other arguments and errors as in `average_donors`.
-    """
-    states = [nn.ModuleList(organ.layers).state_dict() for organ in organs]
-    at_one = [
-        {key: organ.at_scale_one(key, tensor) for key, tensor in state.items()}
-        for organ, state in zip(organs, states, strict=True)
-    ]
-    tensors = combined(at_one, weights, combination_type)
-    config = combined_config([organ.config for organ in organs])
-    layers = nn.ModuleList(copy.deepcopy(layer) for layer in organs[0].layers)
-    layers.load_state_dict(tensors)
-    layers.requires_grad_(False)
-    return Organ(name, config, config.check(), list(layers), active=False)

@@ -116,6 +116,7 @@ def sharing(scope: dict, printed: str) -> None:
 def deployment(scope: dict, printed: str) -> None:
     assert "model.safetensors" in {path.name for path in Path("gpt2-kjv-merged").iterdir()}
     assert "base_model_relation: merge" in Path("gpt2-kjv-merged/README.md").read_text("utf-8")
+    assert "GPT2LMHeadModel 15 None" in printed
 
 
 def mixtures(scope: dict, printed: str) -> None:

@@ -16,9 +16,7 @@ MODES = {
 }
 
 
-RESUMES_ON_CPU = since(
-    "transformers", "5.22", "processes of DDP on the CPU do not resume: they look for a device cpu:0"
-)
+RESUMES_ON_CPU = since("transformers", "5.22", "DDP on the CPU does not resume: it looks for a device cpu:0")
 
 
 @pytest.fixture(scope="module")
