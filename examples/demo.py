@@ -18,7 +18,6 @@ import inspect
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -423,7 +422,8 @@ def tables(result: dict) -> Iterator[Table]:
     facts.add_row("file", megabytes(size["merged"]), megabytes(size["organ"]), part)
     facts.add_row("training tokens", "", f"{result['training']['tokens']:,}", "")
     facts.add_row("greedy tokens identical", "", yes(result["greedy_tokens_identical"]), "")
-    facts.add_row("peak memory of a process", "", f"{result['peak_memory_gb']:.1f} GB", "")
+    if peak := result["peak_memory_gb"]:
+        facts.add_row("peak memory of a process", "", f"{peak:.1f} GB", "")
     yield facts
 
     times = Table(title="Seconds", title_justify="left", show_header=False)
@@ -458,8 +458,12 @@ def size_of(file: Path) -> str:
     return megabytes(file.stat().st_size)
 
 
-def peak_memory() -> float:
-    """The most memory that any one of our processes held, in GB (10^9 bytes)."""
+def peak_memory() -> float | None:
+    """The most memory that any one of our processes held, in GB (10^9 bytes); Windows does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 

@@ -126,6 +126,7 @@ class Hub:
     def __init__(self, root: Path | str, xet: bool = False, port: int = 0) -> None:
         self._root = Path(root).resolve()
         self._port = port
+        self._xet = xet
         self._routes = _compile(_ROUTES + (_XET_ROUTES if xet else ()) + _LAST_ROUTES)
         self._users = {DEFAULT_TOKEN: DEFAULT_USER}
         self._server: _Server | None = None
@@ -150,6 +151,7 @@ class Hub:
             users=self._users,
             secret=secrets.token_bytes(16),
             xorbs=Xorbs(self._root / "xet"),
+            has_xet=self._xet,
         )
         threading.Thread(target=self._server.serve_forever, args=(0.05,), name="local_hub", daemon=True).start()
         return self

@@ -24,6 +24,7 @@ class Site:
     users: dict[str, str]  # token -> name
     secret: bytes
     xorbs: Xorbs
+    has_xet: bool
 
     def sign(self, text: str) -> str:
         """A signature only this server can make, for links and tokens that need no login."""
@@ -103,7 +104,7 @@ class Site:
     def text(self, commit: Commit, path: str) -> str:
         """A small text file of a commit, empty where there is none."""
         file = commit.files.get(path)
-        return self.store.content(file.key).read_text(errors="replace") if file and not file.sha256 else ""
+        return self.store.content(file.key).read_text("utf-8", errors="replace") if file and not file.sha256 else ""
 
 
 def can_see(repo: Repo, viewer: str | None) -> bool:

@@ -42,7 +42,9 @@ def lfs_batch(site: Site, request: Request, kind: str, repo: str) -> Response:
             upload = {"href": signed_link(site, wanted["oid"], "PUT"), "header": {}}
             answer["actions"] = {"upload": upload, "verify": verify}
         objects.append(answer)
-    return json_response({"transfer": "basic", "objects": objects})
+    # clients of huggingface_hub 1 ask; later ones use Xet wherever they can
+    transfer = "xet" if site.has_xet and "xet" in request.json().get("transfers", ()) else "basic"
+    return json_response({"transfer": transfer, "objects": objects})
 
 
 def lfs_put(site: Site, request: Request, oid: str) -> Response:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from not_hf.architecture.releases import make_config
 from not_hf.architecture.tables import DENSE_PREFIXES, PERIODS
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line, reading_repo, some
 from not_hf.limits import MAX_CONFIG, MAX_COUNT, MAX_LAYERS, read_json, require_count, require_plain
@@ -37,7 +38,7 @@ _WRITTEN = {
     **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict"), bool | None),
 }
 # Others that it writes, which mean nothing for a donor
-_FOREIGN = {"_name_or_path", "id2label", "label2id", "problem_type", "is_encoder_decoder"}
+_FOREIGN = {"_commit_hash", "_name_or_path", "id2label", "label2id", "problem_type", "is_encoder_decoder"}
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,12 @@ class DonorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in transformers, of which older releases lose the token."""
+        values, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(values, **kwargs)
+
+    @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,9 +153,12 @@ class DonorConfig(PreTrainedConfig):
         """
         values = _known_values(config_dict)
         try:
-            return super().from_dict(values, **kwargs)
+            made: Any = super().from_dict(values, **kwargs)
         except (StrictDataclassError, TypeError, AttributeError, IndexError, KeyError) as error:
             raise CorruptDonorError(f"donor config.json: {one_line(error, 300)}") from error
+        if kwargs.get("return_unused_kwargs"):  # the dtype is meant for the model, which older releases do not tell
+            made[1].update({key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs})
+        return made
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As in transformers, but always with `mode` and `init`."""
@@ -185,7 +195,7 @@ class DonorConfig(PreTrainedConfig):
         require_plain(values, f"donor config {which}")
         try:
             native_class = CONFIG_MAPPING[model_type]
-            native = native_class(**_native_values(values, native_class))
+            native = make_config(native_class, _native_values(values, native_class))
             native.to_dict()
             if type(native.num_hidden_layers) is not int:
                 raise TypeError(f"num_hidden_layers must be an integer, got {native.num_hidden_layers!r:.100}")

@@ -33,11 +33,24 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, repocard
 
 from not_hf.training.data import pack
 from testing.models import FAST, TOKEN_IDS, tiny_model, tiny_tokenizer
 
+_session = repocard.get_session
+
+
+def _session_of_the_test_hub():
+    """Have huggingface_hub 1, which asks huggingface.co in any case, ask the Hub of `HF_ENDPOINT` to check a card."""
+    session, ask = (
+        _session(),
+        lambda url, **sent: session.post(url.replace("https://huggingface.co", _HUB.endpoint), **sent),
+    )
+    return types.SimpleNamespace(post=ask)
+
+
+repocard.get_session = _session_of_the_test_hub
 _connect = socket.socket.connect
 
 

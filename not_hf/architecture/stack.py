@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from not_hf.architecture.releases import is_heterogeneous
 from not_hf.architecture.tables import UNCUTTABLE
 from not_hf.architecture.upstream import native_classes
 from not_hf.errors import UnsupportedArchitectureError, one_line
@@ -121,7 +122,7 @@ def check_config(config: PreTrainedConfig) -> None:
     for key, reason in UNCUTTABLE.items():
         if value := getattr(config, key, None):
             raise UnsupportedArchitectureError(f"{kind} {reason} ({key}={value!r:.100})")
-    if config.is_heterogeneous:
+    if is_heterogeneous(config):
         raise UnsupportedArchitectureError(f"{kind} uses per_layer_config, which not_hf cannot splice yet")
 
 

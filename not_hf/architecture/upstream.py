@@ -1,8 +1,8 @@
 """Every private name of transformers, accelerate, DeepSpeed and torch that not_hf relies on.
 
 Read this file against their changelogs when one of them releases: nothing else in the package calls or sets a private
-name of theirs. Two kinds stay where they are used: methods that a subclass overrides (`_from_config`, `_apply`), and
-config keys, which are data (`tables.py`).
+name of theirs. Three kinds stay elsewhere: methods that a subclass overrides (`_from_config`, `_apply`), config keys,
+which are data (`tables.py`), and what differs between releases (`releases.py`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from transformers.integrations import deepspeed
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import resolve_revision
 
+from not_hf.architecture.releases import pinned_file_kwargs, resolve_revision
 from not_hf.errors import require_plain_token
 
 # ------------------------------------------------------------------ calls of `from_pretrained`
@@ -72,11 +72,11 @@ def commit_of(revision: str | None) -> str | None:
 
 def fetch_file(source: str | os.PathLike[str], file: str, **hub_kwargs: Any) -> str | None:
     """Local path of a file in a folder or, once fetched, of one on the Hub; `None` when there is none of that name."""
-    return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    pinned = pinned_file_kwargs(hub_kwargs.get("revision"))
+    return cached_file(source, file, _raise_exceptions_for_missing_entries=False, **pinned, **hub_kwargs)
 
 
 # ------------------------------------------------------------------ building and loading models
-
 
 BUILDING = threading.RLock()  # the settings of `built_whole` are global to all threads
 

@@ -195,6 +195,8 @@ def _load(path: str | os.PathLike[str]) -> ModelCard:
     try:
         # ModelCard.load of huggingface_hub 2.2 reads a byte order mark as text
         card = ModelCard(read_card(path))
+        if isinstance(tag := read_metadata(path).get("tags"), str):  # huggingface_hub 1 takes it for a list of letters
+            card.data["tags"] = [tag]
         if not all(isinstance(card.data.get(key, []), str | list) for key in ("tags", "datasets")):
             raise ValueError("tags and datasets must be lists")
         return card

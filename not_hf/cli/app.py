@@ -22,6 +22,11 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 
+try:
+    from typer import TyperException
+except ImportError:  # until typer 0.27 they are those of click
+    from click import ClickException as TyperException  # type: ignore[assignment]
+
 from not_hf.errors import NotHFError, interval, one_line, printable
 from not_hf.version import __version__
 
@@ -93,7 +98,7 @@ def failing_in_one_line(debug: bool) -> Iterator[None]:
     """Turn any failure inside the block into one line on stderr and exit status 1, unless debugging."""
     try:
         yield
-    except (typer.Exit, typer.Abort, typer.TyperException):
+    except (typer.Exit, typer.Abort, TyperException):
         raise
     except Exception as error:
         if debug:

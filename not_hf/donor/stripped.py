@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from not_hf.architecture import upstream
+from not_hf.architecture import releases, upstream
 from not_hf.architecture.differences import config_differences, describe, inherit_attributes, same_modules
 from not_hf.architecture.layers import adopt
 from not_hf.architecture.splicing import set_layer_index, spliced_config
@@ -140,7 +140,7 @@ class StrippedModel(PreTrainedModel):
         """
         kind = f"model_type {self.organ.config.model_type!r}"
         try:
-            with upstream.swapped_layers(self.stack.layers, []):
+            with upstream.swapped_layers(self.stack.layers, []), releases.of_dtype(self.organ, hidden.dtype):
                 found = self(inputs_embeds=hidden).last_hidden_state
         except Exception as error:  # a native forward may raise anything
             raise _cannot_run(kind, error) from error

@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import AUTO_KWARGS, HUB_KWARGS
 from not_hf.config import DonorConfig
-from not_hf.errors import NotHFError, reading_base
+from not_hf.errors import NotHFError, one_line, reading_base
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft
         config = AutoConfig.from_pretrained(base)
         auto_class: Any = AutoTokenizer if layers_config(config) is config else AutoProcessor
         auto_class.from_pretrained(base, trust_remote_code=False).save_pretrained(draft)
+    except ImportError as error:  # of what a processor needs
+        logger.warning("the processor of %s is not saved with the donor: %s", base, one_line(error, 200))
     except (OSError, ValueError) as error:  # a base without a tokenizer is still a base
         if "trust_remote_code" in str(error):
             logger.warning(

@@ -50,7 +50,7 @@ def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> I
             if is_locked:  # so no other save is under way
                 _clear_up(Path(folder))
             # inside its destination, so that files need only be renamed
-            with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder) as draft:
+            with _temporary_folder(folder, DRAFT) as draft:
                 yield draft
                 _move(Path(draft), Path(folder))
     except BaseException:
@@ -122,7 +122,7 @@ def _move(draft: Path, folder: Path) -> None:
     present = [file for place in places if place.is_dir() for file in place.iterdir() if file.is_file()]
     stale = stale_weights((file.relative_to(folder).as_posix() for file in present), written)
     replaced = [path for path in (*reversed(written), *stale) if (folder / path).exists()]
-    with tempfile.TemporaryDirectory(prefix=_REPLACED, dir=folder) as aside:
+    with _temporary_folder(folder, _REPLACED) as aside:
         moves = [(folder / path, Path(aside, path)) for path in replaced]
         moves += [(draft / path, folder / path) for path in written]
         done: list[tuple[Path, Path]] = []
@@ -138,6 +138,11 @@ def _move(draft: Path, folder: Path) -> None:
             for place in filter(Path.exists, new_folders):
                 place.rmdir()
             raise
+
+
+def _temporary_folder(folder: str | os.PathLike[str], prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """Windows does not delete a file that a program has open: the next save deletes the folder then."""
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
 
 
 def _clear_up(folder: Path) -> None:

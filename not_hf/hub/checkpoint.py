@@ -28,10 +28,12 @@ DTYPES |= {
 }
 DTYPES |= {"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64", "BOOL": "bool"}
 
+MAPS = os.name != "nt"  # Windows does not replace or delete a file that is mapped
+
 
 @dataclass(frozen=True)
 class View:
-    """A tensor in a safetensors file, memory-mapped when it is indexed, as slices of `safe_open` are.
+    """A tensor in a safetensors file, memory-mapped when it is indexed, as slices of `safe_open` are; read on Windows.
 
     Each view has a memory map of its own. With one map per file, every tensor that is kept would hold on to the memory
     of those that were only read to be converted (the experts of a Mixtral, which transformers fuses into one tensor).
@@ -59,13 +61,25 @@ class View:
         if start == end:
             return torch.empty(self.shape, dtype=dtype)[index]
         self._require_unchanged()
-        # a private copy, page by page, of what is written to; it keeps no file open
-        mapped = torch.from_file(self.path, shared=False, size=end, dtype=torch.uint8).untyped_storage()
-        self._require_unchanged()  # it is that file which was mapped
-        own = mapped[start:]  # by the size of its storage a tensor weighs when it is saved in shards
-        if start % dtype.itemsize:  # such files exist; views of them do not
+        own = self._map() if MAPS else self._read()
+        self._require_unchanged()  # it is of that file
+        if MAPS and start % dtype.itemsize:  # such files exist; views of them do not
             own = own.clone()
         return torch.empty(0, dtype=dtype, device="cpu").set_(own).reshape(self.shape)[index]
+
+    def _map(self) -> torch.UntypedStorage:
+        start, end = self.data_offsets
+        # a private copy, page by page, of what is written to; it keeps no file open
+        mapped = torch.from_file(self.path, shared=False, size=end, dtype=torch.uint8).untyped_storage()
+        return mapped[start:]  # by the size of its storage a tensor weighs when it is saved in shards
+
+    def _read(self) -> torch.UntypedStorage:
+        start, end = self.data_offsets
+        values = torch.empty(end - start, dtype=torch.uint8, device="cpu")
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            file.readinto(values.numpy().data)
+        return values.untyped_storage()
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Read the values in order, as flat tensors of at most `CHUNK` bytes; nothing is mapped or kept.

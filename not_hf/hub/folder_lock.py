@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub.utils import WeakFileLock
 
 from not_hf.cards.common import warn_once
 
@@ -19,26 +24,31 @@ else:
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 0.05  # seconds to wait for a lock that should be free
+
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[bool]:
     """Lock a folder inside the block, against other threads, processes and, where the file system can, machines.
 
-    The lock is on the folder itself: it leaves no file behind, and ends with the process.
+    The lock is on the folder itself: it leaves no file behind, and ends with the process. Windows cannot lock folders:
+    there it is on a file in the folder for temporary files, against threads and processes of the same user.
 
     Args:
         folder: Created if missing.
 
     Yields:
-        Whether it is locked. Windows and some network file systems cannot; a warning says so.
+        Whether it is locked. Some network file systems cannot; a warning says so.
     """
+    if fcntl is None:
+        with _locked_by_file(folder):
+            os.makedirs(folder, exist_ok=True)
+            yield True
+        return
     descriptor, is_locked = None, False
     try:
         while descriptor is None:
             os.makedirs(folder, exist_ok=True)
-            if fcntl is None:
-                _warn(folder, "not on this system")
-                break
             descriptor = os.open(folder, os.O_RDONLY)
             is_locked = _lock(descriptor, folder)
             if is_locked and not _is_at(folder, descriptor):  # a save that failed has removed it
@@ -54,12 +64,13 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[bool]:
 
 def may_be_locked(folder: str | os.PathLike[str]) -> bool:
     """Whether somebody holds the lock of a folder; `True` where locks do not work."""
-    if fcntl is None:
-        return True
     try:
+        if fcntl is None:
+            with WeakFileLock(_lock_file(folder), timeout=_AT_ONCE):
+                return False
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, TimeoutError)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -74,16 +85,34 @@ def _lock(descriptor: int, folder: str | os.PathLike[str]) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        logger.warning("another save into %s is under way; waiting for it", folder)
+        logger.warning(_WAITING, folder)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        _warn(folder, str(error))
+        warn_once(f"{folder} cannot be locked ({error}); let only one program at a time save there")
         return False
     return True
 
 
-def _warn(folder: str | os.PathLike[str], reason: str) -> None:
-    warn_once(f"{folder} cannot be locked ({reason}); let only one program at a time save there")
+_WAITING = "another save into %s is under way; waiting for it"
+
+
+@contextlib.contextmanager
+def _locked_by_file(folder: str | os.PathLike[str]) -> Iterator[None]:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(WeakFileLock(_lock_file(folder), timeout=_AT_ONCE))
+        except TimeoutError:
+            logger.warning(_WAITING, folder)
+            held.enter_context(WeakFileLock(_lock_file(folder)))
+        yield
+
+
+def _lock_file(folder: str | os.PathLike[str]) -> Path:
+    """The file that is locked in place of a folder."""
+    name = hashlib.sha256(os.path.normcase(os.path.realpath(folder)).encode()).hexdigest()[:32]
+    file = Path(tempfile.gettempdir(), "not_hf-locks", f"{name}.lock")
+    file.parent.mkdir(exist_ok=True)
+    return file
 
 
 def _is_at(folder: str | os.PathLike[str], descriptor: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -199,7 +200,7 @@ def _wrapped_at(dataset: Dataset | IterableDataset) -> int | None:
     """Return the width at which the lines of a plain text look wrapped, if they do."""
     if dataset.info.builder_name != "text":
         return None
-    return wrapped_at(row["text"] for row in dataset.take(_LINES))
+    return wrapped_at(row["text"] for row in itertools.islice(dataset, _LINES))
 
 
 def _files(source: str) -> list[str] | None:

@@ -34,3 +34,15 @@ def test_a_tokenizer_with_code_is_left_out_with_a_warning_and_no_question(base, 
     DonorModel.from_base(base, (1, 3)).save_pretrained(tmp_path / "donor")
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "donor").glob("tokenizer*"))
     assert f"tokenizer of {base} has code of its own" in caplog.text and "trust_remote_code=True" in caplog.text
+
+
+def test_a_processor_whose_packages_are_missing_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog):
+    """Pixtral's needs torchvision in older releases of transformers, which the organ does not."""
+
+    def missing(*args: object, **kwargs: object) -> None:
+        raise ImportError("PixtralProcessor requires the Torchvision library")
+
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    monkeypatch.setattr("not_hf.donor.tokenizer.AutoTokenizer.from_pretrained", missing)
+    DonorModel.from_base(tmp_path / "base", (1, 3)).save_pretrained(tmp_path / "donor")
+    assert f"the processor of {tmp_path / 'base'} is not saved with the donor: PixtralProcessor" in caplog.text

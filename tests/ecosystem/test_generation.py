@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreame
 from not_hf import TransplantedForCausalLM
 from testing.donors import organ
 from testing.models import tiny_tokenizer
+from testing.releases import since
 
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
 PROMPTS = ["w5 w6 w7 w8 w9 w10", "w30 w31", "w12 w13 w14 w15 w12 w13 w14"]  # of different lengths
@@ -49,6 +50,7 @@ def test_an_assistant_changes_nothing_but_time(base, model, prompt):
         assert native.generate(prompt, assistant_model=model, **GREEDY).tolist() == alone.tolist()
 
 
+@since("transformers", "5.16", "it looks up prompts only where there is a token that ends a text")
 def test_prompt_lookup_changes_nothing_but_time(model, prompt):
     plain = model.generate(prompt, **GREEDY)
     assert model.generate(prompt, prompt_lookup_num_tokens=2, **GREEDY).tolist() == plain.tolist()

@@ -17,10 +17,12 @@ from transformers import AutoTokenizer
 
 from not_hf import TransplantedForCausalLM
 from testing.donors import organ
+from testing.releases import since
 
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 PROMPT = "w5 w6 w7"
 
+ANSWERS = since("transformers", "5.19", "its server does not answer with the newest releases of what it needs")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serving")]
 
 
@@ -76,6 +78,7 @@ def wait_for(address: str, server: subprocess.Popen, seconds: float = 120) -> No
     pytest.fail(f"no answer from {address} in {seconds} s")
 
 
+@ANSWERS
 def test_the_openai_client(served):
     from openai import OpenAI
 
@@ -92,6 +95,7 @@ def test_the_openai_client(served):
     assert "".join(pieces).strip() == expected and len(pieces) > 1
 
 
+@ANSWERS
 def test_transformers_chat(served):
     address, name, expected = served
     command = [sys.executable, "-m", "transformers.cli.transformers", "chat", name, address]

@@ -18,6 +18,7 @@ from not_hf import DonorModel, NotHFError, TransplantedForCausalLM, reference_mo
 from testing import EXAMPLES
 from testing.donors import organ, same
 from testing.models import tiny_model, tiny_tokenizer
+from testing.releases import since
 
 PAIRS = Dataset.from_dict({"prompt": ["w3 w4 w5"] * 8, "chosen": [" w6 w7"] * 8, "rejected": [" w9 w11"] * 8})
 COMMON = {
@@ -106,6 +107,7 @@ def test_sft_saves_organs_and_resumes(base_folder, tmp_path):
 
 
 @pytest.mark.slow
+@since("trl", "1.9", "it looks for the class of a model in transformers only")
 @pytest.mark.parametrize("several", [False, True], ids=["donor", "composition"])
 def test_by_name(several, base_folder, tmp_path):
     """TRL reads the class of the model from the config; `is_trainable` goes through `model_init_kwargs`."""

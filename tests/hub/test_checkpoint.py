@@ -24,6 +24,7 @@ from testing.checkpoints import write_fp8, write_mxfp4
 from testing.commands import is_one_line
 from testing.cuts import WIDE, cut, is_cut, nbytes, weights
 from testing.models import tiny_model
+from testing.releases import dequantizes_fp8
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -68,6 +69,7 @@ def test_mxfp4_is_dequantized_as_transformers_does_it(mxfp4, hub, tmp_path, toke
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(token_ids).logits, logits)
 
 
+@dequantizes_fp8
 def test_fp8_is_dequantized_as_transformers_does_it(hub, tmp_path):
     write_fp8(tmp_path)
     repo = HfApi().create_repo("me/fp8").repo_id

@@ -213,8 +213,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @pytest.mark.parametrize("token", [False, "hf_guest"])
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_closed_repo_is_told_as_transformers_tells_it(closed, entry, token):
+def test_a_closed_repo_is_told_as_transformers_tells_it(closed, entry, token, tmp_path, monkeypatch):
     """The client's own typed error is the cause of the `OSError`."""
+    # nothing of it is in the cache, from which huggingface_hub 1 would take it
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for repo_id, kind, message in (
         (closed.gated, GatedRepoError, f"trying to access a gated repo.*{closed.gated}"),
         (closed.private, RepositoryNotFoundError, f"{closed.private} is not .* If this is a private repository"),

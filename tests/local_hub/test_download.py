@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from local_hub import Fault, Hub
 from testing.hub import WEIGHTS, once, read, served, upload
+from testing.releases import since
 
 
 def test_small_and_lfs_files_come_back_as_sent(hub: Hub, api: HfApi, repo: str, tmp_path: Path) -> None:
@@ -88,6 +89,7 @@ def test_safetensors_metadata_reads_the_header_only(hub: Hub, api: HfApi, repo: 
     assert sum(record.bytes for record in served(hub, "GET", "/lfs/")) == 100_001
 
 
+@since("huggingface_hub", "2.2", "it does not resume within a call")
 def test_truncated_download_is_resumed(
     hub: Hub, api: HfApi, repo: str, no_waiting: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

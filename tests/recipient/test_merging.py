@@ -34,6 +34,7 @@ from testing.checkpoints import write_fp8
 from testing.cuts import weights
 from testing.donors import edit_json, moved, organ
 from testing.models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from testing.releases import dequantizes_fp8
 from testing.wrappers import wrapper
 
 SHARD = "20KB"
@@ -271,6 +272,7 @@ def test_what_cannot_be_merged_is_refused(model_type, config, scale, error, mess
     assert not (tmp_path / "ours").exists()
 
 
+@dequantizes_fp8
 def test_a_quantized_recipient_is_merged_in_memory(tmp_path, caplog):
     """Where transformers dequantizes it, as on CPU; elsewhere, the merge is refused."""
     (tmp_path / "base").mkdir()

@@ -39,6 +39,7 @@ from testing.checkpoints import write_fp8, write_mxfp4
 from testing.donors import organ, same, scaled_by_hand
 from testing.models import ARCHITECTURES, CHECKPOINTING, ENCODERS, tiny_config, tiny_model, tiny_tokenizer
 from testing.models import exact_logits as logits
+from testing.releases import dequantizes_fp8
 
 T = TransplantedForCausalLM.from_pretrained
 GENERATE = {"do_sample": False, "max_new_tokens": 6}
@@ -281,7 +282,10 @@ def test_a_checkpoint_without_prefix_and_dtype(tmp_path, token_ids):
 
 @pytest.mark.parametrize(
     "write, dequantization",
-    [(write_mxfp4, Mxfp4Config(dequantize=True)), (write_fp8, FineGrainedFP8Config(dequantize=True))],
+    [
+        (write_mxfp4, Mxfp4Config(dequantize=True)),
+        pytest.param(write_fp8, FineGrainedFP8Config(dequantize=True), marks=dequantizes_fp8),
+    ],
 )
 def test_a_base_that_transformers_dequantizes(write, dequantization, tmp_path, token_ids):
     folder = write(tmp_path)

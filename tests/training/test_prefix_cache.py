@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from testing.donors import moved
 from testing.models import tiny_model
+from testing.releases import since
 from testing.training import losses, made, recipient, rows
 
 pytestmark = pytest.mark.slow
@@ -163,6 +164,7 @@ def test_each_state_of_adapters_below_has_a_cache_of_its_own(tmp_path):
     assert keys[0] == keys[3] and len(set(keys)) == 3
 
 
+@since("peft", "0.21", "`disable_adapter` makes the original module trainable")
 def test_adapters_that_replace_a_module_count_too(tmp_path):
     lora = LoraConfig(target_modules=["q_proj"], layers_to_transform=[2], modules_to_save=["embed_tokens"])
     model = get_peft_model(recipient(), lora)
