@@ -34,9 +34,8 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=300, help="mutants to try (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30, help="of tests for each mutant (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="a file for the results, one JSON object a line")
-    parser.add_argument("--baseline", type=Path, help="a folder that keeps the suite's outcome without mutants")
-    parser.add_argument("--mutants", nargs="+", help="try these only: names out of such a file")
+    parser.add_argument("--output", type=Path, help="a folder for the results; a later run continues what it holds")
+    parser.add_argument("--mutants", nargs="+", help="try these only, by their names in the results")
     options = parser.parse_args()
 
     found = {path: mutants_of(path) for name in options.folders for path in sorted(Path("not_hf", name).glob("*.py"))}
@@ -44,19 +43,19 @@ def main() -> int:
     if options.mutants:
         chosen = [mutant for mutants in found.values() for mutant in mutants if mutant.name in options.mutants]
     print(f"{len(chosen)} of {sum(map(len, found.values())):,} mutants, seed {options.seed}", flush=True)
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        output = options.output or Path(folder, "output")
+        output.mkdir(exist_ok=True)
         runner = Runner(Path(folder))
-        tests_of = _tests(runner, options.baseline or Path(folder, "baseline"), options.folders, options.seconds)
-        for mutant in chosen:
-            result = _try(runner, mutant, tests_of(mutant))
-            counts[mutant.path.parent.name][result["end"]] += 1
-            if result["end"] == "survived":
-                print(f"survived  {mutant.name}  {result['change'][:300]}", flush=True)
-            if options.output:
-                with options.output.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-    return _show(counts)
+        tests_of = _tests(runner, output, options.folders, options.seconds)
+        with (output / "results.jsonl").open("a+") as file:
+            file.seek(0)
+            results = {result["mutant"]: result for result in map(json.loads, file)}
+            for mutant in chosen:
+                if mutant.name not in results:
+                    results[mutant.name] = _try(runner, mutant, tests_of(mutant))
+                    print(json.dumps(results[mutant.name]), file=file, flush=True)
+    return _show(results.values())
 
 
 def _try(runner: Runner, mutant: Mutant, tests: dict[str, float]) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def _try(runner: Runner, mutant: Mutant, tests: dict[str, float]) -> dict[str, A
     if tests:
         place = runner.repo / mutant.path
         Path(importlib.util.cache_from_source(place)).unlink(missing_ok=True)
-        place.write_text(mutant.source())
+        place.write_text(mutant.source)
         status, report = runner.run(["-x", *tests], 3 * sum(tests.values()) + _SLACK)
         place.write_text(mutant.module.code)
         result["end"] = "timeout" if status is None else "killed" if status else "survived"
@@ -73,8 +72,8 @@ def _try(runner: Runner, mutant: Mutant, tests: dict[str, float]) -> dict[str, A
     return result
 
 
-def _tests(runner: Runner, baseline: Path, folders: list[str], limit: float) -> Callable[[Mutant], dict[str, float]]:
-    """Run the suite without mutants, unless an earlier run has left the outcome in the folder `baseline`.
+def _tests(runner: Runner, output: Path, folders: list[str], limit: float) -> Callable[[Mutant], dict[str, float]]:
+    """Run the suite without mutants, unless an earlier run has left what came of it in `output`.
 
     Returns:
         A function that says which tests a mutant is tried with, and the seconds that each takes.
@@ -82,9 +81,9 @@ def _tests(runner: Runner, baseline: Path, folders: list[str], limit: float) -> 
     suite = ["-m", "not slow", *(f"--ignore=tests/{name}" for name in _LEFT_OUT), "tests"]
     runner.preload(["huggingface_hub", "torch", "transformers", "datasets"])
     runner.preload(runner.run(["--collect-only", *suite], 600, keep_bytecode=True)[1]["modules"])
-    if not (baseline / "report.json").exists():
-        _run_suite(runner, [*(f"--cov=not_hf/{name}" for name in folders), *suite], baseline)
-    report, data = json.loads((baseline / "report.json").read_text()), CoverageData(baseline / "coverage")
+    if not (output / "report.json").exists():
+        _run_suite(runner, [*(f"--cov=not_hf/{name}" for name in folders), *suite], output)
+    report, data = json.loads((output / "report.json").read_text()), CoverageData(output / "coverage")
     data.read()
     runner.preload(report["modules"])
     seconds = {name: taken for name, taken in report["seconds"].items() if name not in report["failed"]}
@@ -106,15 +105,14 @@ def _tests(runner: Runner, baseline: Path, folders: list[str], limit: float) -> 
     return tests_of
 
 
-def _run_suite(runner: Runner, suite: list[str], baseline: Path) -> None:
+def _run_suite(runner: Runner, suite: list[str], output: Path) -> None:
     os.environ["COVERAGE_FILE"] = str(runner.scratch / "coverage")
     status, report = runner.run(["--cov-report=", "--cov-context=test", *suite], 3600)
     if status not in (0, 1):
         sys.exit(f"the suite without mutants ended with status {status}:\n{runner.log.read_text()[-3000:]}")
-    baseline.mkdir(exist_ok=True)
-    shutil.copy(runner.scratch / "coverage", baseline)
+    shutil.copy(runner.scratch / "coverage", output)
     report["modules"] = [name for name in report["modules"] if name.startswith("transformers.models.")]
-    (baseline / "report.json").write_text(json.dumps(report))
+    (output / "report.json").write_text(json.dumps(report))
 
 
 def _names(contexts: Iterable[Iterable[str]]) -> set[str]:
@@ -130,12 +128,17 @@ def _first(ordered: list[str], seconds: dict[str, float], limit: float) -> dict[
     return chosen
 
 
-def _show(counts: dict[str, Counter[str]]) -> int:
-    counts["all"] = sum(counts.values(), Counter())
-    for name, ends in counts.items():
-        detected = (ends["killed"] + ends["timeout"]) / (ends.total() or 1)
-        print(f"{name:14}{ends.total():5} mutants, {detected:6.1%} killed: {dict(ends)}", flush=True)
-    return int(detected < 0.85)
+def _show(results: Iterable[dict[str, Any]]) -> int:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for result in results:
+        if result["end"] in ("survived", "untested"):
+            print(f"{result['end']:9} {result['mutant']}  {result['change']:.300}")
+        for name in (Path(result["mutant"]).parent.name, "all"):
+            counts[name][result["end"]] += 1
+    for name, ends in sorted(counts.items(), key=lambda item: item[1].total()):
+        share = (ends["killed"] + ends["timeout"]) / ends.total()
+        print(f"{name:14}{ends.total():5} mutants, {share:6.1%} killed: {dict(ends)}")
+    return int(share < 0.85)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,14 @@ class Mutant:
         """What the mutant is called in reports."""
         return f"{self.path}:{self.lines[0]}#{self.number}"
 
+    @functools.cached_property
     def source(self) -> str:
         """The text of the changed module."""
         return deep_replace(self.module, self.mutation.original_node, self.mutation.mutated_node).code
 
     def change(self) -> str:
         """The changed lines, before and after."""
-        lines = difflib.unified_diff(self.module.code.splitlines(), self.source().splitlines(), n=0, lineterm="")
+        lines = difflib.unified_diff(self.module.code.splitlines(), self.source.splitlines(), n=0, lineterm="")
         return "  ".join(line[0] + line[1:].strip() for line in list(lines)[3:])
 
 

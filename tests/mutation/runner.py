@@ -107,11 +107,14 @@ class Runner:
                 traceback.print_exc()
             finally:
                 os._exit(status)
-        status = _wait(child, time.monotonic() + limit)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # and what it started
-        if status is None:
-            os.waitpid(child, 0)
+        status = None
+        try:
+            status = _wait(child, time.monotonic() + limit)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # and what it started
+            if status is None:
+                os.waitpid(child, 0)
         report = json.loads(self.report.read_text()) if self.report.exists() else {}
         return status, report
 
