@@ -88,6 +88,14 @@ def test_a_push_is_one_commit_with_what_was_asked_for(base, seeds, api, repo_id)
     assert titles(repo_id) == ["The title", "initial commit"]
 
 
+def test_cards_far_below_the_root_are_left_alone(base, api, repo_id):
+    api.create_repo(repo_id)
+    write(repo_id, "notes/older/README.md", "By hand.")
+    model = with_organs(base, 1)
+    model.push_to_hub(repo_id)
+    assert holds(repo_id, model) and "notes/older/README.md" in api.list_repo_files(repo_id)
+
+
 def test_tags_come_from_the_model_as_well(base, api, repo_id):
     donor = organ(base, 1)
     donor.add_model_tags("from-the-model")

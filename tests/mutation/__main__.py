@@ -1,7 +1,7 @@
 """`make mutation`: which mutants of not_hf the tests kill.
 
-Each mutant runs against the tests that execute its lines: those of the module's own test file first, then the quickest
-of the others, within a limit of seconds. Mutants are made by mutmut's operators; slow tests are left out.
+Each mutant runs against the tests that execute its lines: those of the module's own test file first, then those of its
+folder, then the others, the quickest first, within a limit of seconds. Mutants are made by mutmut's operators; slow tests are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mutation.mutants import Mutant, mutants_of, sample
 from mutation.runner import Runner
 
 _SLACK = 20  # seconds that a mutant may take beyond three times what its tests took before
-_LEFT_OUT = ("docs", "ecosystem", "faults", "fuzz", "local_hub", "soak")  # folders of tests
+_LEFT_OUT = ("docs", "faults", "fuzz", "local_hub", "soak")  # folders of tests
 
 
 def main() -> int:
@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30, help="of tests for each mutant (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="a folder for the results; a later run continues what it holds")
+    parser.add_argument("--tests", nargs="+", default=["tests"], help="try these only (default: all quick ones)")
     parser.add_argument("--mutants", nargs="+", help="try these only, by their names in the results")
     options = parser.parse_args()
 
@@ -47,7 +48,8 @@ def main() -> int:
         output = options.output or Path(folder, "output")
         output.mkdir(exist_ok=True)
         runner = Runner(Path(folder))
-        tests_of = _tests(runner, output, options.folders, options.seconds)
+        covered = [f"--cov=not_hf/{name}" for name in options.folders]
+        tests_of = _tests(runner, output, covered, options.tests, options.seconds)
         with (output / "results.jsonl").open("a+") as file:
             file.seek(0)
             results = {result["mutant"]: result for result in map(json.loads, file)}
@@ -72,17 +74,19 @@ def _try(runner: Runner, mutant: Mutant, tests: dict[str, float]) -> dict[str, A
     return result
 
 
-def _tests(runner: Runner, output: Path, folders: list[str], limit: float) -> Callable[[Mutant], dict[str, float]]:
+def _tests(
+    runner: Runner, output: Path, covered: list[str], paths: list[str], limit: float
+) -> Callable[[Mutant], dict[str, float]]:
     """Run the suite without mutants, unless an earlier run has left what came of it in `output`.
 
     Returns:
         A function that says which tests a mutant is tried with, and the seconds that each takes.
     """
-    suite = ["-m", "not slow", *(f"--ignore=tests/{name}" for name in _LEFT_OUT), "tests"]
+    suite = ["-m", "not slow", *(f"--ignore=tests/{name}" for name in _LEFT_OUT), *paths]
     runner.preload(["huggingface_hub", "torch", "transformers", "datasets"])
     runner.preload(runner.run(["--collect-only", *suite], 600, keep_bytecode=True)[1]["modules"])
     if not (output / "report.json").exists():
-        _run_suite(runner, [*(f"--cov=not_hf/{name}" for name in folders), *suite], output)
+        _run_suite(runner, [*covered, *suite], output)
     report, data = json.loads((output / "report.json").read_text()), CoverageData(output / "coverage")
     data.read()
     runner.preload(report["modules"])
@@ -97,10 +101,14 @@ def _tests(runner: Runner, output: Path, folders: list[str], limit: float) -> Ca
         at = [contexts[line] for line in range(mutant.lines[0], mutant.lines[1] + 1) if line in contexts]
         tests = _names(at)
         if at and not tests:  # executed once, at import
-            tests = _names(contexts.values())
-        own = f"tests/{mutant.path.parent.name}/test_{mutant.path.name}"
-        ordered = sorted(tests & seconds.keys(), key=lambda name: (not name.startswith(own), seconds[name]))
-        return _first(ordered, seconds, limit)
+            tests = _names(contexts.values()) or set(seconds)
+        folder = f"tests/{mutant.path.parent.name}/"
+        own = f"{folder}test_{mutant.path.name}"
+
+        def order(name: str) -> tuple[bool, bool, float]:
+            return not name.startswith(own), not name.startswith(folder), seconds[name]
+
+        return _first(sorted(tests & seconds.keys(), key=order), seconds, limit)
 
     return tests_of
 
