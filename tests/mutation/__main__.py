@@ -1,7 +1,8 @@
 """`make mutation`: which mutants of not_hf the tests kill.
 
 Each mutant runs against the tests that execute its lines: those of the module's own test file first, then those of its
-folder, then the others, the quickest first, within a limit of seconds. Mutants are made by mutmut's operators; slow tests are left out.
+folder, then the others, the quickest first, within a limit of seconds. Mutants are made by mutmut's operators. Tests
+that are marked as slow are left out.
 """
 
 from __future__ import annotations
