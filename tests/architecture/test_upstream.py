@@ -5,10 +5,11 @@ from __future__ import annotations
 import types
 
 import pytest
+import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from torch import nn
 
-from not_hf.architecture.upstream import foreign_hooks
+from not_hf.architecture.upstream import foreign_hooks, rebind_forward
 
 
 def look(module, args, out=None):
@@ -60,3 +61,19 @@ def test_another_forward_counts_unless_the_caller_knows_of_it(is_dispatched):
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     assert foreign_hooks(module) == ["other_forward"]
     assert foreign_hooks(module, keeps_forward=False) == []
+
+
+@pytest.mark.parametrize("is_dispatched", [False, True])
+def test_a_dispatched_module_follows_its_class(is_dispatched):
+    class Negative(nn.Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    module = nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    before = module(x)
+    if is_dispatched:
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    module.__class__ = Negative
+    rebind_forward(module)
+    assert torch.equal(module(x), -before)

@@ -22,7 +22,7 @@ from not_hf import (
     CorruptDonorError,
 )
 from not_hf.hub.partial_download import open_part
-from not_hf.hub.ranges import Piece, RemoteFile, coalesce, gather
+from not_hf.hub.ranges import Part, Piece, RemoteFile, coalesce, gather
 from testing.commands import is_one_line
 from testing.cuts import FAULTS, SPAN, WIDE, cut, is_cut, nbytes, push, ranges, weights
 from testing.models import tiny_model
@@ -236,6 +236,14 @@ def test_three_at_once_fetch_once(repo, hub, model):
     assert all(torch.equal(view[...], expected[name]) for views in found for name, view in views.items())
     size = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     assert sum(record.bytes for record in weights(hub)) < 1.5 * size  # and not three times
+
+
+def test_parts_are_named_after_their_bytes_alone():
+    file = RemoteFile("https://hub/file", {"authorization": "Bearer of one"}, "commit", 1 << 20, "etag")
+    other = RemoteFile("https://hub/file", {"authorization": "Bearer of two"}, "commit", 1 << 20, "etag")
+    other._stored_etag = "of the host that has answered meanwhile"
+    assert Part(file, 8, 90, 0).name == Part(other, 8, 90, 0).name
+    assert len({Part(file, *bounds).name for bounds in ((8, 90, 0), (9, 90, 0), (8, 91, 0), (8, 90, 1))}) == 4
 
 
 @pytest.mark.parametrize(
