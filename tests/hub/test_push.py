@@ -110,8 +110,12 @@ def test_save_pretrained_pushes_too(base, api, tmp_path):
     donor.save_pretrained(tmp_path / "named-like-its-folder", push_to_hub=True, commit_message="saved", private=True)
     assert titles("me/named-like-its-folder")[0] == "saved"
     assert api.model_info("me/named-like-its-folder").private is True
-    with_organs(base, 1).save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="me/save-pretrained-2")
+    donor.save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="me/save-pretrained-1")
+    assert holds("me/save-pretrained-1", donor)
+    elsewhere = {"push_to_hub": True, "repo_id": "me/save-pretrained-2", **SHARDED}
+    with_organs(base, 1).save_pretrained(tmp_path / "other", **elsewhere)
     assert holds("me/save-pretrained-2", donor)
+    assert "model.safetensors.index.json" in api.list_repo_files("me/save-pretrained-2")
 
 
 def test_trainer_pushes_the_organ_and_its_tags(base, api, repo_id, tmp_path):

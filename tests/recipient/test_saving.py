@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from not_hf import (
     CorruptDonorError,
+    DonorConfig,
     DonorModel,
     NotHFError,
     TransplantedForCausalLM,
@@ -33,6 +34,14 @@ def test_shards_of_an_organ_load_one_by_one(token_ids, tmp_path):
     assert torch.equal(logits(other, token_ids), expected)
     with pytest.raises(CorruptDonorError, match="missing"):
         other.load_state_dict(load_file(shards[0]))
+
+
+def test_an_organ_is_saved_in_its_own_dtype_or_as_asked_for(tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama").bfloat16(), A)
+    for asked, dtype in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        model.save_pretrained(tmp_path, dtype=asked)
+        assert DonorConfig.from_pretrained(tmp_path).dtype == dtype
+        assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
 
 
 def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_folder):
