@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from not_hf import (
     CorruptDonorError,
@@ -61,6 +61,13 @@ def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_
     again = TransplantedForCausalLM.from_pretrained(tmp_path / "one-active")
     assert again.active_donors == ["b"] and list(again.donor_config) == ["a", "b"]
     assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+def test_a_composition_of_a_local_base_brings_its_tokenizer(tmp_path, base_folder):
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), A, donor_name="a")
+    model.load_donor(C, "c", position=0)
+    model.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("w5").input_ids == [5]
 
 
 def test_saving_over_one_organ_leaves_no_stale_weights(tmp_path):
