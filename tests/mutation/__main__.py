@@ -44,6 +44,8 @@ def main() -> int:
     chosen = sample(found, options.sample, options.seed)
     if options.mutants:
         chosen = [mutant for mutants in found.values() for mutant in mutants if mutant.name in options.mutants]
+    if not chosen:
+        parser.error("no such mutants; take names of the same commit")
     print(f"{len(chosen)} of {sum(map(len, found.values())):,} mutants, seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         output = options.output or Path(folder, "output")
