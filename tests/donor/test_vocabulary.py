@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
+from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM, check_compatibility
 from testing.donors import organ, same
 from testing.models import VOCAB, logits, tiny_model, tiny_tokenizer
 
@@ -236,12 +236,34 @@ def test_another_tokenizer_of_the_same_size_is_told(kind, base, tmp_path, caplog
     assert warnings(caplog) == []
 
 
+def test_a_tokenizer_with_more_tokens_is_told(base_folder, tmp_path, caplog):
+    tiny_model("llama").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder("llama"))
+    tokenizer.add_tokens(["<one>", "<two>", "<three>"])
+    tokenizer.save_pretrained(tmp_path)
+    T(tmp_path, organ(base_folder("llama"), 1))
+    (line,) = warnings(caplog)
+    assert line.endswith("the recipient's tokenizer has 3 more tokens")
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": {"vocab": 3}}', b"\xff"])
 def test_a_tokenizer_that_cannot_be_read_is_no_matter(content, base_folder, tmp_path, caplog):
     tiny_model("llama").save_pretrained(tmp_path)
     Path(tmp_path, "tokenizer.json").write_bytes(content)
     T(tmp_path, organ(base_folder("llama"), 1))
     assert warnings(caplog) == []
+
+
+def test_tokenizers_in_a_cache_of_ones_own_are_compared(base_repo, tmp_path):
+    base, other = base_repo("llama"), "me/other-tokens-elsewhere"
+    tiny_model("llama").push_to_hub(other)
+    other_tokenizer().push_to_hub(other)
+    donor, cache = organ(base, 1), {"cache_dir": tmp_path}
+    assert TOLD not in check_compatibility(donor, other, **cache).differences
+    hf_hub_download(base, "tokenizer.json", revision=donor.config.base_revision, **cache)
+    hf_hub_download(other, "tokenizer.json", **cache)
+    assert TOLD in check_compatibility(donor, other, **cache).differences
+    assert TOLD not in check_compatibility(donor, other).differences
 
 
 def test_tokenizers_on_the_hub_are_compared_but_not_fetched(hub, base_repo, caplog):

@@ -177,6 +177,12 @@ def test_inspect_shows_it_without_reading_weights(base, damaged, tmp_path):
     assert all(f"{digests(tmp_path / 'both' / name)[FILE]:.16}…" in shown for name in ("organ1", "organ2"))
 
 
+def test_an_organ_saved_over_a_composition_lists_its_own_alone(base, tmp_path):
+    with_organs(base, 1, 2).save_pretrained(tmp_path)
+    organ(base, 1).save_pretrained(tmp_path)
+    assert list(DonorConfig.from_pretrained(tmp_path).digests) == ["model.safetensors"]
+
+
 def test_a_composition_lists_that_of_each_organ(base, tmp_path):
     model = with_organs(base, 1, 2)
     model.save_pretrained(tmp_path / "both")

@@ -17,7 +17,7 @@ import pytest
 from not_hf import DonorModel, NotHFError
 from not_hf.hub import folder_lock
 from not_hf.hub.atomic_write import DRAFT, replacing
-from not_hf.hub.folder_lock import locked
+from not_hf.hub.folder_lock import locked, may_be_locked
 from testing.donors import holds, organ, with_organs
 
 
@@ -107,6 +107,21 @@ def test_a_folder_that_cannot_be_locked_is_saved_to_with_a_warning(base, tmp_pat
     assert holds(tmp_path, organ(base, 1))
     assert "let only one program at a time save there" in caplog.text
     assert (tmp_path / f"{DRAFT}12345678").exists()  # it may be of a save that is under way
+
+
+def test_a_system_without_locks_saves_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(folder_lock, "fcntl", None)
+    with locked(tmp_path / "new") as is_locked:
+        assert not is_locked and (tmp_path / "new").is_dir()
+        assert may_be_locked(tmp_path / "new")
+    assert f"{tmp_path / 'new'} cannot be locked (not on this system); let only one program" in caplog.text
+
+
+def test_a_lock_can_be_asked_about(tmp_path):
+    assert not may_be_locked(tmp_path) and not may_be_locked(tmp_path / "missing")
+    with locked(tmp_path):
+        assert may_be_locked(tmp_path)
+    assert not may_be_locked(tmp_path)
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["donor", "composition"])

@@ -95,10 +95,12 @@ def test_offline_after_the_first_cut(repo, hub, model, monkeypatch):
         DonorModel.from_base(repo, (0, 2))
 
 
-def test_files_that_are_cached_whole_are_used(repo, hub, model):
-    snapshot_download(repo)
+@pytest.mark.parametrize("folder", [None, "mine"])
+def test_files_that_are_cached_whole_are_used(folder, repo, hub, model, tmp_path):
+    where = {"cache_dir": tmp_path / folder} if folder else {}
+    snapshot_download(repo, **where)
     hub.requests.clear()
-    assert is_cut(cut(repo), model)
+    assert is_cut(cut(repo, **where), model)
     assert not weights(hub)
 
 

@@ -88,6 +88,14 @@ def test_a_push_is_one_commit_with_what_was_asked_for(base, seeds, api, repo_id)
     assert titles(repo_id) == ["The title", "initial commit"]
 
 
+def test_cards_far_below_the_root_are_left_alone(base, api, repo_id):
+    api.create_repo(repo_id)
+    write(repo_id, "notes/older/README.md", "By hand.")
+    model = with_organs(base, 1)
+    model.push_to_hub(repo_id)
+    assert holds(repo_id, model) and "notes/older/README.md" in api.list_repo_files(repo_id)
+
+
 def test_tags_come_from_the_model_as_well(base, api, repo_id):
     donor = organ(base, 1)
     donor.add_model_tags("from-the-model")
@@ -102,8 +110,12 @@ def test_save_pretrained_pushes_too(base, api, tmp_path):
     donor.save_pretrained(tmp_path / "named-like-its-folder", push_to_hub=True, commit_message="saved", private=True)
     assert titles("me/named-like-its-folder")[0] == "saved"
     assert api.model_info("me/named-like-its-folder").private is True
-    with_organs(base, 1).save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="me/save-pretrained-2")
+    donor.save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="me/save-pretrained-1")
+    assert holds("me/save-pretrained-1", donor)
+    elsewhere = {"push_to_hub": True, "repo_id": "me/save-pretrained-2", **SHARDED}
+    with_organs(base, 1).save_pretrained(tmp_path / "other", **elsewhere)
     assert holds("me/save-pretrained-2", donor)
+    assert "model.safetensors.index.json" in api.list_repo_files("me/save-pretrained-2")
 
 
 def test_trainer_pushes_the_organ_and_its_tags(base, api, repo_id, tmp_path):

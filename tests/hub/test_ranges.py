@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ from not_hf import (
     CorruptDonorError,
 )
 from not_hf.hub.partial_download import open_part
-from not_hf.hub.ranges import RemoteFile, coalesce
+from not_hf.hub.ranges import Part, Piece, RemoteFile, coalesce, gather
 from testing.commands import is_one_line
 from testing.cuts import FAULTS, SPAN, WIDE, cut, is_cut, nbytes, push, ranges, weights
 from testing.models import tiny_model
@@ -67,6 +68,21 @@ def test_bytes_that_are_not_what_the_answer_claims_are_noticed(shift, repo, hub,
     assert not list(cache.rglob("*.safetensors"))
     hub.fault = None
     assert is_cut(cut(repo), model)
+
+
+def test_a_contradiction_ends_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr("not_hf.hub.ranges.MIN_PART", 1 << 14)
+    file, answers = RemoteFile("https://hub/file", {}, "commit", 1 << 20, None), itertools.count()
+
+    def read(self, start: int, end: int) -> bytearray:
+        time.sleep(0.01)
+        return bytearray([next(answers)]) * (end - start)
+
+    monkeypatch.setattr(RemoteFile, "read", read)
+    with pytest.raises(OSError, match="contradict each other at byte 16384"):
+        gather([Piece(file, 0, 1 << 20, 0)], b"", tmp_path / "whole", "Downloading")
+    assert next(answers) < 32  # of 64 parts: those that had begun
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["whole.lock"])
 
 
 def test_a_download_that_broke_off_goes_on(repo, hub, model, monkeypatch):
@@ -220,6 +236,14 @@ def test_three_at_once_fetch_once(repo, hub, model):
     assert all(torch.equal(view[...], expected[name]) for views in found for name, view in views.items())
     size = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     assert sum(record.bytes for record in weights(hub)) < 1.5 * size  # and not three times
+
+
+def test_parts_are_named_after_their_bytes_alone():
+    file = RemoteFile("https://hub/file", {"authorization": "Bearer of one"}, "commit", 1 << 20, "etag")
+    other = RemoteFile("https://hub/file", {"authorization": "Bearer of two"}, "commit", 1 << 20, "etag")
+    other._stored_etag = "of the host that has answered meanwhile"
+    assert Part(file, 8, 90, 0).name == Part(other, 8, 90, 0).name
+    assert len({Part(file, *bounds).name for bounds in ((8, 90, 0), (9, 90, 0), (8, 91, 0), (8, 90, 1))}) == 4
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf import DonorModel, IncompatibleDonorError, NotHFError, TransplantedForCausalLM
 from not_hf.recipient.changes import Changes
 from not_hf.recipient.mixin import Recipient
 from testing.changes import OPERATIONS, state_of, try_interrupts, with_two_organs
@@ -156,6 +156,22 @@ def test_a_change_that_fails_undoes_no_change_of_another_thread():
         surgery.change(model, fail)
     other.join()
     assert list(model.donor_config) == ["a"] and len(model.model.layers) == 6
+
+
+def test_a_choice_that_is_refused_disturbs_no_call_of_another_thread():
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1, mode="replace"), donor_name="a")
+    model.set_donor([])
+    model.load_donor(tiny_organ(2, mode="replace"), "b")
+
+    def choose() -> None:
+        with pytest.raises(IncompatibleDonorError, match="already replaced"):
+            model.set_donor(["a", "b"])
+
+    thread = threading.Thread(target=choose)
+    with model._surgery.changes.watched():
+        thread.start()
+        thread.join()
+    assert model.active_donors == ["b"]
 
 
 def test_a_callback_may_change_organs_during_its_own_call():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from not_hf import (
     CorruptDonorError,
+    DonorConfig,
     DonorModel,
     NotHFError,
     TransplantedForCausalLM,
@@ -35,6 +38,14 @@ def test_shards_of_an_organ_load_one_by_one(token_ids, tmp_path):
         other.load_state_dict(load_file(shards[0]))
 
 
+def test_an_organ_is_saved_in_its_own_dtype_or_as_asked_for(tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama").bfloat16(), A)
+    for asked, dtype in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        model.save_pretrained(tmp_path, dtype=asked)
+        assert DonorConfig.from_pretrained(tmp_path).dtype == dtype
+        assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+
+
 def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_folder):
     base = base_folder("llama")
     a, b = (tiny_organ(seed) for seed in (1, 2))
@@ -52,6 +63,15 @@ def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_
     again = TransplantedForCausalLM.from_pretrained(tmp_path / "one-active")
     assert again.active_donors == ["b"] and list(again.donor_config) == ["a", "b"]
     assert torch.equal(logits(again, token_ids), logits(model, token_ids))
+
+
+def test_a_composition_of_a_local_base_brings_its_tokenizer(tmp_path, base_folder):
+    shutil.copytree(base_folder("llama"), tmp_path / "base")
+    model = TransplantedForCausalLM.from_pretrained(tmp_path / "base", A, donor_name="a")
+    model.load_donor(C, "c", position=0)
+    model.save_pretrained(tmp_path / "both")
+    shutil.rmtree(tmp_path / "base")
+    assert AutoTokenizer.from_pretrained(tmp_path / "both")("w5").input_ids == [5]
 
 
 def test_saving_over_one_organ_leaves_no_stale_weights(tmp_path):
