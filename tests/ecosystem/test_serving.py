@@ -22,7 +22,7 @@ from testing.releases import since
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 PROMPT = "w5 w6 w7"
 
-ANSWERS = since("transformers", "5.19", "its server does not answer with the newest releases of what it needs")
+ANSWERS = since("transformers", "5.22", "its server does not answer with the newest releases of what it needs")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serving")]
 
 

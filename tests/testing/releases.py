@@ -19,7 +19,7 @@ def since(package: str, release: str, reason: str) -> pytest.MarkDecorator:
     )
 
 
-dequantizes_fp8 = since("transformers", "5.16", "it needs Triton to dequantize FP8")
+dequantizes_fp8 = since("transformers", "5.22", "it needs Triton to dequantize FP8")
 
 
 def logged(stderr: str) -> list[str]:
