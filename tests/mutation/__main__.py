@@ -131,12 +131,13 @@ def _names(contexts: Iterable[Iterable[str]]) -> set[str]:
 
 
 def _first(ordered: list[str], seconds: dict[str, float], limit: float) -> dict[str, float]:
-    chosen: dict[str, float] = {}
+    """Take the first tests within a limit, file by file: a module's fixtures cannot be set up twice."""
+    chosen: dict[str, list[str]] = {}
     for name in ordered:
         if (limit := limit - seconds[name]) < 0:
             break
-        chosen[name] = seconds[name]
-    return chosen
+        chosen.setdefault(name.partition("::")[0], []).append(name)
+    return {name: seconds[name] for names in chosen.values() for name in names}
 
 
 def _show(results: Iterable[dict[str, Any]]) -> int:
