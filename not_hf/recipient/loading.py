@@ -141,7 +141,7 @@ def _fit_organ(
     if others := computing_differences(spec.organ, surgery.base_config):
         logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))
     there = None if repo is None else Repo(repo, resolved.revision, resolved.subfolder)
-    here = Repo(surgery.base_name, surgery.base_revision, surgery.base_subfolder)
+    here = Repo(surgery.base_config.name_or_path, surgery.base_revision, surgery.base_subfolder)
     if tokens := vocabulary_differences(spec, layers_config(model.config), there, here, cache_dir):
         logger.warning("organ %r was cut from a model with another vocabulary: %s", organ.name, some(tokens))
     return organ

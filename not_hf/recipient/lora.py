@@ -134,7 +134,7 @@ def to_lora(
         modules_to_save=norms if norms and with_norms else None,
         lora_bias=bool(has_bias and biases),
         fan_in_fan_out=is_conv,
-        base_model_name_or_path=surgery.base_name or None,
+        base_model_name_or_path=surgery.base_config.name_or_path or None,
         revision=surgery.base_revision,
         task_type="CAUSAL_LM" if model.can_generate() else None,
         inference_mode=True,
@@ -143,7 +143,7 @@ def to_lora(
         config.save_pretrained(draft)
         files = {f"{_PEFT}{key}": tensor.contiguous().cpu() for key, tensor in tensors.items()}
         save_file(files, os.path.join(draft, "adapter_model.safetensors"), {"format": "pt"})
-        _card(surgery.base_name, rank, matrices).save(os.path.join(draft, README))
+        _card(surgery.base_config.name_or_path, rank, matrices).save(os.path.join(draft, README))
     return matrices
 
 

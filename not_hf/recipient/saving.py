@@ -150,7 +150,7 @@ def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
 def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> DonorModel:
     """Build a `DonorModel` on the meta device, in the organ's dtype unless told; the recipient is its base."""
     config = copy.deepcopy(organ.config)
-    if name := surgery.base_name:
+    if name := surgery.base_config.name_or_path:
         if surgery.base_revision or name != config.base_model_name_or_path:
             config.base_revision, config.base_subfolder = surgery.base_revision, surgery.base_subfolder
         config.base_model_name_or_path = name

@@ -58,7 +58,8 @@ class Surgery:
         self.is_scaffold = is_scaffold  # without the base's own layers, though positions count them
         self.base_layers: list[nn.Module] = list(self.stack(model).layers)
         self.base_config = copy.deepcopy(layers_config(model.config))
-        self._model_config = copy.deepcopy(
+        self._model_config = copy.deepcopy(model.config)  # of which `base_config` is a part, if it has a text model
+        self.base_config.name_or_path = model.config.name_or_path
             model.config
         )  # has `base_config` in it, if the model is more than a text model
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # the base's
@@ -116,11 +117,6 @@ class Surgery:
 
     def _twin(self, config: PreTrainedConfig) -> Twin:
         return meta_twin(with_layers_config(self._model_config, config), self.native_class)
-
-    @property
-    def base_name(self) -> str:
-        """Folder or Hub ID of the base; empty if unknown."""
-        return str(self._model_config.name_or_path)
 
     def differences(self, placed: list[PlacedLayer]) -> list[str]:
         """List the differences of those live layers from the layers of the native model."""

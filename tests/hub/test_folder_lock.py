@@ -109,14 +109,6 @@ def test_a_folder_that_cannot_be_locked_is_saved_to_with_a_warning(base, tmp_pat
     assert (tmp_path / f"{DRAFT}12345678").exists()  # it may be of a save that is under way
 
 
-def test_a_system_without_locks_saves_with_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(folder_lock, "fcntl", None)
-    with locked(tmp_path / "new") as is_locked:
-        assert not is_locked and (tmp_path / "new").is_dir()
-        assert may_be_locked(tmp_path / "new")
-    assert f"{tmp_path / 'new'} cannot be locked (not on this system); let only one program" in caplog.text
-
-
 def test_a_lock_can_be_asked_about(tmp_path):
     assert not may_be_locked(tmp_path) and not may_be_locked(tmp_path / "missing")
     with locked(tmp_path):

@@ -78,9 +78,9 @@ def test_an_evaluation_after_a_change_below_the_organ(change, tmp_path):
     change(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags[name])
-    key = cached._stack.prefix.key
+    key = cached._stack.prefix.store.key
     assert cached.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-5)
-    assert cached._stack.prefix.key != key
+    assert cached._stack.prefix.store.key != key
     if change not in CHANGES[-1:]:
         assert abs(cached.evaluate()["eval_loss"] - before) > 1e-4
 
@@ -160,7 +160,7 @@ def test_each_state_of_adapters_below_has_a_cache_of_its_own(tmp_path):
         for trainer in trainers:
             trainer.train()
         assert losses(trainers[0]) == losses(trainers[1])
-        keys.append(trainers[0]._stack.prefix.key)
+        keys.append(trainers[0]._stack.prefix.store.key)
     assert keys[0] == keys[3] and len(set(keys)) == 3
 
 
@@ -188,12 +188,12 @@ def test_adapters_that_change_between_evaluations(change, tmp_path):
     model, options = with_adapters("default"), {"eval_dataset": rows(4)}
     cached, plain = made(model, tmp_path, cache_prefix=True, **options), made(model, tmp_path, cls=Trainer, **options)
     cached.evaluate()
-    key = cached._stack.prefix.key
+    key = cached._stack.prefix.store.key
     change(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.2." in name)
     assert cached.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-5)
-    assert cached._stack.prefix.key != key
+    assert cached._stack.prefix.store.key != key
 
 
 def steer(module: nn.Module, args: Any, output: Any) -> Any:
@@ -302,7 +302,7 @@ def test_rounding_of_float32_has_a_cache_of_its_own(tmp_path):
             torch.set_float32_matmul_precision(precision)
             trainer = made(recipient(), tmp_path, cache_prefix=True, eval_dataset=rows(2))
             trainer.evaluate()
-            keys.append(trainer._stack.prefix.key)
+            keys.append(trainer._stack.prefix.store.key)
     finally:
         torch.set_float32_matmul_precision(before)
     assert keys[0] != keys[1]
