@@ -64,7 +64,7 @@ def _is_base(surgery: Surgery, config: DonorConfig) -> bool:
     """Whether a donor was cut from the recipient; of a model in memory without a name, its config must suffice."""
     if surgery.is_scaffold:
         return False
-    name = surgery.base_name or None
+    name = surgery.base_config.name_or_path or None
     here = (name, surgery.base_revision, surgery.base_subfolder)
     there = (config.base_model_name_or_path, config.base_revision, config.base_subfolder)
     return here == there and (name is not None or config.fingerprint == fingerprint(surgery.base_config))

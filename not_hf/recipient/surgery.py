@@ -60,8 +60,6 @@ class Surgery:
         self.base_config = copy.deepcopy(layers_config(model.config))
         self._model_config = copy.deepcopy(model.config)  # of which `base_config` is a part, if it has a text model
         self.base_config.name_or_path = model.config.name_or_path
-            model.config
-        )  # has `base_config` in it, if the model is more than a text model
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # the base's
         self.base_revision = base_revision  # commit, if known
         self.base_subfolder = base_subfolder
