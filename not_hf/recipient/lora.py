@@ -143,7 +143,7 @@ def to_lora(
         config.save_pretrained(draft)
         files = {f"{_PEFT}{key}": tensor.contiguous().cpu() for key, tensor in tensors.items()}
         save_file(files, os.path.join(draft, "adapter_model.safetensors"), {"format": "pt"})
-        _card(surgery.base_config.name_or_path, rank, matrices).save(os.path.join(draft, README))
+        _card(surgery.base_config.name_or_path or "", rank, matrices).save(os.path.join(draft, README))
     return matrices
 
 
