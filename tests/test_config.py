@@ -180,10 +180,10 @@ def test_half_a_character_is_refused(edited):
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_every_native_config_comes_back_as_it_was_cut(model_type):
+def test_every_native_config_comes_back_as_it_was_cut(model_type, tmp_path):
     base = tiny_model(model_type)
-    config = DonorModel.from_base(base, (0, 2)).config
-    again = DonorConfig.from_dict(json.loads(config.to_json_string()))
+    DonorModel.from_base(base, (0, 2)).config.save_pretrained(tmp_path)
+    again = DonorConfig.from_pretrained(tmp_path)
     native = again.native_config("base_config").to_dict()
     for key, value in base.config.to_dict().items():
         if key not in ("architectures", "id2label", "label2id", "_name_or_path", "dtype"):

@@ -42,7 +42,6 @@ def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> l
     ignored = {
         "num_hidden_layers",
         *tables.PER_LAYER_LISTS,
-        *tables.CYCLIC_LISTS,
         *tables.LAYER_INDEX_LISTS,
         *tables.DENSE_PREFIXES,
         *tables.PERIODS,

@@ -61,8 +61,8 @@ def require_scalable(stack: Stack, layers: Sequence[nn.Module]) -> None:
     """Check that layers write half as much when their output projections are halved, and nothing when they are zero.
 
     A norm behind the projections would undo a scale, and a projection that `OUTPUT_PROJECTIONS` lacks would stay as it
-    is. Checked on a copy of one layer of each kind with random projections, branch by branch, called as the model calls
-    its first layer.
+    is. Checked on a copy of one layer of each kind with random projections, branch by branch, called as the model
+    calls its first layer.
 
     Raises:
         UnsupportedArchitectureError: A layer does not.

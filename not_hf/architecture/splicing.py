@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig
 from not_hf.architecture.tables import (
     COUNT_ATTRIBUTES,
     COUNTED_BY_FIRST_LAYER,
-    CYCLIC_LISTS,
     DENSE_PREFIXES,
     INDEX_ATTRIBUTES,
     LAYER_INDEX_LISTS,
@@ -43,9 +42,6 @@ def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dic
     for key in PER_LAYER_LISTS:
         if _is_list(base, key) and len(getattr(base, key)) == base.num_hidden_layers and key not in derived:
             values[key] = [getattr(config, key)[i] for config, i in origins]
-    for key in CYCLIC_LISTS:
-        if _is_list(base, key):
-            values[key] = [getattr(config, key)[i % len(getattr(config, key))] for config, i in origins]
     for key in LAYER_INDEX_LISTS:
         if hasattr(base, key) and any(_is_list(config, key) for config in (base, *(config for config, _ in origins))):
             values[key] = [n for n, (config, i) in enumerate(origins) if i in (getattr(config, key) or ())]
@@ -71,10 +67,8 @@ def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dic
     return values
 
 
-def _spliced_period(
-    base: PreTrainedConfig, keys: tuple[str, str], origins: Sequence[LayerOrigin]
-) -> tuple[int, int]:
-    """The period and offset that mark those of the layers that are marked in their own models; the base's if it can.
+def _spliced_period(base: PreTrainedConfig, keys: tuple[str, str], origins: Sequence[LayerOrigin]) -> tuple[int, int]:
+    """A period and offset that mark those of the layers that are marked in their own models; the base's if they can.
 
     Raises:
         UnsupportedArchitectureError: There is none.
@@ -85,14 +79,14 @@ def _spliced_period(
         return bool(i % period == offset)
 
     marked = [marks(config, i) for config, i in origins]
-    periods = range(1, len(marked) + 2)
-    for period, offset in ((getattr(base, keys[0]), getattr(base, keys[1])), *((p, o) for p in periods for o in range(p))):
-        if all((n % period == offset) == mark for n, mark in enumerate(marked)):
-            return period, offset
+    for period in (getattr(base, keys[0]), *range(1, len(marked) + 2)):
+        for offset in range(period):
+            if all((n % period == offset) == mark for n, mark in enumerate(marked)):
+                return period, offset
     places = ", ".join(str(n) for n, mark in enumerate(marked) if mark)
     raise UnsupportedArchitectureError(
-        f"model_type {base.model_type!r} spaces layers evenly ({keys[0]}, {keys[1]}), and these would stand at {places} "
-        f"of {len(marked)}"
+        f"model_type {base.model_type!r} spaces layers evenly ({', '.join(keys)}), "
+        f"and these would stand at {places} of {len(marked)}"
     )
 
 

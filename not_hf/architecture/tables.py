@@ -11,16 +11,12 @@ PER_LAYER_LISTS = (
     "no_rope_layers",
     "num_attention_heads_per_layer",
     "layers_block_type",
-    "layers_num_experts",
+    "block_types",
 )
 
 
-# The same, but a list shorter than the stack is repeated.
-CYCLIC_LISTS = ("block_types",)
-
-
 # Layer types without a KV cache, by whose length models count the tokens that a cache has seen.
-UNCOUNTED_TYPES = {"linear_attention", "conv", "moe", "mlp"}
+UNCOUNTED_TYPES = {"linear_attention", "mamba", "conv", "moe", "mlp"}
 
 
 # Model types that ask their first layer for that count, whatever its type.

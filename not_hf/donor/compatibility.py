@@ -227,19 +227,17 @@ def structure_problems(spec: OrganSpec, recipient: PreTrainedConfig, position: i
         try:
             found = unmatched_tensors(*describe_stack(stack, recipient))
         except UnsupportedArchitectureError as error:
-            return f"{name} cannot take these layers at position {position}: {error}"
+            return f"{name} cannot take these layers ({error})"
         if not found:
             return None
         others = ", ".join(sorted(found)[:4])
-        return f"layers of {name} have other modules than the donor's ({others}, …) at position {position}"
+        return f"layers of {name} have other modules than the donor's ({others}, …)"
 
     if (problem := problem_at(position)) is None:
         return []
     if fitting := [n for n in range(_last_position(k, mode, recipient) + 1) if n != position and not problem_at(n)]:
-        return [f"{problem}; fitting positions: {', '.join(map(str, fitting))}"]
-    return [
-        f"{problem.replace(f' at position {position}', ' at every position')}; cut a donor of layers like the recipient's"
-    ]
+        return [f"{problem} at position {position}; fitting positions: {', '.join(map(str, fitting))}"]
+    return [f"{problem} at every position; cut a donor of layers like the recipient's"]
 
 
 def _place_problems(spec: OrganSpec, config: PreTrainedConfig, position: Any, mode: str) -> list[str]:

@@ -133,7 +133,7 @@ class StrippedModel(PreTrainedModel):
 
     @torch.no_grad()
     def require_bare(self, hidden: torch.Tensor) -> None:
-        """Check that without layers any hidden states, `(batch, seq, hidden)`, pass unchanged, and that layers take no others.
+        """Check that without layers hidden states, `(batch, seq, hidden)`, pass unchanged, and layers take no others.
 
         Raises:
             UnsupportedArchitectureError: Another module changes them, or a module needs the rest of the base.
@@ -198,11 +198,10 @@ def _build_layers(spec: OrganSpec, attn_implementation: str | None) -> Stack:
 def _strip(stack: Stack) -> None:
     """Replace all modules of the base model but its layers and rotary embeddings by a `Passthrough`."""
     parent: nn.Module = stack.base_model
+    kind = f"model_type {stack.base_model.config.model_type!r}"
     for step in stack.path.split("."):
         for name, _ in parent.named_parameters(recurse=False):
-            raise UnsupportedArchitectureError(
-                f"model_type {stack.base_model.config.model_type!r} changes hidden states outside of its layers ({name})"
-            )
+            raise UnsupportedArchitectureError(f"{kind} changes hidden states outside of its layers ({name})")
         for name, _ in list(parent.named_children()):
             if name != step and not any(word in name for word in POSITIONAL):
                 setattr(parent, name, Passthrough())

@@ -190,7 +190,7 @@ class Surgery:
         """Make the live model agree with `plan()`. Steps that may raise come first; `change` undoes the rest."""
         placed = self.plan()
         values = splice_config(self.base_config, [origin for _, origin in placed])
-        if self.active and not self.is_scaffold:  # which is for training, without a cache
+        if self.active:
             require_counted(self.base_config, spliced_config(self.base_config, [origin for _, origin in placed]))
         if not self.active:
             values = {key: copy.deepcopy(getattr(self.base_config, key)) for key in values}

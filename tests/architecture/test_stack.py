@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 
-from not_hf import DonorModel, TransplantedForCausalLM, UnsupportedArchitectureError, check_compatibility
+from not_hf import DonorModel, UnsupportedArchitectureError, check_compatibility
 from not_hf.architecture.stack import head_class
-from testing.donors import SPAN, organ
-from testing.lifecycle import generate
-from testing.models import OTHERS, logits, tiny_config, tiny_model
+from testing.donors import SPAN
+from testing.models import REFUSED, tiny_config, tiny_model
+
+REFUSALS = {
+    "recurrent_gemma": "changes hidden states outside of its layers",
+    "rwkv": "changes the weights of its layers in place, by where they stand",
+    "t5": "is an encoder-decoder",
+    "zamba2": "uses the same weights in several layers",
+    "zaya": r"changes hidden states outside of its layers \(input_hidden_states_scale\)",
+}
 
 
-@pytest.mark.parametrize("model_type", OTHERS)
-def test_architectures_without_a_line_of_their_own_keep_the_same_promises(model_type, token_ids, tmp_path):
-    base = tiny_model(model_type)
-    before = logits(base, token_ids)
-    model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, SPAN, mode="replace"))
-    assert torch.equal(logits(model, token_ids), before)
-    base = model.unload()
-    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 5), position=SPAN[0], mode="replace")
-    changed = logits(model, token_ids)
-    assert not torch.equal(changed, before)
-    assert torch.equal(generate(model), generate(model, use_cache=False))
-    model.save_pretrained(tmp_path / "organ")
-    again = TransplantedForCausalLM.from_pretrained(tiny_model(model_type), tmp_path / "organ")
-    assert torch.allclose(logits(again, token_ids), changed, atol=1e-6)
-    native = model.merge_and_unload()
-    native.save_pretrained(tmp_path / "merged")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.allclose(logits(reloaded, token_ids), changed, atol=1e-6)
-
-
-@pytest.mark.parametrize(("model_type", "reason"), [("mamba", "recurrent state"), ("t5", "encoder-decoder")])
-def test_what_cannot_be_cut_is_refused_with_a_reason(model_type, reason, tmp_path):
-    model = AutoModel.from_config(tiny_config(model_type))
-    with pytest.raises(UnsupportedArchitectureError, match=reason):
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_cannot_be_cut_is_refused_with_a_reason(model_type, tmp_path):
+    config = tiny_config(model_type)
+    model = (AutoModel if config.is_encoder_decoder else head_class(config)).from_config(config)
+    with pytest.raises(UnsupportedArchitectureError, match=REFUSALS[model_type]):
         DonorModel.from_base(model, SPAN)
     model.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedArchitectureError, match=reason):
+    with pytest.raises(UnsupportedArchitectureError, match=REFUSALS[model_type]):
         DonorModel.from_base(tmp_path, SPAN)
+
+
+def test_shared_weights_are_found_in_the_live_model():
+    model = tiny_model("llama")
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(UnsupportedArchitectureError, match="uses the same weights in several layers"):
+        DonorModel.from_base(model, SPAN)
+
+
+def test_layers_that_take_the_embeddings_are_refused(monkeypatch):
+    """As those of zamba do; a donor has no embeddings."""
+    monkeypatch.setattr("not_hf.architecture.stack.UNCUTTABLE", {})
+    model = tiny_model("zamba2", layers_block_type=["linear_attention"] * 3 + ["hybrid"])
+    with pytest.raises(UnsupportedArchitectureError, match="take the embeddings, too"):
+        DonorModel.from_base(model, SPAN)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,14 @@ def test_compiled_logits_are_those_of_the_model(token_ids, backend):
     assert torch.equal(logits(torch.compile(model, backend=backend, fullgraph=True), token_ids), expected)
 
 
+@pytest.mark.parametrize("model_type", ["falcon_h1", "qwen3_next"])
+def test_layers_with_a_state_compile(model_type, token_ids):
+    base = tiny_model(model_type)
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), position=2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(*(logits(each, token_ids, use_cache=False) for each in (compiled, model)))
+
+
 @pytest.mark.slow
 def test_inductor(token_ids):
     model = two_organs()

@@ -30,6 +30,7 @@ from not_hf import (
 from not_hf.architecture.stack import find_stack, head_class
 from testing.donors import organ, same, scaled_by_hand, transplanted_class
 from testing.models import TOKEN_IDS, VOCAB, enable_checkpointing, tiny_model
+from testing.models import exact_logits as logits
 
 Place = tuple[int, int, str]  # seed, position, mode
 
@@ -46,23 +47,6 @@ NORM_BEHIND = {"exaone4", "gemma2", "gemma3_text", "glm4", "minimax", "olmo2", "
     *("bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta")
 }
 STILL_WRITE = {"distilbert"}
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Scores of the next tokens (of an encoder: of the same), `(batch, seq, vocab)`, equal to the last bit.
-
-    torch may round in another way where weights require gradients, or where a file has put them in memory.
-    """
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
-    found = model(ids).logits
-    for parameter in learning:
-        parameter.requires_grad_(True)
-    return found
 
 
 @functools.cache

@@ -31,7 +31,8 @@ from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
 from testing.training import losses, made, organ, recipient, rows, trained
 
 ARCHITECTURES = ["bloom", "cohere", "gemma2", "gpt_neox", "gpt2", "granite", "llama", "opt", "phi3", "qwen3"]
-EXPERTS = ["gpt_oss", "mixtral", "qwen3_moe"]
+ARCHITECTURES += ["falcon_h1", "mamba2", "qwen3_5_text"]  # with states
+EXPERTS = ["gpt_oss", "mixtral", "nemotron_h", "qwen3_moe"]
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
