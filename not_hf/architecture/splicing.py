@@ -15,6 +15,7 @@ from not_hf.architecture.tables import (
     DENSE_PREFIXES,
     INDEX_ATTRIBUTES,
     LAYER_INDEX_LISTS,
+    NUMBERED_FROM_ONE,
     PER_LAYER_LISTS,
     PERIODS_WITH_OFFSET,
     UNCOUNTED_TYPES,
@@ -59,6 +60,12 @@ def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dic
         if getattr(base, key, None) is not None:
             dense = [i < getattr(config, key) for config, i in origins]
             values[key] = dense.index(False) if False in dense else len(dense)
+    for key, lists in NUMBERED_FROM_ONE.items():
+        if isinstance(old := getattr(base, key, None), dict):
+            values[key] = old | {
+                name: [n + 1 for n, (config, i) in enumerate(origins) if i + 1 in getattr(config, key)[name]]
+                for name in old.keys() & {*lists}
+            }
     for keys in PERIODS_WITH_OFFSET:
         if all(hasattr(base, key) for key in keys):
             values.update(zip(keys, _spliced_period(base, keys, origins), strict=True))

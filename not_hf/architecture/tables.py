@@ -27,6 +27,10 @@ COUNTED_BY_FIRST_LAYER = {"minimax"}
 LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
 
 
+# Dicts in configs, and the lists in them that number the layers of a kind from 1.
+NUMBERED_FROM_ONE = {"linear_attn_config": ("full_attn_layers", "kda_layers")}
+
+
 # Config counts of the first layers, which are dense where the others have experts.
 DENSE_PREFIXES = ("first_k_dense_replace", "num_dense_layers")
 

@@ -14,7 +14,7 @@ from not_hf import (
 )
 from not_hf.architecture.splicing import splice_config
 from testing.donors import organ
-from testing.lifecycle import generate
+from testing.generation import generate
 from testing.models import exact_logits, tiny_config, tiny_model
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -57,6 +57,13 @@ def test_a_list_that_a_config_derives_is_compared_with_that_of_the_layers():
         UnsupportedArchitectureError, match="its config makes them linear_attention, sliding_attention"
     ):
         span_of(tiny_config("recurrent_gemma", block_types=["recurrent", "attention"]), 1, 3)
+
+
+def test_layers_that_a_config_numbers_from_one():
+    """Kimi's configs do so beside `layer_types`; other programs read these lists."""
+    kinds = {"full_attn_layers": [2, 4], "kda_layers": [1, 3], "short_conv_kernel_size": 4}
+    config = tiny_config("kimi_linear", linear_attn_config=kinds)
+    assert span_of(config, 1, 4)["linear_attn_config"] == {**kinds, "full_attn_layers": [1, 3], "kda_layers": [2]}
 
 
 def test_a_span_that_no_config_describes_is_refused():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +28,17 @@ from not_hf import (
 )
 from not_hf.architecture.stack import find_stack, head_class
 from testing.donors import organ, same, scaled_by_hand, transplanted_class
+from testing.generation import (
+    NEW_TOKENS,
+    NO_BEAMS,
+    ONE_PREFILL,
+    PADDING,
+    behind_padding,
+    generate,
+    in_chunks,
+    padded,
+    static_cache_works,
+)
 from testing.models import TOKEN_IDS, VOCAB, enable_checkpointing, tiny_model
 from testing.models import exact_logits as logits
 
@@ -289,7 +299,9 @@ class Tester:
 
     def check_continuing(self) -> None:
         model = self.fresh()
-        assert torch.equal(generate(model), generate(model, use_cache=False))
+        greedy = generate(model)
+        assert torch.equal(greedy, generate(model, use_cache=False))
+        assert torch.equal(generate(model, *behind_padding())[:, PADDING:], greedy)
         whole = logits(model, TOKEN_IDS)
         assert torch.allclose(padded(model), whole, atol=1e-4)
         if self.model_type not in ONE_PREFILL:
@@ -304,44 +316,3 @@ class Tester:
             assert torch.equal(logits(model, TOKEN_IDS)[..., :VOCAB], self.expected(names))
             assert model.config.vocab_size == VOCAB + 4 == model.get_input_embeddings().weight.shape[0]
             assert model.get_output_embeddings().weight.shape[0] == VOCAB + 4
-
-
-NEW_TOKENS = 8
-
-# What transformers 5.24 itself computes otherwise than without a cache, whatever the stack.
-NO_BEAMS = {"minimax"}
-ONE_PREFILL = {"bamba", "falcon_mamba", "jamba", "mamba"}
-
-
-@torch.no_grad()
-def padded(model: PreTrainedModel) -> torch.Tensor:
-    """Scores of the tokens behind three of padding, `(batch, seq, vocab)`."""
-    ids, mask = (nn.functional.pad(each, (3, 0)) for each in (TOKEN_IDS, torch.ones_like(TOKEN_IDS)))
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if takes_positions else {}
-    return model(ids, attention_mask=mask, **positions).logits[:, 3:]
-
-
-@torch.no_grad()
-def in_chunks(model: PreTrainedModel) -> torch.Tensor:
-    """Scores of tokens that a model with a cache reads in two steps, `(batch, seq, vocab)`."""
-    first = model(TOKEN_IDS[:, :5], use_cache=True)
-    name = next(key for key in ("cache", "cache_params", "past_key_values") if first.get(key) is not None)
-    return torch.cat([first.logits, model(TOKEN_IDS[:, 5:], use_cache=True, **{name: first[name]}).logits], dim=1)
-
-
-def generate(model: PreTrainedModel, **options) -> torch.Tensor:
-    """Greedily on from the prompt, `(batch, seq + NEW_TOKENS)`."""
-    mask = torch.ones_like(TOKEN_IDS)
-    return model.generate(TOKEN_IDS, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, **options)
-
-
-def static_cache_works(base: PreTrainedModel) -> bool:
-    """Whether a base itself computes the same scores with a static cache (gpt_neo's local attention does not)."""
-    scores = {"output_scores": True, "return_dict_in_generate": True}
-    try:
-        static = generate(base, cache_implementation="static", **scores).scores
-    except (ValueError, TypeError, AttributeError, NotImplementedError):
-        return False
-    dynamic = generate(base, **scores).scores
-    return torch.allclose(torch.stack(static), torch.stack(dynamic), atol=1e-4)
