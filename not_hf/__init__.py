@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from not_hf.donor.modeling import DonorModel
     from not_hf.evaluation.perplexity import perplexity
     from not_hf.hub.search import list_donors
-    from not_hf.recipient.modeling import TransplantedForCausalLM, TransplantedForMaskedLM
+    from not_hf.recipient.heads import (
+        TransplantedForCausalLM,
+        TransplantedForImageTextToText,
+        TransplantedForMaskedLM,
+        TransplantedForMultimodalLM,
+        TransplantedForQuestionAnswering,
+        TransplantedForSequenceClassification,
+        TransplantedForTokenClassification,
+        TransplantedModel,
+    )
+    from not_hf.recipient.lora import LoraMatrix, from_lora, to_lora
+    from not_hf.recipient.merging import merge_donor
     from not_hf.recipient.reference import reference_model
     from not_hf.training.curve import TrainingCurve, plot_training_curve
     from not_hf.training.data import load_text, pack
@@ -38,20 +49,29 @@ _LAZY = {
     "DonorConfig": "not_hf.config",
     "DonorModel": "not_hf.donor.modeling",
     "DonorTrainer": "not_hf.training.trainer",
+    "LoraMatrix": "not_hf.recipient.lora",
     "MuonWithAdamW": "not_hf.training.optimizers",
     "OrganSource": "not_hf.composition.sources",
     "ProgressLine": "not_hf.training.progress",
     "TrainingCurve": "not_hf.training.curve",
-    "TransplantedForCausalLM": "not_hf.recipient.modeling",
-    "TransplantedForMaskedLM": "not_hf.recipient.modeling",
+    "TransplantedForCausalLM": "not_hf.recipient.heads",
+    "TransplantedForImageTextToText": "not_hf.recipient.heads",
+    "TransplantedForMaskedLM": "not_hf.recipient.heads",
+    "TransplantedForMultimodalLM": "not_hf.recipient.heads",
+    "TransplantedForQuestionAnswering": "not_hf.recipient.heads",
+    "TransplantedForSequenceClassification": "not_hf.recipient.heads",
+    "TransplantedForTokenClassification": "not_hf.recipient.heads",
+    "TransplantedModel": "not_hf.recipient.heads",
     "average_donors": "not_hf.donor.averaging",
     "check_compatibility": "not_hf.donor.compatibility",
     "check_donor": "not_hf.composition.check",
     "choose_span": "not_hf.training.span_choice",
     "compose": "not_hf.composition.plan",
+    "from_lora": "not_hf.recipient.lora",
     "import_checkpoint": "not_hf.donor.importing",
     "list_donors": "not_hf.hub.search",
     "load_text": "not_hf.training.data",
+    "merge_donor": "not_hf.recipient.merging",
     "merged_card": "not_hf.cards.merged",
     "pack": "not_hf.training.data",
     "perplexity": "not_hf.evaluation.perplexity",
@@ -59,6 +79,7 @@ _LAZY = {
     "push_donor": "not_hf.composition.publish",
     "reference_model": "not_hf.recipient.reference",
     "require_isolation": "not_hf.training.isolation",
+    "to_lora": "not_hf.recipient.lora",
 }
 
 __all__ = [
@@ -67,13 +88,20 @@ __all__ = [
     "DonorModel",
     "DonorTrainer",
     "IncompatibleDonorError",
+    "LoraMatrix",
     "MuonWithAdamW",
     "NotHFError",
     "OrganSource",
     "ProgressLine",
     "TrainingCurve",
     "TransplantedForCausalLM",
+    "TransplantedForImageTextToText",
     "TransplantedForMaskedLM",
+    "TransplantedForMultimodalLM",
+    "TransplantedForQuestionAnswering",
+    "TransplantedForSequenceClassification",
+    "TransplantedForTokenClassification",
+    "TransplantedModel",
     "UnsupportedArchitectureError",
     "__version__",
     "average_donors",
@@ -81,9 +109,11 @@ __all__ = [
     "check_donor",
     "choose_span",
     "compose",
+    "from_lora",
     "import_checkpoint",
     "list_donors",
     "load_text",
+    "merge_donor",
     "merged_card",
     "pack",
     "perplexity",
@@ -91,6 +121,7 @@ __all__ = [
     "push_donor",
     "reference_model",
     "require_isolation",
+    "to_lora",
 ]
 
 register_config()

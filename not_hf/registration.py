@@ -28,17 +28,18 @@ def register_config() -> None:
 @functools.cache
 def register_models() -> None:
     """Register model and tokenizer classes; `DonorConfig` calls it when the first one is made."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
     from not_hf.config import DonorConfig
     from not_hf.donor.modeling import DonorModel
-    from not_hf.donor.tokenizer import DonorTokenizer
-    from not_hf.recipient.modeling import TransplantedForCausalLM, TransplantedForMaskedLM
+    from not_hf.donor.tokenizer import DonorProcessor, DonorTokenizer
+    from not_hf.recipient.heads import BY_ID
 
     AutoModel.register(DonorConfig, DonorModel, exist_ok=True)
-    AutoModelForCausalLM.register(DonorConfig, TransplantedForCausalLM, exist_ok=True)
-    AutoModelForMaskedLM.register(DonorConfig, TransplantedForMaskedLM, exist_ok=True)
+    for kind in BY_ID:
+        kind.native_auto_class.register(DonorConfig, kind, exist_ok=True)
     AutoTokenizer.register(DonorConfig, DonorTokenizer, exist_ok=True)
+    AutoProcessor.register(DonorConfig, DonorProcessor, exist_ok=True)
 
 
 def _register_config() -> None:

@@ -6,6 +6,8 @@ import os
 import socket
 import sys
 import tempfile
+import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +33,7 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from not_hf.training.data import pack
 from testing.models import FAST, TOKEN_IDS, tiny_model, tiny_tokenizer
@@ -100,6 +102,21 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return made[model_type]
 
     return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, hub) -> Path:
+    """Empty caches, no waiting between tries, and no fault left behind."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    quick = types.SimpleNamespace(sleep=lambda seconds: None, time=time.time)
+    monkeypatch.setattr("not_hf.hub.ranges.time", quick)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
+    hub.requests.clear()
+    yield tmp_path / "assets"
+    hub.fault = None
+    while hub.in_flight:  # answers that nobody waits for any more
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,8 @@ def test_import_is_as_cheap_as_that_of_transformers():
     [
         "import not_hf; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer",
         "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer; import not_hf",
-        "import not_hf; from transformers.modeling_layers import AutoModel; from transformers import *",
-        "import not_hf; from transformers import pipeline, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer",
-        "from not_hf import *; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer",
+        "from transformers.modeling_layers import AutoModel; from not_hf import *; "
+        "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer",
     ],
 )
 def test_the_auto_classes_know_donors_in_any_order_of_imports(imports):
@@ -52,14 +51,13 @@ def test_the_auto_classes_know_donors_in_any_order_of_imports(imports):
         print(TOKENIZER_MAPPING[type(config)].__name__)
         """
     )
-    # `import *` makes transformers speak of torchvision where Pillow is there, which matplotlib brings along
-    assert [line for line in out.splitlines() if "torchvision" not in line] == ["DonorTokenizer"]
+    assert out.split() == ["DonorTokenizer"]
 
 
 @pytest.mark.slow
 def test_what_it_exports_is_there():
     names = run("import not_hf; print(*(getattr(not_hf, name).__class__.__name__ for name in dir(not_hf)))").split()
-    assert len(names) == 29
+    assert len(names) == 39
 
 
 def test_an_unknown_name_is_an_attribute_error():

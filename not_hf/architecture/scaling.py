@@ -114,9 +114,12 @@ def _layer_call(stack: Stack, probe: nn.Module) -> tuple[tuple[Any, ...], dict[s
     hook = probe.register_forward_pre_hook(catch, with_kwargs=True)
     base = stack.base_model
     embeddings: Any = base.get_input_embeddings()
-    device = execution_device(embeddings) or embeddings.weight.device
     view = view_with_layers(base, stack.path, [probe])
     try:
+        if not hasattr(embeddings, "weight"):  # of a donor
+            hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
+            view(inputs_embeds=hidden.to(base.dtype), use_cache=False)  # (batch=1, seq=4, hidden)
+        device = execution_device(embeddings) or embeddings.weight.device
         view(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)
     except _CalledError as called:
         return called.args

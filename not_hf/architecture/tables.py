@@ -85,6 +85,10 @@ BRANCHES = {"attention": ("att",), "mixer": ("mixer", "mamba", "conv", "temporal
 STORED_NAMES = ("backbone",)
 
 
+# What stands before the layers of a text model in checkpoints of models with more in them, of any release.
+TEXT_PREFIXES = ("language_model.model", "model.language_model", "language_model", "model.text_model", "text_model")
+
+
 # Config values that scale the embeddings before the first layer: an organ alone must run without them.
 NEUTRAL_EMBEDDING = {"embedding_multiplier": 1.0}
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import LayerDescription, describe, outer_attributes
-from not_hf.architecture.stack import Stack, check_config, find_stack, head_class, is_encoder
+from not_hf.architecture.stack import Stack, check_config, find_stack, head_class, is_encoder, layers_config
 from not_hf.architecture.tables import NAMES
 from not_hf.architecture.upstream import BUILDING, attention_of, built_whole
 from not_hf.errors import UnsupportedArchitectureError, one_line
@@ -53,15 +53,16 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
     Raises:
         UnsupportedArchitectureError: transformers has no language model for this config, or cannot build it.
     """
-    check_config(config)
+    check_config(layers_config(config))
     values = {key: value for key, value in config.to_dict().items() if key not in NAMES}
     key = repr((type(config), attention_of(config) or "sdpa", sorted(values.items())))
     with BUILDING:
         twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin.model))), None)
         if twin is None:
             config = copy.deepcopy(config)
-            if isinstance(config.dtype, str):  # save_pretrained leaves it so, and some models compute with it
-                config.dtype = getattr(torch, config.dtype)
+            for each in (config, layers_config(config)):
+                if isinstance(each.dtype, str):  # save_pretrained leaves it so, and some models compute with it
+                    each.dtype = getattr(torch, each.dtype)
             require_loadable(config)
             with built_whole(hollow=True), torch.device("meta"):
                 twin = Twin(build(model_class or head_class(config).from_config, config))

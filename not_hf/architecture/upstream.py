@@ -128,20 +128,17 @@ def without_progress_bar() -> Iterator[None]:
         transformers_logging._tqdm_active = before
 
 
-def forget_conversions(model: nn.Module) -> None:
-    """Save a model in the layout of its modules, whatever conversions transformers made when it loaded the weights.
-
-    `save_pretrained` would undo them by name: dequantized weights would get the names of quantized ones, and experts
-    that came in one tensor would stay so.
-    """
-    vars(model).pop("_weight_conversions", None)
-
-
 IncompatibleKeys = _IncompatibleKeys  # what `nn.Module.load_state_dict` returns
 traced_parameters = _reparametrize_module  # does what `replaced_parameters` does, where torch.compile traces it
 
 
 # ------------------------------------------------------------------ what a model is
+
+
+def native_classes(auto_class: Any, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """The classes that an Auto class has for a config; none if the config's class is not in its table."""
+    found = auto_class._model_mapping.get(type(config), ())
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 
 def is_partitioned(module: nn.Module) -> bool:

@@ -15,10 +15,10 @@ from not_hf.cards.license import base_license, joint_license, organ_license
 from not_hf.version import __version__
 
 if TYPE_CHECKING:
-    from not_hf.recipient.modeling import TransplantedForCausalLM
+    from not_hf.recipient.modeling import Transplanted
 
 
-def merged_card(model: TransplantedForCausalLM, folder: str | os.PathLike[str], **hub_kwargs: Any) -> ModelCard:
+def merged_card(model: Transplanted, folder: str | os.PathLike[str], **hub_kwargs: Any) -> ModelCard:
     """Make the card of a merged model. Call it before `merge_and_unload()`, which discards what the card lists.
 
     Args:

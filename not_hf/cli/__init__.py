@@ -9,7 +9,9 @@ from not_hf.cli import (  # noqa: F401 (importing a command registers it)
     inspect,
     merge,
     push,
+    run,
     search,
+    serve,
     train,
     transplant,
 )
@@ -19,6 +21,6 @@ __all__ = ["app"]
 
 _ORDER = (  # in --help: that of a first use
     *("extract", "import", "train", "eval", "generate", "inspect", "check"),
-    *("push", "search", "transplant", "merge"),
+    *("push", "search", "transplant", "merge", "serve", "run"),
 )
 app.registered_commands.sort(key=lambda info: _ORDER.index(str(info.name)))

@@ -70,17 +70,8 @@ def command(example: str, name: str | None = None) -> Callable[[Callable[..., Re
     def register(function: Callable[..., Result]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, as_json: bool, debug: bool, **arguments: Any) -> None:
-            try:
-                with contextlib.redirect_stdout(sys.stderr):  # libraries may print; stdout is for the result
-                    result = function(**arguments)
-            except (typer.Exit, typer.Abort, typer.TyperException):
-                raise
-            except Exception as error:  # the outermost boundary: any failure becomes one line
-                if debug:
-                    raise
-                end_progress_bars()
-                typer.echo(f"error: {printable(_message(error))}", err=True)
-                raise typer.Exit(1) from error
+            with failing_in_one_line(debug), contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+                result = function(**arguments)
             _show(result, as_json)
 
         signature = inspect.signature(function, eval_str=True)
@@ -95,6 +86,21 @@ def command(example: str, name: str | None = None) -> Callable[[Callable[..., Re
         return run
 
     return register
+
+
+@contextlib.contextmanager
+def failing_in_one_line(debug: bool) -> Iterator[None]:
+    """Turn any failure inside the block into one line on stderr and exit status 1, unless debugging."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.TyperException):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        end_progress_bars()
+        typer.echo(f"error: {printable(_message(error))}", err=True)
+        raise typer.Exit(1) from error
 
 
 @contextlib.contextmanager

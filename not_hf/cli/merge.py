@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -18,22 +19,14 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="Larger weights are split into files of this size.")] = "5GB",
     force: Force = False,
 ) -> Result:
-    """Merge an organ into its recipient: a native model with tokenizer and card, which loads without not_hf."""
-    from transformers import AutoTokenizer
+    """Merge an organ into its recipient: a native model with tokenizer and card, which loads without not_hf.
 
-    from not_hf import TransplantedForCausalLM, merged_card
+    Tensors are copied from file to file, so the model need not fit in memory; if it must be built after all, a line
+    says why.
+    """
+    from not_hf import merge_donor
 
     with output_folder(output, force):
-        model = TransplantedForCausalLM.from_pretrained(*((base, donor) if base else (donor,)))
-        card = merged_card(model, output)
-        native = model.merge_and_unload()
-        native.save_pretrained(output, max_shard_size=max_shard_size)
-        AutoTokenizer.from_pretrained(base or donor).save_pretrained(output)
-        card.save(output / "README.md")
-    data = {
-        "folder": str(output),
-        "architecture": type(native).__name__,
-        "num_layers": native.config.num_hidden_layers,
-        "num_parameters": native.num_parameters(),
-    }
+        merged = merge_donor(donor, output, base, max_shard_size)
+    data = asdict(merged)
     return Result(data, facts("Merged", data))

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import native_differences
 from not_hf.architecture.scaling import scale_problem
+from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import require_known, resolve_commit, without_progress_bar
 from not_hf.composition.layout import Place, StackEntry, arrange, require_free_names
 from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
@@ -209,6 +210,7 @@ def recipient_problems(
         name = os.fspath(recipient)
         revision = resolve_commit(name, hub_kwargs)
         recipient, _ = read_base_config(name, None, {**hub_kwargs, "revision": revision})
+    recipient = layers_config(recipient)
     fit = examine([each.organ for each in surveyed], recipient)
     problems, differences = fit.problems, []
     if fit.differences:

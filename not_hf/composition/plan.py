@@ -15,6 +15,7 @@ from huggingface_hub import model_info
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
+from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import commit_of, fetch_file, require_known, resolve_commit
 from not_hf.cards.common import README
 from not_hf.cards.description import as_html, describe_organ
@@ -194,7 +195,7 @@ def compose(
     base = os.fspath(base)
     revision = resolve_commit(base, {**hub_kwargs, "revision": base_revision})
     where = {**hub_kwargs, "revision": revision, "subfolder": base_subfolder or ""}
-    base_config, _ = read_base_config(base, None, where)
+    base_config = layers_config(read_base_config(base, None, where)[0])
     stack = validate(organs, base_config).stack
     planned = [_planned(organ, hub_kwargs) for organ in organs]
     return Plan(base, _commit(base, revision, hub_kwargs), base_subfolder, base_config, planned, stack, hub_kwargs)

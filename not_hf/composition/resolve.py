@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import (
     AUTO_KWARGS,
     SHARED_KWARGS,
@@ -54,7 +55,7 @@ class Resolved:
 
     Args:
         base: The recipient: folder, Hub ID or live model.
-        base_config: Its native config without organs.
+        base_config: The native config of its layers, without organs.
         base_kwargs: Arguments of its `from_pretrained`, with the config and a pinned revision.
         organs: Organs to load, in load order.
         shared: Hub arguments for base and donors (`token`, `cache_dir`, …).
@@ -105,7 +106,7 @@ def resolve(
         if unusable := sorted(kwargs.keys() - set(SHARED_KWARGS)):
             raise TypeError(f"unexpected arguments for a live recipient: {', '.join(unusable)}; leave them out")
         _, organs = resolve_donor(replace(source, donor=donor), shared)
-        native = getattr(first, "base_config", first.config)
+        native = layers_config(getattr(first, "base_config", first.config))
         return Resolved(first, native, {}, organs, shared)
     generation = None
     if donor is not None:
@@ -130,7 +131,7 @@ def resolve(
         if root.base_subfolder:
             kwargs["subfolder"] = root.base_subfolder
     native, kwargs = read_base_config(base, config, kwargs, named_by)
-    return Resolved(base, native, kwargs, organs, shared, named_by, generation)
+    return Resolved(base, layers_config(native), kwargs, organs, shared, named_by, generation)
 
 
 def read_base_config(

@@ -1,65 +1,110 @@
-"""Average donors of one span into a new one."""
+"""Combine donors of one span into a new one: means of their weights, or sums of what training changed."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from not_hf.architecture.differences import computing_differences
 from not_hf.cards.common import unite
 from not_hf.config import DonorConfig
+from not_hf.donor.combining import MEANS, OF_VECTORS, SIGN_METHODS, SPARSE
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import IncompatibleDonorError, NotHFError, interval, some
+from not_hf.errors import IncompatibleDonorError, NotHFError, interval, one_line, some
 
 Tensors = Mapping[str, torch.Tensor]
+BaseLike = str | os.PathLike[str] | PreTrainedModel
 
 
-def linear(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Compute the weighted mean of tensors of one shape, `sum(w_i t_i) / sum(w_i)`."""
-    return sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True)) / sum(weights)  # type: ignore
+@dataclass(frozen=True)
+class Combination:
+    """How tensors are combined; arguments and errors are as in `average_donors`."""
 
+    combination_type: str = "linear"
+    density: float | None = None
+    majority_sign_method: str = "total"
 
-def slerp(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Average two tensors of one shape along the arc between them, which preserves their length.
+    def __post_init__(self) -> None:
+        kind, density = self.combination_type, self.density
+        if kind not in MEANS | OF_VECTORS:
+            raise NotHFError(f"combination_type must be one of {(*MEANS, *OF_VECTORS)}, got {kind!r}")
+        if kind not in SPARSE and density is not None:
+            raise NotHFError(f"{kind} keeps every value; leave out density={density!r}, or choose from {(*SPARSE,)}")
+        if kind in SPARSE and not (isinstance(density, int | float) and 0 < density <= 1):
+            raise NotHFError(
+                f"{kind} needs density, the share of values that is kept, above 0 and at most 1, got {density!r}; "
+                "try density=0.5"
+            )
+        if self.majority_sign_method not in SIGN_METHODS:
+            raise NotHFError(f"majority_sign_method must be one of {SIGN_METHODS}, got {self.majority_sign_method!r}")
 
-    Source: Shoemake, "Animating rotation with quaternion curves", 1985, on flattened tensors, at `w_2 / (w_1 + w_2)`.
-    """
-    a, b = tensors
-    t = weights[1] / sum(weights)
-    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
-    angle = torch.arccos(cosine)
-    if not (a.any() and b.any() and torch.sin(angle) > 1e-4):  # zero or parallel: there is no arc
-        return linear(tensors, weights)
-    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+    @property
+    def needs_base(self) -> bool:
+        """Whether it works on what training changed in the base's layers."""
+        return self.combination_type in OF_VECTORS
 
+    def weights_of(self, count: int, weights: Sequence[float] | None) -> list[float]:
+        """Check the weights of that many organs; `None`: 1 each."""
+        kind, given = self.combination_type, [1.0] * count if weights is None else [float(each) for each in weights]
+        if count < 2 or len(given) != count or (kind == "slerp" and count != 2):
+            wanted = "two" if kind == "slerp" else "two or more"
+            raise NotHFError(
+                f"{kind} needs {wanted} donors with a weight each, got {count} donors and {len(given)} weights"
+            )
+        if not all(-torch.inf < weight < torch.inf for weight in given):
+            raise NotHFError(f"weights must be finite, got {given}")
+        if not self.needs_base and abs(sum(given)) < 1e-6:
+            raise NotHFError(f"weights must not sum to 0, got {given}")
+        return given
 
-COMBINATIONS: dict[str, Callable[[Sequence[torch.Tensor], Sequence[float]], torch.Tensor]] = {
-    "linear": linear,
-    "slerp": slerp,
-}
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], base: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Combine tensors of one shape, of which `base` is that of the base's layers if it is needed."""
+        if base is None:
+            return MEANS[self.combination_type](tensors, weights)
+        options: dict[str, Any] = {"density": self.density} if self.combination_type in SPARSE else {}
+        if "ties" in self.combination_type:
+            options["majority_sign_method"] = self.majority_sign_method
+        return base + OF_VECTORS[self.combination_type]([each - base for each in tensors], weights, **options)
 
 
 def average_donors(
     donors: Sequence[str | os.PathLike[str] | DonorModel],
     weights: Sequence[float] | None = None,
     combination_type: str = "linear",
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    base: BaseLike | None = None,
 ) -> DonorModel:
-    """Average donors of one span and architecture into a new donor.
+    """Combine donors of one span and architecture into a new donor.
 
     Args:
         donors: Two or more donor models, folders or Hub IDs.
-        weights: One number per donor, relative to their sum; default: equal weights.
-        combination_type: `"linear"`, or `"slerp"` for two donors.
+        weights: One number per donor. For `"linear"` and `"slerp"` they are relative to their sum; for the others,
+            which combine the donors' differences from the base, they are factors as in PEFT. Default: 1 each.
+        combination_type: `"linear"`, the mean of the weights; `"slerp"`, for two donors, along the arc between them.
+            `"task_arithmetic"` adds the sum of the differences to the base; `"magnitude_prune"` keeps only their
+            largest values, `"dare_linear"` random ones, rescaled. `"ties"` and `"dare_ties"` do so and average the
+            values that have the majority's sign. `torch.manual_seed` determines what is random.
+        density: Share of the values that is kept, for those that keep some.
+        majority_sign_method: For `"ties"` and `"dare_ties"`: `"total"`, the sign of the sum, or `"frequency"`.
+        base: Folder, Hub ID or live model that the donors were cut from, for their differences. `None`: the one that
+            they name, of which only these layers are read.
 
     Returns:
         A donor with the place and dtype of the first one.
 
     Raises:
-        IncompatibleDonorError: The donors have different spans or layers.
-        NotHFError: An argument is out of range.
+        IncompatibleDonorError: The donors have different spans or layers, or the base has others.
+        NotHFError: An argument is out of range, or the donors do not name one base.
+        OSError: A donor or the base cannot be read.
 
     Examples:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -68,12 +113,18 @@ def average_donors(
         >>> donors = [DonorModel.from_base(base, layers=(1, 3), domain=domain) for domain in ("Bible", "law")]
         >>> average_donors(donors, weights=[0.7, 0.3]).config.domain
         'Bible + law'
+        >>> ties = average_donors(donors, combination_type="ties", density=0.5, base=base)
     """
     if isinstance(donors, str | os.PathLike | DonorModel):
         raise NotHFError(f"average_donors needs a list of two or more donors, got {donors!r:.100}; give it: [a, b]")
+    combination = Combination(combination_type, density, majority_sign_method)
+    weights = combination.weights_of(len(donors), weights)
     models = [each if isinstance(each, DonorModel) else DonorModel.from_pretrained(each) for each in donors]
-    tensors = combined([model.state_dict() for model in models], weights, combination_type)
     config = combined_config([model.config for model in models])
+    layers = None
+    if combination.needs_base:
+        layers = base_layers([model.config for model in models], combination_type, base).state_dict()
+    tensors = combined([model.state_dict() for model in models], weights, combination, layers)
     average = copy.deepcopy(models[0])
     average.load_state_dict(tensors)
     average.config = config
@@ -82,33 +133,64 @@ def average_donors(
 
 @torch.no_grad()
 def combined(
-    states: Sequence[Tensors], weights: Sequence[float] | None, combination_type: str
+    states: Sequence[Tensors], weights: Sequence[float], combination: Combination, base: Tensors | None = None
 ) -> dict[str, torch.Tensor]:
-    """Average tensors by name, in float32. Arguments and errors as in `average_donors`."""
-    weights = [1.0] * len(states) if weights is None else [float(weight) for weight in weights]
-    if combination_type not in COMBINATIONS:
-        raise NotHFError(f"combination_type must be one of {tuple(COMBINATIONS)}, got {combination_type!r}")
-    if len(states) < 2 or len(weights) != len(states) or (combination_type == "slerp" and len(states) != 2):
-        wanted = "two" if combination_type == "slerp" else "two or more"
-        raise NotHFError(
-            f"{combination_type} needs {wanted} donors with a weight each, "
-            f"got {len(states)} donors and {len(weights)} weights"
-        )
-    if not all(-torch.inf < weight < torch.inf for weight in weights) or abs(sum(weights)) < 1e-6:
-        raise NotHFError(f"weights must be finite and must not sum to 0, got {weights}")
-    first, *others = ({name: tensor.shape for name, tensor in state.items()} for state in states)
-    for n, other in enumerate(others, 2):
-        if unmatched := {name for name, _ in first.items() ^ other.items()}:
-            raise IncompatibleDonorError(f"donor {n} has other tensors than donor 1: {some(sorted(unmatched))}")
-    combine = COMBINATIONS[combination_type]
-    return {
-        name: combine([state[name].to(tensor.device, torch.float32) for state in states], weights).to(tensor.dtype)
-        for name, tensor in states[0].items()
-    }
+    """Combine tensors by name, in float32.
+
+    Args:
+        states: Tensors of each organ.
+        weights: One per organ, checked.
+        combination: How.
+        base: Tensors of the base's layers, if the combination needs them.
+
+    Raises:
+        IncompatibleDonorError: They have other names or shapes.
+    """
+    named = {f"donor {n}": state for n, state in enumerate(states, 1)} | ({} if base is None else {"the base": base})
+    first = {name: tensor.shape for name, tensor in states[0].items()}
+    for owner, state in named.items():
+        if unmatched := {name for name, _ in first.items() ^ {name: t.shape for name, t in state.items()}.items()}:
+            raise IncompatibleDonorError(f"{owner} has other tensors than donor 1: {some(sorted(unmatched))}")
+
+    def one(name: str, like: torch.Tensor) -> torch.Tensor:
+        ours = [state[name].to(like.device, torch.float32) for state in named.values()]
+        theirs = None if base is None else ours.pop()
+        return combination(ours, weights, theirs).to(like.dtype)
+
+    return {name: one(name, tensor) for name, tensor in states[0].items()}
+
+
+def base_layers(configs: Sequence[DonorConfig], combination_type: str, base: BaseLike | None = None) -> DonorModel:
+    """Cut the layers that organs of one span were cut from; only their bytes are read.
+
+    Args:
+        configs: Of the organs.
+        combination_type: What they are for, for errors.
+        base: The base; `None`: the one that the configs name.
+
+    Raises:
+        NotHFError: The configs do not name one base.
+        OSError: The base cannot be read.
+    """
+    what = f"{combination_type} needs layers {interval(configs[0].span)} of the base that the donors were cut from"
+    where: dict[str, Any] = {}
+    if base is None:
+        found = {(each.base_model_name_or_path, each.base_subfolder, each.base_revision) for each in configs}
+        ((base, subfolder, revision), *others) = found
+        if base is None or others:
+            names = sorted(" ".join(filter(None, each)) or "none" for each in found)
+            raise NotHFError(f"{what}, and they name {', '.join(names)}; give it: base=...")
+        where = {"revision": revision, "subfolder": subfolder or ""}
+    try:
+        return DonorModel.from_base(base, configs[0].span, **where)
+    except OSError as error:
+        raise OSError(
+            f"{what}, which cannot be read: {one_line(error)}; to use another copy, give it: base="
+        ) from error
 
 
 def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
-    """Make the config of an average: the place of the first donor, and the training data of all.
+    """Make the config of a combination: the place of the first donor, and the training data of all.
 
     Raises:
         IncompatibleDonorError: The donors have different spans or configs.

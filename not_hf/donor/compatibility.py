@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import LayerDescription, computing_differences
 from not_hf.architecture.splicing import require_counted, spliced_config
+from not_hf.architecture.stack import layers_config
 from not_hf.architecture.twin import meta_twin
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.modeling import DonorModel
@@ -268,8 +269,10 @@ def _donor_config(donor: DonorLike, hub_kwargs: dict[str, Any]) -> DonorConfig:
 
 def _recipient_config(recipient: RecipientLike, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
     if isinstance(recipient, PreTrainedConfig):
-        return recipient
-    if isinstance(recipient, PreTrainedModel):
-        return getattr(recipient, "base_config", recipient.config)  # without organs
-    with reading_repo(os.fspath(recipient)):
-        return AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)
+        config = recipient
+    elif isinstance(recipient, PreTrainedModel):
+        config = getattr(recipient, "base_config", recipient.config)  # without organs
+    else:
+        with reading_repo(os.fspath(recipient)):
+            config = AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)
+    return layers_config(config)

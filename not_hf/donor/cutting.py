@@ -17,8 +17,8 @@ from transformers.quantizers import AutoQuantizationConfig
 from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.splicing import spliced_config
-from not_hf.architecture.stack import Stack, find_stack
-from not_hf.architecture.tables import STORED_NAMES
+from not_hf.architecture.stack import Stack, find_stack, layers_config, saved_class
+from not_hf.architecture.tables import STORED_NAMES, TEXT_PREFIXES
 from not_hf.architecture.twin import meta_twin, require_loadable
 from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, resolve_commit
 from not_hf.cards.license import inherit_license
@@ -71,7 +71,7 @@ class StoredBase:
     name: str
     revision: str | None  # commit on the Hub
     config: PreTrainedConfig
-    prefix: str  # name of the base model in the causal LM
+    prefixes: tuple[str, ...]  # what may stand before the path of the stack
     path: str
     hub_kwargs: Mapping[str, Any]
     quantization: dict[str, Any] | None = None  # for transformers to dequantize the weights, if quantized
@@ -83,7 +83,7 @@ class StoredBase:
             CorruptDonorError: A layer of the span has no tensors.
             OSError: The checkpoint cannot be read.
         """
-        span_pattern = layer_pattern(self.prefix, self.path, span)
+        span_pattern = layer_pattern(self.prefixes, self.path, span)
         views = open_part(self.name, span_pattern, f"layers-{span[0]}-{span[1]}", **self.hub_kwargs)
         tensors: dict[str, Any] = {}
         present = set()
@@ -92,7 +92,7 @@ class StoredBase:
             assert match is not None  # as `open_part` selected it
             new = f"{self.path}.{int(match[1]) - span[0]}.{match[2]}"
             if new in tensors:
-                raise CorruptDonorError(f"{self.name} holds {name} twice, with and without the prefix {self.prefix!r}")
+                raise CorruptDonorError(f"{self.name} holds {name} twice, with another prefix or without")
             tensors[new] = view
             present.add(int(match[1]))
         if absent := set(range(*span)) - present:
@@ -101,21 +101,21 @@ class StoredBase:
 
     def outside(self) -> dict[str, Any]:
         """Return lazy views of all tensors outside the layers; only their bytes are downloaded."""
-        outside = re.compile(f"(?!{layer_pattern(self.prefix, self.path).pattern})")
+        outside = re.compile(f"(?!{layer_pattern(self.prefixes, self.path).pattern})")
         return open_part(self.name, outside, "outside-layers", **self.hub_kwargs)
 
 
-def layer_pattern(prefix: str, path: str, span: Span | None = None) -> re.Pattern[str]:
+def layer_pattern(prefixes: Sequence[str], path: str, span: Span | None = None) -> re.Pattern[str]:
     """Compile a pattern for names of tensors in layers; its groups are the layer's number and the name in the layer.
 
     Args:
-        prefix: Name of the base model in a causal LM (`model`, `transformer`), which a checkpoint may omit.
+        prefixes: Names of the base model in a model with a head (`model`, `transformer`), which a checkpoint may omit.
         path: Path of the stack in the base model (`layers`, `h`, `decoder.layers`).
         span: Layers to match; `None`: all.
     """
     number = r"\d+" if span is None else "|".join(map(str, range(*span)))
-    prefixes = "|".join(map(re.escape, (prefix, *STORED_NAMES)))
-    return re.compile(rf"(?:(?:{prefixes})\.)?{re.escape(path)}\.({number})\.(.+)")
+    before = "|".join(re.escape(f"{prefix}.") for prefix in (*prefixes, *STORED_NAMES))
+    return re.compile(rf"(?:{before})?{re.escape(path)}\.({number})\.(.+)")
 
 
 def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any) -> LiveBase | StoredBase:
@@ -136,7 +136,7 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
         if getattr(base.config, "quantization_config", None) is not None:
             raise _quantized(base.config.name_or_path or "the live model")
         stack = find_stack(base)
-        return LiveBase(base.config.name_or_path or None, base.config, stack.path, base, stack)
+        return LiveBase(base.config.name_or_path or None, layers_config(base.config), stack.path, base, stack)
     try:
         name = os.fspath(base)
     except TypeError as error:
@@ -153,11 +153,13 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
 
 def stored_base(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, Any]) -> StoredBase:
     """Find the stack of a stored base from its config; `hub_kwargs` have a pinned revision. Raises as `open_base`."""
-    stack, commit = meta_twin(config).stack, commit_of(hub_kwargs.get("revision"))
+    stack, commit = meta_twin(config, saved_class(config)).stack, commit_of(hub_kwargs.get("revision"))
     quantization = _dequantization(config)
     if getattr(config, "quantization_config", None) is not None and quantization is None:
         raise _quantized(name)
-    return StoredBase(name, commit, config, stack.base, stack.path, hub_kwargs, quantization)
+    native = layers_config(config)
+    prefixes = (stack.base, *(TEXT_PREFIXES if native is not config else ()))
+    return StoredBase(name, commit, native, prefixes, stack.path, hub_kwargs, quantization)
 
 
 def _quantized(name: str | None) -> UnsupportedArchitectureError:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf.architecture import upstream
+from not_hf.architecture.file_layout import forget_conversions
 from not_hf.architecture.layers import is_finite, silence
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
@@ -285,7 +286,7 @@ class DonorModel(StrippedModel):
         except RuntimeError as error:  # from transformers' conversion of the tensors
             raise CorruptDonorError(f"{source}: {one_line(error, 300)}") from error
         organ, info = loaded
-        upstream.forget_conversions(organ)
+        forget_conversions(organ)
         return organ, info
 
     def save_pretrained(  # type: ignore[override]

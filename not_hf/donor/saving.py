@@ -65,8 +65,8 @@ def write_donor(
     require_donor_folder(folder)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
-    card = updated_card(folder, donor.config, num_parameters, size, repo_id)  # raises before anything is written
     with contextlib.nullcontext(draft) if draft else replacing(folder, is_main_process) as place:
+        card = updated_card(folder, donor.config, num_parameters, size, repo_id)
         try:
             PreTrainedModel.save_pretrained(donor, place, is_main_process, dict(tensors), **kwargs)
         except SafetensorError as error:  # of its own kind, when the disk is full

@@ -1,14 +1,15 @@
-"""The tokenizer of a donor: that of its base, copied into the donor's folder if the base is local."""
+"""The tokenizer or processor of a donor: that of its base, copied into the donor's folder if the base is local."""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
+from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import AUTO_KWARGS, HUB_KWARGS
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError, reading_base
@@ -19,11 +20,13 @@ logger = logging.getLogger(__name__)
 class DonorTokenizer:
     """Redirects `AutoTokenizer.from_pretrained(donor)` to the donor's base."""
 
+    auto_class: ClassVar[Any] = AutoTokenizer
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *inputs: Any, **kwargs: Any
-    ) -> PreTrainedTokenizerBase:
-        """Load the tokenizer of the base, at its recorded revision. Arguments as in `AutoTokenizer`."""
+    ) -> Any:
+        """Load that of the base, at its recorded revision. Arguments as in the Auto class."""
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         config = DonorConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         if not config.base_model_name_or_path:
@@ -41,18 +44,27 @@ class DonorTokenizer:
             base_config = AutoConfig.from_pretrained(base, **where, **shared)
             if isinstance(base_config, DonorConfig):
                 raise NotHFError(f"{pretrained_model_name_or_path} names {base} as its base, which is a donor")
-            return AutoTokenizer.from_pretrained(base, *inputs, **where, **kwargs)
+            return cls.auto_class.from_pretrained(base, *inputs, **where, **kwargs)
+
+
+class DonorProcessor(DonorTokenizer):
+    """Redirects `AutoProcessor.from_pretrained(donor)` to the donor's base."""
+
+    auto_class = AutoProcessor
 
 
 def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
     """Save the tokenizer of a local base in `draft`, unless `folder`, to which the draft is moved, has one.
 
-    A tokenizer with code of its own is left out, with a warning: saving a donor runs no code, and asks nothing.
+    Of a base for images or sounds, the processor is saved, of which the tokenizer is a part. A tokenizer with code of
+    its own is left out, with a warning: saving a donor runs no code, and asks nothing.
     """
     if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
         return
     try:
-        AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(draft)
+        config = AutoConfig.from_pretrained(base)
+        auto_class: Any = AutoTokenizer if layers_config(config) is config else AutoProcessor
+        auto_class.from_pretrained(base, trust_remote_code=False).save_pretrained(draft)
     except (OSError, ValueError) as error:  # a base without a tokenizer is still a base
         if "trust_remote_code" in str(error):
             logger.warning(

@@ -19,6 +19,8 @@ from not_hf.hub.folder_lock import locked
 
 # Prefix of the temporary folders; Trainer does not upload names that begin with _
 DRAFT = "_not_hf-draft-"
+# Prefix of those with the files that are being replaced
+_REPLACED = f"{DRAFT}replaced-"
 # Names of weight files; group 1 or 3 is the variant
 _WEIGHTS = re.compile(r"model(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.\w+)?\.json")
 
@@ -28,7 +30,7 @@ def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> I
     """Write into a temporary folder, whose files move into `folder` when the block ends.
 
     If the block or the move fails, `folder` stays as it was. Weights of an earlier save that the new files do not
-    overwrite are removed, and so are the temporary folders of saves that were killed. Other saves into `folder` wait.
+    overwrite are removed. What a killed save left is put back or removed first. Other saves into `folder` wait.
 
     Args:
         folder: The donor's folder; created if missing.
@@ -45,13 +47,12 @@ def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> I
     existed = os.path.isdir(folder)
     try:
         with locked(folder) as is_locked:
+            if is_locked:  # so no other save is under way
+                _clear_up(Path(folder))
             # inside its destination, so that files need only be renamed
             with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder) as draft:
                 yield draft
                 _move(Path(draft), Path(folder))
-            if is_locked:  # so nobody else has a draft there
-                for abandoned in Path(folder).glob(f"{DRAFT}*"):
-                    shutil.rmtree(abandoned, ignore_errors=True)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):  # not empty: somebody else has written to it
@@ -121,7 +122,7 @@ def _move(draft: Path, folder: Path) -> None:
     present = [file for place in places if place.is_dir() for file in place.iterdir() if file.is_file()]
     stale = stale_weights((file.relative_to(folder).as_posix() for file in present), written)
     replaced = [path for path in (*reversed(written), *stale) if (folder / path).exists()]
-    with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder) as aside:
+    with tempfile.TemporaryDirectory(prefix=_REPLACED, dir=folder) as aside:
         moves = [(folder / path, Path(aside, path)) for path in replaced]
         moves += [(draft / path, folder / path) for path in written]
         done: list[tuple[Path, Path]] = []
@@ -137,6 +138,17 @@ def _move(draft: Path, folder: Path) -> None:
             for place in filter(Path.exists, new_folders):
                 place.rmdir()
             raise
+
+
+def _clear_up(folder: Path) -> None:
+    """Remove the temporary folders of killed saves, after the files that one of them was replacing are back."""
+    for replaced in folder.glob(f"{_REPLACED}*"):
+        if not (folder / CONFIG_NAME).exists():  # the last to arrive
+            for path in sorted(files_in(replaced), key=_rank):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(replaced / path, folder / path)
+    for draft in folder.glob(f"{DRAFT}*"):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _rank(path: str) -> tuple[bool, bool]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from not_hf.architecture.upstream import fetch_file
@@ -53,7 +54,7 @@ class View:
     def __getitem__(self, index: Any) -> torch.Tensor:
         if self.dtype not in DTYPES:
             raise CorruptDonorError(f"{self.path} holds a tensor of dtype {self.dtype}, which cannot be read here")
-        dtype = getattr(torch, DTYPES[self.dtype])
+        dtype = torch_dtype(self.dtype)
         start, end = self.data_offsets
         if start == end:
             return torch.empty(self.shape, dtype=dtype)[index]
@@ -66,9 +67,39 @@ class View:
             own = own.clone()
         return torch.empty(0, dtype=dtype, device="cpu").set_(own).reshape(self.shape)[index]
 
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """Read the values in order, as flat tensors of at most `CHUNK` bytes; nothing is mapped or kept.
+
+        Raises:
+            CorruptDonorError: The file has changed.
+        """
+        start, end = self.data_offsets
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            for left in range(end - start, 0, -CHUNK):
+                values = bytearray(file.read(min(CHUNK, left)))
+                self._require_unchanged()
+                yield torch.frombuffer(values, dtype=torch_dtype(self.dtype))
+
     def _require_unchanged(self) -> None:
         if _identity(self.path) != self.identity:
             raise CorruptDonorError(f"{self.path} was written to while it was read; try again")
+
+
+CHUNK = 8 << 20  # bytes, whole numbers of values of every dtype
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of torch that safetensors calls so; `KeyError` if there is none."""
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
+
+
+def hollow(tensors: Mapping[str, View | TensorInfo]) -> dict[str, torch.Tensor]:
+    """Tensors like those in files, on the meta device; `KeyError` if one has a dtype that torch lacks."""
+    return {
+        name: torch.empty(each.shape, dtype=torch_dtype(each.dtype), device="meta") for name, each in tensors.items()
+    }
 
 
 EVERY = re.compile("")  # matches each name

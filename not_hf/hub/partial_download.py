@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import TensorInfo
+from huggingface_hub.utils import TensorInfo, WeakFileLock
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from not_hf.architecture.upstream import commit_of
@@ -69,6 +70,27 @@ def open_part(
     prefix, pieces = _assemble(located)
     gather(pieces, prefix, part, f"{repo} {name}", fresh)
     return open_file(str(part))
+
+
+@contextlib.contextmanager
+def borrow_part(source: str | os.PathLike[str], names: Iterable[str], **hub_kwargs: Any) -> Iterator[dict[str, View]]:
+    """Open tensors of these names as `open_part` does, but keep nothing that was fetched after the block.
+
+    What an interruption leaves is kept, so that the next call goes on where it was. Processes that borrow the same
+    tensors wait for each other.
+    """
+    ordered = sorted(names)
+    wanted = re.compile(rf"(?:{'|'.join(map(re.escape, ordered))})\Z")
+    name = f"tensors-{hashlib.sha256(repr(ordered).encode()).hexdigest()[:16]}"
+    commit = commit_of(hub_kwargs.get("revision"))
+    if commit is None or os.path.isdir(source):
+        yield open_part(source, wanted, name, **hub_kwargs)
+        return
+    part = _part_file(os.fspath(source), commit, name, hub_kwargs)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(part.with_name(f"{part.name}.borrowed")):
+        yield open_part(source, wanted, name, **hub_kwargs)
+        part.unlink(missing_ok=True)
 
 
 def list_tensors(

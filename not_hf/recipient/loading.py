@@ -15,6 +15,7 @@ from not_hf.architecture.devices import execution_device, follow
 from not_hf.architecture.differences import computing_differences
 from not_hf.architecture.layers import require_finite, settle
 from not_hf.architecture.scaling import require_scalable
+from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
 from not_hf.composition.check import validate
 from not_hf.composition.resolve import ResolvedOrgan, resolve_organ
@@ -46,7 +47,11 @@ def read_donor(
     def read() -> tuple[ResolvedOrgan, list[DonorModel], list[str]]:
         organ = resolve_organ(source, hub_kwargs)
         fit = validate([organ], surgery.base_config, list(others))
-        return organ, load_donors([organ], attention_of(model.config), hub_kwargs, verify), fit.differences
+        return (
+            organ,
+            load_donors([organ], attention_of(surgery.stack(model).base_model.config), hub_kwargs, verify),
+            fit.differences,
+        )
 
     return read_steadily(source.donor, read)
 
@@ -136,8 +141,8 @@ def _fit_organ(
     if others := computing_differences(spec.organ, surgery.base_config):
         logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))
     there = None if repo is None else Repo(repo, resolved.revision, resolved.subfolder)
-    here = Repo(model.config.name_or_path, surgery.base_revision, surgery.base_subfolder)
-    if tokens := vocabulary_differences(spec, model.config, there, here, cache_dir):
+    here = Repo(surgery.base_name, surgery.base_revision, surgery.base_subfolder)
+    if tokens := vocabulary_differences(spec, layers_config(model.config), there, here, cache_dir):
         logger.warning("organ %r was cut from a model with another vocabulary: %s", organ.name, some(tokens))
     return organ
 

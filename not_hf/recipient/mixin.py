@@ -4,69 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from not_hf.architecture.file_layout import forget_conversions
 from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
 from not_hf.architecture.scaling import require_scalable, scale_problem
-from not_hf.architecture.upstream import forget_conversions
+from not_hf.architecture.stack import layers_config
 from not_hf.cards.common import warn_once
-from not_hf.cards.description import as_html, describe_organ
 from not_hf.composition.layout import require_free_names
 from not_hf.composition.sources import DonorLike, OrganSource
-from not_hf.config import DonorConfig
+from not_hf.donor.averaging import BaseLike, Combination
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
+from not_hf.recipient.averaging import average
 from not_hf.recipient.loading import fit_organs, read_donor
-from not_hf.recipient.organ import DonorStatus, Organ, average
+from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import require_own_modules
-from not_hf.recipient.surgery import Surgery
+from not_hf.recipient.views import ModelWithOrgans
 from not_hf.recipient.without_donors import WithoutDonors
 
-if TYPE_CHECKING:
-    _Native = PreTrainedModel  # each instance is also of a native class
-else:
-    _Native = object
 
-
-class Recipient(_Native):
+class Recipient(ModelWithOrgans):
     """A native model with organs: mixed into the native class of a model."""
-
-    @property
-    def _surgery(self) -> Surgery:
-        """The state of the model, after what Ctrl-C has interrupted was undone or completed."""
-        surgery: Surgery = vars(self)["_surgery"]
-        surgery.repair(self)
-        return surgery
-
-    def extra_repr(self) -> str:
-        """List the organs, for `print(model)`."""
-        lines = [super().extra_repr()]
-        for name, organ in self._surgery.organs.items():
-            state = "" if name in self.active_donors else ", not active"
-            lines.append(f"organ {name!r}: {describe_organ(organ.config)}{state}")
-        return "\n".join(filter(None, lines))
-
-    def _repr_html_(self) -> str:
-        return as_html(self.donor_config)
-
-    @property
-    def active_donors(self) -> list[str]:
-        """Names of the active organs, in load order."""
-        return self._surgery.active
-
-    @property
-    def base_config(self) -> PreTrainedConfig:
-        """Config of the recipient without organs."""
-        return self._surgery.base_config
-
-    @property
-    def donor_config(self) -> dict[str, DonorConfig]:
-        """Configs of the loaded organs by name, with their `position`, `mode` and `scale` in this model."""
-        return {name: organ.config for name, organ in self._surgery.organs.items()}
 
     def load_donor(
         self,
@@ -137,7 +100,8 @@ class Recipient(_Native):
         require_own_modules(self._surgery, organ)
         if scale != 1:
             require_scalable(self._surgery.stack(self), organ.layers)
-        self._surgery.changes.make(lambda: organ.rescale(float(scale)), lambda: None)
+        changes = self._surgery.changes
+        changes.make(lambda: organ.rescale(float(scale), changes), lambda: None)  # undone within
 
     def hotswap_donor(
         self,
@@ -174,7 +138,7 @@ class Recipient(_Native):
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
             )
         new.rescale(old.config.scale)
-        surgery.changes.make(lambda: old.take_over(new), lambda: None)
+        surgery.changes.make(lambda: old.take_over(new, surgery.changes), lambda: None)  # undone within
 
     def add_weighted_donor(
         self,
@@ -182,35 +146,32 @@ class Recipient(_Native):
         weights: Sequence[float] | None,
         donor_name: str,
         combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        base: BaseLike | None = None,
     ) -> None:
-        """Average loaded organs into a new one, which is frozen and inactive.
+        """Combine loaded organs into a new one, which is frozen and inactive.
 
         Args:
             donors: Names of two or more loaded organs of one span. The new organ has the place of the first, and
                 scale 1.
-            weights: As in `average_donors`, like `combination_type` and the errors.
+            weights: As in `average_donors`, like `combination_type`, `density`, `majority_sign_method` and the errors.
             donor_name: Name of the new organ.
+            base: What the organs were cut from, for what training changed. `None`: the recipient, if it is their
+                base, else the base that they name, of which only these layers are read.
 
         Raises:
             NotHFError: An organ is not loaded or has modules added to it (LoRA), or the new name is taken.
         """
+        combination = Combination(combination_type, density, majority_sign_method)
         surgery, unknown = self._surgery, [name for name in donors if name not in self._surgery.organs]
         self._named(unknown)
         require_free_names([donor_name], list(surgery.organs))
         chosen = [surgery.organs[name] for name in donors]
         for organ in chosen:
             require_own_modules(surgery, organ)
-        averaged = average(chosen, weights, donor_name, combination_type)
+        averaged = average(surgery, chosen, weights, donor_name, combination, base)
         surgery.change(self, lambda: surgery.add(averaged))
-
-    def get_donor_status(self) -> dict[str, DonorStatus]:
-        """Describe the loaded organs by name, in load order: place, scale, trainable parameters, …"""
-        surgery = self._surgery
-        places = {id(layer): n for n, layer in enumerate(surgery.stack(self).layers)}
-        return {
-            name: organ.status([places[id(layer)] for layer in organ.layers if id(layer) in places])
-            for name, organ in surgery.organs.items()
-        }
 
     def delete_donor(self, donor_name: str) -> None:
         """Remove an organ; the others stay."""
@@ -261,7 +222,7 @@ class Recipient(_Native):
     ) -> nn.Embedding:
         """As in transformers; also updates `base_config`."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self._surgery.base_config.vocab_size = self.config.vocab_size
+        self._surgery.base_config.vocab_size = layers_config(self.config).vocab_size
         return embeddings
 
     def get_base_model(self) -> PreTrainedModel:
@@ -269,18 +230,6 @@ class Recipient(_Native):
         view = self._surgery.native_class.__new__(self._surgery.native_class)
         view.__dict__ = {key: value for key, value in self.__dict__.items() if key != "_surgery"}
         return view
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Count the trainable parameters and all parameters."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the number and share of trainable parameters, as in PEFT."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
 
     def _named(self, names: str | Sequence[str]) -> list[str]:
         """Check that organs are loaded, and return their names in load order."""

@@ -1,4 +1,4 @@
-"""`TransplantedForCausalLM` and `TransplantedForMaskedLM`: native language models with organs.
+"""`Transplanted`: native models with organs.
 
 A native model is extended in place by a dynamic subclass of its class, as in torch's `fully_shard`: its signature,
 flags, state-dict keys, hooks and `isinstance` stay native. The subclass has the native name, which pipelines, trainers
@@ -15,16 +15,10 @@ from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from not_hf.architecture.stack import head_class, is_encoder
-from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of
+from not_hf.architecture.stack import require_head
+from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of, native_classes
 from not_hf.cards.common import warn_once
 from not_hf.cards.license import inherit_license
 from not_hf.composition.check import Fit, validate
@@ -32,7 +26,7 @@ from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import NotHFError, UnsupportedArchitectureError, reading_base
+from not_hf.errors import NotHFError, reading_base
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
 from not_hf.recipient.loading import fit_organs, load_donors
@@ -45,7 +39,7 @@ from not_hf.recipient.trainer_card import keep_card_from_trainers
 
 
 class Transplanted(Recipient):
-    """Base class of `TransplantedForCausalLM` and `TransplantedForMaskedLM`."""
+    """Base class of `TransplantedForCausalLM` and of the classes for other heads."""
 
     config_class = DonorConfig  # for the Auto classes; the config of an instance is native
     native_auto_class: ClassVar[Any]  # loads the recipient
@@ -109,7 +103,9 @@ class Transplanted(Recipient):
         def read() -> tuple[Resolved, Fit, list[DonorModel]]:
             resolved = resolve(first, donor, source, config, base_kwargs)
             fit = validate(resolved.organs, resolved.base_config, present)
-            cls._require_head(resolved.base_config)
+            require_head(resolved.base_kwargs["config"] if live is None else live.config, cls.native_auto_class)
+            if live is not None:
+                cls._require_class(live)
             attention = base_kwargs.get("attn_implementation") or attention_of(resolved.base_config)
             return resolved, fit, load_donors(resolved.organs, attention, resolved.shared, verify)
 
@@ -134,7 +130,7 @@ class Transplanted(Recipient):
         if not isinstance(config, DonorConfig):
             return super()._from_config(config, **kwargs)
         native = config.native_config("base_config")
-        cls._require_head(native)
+        require_head(native, cls.native_auto_class)
         base = cls.native_auto_class.from_config(native, **kwargs)
         return cls.from_pretrained(base, DonorModel(copy.deepcopy(config)))
 
@@ -228,14 +224,14 @@ class Transplanted(Recipient):
         )
 
     @classmethod
-    def _require_head(cls, config: PreTrainedConfig) -> None:
-        """Check that the recipient is for this class, not for the other of the two."""
-        if head_class(config) is cls.native_auto_class:
-            return
-        kind, other = ("an encoder", "MaskedLM") if is_encoder(config) else ("a causal LM", "CausalLM")
-        raise UnsupportedArchitectureError(
-            f"model_type {config.model_type!r} is {kind}; use TransplantedFor{other}, or AutoModelFor{other}"
-        )
+    def _require_class(cls, live: PreTrainedModel) -> None:
+        """Check that a live recipient has the head of this class."""
+        kinds = native_classes(cls.native_auto_class, live.config)
+        if kinds and not isinstance(live, kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise NotHFError(
+                f"{cls.__name__} takes a {names}, not a {type(live).__name__}; use the class for that head"
+            )
 
     @classmethod
     def _load_base(cls, resolved: Resolved, is_scaffold: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -266,51 +262,9 @@ class Transplanted(Recipient):
         return cast(Self, base)
 
 
-class TransplantedForCausalLM(Transplanted):
-    """A causal LM with organs, made by `from_pretrained`: an instance of its native class (`LlamaForCausalLM`, …) too.
-
-    Examples:
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from not_hf import DonorModel, TransplantedForCausalLM
-        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
-        >>> donor = DonorModel.from_base(base, layers=(1, 3))
-        >>> model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="kjv")
-        >>> model.active_donors, model.config.num_hidden_layers
-        (['kjv'], 6)
-        >>> with model.disable_donors():
-        ...     model.config.num_hidden_layers
-        4
-        >>> native = model.merge_and_unload()
-    """
-
-    native_auto_class = AutoModelForCausalLM
-
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
-        native: Any = super()
-        with self._surgery.changes.watched():
-            return native.generate(*args, **kwargs)
-
-
-class TransplantedForMaskedLM(Transplanted):
-    """A masked LM with organs, made by `from_pretrained`: an instance of its native class (`BertForMaskedLM`, …) too.
-
-    Examples:
-        >>> from transformers import BertConfig, BertForMaskedLM
-        >>> from not_hf import DonorModel, TransplantedForMaskedLM
-        >>> shape = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
-        >>> base = BertForMaskedLM(BertConfig(**shape, num_hidden_layers=4))
-        >>> model = TransplantedForMaskedLM.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
-        >>> model.config.num_hidden_layers
-        6
-    """
-
-    native_auto_class = AutoModelForMaskedLM
-
-
 @functools.cache
 def _transplanted_class(kind: Any, native: Any) -> Any:
-    """Return the subclass of `kind` (one of the two classes, or a subclass made here) and `native`."""
+    """Return the subclass of `kind` (a class of `heads`, or a subclass made here) and `native`."""
     kind = next(each for each in kind.__mro__ if "native_auto_class" in vars(each))
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
     return type(native.__name__, (kind, native), {**names, "config_class": native.config_class})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +15,8 @@ from not_hf.architecture.scaling import scaled_parameters, unscaled
 from not_hf.architecture.twin import meta_twin
 from not_hf.composition.layout import Place
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.donor.averaging import combined, combined_config
 from not_hf.errors import NotHFError
+from not_hf.recipient.changes import Changes
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,12 @@ class Organ:
                 require_finite([layer], self.name, {})
 
     @torch.no_grad()
-    def rescale(self, scale: float) -> None:
+    def rescale(self, scale: float, changes: Changes | None = None) -> None:
         """Change the scale, in place; 1 restores the weights exactly.
+
+        Args:
+            scale: A finite number.
+            changes: Those of the model that the organ is in.
 
         Raises:
             NotHFError: The organ was trained at scale 0, or a scaled weight overflows its dtype; nothing is changed.
@@ -140,10 +144,10 @@ class Organ:
         def bookkeep() -> None:
             self.originals, self.config.scale = originals, scale
 
-        self._overwrite(parameters, values, bookkeep)
+        self._overwrite(parameters, values, bookkeep, changes)
 
     @torch.no_grad()
-    def take_over(self, other: Organ) -> None:
+    def take_over(self, other: Organ, changes: Changes) -> None:
         """Copy the weights and config of `other`, which has the same structure and scale; keep the place."""
         ours, theirs = (nn.ModuleList(organ.layers).state_dict() for organ in (self, other))
         config = copy.copy(other.config)
@@ -153,45 +157,34 @@ class Organ:
             self.config, self.spec, self.originals = config, other.spec, other.originals
             self.repo, self.revision = other.repo, other.revision
 
-        self._overwrite(ours, theirs, bookkeep)
+        self._overwrite(ours, theirs, bookkeep, changes)
 
     def _overwrite(
-        self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], bookkeep: Callable[[], None]
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        values: Mapping[str, torch.Tensor],
+        bookkeep: Callable[[], None],
+        changes: Changes | None,
     ) -> None:
         """Copy values into tensors and note it; restore both if that fails or is interrupted."""
         before = {name: tensor.clone() for name, tensor in tensors.items()}
         noted, scale = dict(vars(self)), self.config.scale
-        try:
+
+        def overwrite() -> None:
             for name, tensor in tensors.items():
                 tensor.copy_(values[name])
             bookkeep()
-        except BaseException:
+
+        def restore() -> None:
             vars(self).update(noted)
             self.config.scale = scale
             for name, tensor in tensors.items():
                 tensor.copy_(before[name])
-            raise
+
+        (changes or Changes()).make(overwrite, restore)
 
     def at_scale_one(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the unscaled value of `tensor`, named `<layer>.<name in the layer>`; raises as `unscaled`."""
         if name not in self.originals:
             return tensor
         return unscaled(tensor, self.originals[name].to(tensor.device), self.config.scale)
-
-
-def average(organs: Sequence[Organ], weights: Sequence[float] | None, name: str, combination_type: str) -> Organ:
-    """Average organs into a new one in the place of the first, which is frozen and inactive.
-
-    Other arguments and errors as in `average_donors`.
-    """
-    states = [nn.ModuleList(organ.layers).state_dict() for organ in organs]
-    at_one = [
-        {key: organ.at_scale_one(key, tensor) for key, tensor in state.items()}
-        for organ, state in zip(organs, states, strict=True)
-    ]
-    tensors = combined(at_one, weights, combination_type)
-    config = combined_config([organ.config for organ in organs])
-    layers = nn.ModuleList(copy.deepcopy(layer) for layer in organs[0].layers)
-    layers.load_state_dict(tensors)
-    layers.requires_grad_(False)
-    return Organ(name, config, config.check(), list(layers), active=False)

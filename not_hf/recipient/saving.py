@@ -102,8 +102,8 @@ def save_organs(
     tensors = [tensor for state in states.values() for tensor in state.values()]
     num_parameters = sum(tensor.numel() for tensor in tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    card = updated_card(folder, config, num_parameters, size, repo_id)  # raises before anything is written
     with replacing(folder, is_main_process) as draft:
+        card = updated_card(folder, config, num_parameters, size, repo_id)
         digests: dict[str, str] = {}
         for name, shell in shells.items():
             place = os.path.join(folder, name)
@@ -150,7 +150,7 @@ def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
 def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> DonorModel:
     """Build a `DonorModel` on the meta device, in the organ's dtype unless told; the recipient is its base."""
     config = copy.deepcopy(organ.config)
-    if name := surgery.base_config.name_or_path:
+    if name := surgery.base_name:
         if surgery.base_revision or name != config.base_model_name_or_path:
             config.base_revision, config.base_subfolder = surgery.base_revision, surgery.base_subfolder
         config.base_model_name_or_path = name

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, spliced_device_map
 from not_hf.architecture.differences import describe, native_differences
@@ -25,7 +25,7 @@ from not_hf.architecture.splicing import (
     splice_config,
     spliced_config,
 )
-from not_hf.architecture.stack import Stack, find_stack
+from not_hf.architecture.stack import Stack, find_stack, layers_config, with_layers_config
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange, require_free_names
@@ -57,7 +57,10 @@ class Surgery:
         self._where = (stack.base, stack.path)
         self.is_scaffold = is_scaffold  # without the base's own layers, though positions count them
         self.base_layers: list[nn.Module] = list(self.stack(model).layers)
-        self.base_config = copy.deepcopy(model.config)
+        self.base_config = copy.deepcopy(layers_config(model.config))
+        self._model_config = copy.deepcopy(
+            model.config
+        )  # has `base_config` in it, if the model is more than a text model
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # the base's
         self.base_revision = base_revision  # commit, if known
         self.base_subfolder = base_subfolder
@@ -105,11 +108,19 @@ class Surgery:
 
     def twin(self, placed: list[PlacedLayer]) -> Twin:
         """Return the native model of that stack's config, on the meta device."""
-        return meta_twin(spliced_config(self.base_config, [origin for _, origin in placed]), self.native_class)
+        return self._twin(spliced_config(self.base_config, [origin for _, origin in placed]))
 
     def base_twin(self) -> Twin:
         """Return that of the base, with all its layers."""
-        return meta_twin(self.base_config, self.native_class)
+        return self._twin(self.base_config)
+
+    def _twin(self, config: PreTrainedConfig) -> Twin:
+        return meta_twin(with_layers_config(self._model_config, config), self.native_class)
+
+    @property
+    def base_name(self) -> str:
+        """Folder or Hub ID of the base; empty if unknown."""
+        return str(self._model_config.name_or_path)
 
     def differences(self, placed: list[PlacedLayer]) -> list[str]:
         """List the differences of those live layers from the layers of the native model."""
@@ -196,13 +207,15 @@ class Surgery:
             values = {key: copy.deepcopy(getattr(self.base_config, key)) for key in values}
         attributes = self._attributes(placed)
 
-        stack, config = self.stack(model), model.config
+        stack = self.stack(model)
+        config = stack.base_model.config
         standing = {id(layer) for layer in stack.layers}
         entering = [layer for layer, _ in placed if id(layer) not in standing]
         reference = dict(stack.layers[0].named_modules()) if stack.layers else {}
         forget_capture_hooks(model, stack.full_path, entering)
         for key, value in values.items():
             setattr(config, key, value)
+            setattr(layers_config(model.config), key, value)  # the same object, or what was copied
         for (path, key), value in attributes.items():
             setattr(model.get_submodule(path), key, value)
         for n, (layer, _) in enumerate(placed):

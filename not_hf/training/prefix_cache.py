@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,23 @@ def prefix_folder(folder: str | os.PathLike[str] | None) -> Path:
     return found
 
 
+@dataclass(frozen=True)
+class _Store:
+    """Hidden states at the entry, of one state of what lies below.
+
+    Args:
+        key: Digest of that state; the name of the store's folder.
+        rows: The hidden states by row.
+        dtype: dtype that they are stored in.
+        computed: dtype that the model computes them in.
+    """
+
+    key: str
+    rows: RowStore
+    dtype: torch.dtype
+    computed: torch.dtype
+
+
 class PrefixCache:
     """Runs the frozen layers below the organ once for each row of a batch, and stores the result on disk.
 
@@ -54,9 +72,6 @@ class PrefixCache:
     Raises:
         NotHFError: No layer lies below a trainable one. `hidden` raises it when something in `below` is trainable.
     """
-
-    key: str
-    rows: RowStore
 
     def __init__(
         self,
@@ -80,6 +95,7 @@ class PrefixCache:
         about = _settings(forward.model, entry, dtype, mixed_precision)
         self._model_key = PrefixKey(forward.model, below, around, about)
         self._is_off = False
+        self.store: _Store | None = None  # opened with the first batch
 
     def forget(self) -> None:
         """Look at every byte below the organ before the next batch."""
@@ -96,26 +112,27 @@ class PrefixCache:
         Returns:
             Hidden states, `(batch, seq, hidden)`; `None` where they depend on what cannot be followed.
         """
-        if not self._follow():
+        store = self._follow()
+        if store is None:
             return None
         ids = inputs["input_ids"]  # (batch, seq)
         keys, lengths = row_keys(inputs)
-        if all(key in self.rows for key in keys):
-            width = self.forward.model.config.hidden_size
-            rows = [self.rows.read(key, (n, width), self.dtype) for key, n in zip(keys, lengths, strict=True)]
+        if all(key in store.rows for key in keys):
+            width = self.forward.stack.base_model.config.hidden_size
+            rows = [store.rows.read(key, (n, width), store.dtype) for key, n in zip(keys, lengths, strict=True)]
             found = [row for row in rows if row is not None]  # a damaged one is computed again
             if len(found) == len(rows):
-                batch = torch.zeros(*ids.shape, width, dtype=self.dtype)
+                batch = torch.zeros(*ids.shape, width, dtype=store.dtype)
                 for into, row in zip(batch, found, strict=True):
                     into[: len(row)] = row
-                return batch.to(ids.device, self._computed)
-        hidden = self.forward.run_to(self.entry, inputs).to(self.dtype)
+                return batch.to(ids.device, store.computed)
+        hidden = self.forward.run_to(self.entry, inputs).to(store.dtype)
         for key, length, row in zip(keys, lengths, hidden, strict=True):
-            self.rows.write(key, row[:length])
-        return hidden.to(self._computed)
+            store.rows.write(key, row[:length])
+        return hidden.to(store.computed)
 
-    def _follow(self) -> bool:
-        """Open the store of the model as it is now; return whether there can be one."""
+    def _follow(self) -> _Store | None:
+        """Return the store of the model as it is now, if there can be one."""
         key = self._model_key.current()
         if hook := self._model_key.foreign_hook():
             if not self._is_off:
@@ -125,14 +142,14 @@ class PrefixCache:
                     hook,
                 )
             self._is_off = True
-            return False
-        if key != getattr(self, "key", None):
+            return None
+        if self.store is None or self.store.key != key:
             self._require_frozen()
             token = torch.zeros(1, 1, dtype=torch.long, device=self.forward.model.device)
-            self._computed = self.forward.run_to(self.entry, {"input_ids": token}).dtype
-            self.dtype = self._given_dtype or self._computed
-            self.key, self.rows = key, RowStore(self.folder / key, self.max_bytes)
-        return True
+            computed = self.forward.run_to(self.entry, {"input_ids": token}).dtype
+            rows = RowStore(self.folder / key, self.max_bytes)
+            self.store = _Store(key, rows, self._given_dtype or computed, computed)
+        return self.store
 
     def _require_frozen(self) -> None:
         below = {id(parameter) for module in self._below for parameter in module.parameters()}

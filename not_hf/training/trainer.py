@@ -143,6 +143,8 @@ class DonorTrainer(Trainer):
         native = model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: None)()
         if not isinstance(native, PreTrainedModel):
             raise NotHFError(f"DonorTrainer needs a model of transformers, got {type(model).__name__}")
+        if native.get_output_embeddings() is None:
+            raise NotHFError(f"DonorTrainer needs a language model, got {type(native).__name__}; use Trainer")
         return native
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -11,10 +11,11 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 
 from local_hub import Hub
-from not_hf import DonorModel, TransplantedForCausalLM
+from not_hf import DonorModel, TransplantedForCausalLM, TransplantedForMaskedLM
 from not_hf.cards import common as readme
 from not_hf.cards.merged import merged_card
 from testing.commands import done, failed
+from testing.donors import tiny_organ
 from testing.models import tiny_model
 
 TAGS = ["merge", "neural-organ-transplantation", "arxiv:2601.13580"]
@@ -83,6 +84,11 @@ def test_the_commit_is_the_one_that_was_loaded(recipient, organ, tmp_path):
     text = merged_card(model, tmp_path).text
     assert f"`{first}`" in text and commit(organ) not in text
     assert "| 0 | `replace` |" in text and "| Layers | 4; the recipient has 4 |" in text
+
+
+def test_the_card_of_an_encoder_fills_masks(tmp_path):
+    model = TransplantedForMaskedLM.from_pretrained(tiny_model("bert"), tiny_organ(1, "bert"))
+    assert 'pipeline("fill-mask", model=model)\nprint(pipe(f"In the {pipe' in merged_card(model, tmp_path).text
 
 
 def test_what_is_not_on_the_hub_is_left_out_with_a_warning(recipient, organ, base_folder, tmp_path, caplog):

@@ -29,7 +29,10 @@ def quick(name: str, folder: Path, *options: str | Path, form: str = "--quick") 
 
 
 def test_extract(tmp_path):
-    """A cut from the Hub serves and holds little more than the organ; the second one reads nothing."""
+    """A cut from the Hub serves and holds little more than the organ; the second one reads nothing.
+
+    A merge holds little more than a tensor, and writes what one in memory writes, which the benchmark asserts.
+    """
     printed, found = quick("extract.py", tmp_path)
     assert "served / organ" in printed
     ways = found["ways"]
@@ -39,6 +42,13 @@ def test_extract(tmp_path):
     # 1.00 in the full run; in an organ of this size connections and buffers weigh up to 0.2
     assert all(ways[way]["memory_per_organ_byte"] <= 1.3 for way in ("range", "again", "folder"))
     assert ways["whole"]["bytes_per_organ_byte"] > 2
+    merges, bounds = found["merges"], found["bounds"]
+    for way in ("merge-folder", "merge-hub"):
+        assert merges[way]["built_because"] is None
+        # buffers and connections weigh up to 40 MB, whatever the size of the model
+        assert merges[way]["memory_growth"] < 1.5 * bounds["largest_tensor"] + bounds["layer"] + 40e6
+    assert merges["merge-memory"]["memory_growth"] > merges["merge-memory"]["merged_bytes"]
+    assert found["model_bytes"] * 0.99 < merges["merge-hub"]["bytes_served"] < found["model_bytes"] * 1.02
 
 
 def test_runtime(tmp_path):
@@ -103,13 +113,13 @@ def test_spans(tmp_path, demo_base):
     assert again == printed and rescored["texts"]["kjv"]["spans"] == text["spans"]
 
 
-def test_scaffold(tmp_path):
+def test_scaffold(tmp_path, demo_base):
     """An organ trained alone is held with embeddings and head only, and goes into the whole base."""
-    printed, found = quick("scaffold.py", tmp_path)
+    printed, found = quick("scaffold.py", tmp_path, "--cache", demo_base.parent)
     assert "| layers | trained |" in printed
     (span,) = found["spans"].values()
     start, whole, alone = (span["organs"][way] for way in ("untrained", "in the recipient", "alone"))
-    assert whole["trained"] == alone["trained"] == whole["parameters"] - alone["parameters"]  # 2 of 4 layers
+    assert 2 * whole["trained"] == 2 * alone["trained"] == whole["parameters"] - alone["parameters"]  # 2 of 6 layers
     assert start["replace"] == found["base"] != start["insert"]
     assert alone["in_the_scaffold"] != start["in_the_scaffold"]
     assert len({row[mode]["domain"] for row in span["organs"].values() for mode in ("replace", "insert")}) == 8
@@ -129,3 +139,13 @@ def test_train(tmp_path):
         assert run["seconds"] > 0 and run["trained"] > 0 and run["file_bytes"] > 4 * run["trained"]
     assert found["runs"][0]["time_to_reference"] == 1
     assert (tmp_path / "found.png").stat().st_size > 10_000
+
+
+def test_lora_export(tmp_path, demo_base):
+    """At full rank the adapter is the organ; at rank 1 it lies between it and the base."""
+    printed, found = quick("lora_export.py", tmp_path, "--cache", demo_base.parent)
+    base, organ, low, full, bare = found["rows"]
+    assert "| rank 1 |" in printed
+    assert full["domain"] == pytest.approx(organ["domain"], rel=1e-3) and full["same_tokens"] == found["prompts"]
+    assert organ["domain"] < low["domain"] < base["domain"]
+    assert low["bytes"] < bare["bytes"] < full["bytes"] and low["error"] > 0.1 > full["error"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import interleave_datasets
 from huggingface_hub import HfApi
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import not_hf
 from not_hf import DonorModel, load_text, pack
@@ -47,11 +47,16 @@ def page_id(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def repos(hub, tmp_path_factory) -> Path:
-    """`me/gpt2` and `me/gpt2-medium`: 12 layers each, of different width; two donors; pickled layers."""
+    """`me/gpt2` and `me/gpt2-medium`: 12 layers each, of different width; a classifier; two donors; pickled layers."""
     folder = tmp_path_factory.mktemp("stand-ins")
-    for name, width in (("gpt2", 32), ("gpt2-medium", 64)):
+    kinds = {
+        "gpt2": (GPT2LMHeadModel, 32),
+        "gpt2-medium": (GPT2LMHeadModel, 64),
+        "gpt2-reviews": (GPT2ForSequenceClassification, 32),
+    }
+    for name, (kind, width) in kinds.items():
         config = GPT2Config(n_embd=width, n_head=4, n_layer=12, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
-        GPT2LMHeadModel(config).save_pretrained(folder / name)
+        kind(config).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
         HfApi().upload_folder(repo_id=HfApi().create_repo(f"me/{name}").repo_id, folder_path=folder / name)
     DonorModel.from_base("me/gpt2", (4, 7)).push_to_hub("me/gpt2-kjv")
@@ -111,6 +116,7 @@ def sharing(scope: dict, printed: str) -> None:
 def deployment(scope: dict, printed: str) -> None:
     assert "model.safetensors" in {path.name for path in Path("gpt2-kjv-merged").iterdir()}
     assert "base_model_relation: merge" in Path("gpt2-kjv-merged/README.md").read_text("utf-8")
+    assert "GPT2LMHeadModel 15 None" in printed
 
 
 def mixtures(scope: dict, printed: str) -> None:

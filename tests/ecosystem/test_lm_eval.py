@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from not_hf import TransplantedForCausalLM
-from testing import EXAMPLES
+from testing import EXAMPLES, ROOT
 from testing.donors import organ
 from testing.models import tiny_tokenizer
 
@@ -68,7 +69,19 @@ def accuracy(model) -> float:
 def test_scores_of_an_organ_by_its_id(base_repo, task, tmp_path):
     base, donor_id = base_repo("llama"), "me/evaluated"
     organ(base, 1).push_to_hub(donor_id)
-    command = [sys.executable, "-m", "not_hf.run", "lm_eval", "--model", "hf", "--device", "cpu", "--tasks", "words"]
+    command = [
+        sys.executable,
+        "-m",
+        "not_hf.cli",
+        "run",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--device",
+        "cpu",
+        "--tasks",
+        "words",
+    ]
     command += ["--model_args", f"pretrained={donor_id},dtype=float32", "--include_path", str(task)]
     command += ["--log_samples", "--output_path", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -126,8 +139,14 @@ def test_the_example(base_folder, task, tmp_path, monkeypatch, capsys):
         assert printed.endswith(f"{expected}base alone: words acc {accuracy(model):.4f}\n")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--model", "hf"]])
-def test_run_says_how_it_is_used(arguments):
-    done = subprocess.run([sys.executable, "-m", "not_hf.run", *arguments], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("usage: python -m not_hf.run MODULE [ARGS]")
+def test_run_passes_on_what_follows_the_module(tmp_path):
+    """Options too, among them those that not-hf has itself."""
+    tool = tmp_path / "a_tool.py"
+    tool.write_text(
+        "import sys, transformers; print(sys.argv[1:], transformers.AutoConfig.for_model('not_donor').mode)"
+    )
+    command = [sys.executable, "-m", "not_hf.cli", "run", "a_tool", "--help", "-x", "1", "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    )
+    assert done.stdout.strip() == "['--help', '-x', '1', '--json'] insert"

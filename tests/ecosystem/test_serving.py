@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import socket
 import subprocess
 import sys
@@ -16,10 +16,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from not_hf import TransplantedForCausalLM
-from testing import EXAMPLES
 from testing.donors import organ
 
-SERVE = EXAMPLES / "serve.py"
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 PROMPT = "w5 w6 w7"
 
@@ -36,7 +34,7 @@ def free_port() -> int:
 def served(request, base_folder, tmp_path_factory) -> Iterator[tuple[str, str, str]]:
     """Address of a server, the model it serves, and what that model makes of the prompt.
 
-    The organ goes through our example, the merged model through plain `transformers serve`.
+    The organ goes through `not-hf serve`, the merged model through plain `transformers serve`.
     """
     base, folder = str(base_folder("llama")), str(tmp_path_factory.mktemp(request.param))
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1)).eval()
@@ -44,23 +42,26 @@ def served(request, base_folder, tmp_path_factory) -> Iterator[tuple[str, str, s
     tokenizer.chat_template = CHAT
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=6, do_sample=False)
-    command = [sys.executable, str(SERVE)]
+    command, name = [sys.executable, "-m", "not_hf.cli", "serve"], Path(folder).name
     if request.param == "merged":
         model.merge_and_unload().save_pretrained(folder)
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
+        command, name = [sys.executable, "-m", "transformers.cli.transformers", "serve"], folder
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     port = free_port()
     command += [folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    temporary = tmp_path_factory.mktemp("served")
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(address, server)
-        yield address, folder, tokenizer.decode(out[0, ids.shape[1] :])
+        yield address, name, tokenizer.decode(out[0, ids.shape[1] :])
     finally:
         server.terminate()
         server.communicate(timeout=30)
+    assert not list(temporary.glob("not-hf-serve-*"))  # nothing is left behind
 
 
 def wait_for(address: str, server: subprocess.Popen, seconds: float = 120) -> None:
@@ -101,7 +102,9 @@ def test_transformers_chat(served):
     assert expected in " ".join(done.stdout.split())
 
 
-def test_plain_serve_does_not_find_the_class():
-    """Why there is an example: when this fails, `python -m not_hf.run transformers.cli.transformers serve` will do."""
-    source = Path(importlib.util.find_spec("transformers.cli.serving.model_manager").origin).read_text("utf-8")
-    assert "getattr(transformers, config.architectures[0])" in source
+def test_a_donor_that_cannot_be_merged_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "not_hf.cli", "serve", "me/nothing"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: me/nothing") and done.stderr.count("\n") == 1

@@ -115,36 +115,62 @@ def test_processes_that_write_nothing_do_not_wait(several, base, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_the_next_save_removes_what_killed_saves_left(base, tmp_path, caplog):
+@pytest.fixture(scope="module")
+def half_saved(base, tmp_path_factory) -> Path:
+    """Organ 1 and a card with words of its owner; saving it again was killed before the new config arrived."""
+    folder = tmp_path_factory.mktemp("killed")
     code = f"""
 import os, signal
 from not_hf import DonorModel
 replace = os.replace
 def killed(source, target):
-    if str(target) == {str(tmp_path / "config.json")!r}:
+    if str(target) == {str(folder / "config.json")!r}:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
-donor = DonorModel.from_pretrained({str(tmp_path)!r})
+donor = DonorModel.from_pretrained({str(folder)!r})
 os.replace = killed
-donor.save_pretrained({str(tmp_path)!r})
+donor.save_pretrained({str(folder)!r})
 """
-    organ(base, 1).save_pretrained(tmp_path)
-    (tmp_path / "_drafts").mkdir()  # somebody's own
+    organ(base, 1).save_pretrained(folder)
+    with (folder / "README.md").open("a") as card:
+        card.write("\nIts owner's words.\n")
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == -9
-    assert len(list(tmp_path.glob(f"{DRAFT}*"))) == 2  # the new files, and the old ones
-    organ(base, 2).save_pretrained(tmp_path)
-    assert holds(tmp_path, organ(base, 2))
-    assert not list(tmp_path.glob(f"{DRAFT}*")) and (tmp_path / "_drafts").exists()
+    assert len(list(folder.glob(f"{DRAFT}*"))) == 2  # the new files, and the old ones
+    return folder
+
+
+@pytest.fixture
+def killed(half_saved, tmp_path) -> Path:
+    return shutil.copytree(half_saved, tmp_path / "donor")
+
+
+@pytest.mark.slow
+def test_the_next_save_removes_what_killed_saves_left(base, killed, caplog):
+    (killed / "_drafts").mkdir()  # somebody's own
+    organ(base, 2).save_pretrained(killed)
+    assert holds(killed, organ(base, 2))
+    assert "Its owner's words." in (killed / "README.md").read_text()
+    assert not list(killed.glob(f"{DRAFT}*")) and (killed / "_drafts").exists()
     assert not caplog.records  # nobody waits for a process that is gone
 
 
-def test_a_save_that_fails_keeps_what_a_killed_save_left(tmp_path):
-    """It may be the only copy of the files of before."""
-    (tmp_path / f"{DRAFT}12345678").mkdir()
-    with pytest.raises(OSError, match="full"), replacing(tmp_path):
+def test_a_save_that_fails_puts_back_what_a_killed_save_was_replacing(base, killed):
+    with pytest.raises(OSError, match="full"), replacing(killed):
         raise OSError("full")
-    assert (tmp_path / f"{DRAFT}12345678").exists()
+    assert holds(killed, organ(base, 1)) and "Its owner's words." in (killed / "README.md").read_text()
+
+
+def test_a_save_that_was_killed_at_its_end_is_kept(base, killed):
+    (draft,) = (
+        folder
+        for folder in killed.glob(f"{DRAFT}*")
+        if (folder / "config.json").exists() and "replaced" not in folder.name
+    )
+    os.replace(draft / "config.json", killed / "config.json")
+    (killed / "README.md").write_text("new")
+    with pytest.raises(OSError, match="full"), replacing(killed):
+        raise OSError("full")
+    assert (killed / "README.md").read_text() == "new" and not list(killed.glob(f"{DRAFT}*"))
 
 
 def test_a_composition_does_not_write_through_a_link(base, tmp_path):

@@ -24,7 +24,8 @@ from not_hf import (
     TransplantedForCausalLM,
     compose,
 )
-from not_hf.hub.partial_download import list_tensors
+from not_hf.architecture.upstream import resolve_commit
+from not_hf.hub.partial_download import borrow_part, list_tensors
 from testing.commands import is_one_line
 from testing.cuts import FAULTS, SPAN, WIDE, cut, is_cut, nbytes, push, ranges, weights
 from testing.models import tiny_model, tiny_tokenizer
@@ -55,6 +56,25 @@ def test_a_second_cut_reads_nothing(repo, hub, model):
     assert is_cut(cut(repo, revision=HfApi().model_info(repo).sha), model)
     assert not weights(hub)
     assert is_cut(DonorModel.from_base(repo, (2, 4)), model, (2, 4)) and weights(hub)  # another span is another matter
+
+
+def test_what_is_borrowed_is_deleted_when_nobody_reads_it_any_more(repo, hub, model, cache):
+    names = ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
+    where, read = {"revision": resolve_commit(repo, {})}, []
+
+    def borrow() -> None:
+        with borrow_part(repo, names, **where) as views:
+            read.append({name: torch.cat(list(view.chunks())) for name, view in views.items()})
+
+    other = threading.Thread(target=borrow)
+    with borrow_part(repo, names, **where) as views:
+        other.start()
+        other.join(0.5)
+        assert other.is_alive() and not read
+        assert views.keys() == set(names) and all(Path(view.path).exists() for view in views.values())
+    other.join(30)
+    assert not list(cache.rglob("*.safetensors"))
+    assert all(torch.equal(read[0][name], model.state_dict()[name].flatten()) for name in names)
 
 
 def test_force_download_reads_again(repo, hub, model):

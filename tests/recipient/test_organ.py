@@ -62,23 +62,26 @@ def test_a_swap_for_another_kind_is_refused_whole(other, message, token_ids):
     assert torch.equal(logits(model, token_ids), before)
 
 
+@pytest.mark.parametrize("interrupts", [{3}, {3, 5}], ids=["changing", "changing and restoring"])
 @pytest.mark.parametrize("change", ["swap", "scale"])
-def test_a_change_that_breaks_off_leaves_the_weights(change, token_ids, monkeypatch):
+def test_a_change_that_breaks_off_leaves_the_weights(change, interrupts, token_ids, monkeypatch):
     model = transplanted(("default", tiny_organ(1), {}))
     model.set_donor_scale("default", 0.5)
-    before, held = logits(model, token_ids), model._surgery.organs["default"]
+    before, held, changes = logits(model, token_ids), model._surgery.organs["default"], model._surgery.changes
     other = transplanted(("default", tiny_organ(2), {}))._surgery.organs["default"]
     real, calls = torch.Tensor.copy_, []
 
-    def breaks_once(self, *args, **kwargs):
+    def breaks(self, *args, **kwargs):
         calls.append(self)
-        if len(calls) == 3:
+        if len(calls) in interrupts:
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "copy_", breaks_once)
+    make = {"swap": lambda: held.take_over(other, changes), "scale": lambda: held.rescale(0.25, changes)}
+    monkeypatch.setattr(torch.Tensor, "copy_", breaks)
     with pytest.raises(KeyboardInterrupt):
-        held.take_over(other) if change == "swap" else held.rescale(0.25)
+        changes.make(make[change], lambda: None)
+    assert len(calls) > max(interrupts)
     monkeypatch.undo()
     assert torch.equal(logits(model, token_ids), before) and held.config.scale == 0.5
     model.set_donor_scale("default", 1)

@@ -236,9 +236,9 @@ def test_a_hook_that_cannot_be_followed_turns_the_cache_off_and_says_so(where, t
     said = [record.getMessage() for record in caplog.records if "cache_prefix is off" in record.getMessage()]
     assert len(said) == 1 and where in said[0]
     remove()
-    hits = cached._stack.prefix.rows.hits
+    hits = cached._stack.prefix.store.rows.hits
     assert cached.evaluate()["eval_loss"] == without
-    assert cached._stack.prefix.rows.hits == hits + 4
+    assert cached._stack.prefix.store.rows.hits == hits + 4
 
 
 def test_hooks_that_only_look_leave_the_cache_on(tmp_path, caplog):
@@ -248,7 +248,7 @@ def test_hooks_that_only_look_leave_the_cache_on(tmp_path, caplog):
     trainer = made(model, tmp_path, cache_prefix=True, eval_dataset=rows(4))
     for _ in range(2):
         trainer.evaluate()
-    assert trainer._stack.prefix.rows.hits == 4 and not caplog.records
+    assert trainer._stack.prefix.store.rows.hits == 4 and not caplog.records
 
 
 def test_models_that_accelerate_has_placed_are_cached(tmp_path):
@@ -258,7 +258,7 @@ def test_models_that_accelerate_has_placed_are_cached(tmp_path):
     trainer = made(model, tmp_path, cache_prefix=True, eval_dataset=rows(4))
     for _ in range(2):
         trainer.evaluate()
-    assert trainer._stack.prefix.rows.hits == 4
+    assert trainer._stack.prefix.store.rows.hits == 4
 
 
 def test_only_what_changed_is_read_again(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_padding_on_the_right_is_not_kept(tmp_path):
     cached = made(model := recipient(), tmp_path / "b", texts, data_collator=collate, cache_prefix=True)
     cached.train()
     assert_close((losses(cached), organ(model)), plain, 1e-3)
-    assert len(cached._stack.prefix.rows) == 10  # whatever length their batches had
+    assert len(cached._stack.prefix.store.rows) == 10  # whatever length their batches had
     size = sum(file.stat().st_size for file in (tmp_path / "b/prefixes").glob("*/*.rows"))
     assert size == sum(range(4, 14)) * 32 * 4
 
@@ -150,7 +150,7 @@ def test_weights_position_and_precision_have_caches_of_their_own(tmp_path):
         model = options.pop("model", None) or recipient()
         trainer = made(model, tmp_path, cache_prefix=True, max_steps=1, **options)
         trainer.train()
-        return trainer._stack.prefix.key
+        return trainer._stack.prefix.store.key
 
     other = recipient()
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_evaluation_uses_the_cache_and_gives_the_loss_of_trainer(tmp_path):
         found = trainer.evaluate()
         for name in held_out:
             assert found[f"eval_{name}_loss"] == pytest.approx(plain[f"eval_{name}_loss"], abs=1e-5)
-    assert trainer._stack.prefix.rows.hits == 8
+    assert trainer._stack.prefix.store.rows.hits == 8
 
 
 def test_evaluating_in_another_dtype(tmp_path):

@@ -1,0 +1,204 @@
+"""The public classes of recipients, one for each head that transformers has an Auto class for.
+
+They differ in the Auto class that loads the recipient; those that generate text guard `generate`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+    PreTrainedConfig,
+)
+
+from not_hf.architecture.stack import head_class, saved_class
+from not_hf.architecture.upstream import native_classes
+from not_hf.recipient.modeling import Transplanted
+
+
+class Generating(Transplanted):
+    """Base class of those that generate text."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
+        native: Any = super()
+        with self._surgery.changes.watched():
+            return native.generate(*args, **kwargs)
+
+
+class TransplantedForCausalLM(Generating):
+    """A causal LM with organs, made by `from_pretrained`: an instance of its native class (`LlamaForCausalLM`, …) too.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, TransplantedForCausalLM
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> donor = DonorModel.from_base(base, layers=(1, 3))
+        >>> model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="kjv")
+        >>> model.active_donors, model.config.num_hidden_layers
+        (['kjv'], 6)
+        >>> with model.disable_donors():
+        ...     model.config.num_hidden_layers
+        4
+        >>> native = model.merge_and_unload()
+    """
+
+    native_auto_class = AutoModelForCausalLM
+
+
+class TransplantedForImageTextToText(Generating):
+    """A vision-language model with organs among the layers of its text model, made by `from_pretrained`.
+
+    An organ of the text model alone fits, and the other way round, where both have the same layers.
+
+    Examples:
+        >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+        >>> from not_hf import DonorModel, TransplantedForImageTextToText
+        >>> shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> text = LlamaConfig(vocab_size=9, num_hidden_layers=4, **shape)
+        >>> vision = CLIPVisionConfig(num_hidden_layers=2, image_size=4, patch_size=2, **shape)
+        >>> config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=8)
+        >>> base = LlavaForConditionalGeneration(config)
+        >>> model = TransplantedForImageTextToText.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> model.config.text_config.num_hidden_layers
+        6
+    """
+
+    native_auto_class = AutoModelForImageTextToText
+
+
+class TransplantedForMultimodalLM(Generating):
+    """A model for text, images, sounds or videos with organs; as `TransplantedForImageTextToText`.
+
+    Examples:
+        >>> from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+        >>> from not_hf import DonorModel, TransplantedForMultimodalLM
+        >>> shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+        >>> text = {"model_type": "qwen2", "vocab_size": 9, "num_hidden_layers": 4, **shape}
+        >>> audio = {"d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+        >>> config = Qwen2AudioConfig(text_config=text, audio_config=audio, audio_token_index=8)
+        >>> base = Qwen2AudioForConditionalGeneration(config)
+        >>> model = TransplantedForMultimodalLM.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> model.config.text_config.num_hidden_layers
+        6
+    """
+
+    native_auto_class = AutoModelForMultimodalLM
+
+
+class TransplantedForMaskedLM(Transplanted):
+    """A masked LM with organs, made by `from_pretrained`: an instance of its native class (`BertForMaskedLM`, …) too.
+
+    Examples:
+        >>> from transformers import BertConfig, BertForMaskedLM
+        >>> from not_hf import DonorModel, TransplantedForMaskedLM
+        >>> shape = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> base = BertForMaskedLM(BertConfig(**shape, num_hidden_layers=4))
+        >>> model = TransplantedForMaskedLM.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> model.config.num_hidden_layers
+        6
+    """
+
+    native_auto_class = AutoModelForMaskedLM
+
+
+class TransplantedForSequenceClassification(Transplanted):
+    """A sequence classifier with organs, made by `from_pretrained`; its head is the recipient's own.
+
+    An organ that was cut from a causal LM, or trained in one, fits a classifier of the same architecture. Only organs
+    are saved: a head that is to be trained too is saved with the merged model.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2ForSequenceClassification
+        >>> from not_hf import DonorModel, TransplantedForSequenceClassification
+        >>> config = GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2, num_labels=3)
+        >>> base = GPT2ForSequenceClassification(config)
+        >>> donor = DonorModel.from_base(base, layers=(1, 3))
+        >>> model = TransplantedForSequenceClassification.from_pretrained(base, donor)
+        >>> type(model.merge_and_unload()).__name__
+        'GPT2ForSequenceClassification'
+    """
+
+    native_auto_class = AutoModelForSequenceClassification
+
+
+class TransplantedForTokenClassification(Transplanted):
+    """A token classifier with organs, made by `from_pretrained`; as `TransplantedForSequenceClassification`.
+
+    Examples:
+        >>> from transformers import BertConfig, BertForTokenClassification
+        >>> from not_hf import DonorModel, TransplantedForTokenClassification
+        >>> shape = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> base = BertForTokenClassification(BertConfig(**shape, num_hidden_layers=4))
+        >>> model = TransplantedForTokenClassification.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> model.config.num_hidden_layers
+        6
+    """
+
+    native_auto_class = AutoModelForTokenClassification
+
+
+class TransplantedForQuestionAnswering(Transplanted):
+    """A model for extractive question answering with organs; as `TransplantedForSequenceClassification`.
+
+    Examples:
+        >>> from transformers import BertConfig, BertForQuestionAnswering
+        >>> from not_hf import DonorModel, TransplantedForQuestionAnswering
+        >>> shape = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> base = BertForQuestionAnswering(BertConfig(**shape, num_hidden_layers=4))
+        >>> model = TransplantedForQuestionAnswering.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> model.config.num_hidden_layers
+        6
+    """
+
+    native_auto_class = AutoModelForQuestionAnswering
+
+
+class TransplantedModel(Transplanted):
+    """A model without a head, for embeddings, with organs; made by `from_pretrained`.
+
+    `AutoModel.from_pretrained(donor_id)` loads the organ alone, as a `DonorModel`; this class loads its base too.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> from not_hf import DonorModel, TransplantedModel
+        >>> base = GPT2Model(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> model = TransplantedModel.from_pretrained(base, DonorModel.from_base(base, layers=(1, 3)))
+        >>> type(model.merge_and_unload()).__name__
+        'GPT2Model'
+    """
+
+    native_auto_class = AutoModel
+
+
+# AutoModel is not among those that load them by ID: it loads a `DonorModel`.
+BY_ID = (
+    TransplantedForCausalLM,
+    TransplantedForImageTextToText,
+    TransplantedForMaskedLM,
+    TransplantedForMultimodalLM,
+    TransplantedForQuestionAnswering,
+    TransplantedForSequenceClassification,
+    TransplantedForTokenClassification,
+)
+
+
+def class_for(config: PreTrainedConfig) -> type[Transplanted]:
+    """The class for recipients with the head that a config names, or else for language models of that config."""
+    usual, saved = head_class(config), saved_class(config)
+    others = [kind for kind in BY_ID if kind not in (TransplantedForCausalLM, TransplantedForMaskedLM)]
+    if saved is not None and saved not in native_classes(usual, config):
+        for kind in others:
+            if saved in native_classes(kind.native_auto_class, config):
+                return kind
+    return next(kind for kind in (*BY_ID, TransplantedModel) if kind.native_auto_class is usual)

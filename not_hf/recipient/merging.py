@@ -1,0 +1,148 @@
+"""Merge a donor into its recipient from files to files: tensors are copied, and no model is built in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.utils import tqdm
+from transformers import AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from not_hf.architecture.stack import layers_config
+from not_hf.architecture.upstream import require_known, without_progress_bar
+from not_hf.cards.common import README
+from not_hf.cards.merged import merged_card
+from not_hf.hub.atomic_write import replacing
+from not_hf.hub.checkpoint import View
+from not_hf.hub.partial_download import borrow_part
+from not_hf.hub.tensor_file import write_tensors
+from not_hf.recipient.hollow import HollowMerge, NotCopiedError, OpenedMerge, OrganTensor, hollow_merge, open_merge
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model that was written.
+
+    Args:
+        folder: Where.
+        architecture: Name of its native class.
+        num_layers: Number of its layers.
+        num_parameters: Number of its parameters.
+        built_because: Why the whole model was built in memory; `None` if tensors were copied from file to file.
+    """
+
+    folder: str
+    architecture: str
+    num_layers: int
+    num_parameters: int
+    built_because: str | None
+
+
+def merge_donor(
+    donor: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str = "5GB",
+    **hub_kwargs: Any,
+) -> Merged:
+    """Merge a donor or composition into its recipient: a native model with tokenizer and card, written to a folder.
+
+    Its files are those that `merge_and_unload().save_pretrained(folder)` writes, bit for bit. But tensors are copied
+    from file to file, a few megabytes at a time, so the model need not fit in memory. If a recipient on the Hub is not
+    in the cache, its bytes are fetched for one file to write after the other, and not kept.
+
+    Where the layout of the files is not that of the model (mixtures of experts, quantized recipients), the model is
+    built in memory, and a warning says so.
+
+    Args:
+        donor: Folder or Hub ID of a donor or composition.
+        folder: Folder to write; created if missing. As with any error, it is unchanged if the merge fails.
+        base: Folder or Hub ID of the recipient; `None`: the base that the donor was cut from.
+        max_shard_size: Size above which the weights are split into several files.
+        **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+    Raises:
+        IncompatibleDonorError: The organs do not fit, or a native model cannot hold them; the error lists all reasons.
+        CorruptDonorError: The donor is damaged.
+        NotHFError: The recipient is quantized.
+        OSError: A file cannot be read.
+
+    Examples:
+        >>> import tempfile
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+        >>> from not_hf import DonorModel, merge_donor
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     base, donor = f"{folder}/base", f"{folder}/donor"
+        ...     GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2)).save_pretrained(base)
+        ...     _ = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel())).save_pretrained(base)
+        ...     DonorModel.from_base(base, layers=(1, 3)).save_pretrained(donor)
+        ...     merge_donor(donor, f"{folder}/merged").num_layers
+        6
+    """
+    require_known(hub_kwargs)
+    first, second = (donor, None) if base is None else (base, donor)
+    opened, reason = open_merge(first, second, hub_kwargs), None
+    tokenizer = AutoTokenizer.from_pretrained(os.fspath(first), **hub_kwargs)
+    with replacing(folder) as draft:
+        try:
+            merge = hollow_merge(opened, folder)
+        except NotCopiedError as error:
+            reason = str(error)
+            logger.warning("the whole model is built in memory to merge %s: %s", donor, reason)
+            model = opened.kind.from_pretrained(first, second, **hub_kwargs)
+            card = merged_card(model, folder, **hub_kwargs)
+            native = model.merge_and_unload()
+            native.save_pretrained(draft, max_shard_size=max_shard_size)
+        else:
+            native, card = merge.native, merge.card
+            _copy(opened, merge, draft, max_shard_size)
+        tokenizer.save_pretrained(draft)
+        card.save(Path(draft, README))
+    num_layers = layers_config(native.config).num_hidden_layers
+    return Merged(os.fspath(folder), type(native).__name__, num_layers, native.num_parameters(), reason)
+
+
+def _copy(opened: OpenedMerge, merge: HollowMerge, folder: str, max_shard_size: int | str) -> None:
+    """Write config and weights as `save_pretrained` does, the weights tensor by tensor."""
+    with without_progress_bar():
+        merge.native.save_pretrained(folder, state_dict={})  # writes everything but weights
+    split = split_torch_state_dict_into_shards(
+        merge.tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    total = sum(tensor.nbytes for tensor in merge.tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", name="not_hf.merge") as bar:
+        for file, names in split.filename_to_tensors.items():
+            inside = {name: merge.tensors[name] for name in names}
+            wanted = {source for name in names if isinstance(source := merge.sources[name], str)}
+            with borrow_part(str(opened.resolved.base), wanted, **opened.base_where) as views:
+                write_tensors(Path(folder, file), inside, _Values(merge, views), bar.update)
+    if split.is_sharded:
+        metadata = {"total_parameters": merge.native.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        Path(folder, SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Reads the values of tensors to write."""
+
+    merge: HollowMerge
+    views: Mapping[str, View]  # of the recipient's tensors
+
+    def __call__(self, name: str) -> Iterator[torch.Tensor]:
+        source = self.merge.sources[name]
+        if isinstance(source, OrganTensor):
+            return source.values()
+        return (part.to(self.merge.tensors[name].dtype) for part in self.views[source].chunks())

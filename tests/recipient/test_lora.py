@@ -1,0 +1,186 @@
+"""Organs saved as LoRA adapters, and adapters made organs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from not_hf import (
+    DonorModel,
+    IncompatibleDonorError,
+    NotHFError,
+    TransplantedForCausalLM,
+    UnsupportedArchitectureError,
+    from_lora,
+    to_lora,
+)
+from testing.donors import moved, organ, same
+from testing.models import logits, tiny_model
+
+FULL = 48  # the rank of the widest matrix of the tiny models
+
+
+def with_replaced(model_type: str, span: tuple[int, int] = (1, 3)) -> TransplantedForCausalLM:
+    donor = moved(DonorModel.from_base(tiny_model(model_type), span, mode="replace"), 1)
+    return TransplantedForCausalLM.from_pretrained(tiny_model(model_type), donor, donor_name="kjv")
+
+
+def adapted(model_type: str, folder) -> PreTrainedModel:
+    return PeftModel.from_pretrained(tiny_model(model_type), folder)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "qwen2", "gpt_neox", "starcoder2"])
+def test_at_full_rank_the_adapter_is_the_organ(model_type, token_ids, tmp_path):
+    """Norms go along; biases do where each adapted matrix has one."""
+    model = with_replaced(model_type)
+    if model_type == "qwen2":  # which has biases at some matrices: they cannot go along, so they stay the base's
+        for ours, theirs in zip(model.model.layers, tiny_model(model_type).model.layers, strict=True):
+            for name in ("q_proj", "k_proj", "v_proj"):
+                getattr(ours.self_attn, name).bias.data.copy_(getattr(theirs.self_attn, name).bias.data)
+    matrices = to_lora(model, "kjv", tmp_path / "lora", rank=FULL)
+    assert all(matrix.error < 1e-6 for matrix in matrices)
+    lora = adapted(model_type, tmp_path / "lora")
+    torch.testing.assert_close(logits(lora, token_ids), logits(model, token_ids), atol=2e-5, rtol=1e-4)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(lora.generate(input_ids=token_ids, **options), model.generate(token_ids, **options))
+    merged = lora.merge_and_unload()
+    torch.testing.assert_close(logits(merged, token_ids), logits(model, token_ids), atol=2e-5, rtol=1e-4)
+
+
+def test_the_error_is_what_the_product_loses(tmp_path):
+    model = with_replaced("llama")
+    before = copy.deepcopy(model.state_dict())
+    errors = [to_lora(model, "kjv", tmp_path / str(rank), rank=rank) for rank in (1, 8, FULL)]
+    assert same(before, model)
+    for low, middle, full in zip(*errors, strict=True):
+        assert low.name == middle.name == full.name and 1 > low.error > middle.error > full.error
+    name = "model.layers.2.mlp.down_proj"
+    change = model.get_submodule(name).weight - tiny_model("llama").get_submodule(name).weight
+    merged = adapted("llama", tmp_path / "8").merge_and_unload()
+    held = merged.get_submodule(name).weight - tiny_model("llama").get_submodule(name).weight
+    (found,) = [matrix.error for matrix in errors[1] if matrix.name == name]
+    change, held = change.detach(), held.detach()
+    assert float((change - held).norm() / change.norm()) == pytest.approx(found, abs=1e-4)
+    values = torch.linalg.svdvals(change)
+    assert found == pytest.approx(float(values[8:].norm() / values.norm()), abs=1e-4)
+
+
+def test_files_are_those_that_servers_read(tmp_path, caplog):
+    """One rank for all, no `modules_to_save` if norms are left out, which is said; a card names the base."""
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    donor = moved(DonorModel.from_base(tmp_path / "base", (1, 3), mode="replace"), 1)
+    model = TransplantedForCausalLM.from_pretrained(tmp_path / "base", donor, donor_name="kjv")
+    caplog.set_level(logging.WARNING)
+    to_lora(model, "kjv", tmp_path / "lora", rank=4, with_norms=False)
+    assert "leaves out changes of norms and biases: model.layers.1.input_layernorm" in caplog.text
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4 and not config["rank_pattern"] and not config["modules_to_save"]
+    assert config["base_model_name_or_path"] == str(tmp_path / "base") and config["task_type"] == "CAUSAL_LM"
+    assert len(config["target_modules"]) == 14
+    card = ModelCard.load(tmp_path / "lora" / "README.md")
+    assert card.data.library_name == "peft" and "`model.layers.1.mlp.up_proj`" in card.text
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_what_lora_cannot_be_is_refused(tmp_path):
+    inserted = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(tiny_model("llama"), 1))
+    with pytest.raises(IncompatibleDonorError, match="is inserted, and LoRA adds no layers"):
+        to_lora(inserted, "default", tmp_path / "lora")
+    model = with_replaced("llama")
+    with pytest.raises(NotHFError, match="no organ named law; loaded organs: kjv"):
+        to_lora(model, "law", tmp_path / "lora")
+    with pytest.raises(NotHFError, match="rank must be a positive number, got 0"):
+        to_lora(model, "kjv", tmp_path / "lora", rank=0)
+    model.save_pretrained(tmp_path / "organ")
+    with pytest.raises(NotHFError, match="organ holds a model; choose another folder for the adapter"):
+        to_lora(model, "kjv", tmp_path / "organ")
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"cannot hold the change of model\.layers\.1\.mlp\.gate, a Mixtral"
+    ):
+        to_lora(with_replaced("mixtral"), "kjv", tmp_path / "lora")
+    untouched = DonorModel.from_base(tiny_model("llama"), (1, 3), mode="replace")
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), untouched)
+    with pytest.raises(NotHFError, match="has the recipient's own matrices; there is nothing to save"):
+        to_lora(model, "default", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+VARIANTS = {
+    "plain": {"target_modules": ["q_proj", "down_proj"]},
+    "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
+    "dora": {"target_modules": ["v_proj"], "use_dora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {r"layers\.2\.self_attn\.q_proj": 3},
+        "alpha_pattern": {"up_proj": 5},
+    },
+    "norms": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["layers.1.input_layernorm", "layers.2.input_layernorm"],
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("live", [False, True], ids=["folder", "live"])
+def test_an_adapter_becomes_an_organ(variant, live, base_folder, token_ids, tmp_path):
+    config = LoraConfig(layers_to_transform=[1, 2], init_lora_weights=False, **VARIANTS[variant])
+    lora = get_peft_model(tiny_model("llama"), config)
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "modules_to_save" in name or "magnitude" in name:
+                parameter.mul_(1.3)
+    lora.save_pretrained(tmp_path / "lora")
+    expected = logits(lora.eval(), token_ids)
+    donor = from_lora(tiny_model("llama") if live else base_folder("llama"), tmp_path / "lora")
+    assert donor.config.layers == [1, 3] and donor.config.mode == "replace"
+    donor.save_pretrained(tmp_path / "organ")
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tmp_path / "organ")
+    torch.testing.assert_close(logits(model, token_ids), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_there_and_back(base_folder, token_ids, tmp_path):
+    model = with_replaced("llama")
+    to_lora(model, "kjv", tmp_path / "lora", rank=FULL)
+    donor = from_lora(base_folder("llama"), tmp_path / "lora")
+    again = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor)
+    torch.testing.assert_close(logits(again, token_ids), logits(model, token_ids), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}, r"adapts layers \[0, 2\], which do not stand"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts modules outside of the layers, which no organ holds"),
+    ],
+)
+def test_an_adapter_that_is_no_block_of_layers_is_refused(options, message, base_folder, tmp_path):
+    get_peft_model(tiny_model("llama"), LoraConfig(**options)).save_pretrained(tmp_path)
+    with pytest.raises(NotHFError, match=message):
+        from_lora(base_folder("llama"), tmp_path)
+
+
+def test_other_adapters_are_refused(base_folder, tmp_path):
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
+    with pytest.raises(NotHFError, match="is an adapter of type PREFIX_TUNING; only LoRA can be made an organ"):
+        from_lora(base_folder("llama"), tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused(base_folder, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])
+    get_peft_model(tiny_model("llama", hidden_size=64), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit .*size mismatch"):
+        from_lora(base_folder("llama"), tmp_path)

@@ -1,0 +1,170 @@
+"""Layers under another config: the text models inside of those for images and sounds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    pipeline,
+)
+
+from not_hf import (
+    DonorModel,
+    TransplantedForCausalLM,
+    TransplantedForImageTextToText,
+    TransplantedForMultimodalLM,
+    UnsupportedArchitectureError,
+)
+from not_hf.architecture.stack import find_stack, head_class, layers_config
+from testing.donors import moved, organ, same
+from testing.models import tiny_model, tiny_tokenizer
+from testing.wrappers import WRAPPERS, prompt, wrapper
+
+pytestmark = pytest.mark.slow
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, model_type: str) -> torch.Tensor:
+    """Scores for a prompt with an image or a sound, `(batch, seq, vocab)`."""
+    return model(**prompt(model_type)).logits
+
+
+def class_for(model_type: str) -> type[TransplantedForImageTextToText | TransplantedForMultimodalLM]:
+    return TransplantedForMultimodalLM if model_type == "qwen2_audio" else TransplantedForImageTextToText
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny base, by model type."""
+    made: dict[str, Path] = {}
+
+    def get(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = tmp_path_factory.mktemp(f"{model_type}-")
+            wrapper(model_type).save_pretrained(made[model_type], max_shard_size="50KB")
+        return made[model_type]
+
+    return get
+
+
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_life_of_an_organ(model_type, mode, folder, tmp_path):
+    native = wrapper(model_type)
+    bare, tensors, config = logits(native, model_type), copy.deepcopy(native.state_dict()), native.config.to_dict()
+    donor = moved(DonorModel.from_base(folder(model_type), (1, 3), mode=mode), 1)
+    assert donor.config.base_config["model_type"] == layers_config(native.config).model_type
+    kind = class_for(model_type)
+    model = kind.from_pretrained(native, donor, donor_name="kjv")
+    depth = 6 if mode == "insert" else 4
+    assert isinstance(model, kind) and layers_config(model.config).num_hidden_layers == depth
+    expected = logits(model, model_type)
+    assert not torch.equal(expected, bare)
+    with model.disable_donors():
+        assert torch.equal(logits(model, model_type), bare)
+
+    merged = copy.deepcopy(model).merge_and_unload()
+    options = {**prompt(model_type), "max_new_tokens": 6, "do_sample": False}
+    generated = [each.generate(**options, use_cache=cached) for each in (model, merged) for cached in (True, False)]
+    assert torch.equal(generated[0], generated[2]) and torch.equal(generated[1], generated[3])
+    if model_type != "paligemma":  # it sees both sides of its prompt, which without a cache is everything so far
+        assert torch.equal(generated[0], generated[1])
+
+    model.save_pretrained(tmp_path / "organ")
+    assert same(DonorModel.from_pretrained(tmp_path / "organ"), donor)
+    again = kind.from_pretrained(folder(model_type), tmp_path / "organ")
+    assert torch.equal(logits(again, model_type), expected)
+
+    merged.save_pretrained(tmp_path / "merged")
+    reloaded = type(merged).from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(reloaded, model_type), expected)
+    assert model.unload() is native and same(native, tensors) and native.config.to_dict() == config
+
+
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_an_untouched_organ_in_its_own_place_changes_nothing(model_type, folder):
+    """Cut from files and from a live model; the config of the donor is that of the text model."""
+    base = wrapper(model_type)
+    bare = logits(base, model_type)
+    donor, live = (DonorModel.from_base(each, (1, 3), mode="replace") for each in (folder(model_type), base))
+    assert same(donor, live) and donor.config.base_config == live.config.base_config
+    model = class_for(model_type).from_pretrained(folder(model_type), donor)
+    assert torch.equal(logits(model, model_type), bare)
+
+
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_an_organ_moves_between_the_whole_and_the_text_model(model_type, folder, tmp_path):
+    base = wrapper(model_type)
+    text = head_class(layers_config(base.config)).from_config(layers_config(base.config)).eval()
+    find_stack(text).base_model.load_state_dict(find_stack(base).base_model.state_dict())
+    text.save_pretrained(tmp_path / "text")
+    of_text, of_whole = (organ(each, 1) for each in (tmp_path / "text", folder(model_type)))
+    assert same(of_text, of_whole)
+    results = [
+        logits(class_for(model_type).from_pretrained(folder(model_type), each), model_type)
+        for each in (of_text, of_whole)
+    ]
+    assert torch.equal(*results)
+    if head_class(text.config) is AutoModelForCausalLM:
+        ids = torch.tensor([[1, 5, 9, 33]])
+        first, second = (
+            TransplantedForCausalLM.from_pretrained(tmp_path / "text", each)(ids).logits
+            for each in (of_text, of_whole)
+        )
+        assert torch.equal(first, second)
+
+
+def test_the_class_for_causal_lms_names_the_other(folder):
+    with pytest.raises(
+        UnsupportedArchitectureError, match="'llava' is no causal LM; use TransplantedForImageTextToText"
+    ):
+        TransplantedForCausalLM.from_pretrained(folder("llava"), organ(folder("llava"), 1))
+    with pytest.raises(UnsupportedArchitectureError, match="no AutoModelForImageTextToText for model_type 'llama'"):
+        TransplantedForImageTextToText.from_pretrained(tiny_model("llama"), organ(tiny_model("llama"), 1))
+
+
+@pytest.mark.parametrize("where", ["folder", "repo"])
+def test_a_pipeline_takes_it_by_id(where, hub, tmp_path):
+    """The processor is that of the base, which is on the Hub or copied into the donor's folder."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    model = wrapper("llava")
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    base = str(tmp_path / "base")
+    if where == "repo":
+        base = "me/tiny-llava"
+        model.push_to_hub(base)
+        processor.push_to_hub(base)
+    else:
+        model.save_pretrained(base)
+        processor.save_pretrained(base)
+    TransplantedForImageTextToText.from_pretrained(base, organ(base, 1)).save_pretrained(tmp_path / "organ")
+    pipe = pipeline("image-text-to-text", model=str(tmp_path / "organ"), device="cpu")
+    assert isinstance(pipe.model, TransplantedForImageTextToText) and type(pipe.processor) is LlavaProcessor
+    image = Image.new("RGB", (8, 8), "red")
+    (shown,) = pipe(text="<image> w3 w5", images=image, max_new_tokens=4, do_sample=False)
+    inputs = processor(text="<image> w3 w5", images=image, return_tensors="pt")
+    expected = pipe.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert shown["generated_text"].endswith(tokenizer.decode(expected[0, -4:], skip_special_tokens=True))
+    assert type(AutoProcessor.from_pretrained(tmp_path / "organ")) is LlavaProcessor
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "organ")) == len(tokenizer)
