@@ -26,7 +26,7 @@ import not_hf
 from not_hf import DonorModel, NotHFError, UnsupportedArchitectureError
 from not_hf.architecture.upstream import native_classes
 from testing.donors import moved, organ, same
-from testing.models import TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
+from testing.models import HEADED, TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
 
 HEADS = {
     name: getattr(not_hf, name)
@@ -37,10 +37,9 @@ HEADS = {
         "TransplantedModel",
     )
 }
-MODEL_TYPES = ("llama", "gpt2", "bert", "qwen3", "gemma2", "mixtral", "opt", "falcon", "modernbert", "gpt_neox")
 PAIRS = [
     (model_type, name)
-    for model_type in MODEL_TYPES
+    for model_type in HEADED
     for name, kind in HEADS.items()
     if native_classes(kind.native_auto_class, tiny_config(model_type))
 ]

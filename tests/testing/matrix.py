@@ -7,7 +7,8 @@ import textwrap
 from collections.abc import Iterable
 
 from testing import ROOT
-from testing.models import ARCHITECTURES, ENCODERS, OTHER_STATEFUL, OTHERS, STATEFUL
+from testing.models import ARCHITECTURES, ENCODERS, HEADED, OTHER_STATEFUL, OTHERS, STATEFUL
+from testing.wrappers import WRAPPERS
 
 FEWER = "disabling, merging, saving and cached generation, without training"
 
@@ -30,6 +31,16 @@ def encoders() -> str:
     return _list(f"**Full test matrix** ({len(ENCODERS)}, tiny models)", ENCODERS)
 
 
+def heads() -> str:
+    """The list of models that were tried under other heads."""
+    return _list(f"**Tested** ({len(HEADED)}, tiny models)", HEADED)
+
+
+def wrappers() -> str:
+    """The list of models with a text model in them."""
+    return _list(f"**Tested** ({len(WRAPPERS)}, tiny models)", WRAPPERS)
+
+
 def counts() -> str:
     """The counts in the README."""
     return (
@@ -38,7 +49,12 @@ def counts() -> str:
 
 
 PAGES = {
-    ROOT / "docs" / "compatibility" / "models.md": {"matrix": matrix, "encoders": encoders},
+    ROOT / "docs" / "compatibility" / "models.md": {
+        "matrix": matrix,
+        "encoders": encoders,
+        "heads": heads,
+        "wrappers": wrappers,
+    },
     ROOT / "README.md": {"counts": counts},
 }
 

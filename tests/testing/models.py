@@ -228,6 +228,9 @@ for _rows in (ARCHITECTURES, STATEFUL, PLAIN, OTHER_STATEFUL, OTHERS, REFUSED):
     for _name in _rows.keys() - CONFIG_MAPPING.keys():  # not in this release of transformers
         del _rows[_name]
 
+# Tried under each head that transformers has for them.
+HEADED = ("llama", "gpt2", "bert", "qwen3", "gemma2", "mixtral", "opt", "falcon", "modernbert", "gpt_neox")
+
 FAST = ("gpt2", "llama", "bert")  # of the architectures, those that `make test-fast` tries
 
 
