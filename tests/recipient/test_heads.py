@@ -211,3 +211,16 @@ def test_a_new_head_on_the_base_of_a_language_model(auto_class, model_type, tmp_
 def test_donor_trainer_is_for_language_models():
     with pytest.raises(NotHFError, match="needs a language model, got LlamaForSequenceClassification; use Trainer"):
         not_hf.DonorTrainer(headed(HEADS["TransplantedForSequenceClassification"], "llama"))
+
+
+def test_sentence_transformers_loads_a_merged_model(folder, tmp_path):
+    """It pools the hidden states of the base model, here by their mean."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    base = folder(HEADS["TransplantedModel"], "bert")
+    model = HEADS["TransplantedModel"].from_pretrained(base, organ(base, 1))
+    ids = torch.tensor(AutoTokenizer.from_pretrained(base)(["w3 w5 w7"]).input_ids)
+    expected = model(ids).last_hidden_state.mean(1)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path)
+    found = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").encode(["w3 w5 w7"])
+    torch.testing.assert_close(torch.tensor(found), expected)
