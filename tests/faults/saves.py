@@ -91,11 +91,11 @@ def fill_disk(times: int, folder: Path, seed: int = 0) -> Counter[str]:
 
 
 def interrupt_saves(points: int | None, folder: Path) -> Counter[str]:
-    """Press Ctrl-C at evenly spread steps, or at all, of a save over another donor."""
+    """Press Ctrl-C at evenly spread steps, the last one among them, or at all, of a save over another donor."""
     donors, found = two_donors(), Counter[str]()
     donors["old"].save_pretrained(folder)
     steps = interrupted(lambda: save_new(donors, folder), files=SAVING)
-    for step in range(0, steps, 1 if points is None else max(1, steps // points)):
+    for step in range(steps - 1, -1, -1 if points is None else -max(1, steps // points)):
         donors["old"].save_pretrained(folder)
         interrupted(lambda: save_new(donors, folder), step, files=SAVING)
         found[found_in(folder, donors)] += 1
