@@ -57,11 +57,12 @@ def test_through_the_demos_own_hub(demo_base, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_base_of_ones_own_is_pushed_only_when_told(hub: Hub, demo_base, tmp_path):
+def test_a_base_of_ones_own_is_pushed_only_when_told(hub: Hub, demo, demo_base, tmp_path):
     text = tmp_path / "verses.txt"
     text.write_text("\n".join(f"{n} {VERSE}" for n in range(400)))
     hub.requests.clear()
-    run("--base", demo_base, "--text", text, "--layers", "3:5", "--output", tmp_path / "out")
+    options = ("--base", demo_base, "--text", text, "--layers", "3:5", "--output", tmp_path / "out")
+    assert demo.main(["--quick", "--steps", "30", "--lr", "1e-2", *map(str, options)]) == 0
     result = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert result["layers"] == [3, 5] and result["organ"] == str(tmp_path / "out" / "organ")
     assert result["perplexity"]["domain"]["change_percent"] < -15

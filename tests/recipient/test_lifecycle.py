@@ -68,7 +68,8 @@ torch.save(found, root / "found.pt")
 
 @pytest.mark.slow
 def test_merged_models_load_without_not_hf(tmp_path):
-    testers = {model_type: Tester(model_type, SETUPS["several"]) for model_type in EVERY}
+    types = ("bert", "gemma3_text", "gpt2", "gpt_oss", "llama", "mixtral", "modernbert", "qwen3_next")
+    testers = {model_type: Tester(model_type, SETUPS["several"]) for model_type in types}
     for model_type, tester in testers.items():
         folder = tmp_path / ("encoders" if model_type in ENCODERS else "decoders") / model_type
         tester.fresh().merge_and_unload().save_pretrained(folder)

@@ -61,7 +61,9 @@ def test_cached_and_uncached_train_the_same_organ(model_type, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted({*ARCHITECTURES, *EXPERTS} - {"gpt2", "opt"}))  # those have dropout
+@pytest.mark.parametrize(
+    "model_type", ["falcon_h1", "gemma2", "gpt_neox", "gpt_oss", "llama", "nemotron_h", "qwen3_5_text", "qwen3_moe"]
+)
 def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
     plain = trained(tmp_path / "a", recipient(model_type), cls=Trainer)
     assert_same(trained(tmp_path / "b", recipient(model_type), head_chunk=0), plain)
