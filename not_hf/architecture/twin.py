@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import LayerDescription, describe, outer_attributes
+from not_hf.architecture.releases import make_config
 from not_hf.architecture.stack import Stack, check_config, find_stack, head_class, is_encoder, layers_config
 from not_hf.architecture.tables import NAMES
 from not_hf.architecture.upstream import BUILDING, attention_of, built_whole
@@ -80,7 +81,7 @@ def require_loadable(config: PreTrainedConfig) -> None:
         UnsupportedArchitectureError: Its class refuses its values.
     """
     try:
-        type(config).from_dict(config.to_dict())
+        make_config(type(config), {key: value for key, value in config.to_dict().items() if key != "model_type"})
     except Exception as error:  # a native config may raise anything
         raise UnsupportedArchitectureError(
             f"no config of model_type {config.model_type!r} describes these layers: {one_line(error, 300)}"
