@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.utils import hub as transformers_hub
 
 
@@ -78,6 +79,10 @@ resolve_revision: Any = getattr(transformers_hub, "resolve_revision", pin_revisi
 def pinned_file_kwargs(revision: str | None) -> dict[str, str]:
     """How `cached_file` is told to look into the cache first, for what a commit lacks too; newer ones do so anyway."""
     return {"_commit_hash": revision} if isinstance(revision, Commit) else {}
+
+
+# Whether caches follow a stack of layers with states: tried with 5.24; those of 5.6 do not
+CACHES_FOLLOW_STATES = hasattr(LinearAttentionLayer, "is_croppable")
 
 
 def is_heterogeneous(config: PreTrainedConfig) -> bool:

@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from not_hf.architecture.releases import is_heterogeneous
+from not_hf.architecture.releases import CACHES_FOLLOW_STATES, is_heterogeneous
 from not_hf.architecture.tables import UNCUTTABLE
-from not_hf.architecture.upstream import native_classes
+from not_hf.architecture.upstream import carries_states, native_classes
 from not_hf.errors import UnsupportedArchitectureError, one_line
 
 
@@ -54,6 +54,10 @@ def find_stack(model: PreTrainedModel) -> Stack:
     config = layers_config(model.config)
     check_config(config)
     kind = f"model_type {config.model_type!r}"
+    if carries_states(model) and not CACHES_FOLLOW_STATES:
+        raise UnsupportedArchitectureError(
+            f"{kind} has layers with a state, which need a newer release of transformers"
+        )
     num_layers = getattr(config, "num_hidden_layers", None)
     paths = [
         path

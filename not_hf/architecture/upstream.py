@@ -141,6 +141,11 @@ def native_classes(auto_class: Any, config: PreTrainedConfig) -> tuple[type[PreT
     return tuple(found) if isinstance(found, tuple | list) else (found,)
 
 
+def carries_states(model: PreTrainedModel) -> bool:
+    """Whether layers of a model carry a state from token to token, beside or instead of keys and values."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
 def is_partitioned(module: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 has partitioned a module: its parameters are empty, their values on all processes."""
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())

@@ -9,6 +9,7 @@ from not_hf import DonorModel, UnsupportedArchitectureError, check_compatibility
 from not_hf.architecture.stack import head_class
 from testing.donors import SPAN
 from testing.models import REFUSED, tiny_config, tiny_model
+from testing.releases import since
 
 REFUSALS = {
     "recurrent_gemma": "changes hidden states outside of its layers",
@@ -37,6 +38,7 @@ def test_shared_weights_are_found_in_the_live_model():
         DonorModel.from_base(model, SPAN)
 
 
+@since("transformers", "5.24", "it refuses layers with states")
 def test_layers_that_take_the_embeddings_are_refused(monkeypatch):
     """As those of zamba do; a donor has no embeddings."""
     monkeypatch.setattr("not_hf.architecture.stack.UNCUTTABLE", {})

@@ -18,6 +18,8 @@ from testing.generation import generate
 from testing.models import exact_logits, tiny_config, tiny_model
 from testing.releases import since
 
+pytestmark = since("transformers", "5.24", "it refuses layers with states")
+
 LINEAR, FULL = "linear_attention", "full_attention"
 EVERY_SECOND = {"attn_layer_period": 2, "attn_layer_offset": 1}
 
@@ -46,7 +48,7 @@ def test_an_organ_fits_where_the_period_stays(token_ids, tmp_path):
     with pytest.raises(IncompatibleDonorError, match="fitting positions: 1, 3"):
         TransplantedForCausalLM.from_pretrained(base, donor, position=2)
     model = TransplantedForCausalLM.from_pretrained(base, donor, position=1)
-    assert [kind == FULL for kind in model.config.layer_types] == [False, True] * 3  # older releases say "mamba"
+    assert model.config.layer_types == [LINEAR, FULL] * 3
     assert torch.equal(generate(model), generate(model, use_cache=False))
     expected = exact_logits(model, token_ids)
     model.merge_and_unload().save_pretrained(tmp_path)
@@ -58,7 +60,6 @@ def test_a_list_that_a_config_derives_is_compared_with_that_of_the_layers():
         span_of(tiny_config("recurrent_gemma", block_types=["recurrent", "attention"]), 1, 3)
 
 
-@since("transformers", "5.24", "it may have no kimi_linear")
 def test_layers_that_a_config_numbers_from_one():
     """Kimi's configs do so beside `layer_types`; other programs read these lists."""
     kinds = {"full_attn_layers": [2, 4], "kda_layers": [1, 3], "short_conv_kernel_size": 4}

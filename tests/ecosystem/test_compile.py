@@ -14,7 +14,7 @@ from transformers import CompileConfig
 from not_hf import TransplantedForCausalLM
 from testing import EXAMPLES
 from testing.donors import organ, transplanted
-from testing.models import logits, tiny_model
+from testing.models import in_matrix, logits, tiny_model
 from testing.releases import since
 
 EXAMPLE = EXAMPLES / "fast_generation.py"
@@ -50,7 +50,7 @@ def test_compiled_logits_are_those_of_the_model(token_ids, backend):
     assert torch.equal(logits(torch.compile(model, backend=backend, fullgraph=True), token_ids), expected)
 
 
-@pytest.mark.parametrize("model_type", ["falcon_h1", "qwen3_next"])
+@pytest.mark.parametrize("model_type", in_matrix("falcon_h1", "qwen3_next"))
 def test_layers_with_a_state_compile(model_type, token_ids):
     base = tiny_model(model_type)
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), position=2)

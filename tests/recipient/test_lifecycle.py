@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from testing.lifecycle import SETUPS, Tester
-from testing.models import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, TOKEN_IDS
+from testing.models import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, TOKEN_IDS, in_matrix
 
 EVERY = (*ARCHITECTURES, *ENCODERS)
 FEW = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert")  # these in every set-up
@@ -68,7 +68,7 @@ torch.save(found, root / "found.pt")
 
 @pytest.mark.slow
 def test_merged_models_load_without_not_hf(tmp_path):
-    types = ("bert", "gemma3_text", "gpt2", "gpt_oss", "llama", "mixtral", "modernbert", "qwen3_next")
+    types = in_matrix("bert", "gemma3_text", "gpt2", "gpt_oss", "llama", "mixtral", "modernbert", "qwen3_next")
     testers = {model_type: Tester(model_type, SETUPS["several"]) for model_type in types}
     for model_type, tester in testers.items():
         folder = tmp_path / ("encoders" if model_type in ENCODERS else "decoders") / model_type

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from not_hf.architecture.releases import CACHES_FOLLOW_STATES
 from not_hf.architecture.stack import head_class
 
 VOCAB = 96
@@ -224,9 +225,16 @@ REFUSED: dict[str, dict] = {
 }
 
 
+_REFUSED_HERE = set() if CACHES_FOLLOW_STATES else {*STATEFUL, *OTHER_STATEFUL}
 for _rows in (ARCHITECTURES, STATEFUL, PLAIN, OTHER_STATEFUL, OTHERS, REFUSED):
-    for _name in _rows.keys() - CONFIG_MAPPING.keys():  # not in this release of transformers
+    for _name in (_rows.keys() - CONFIG_MAPPING.keys()) | (_rows.keys() & _REFUSED_HERE):  # by this transformers
         del _rows[_name]
+
+
+def in_matrix(*model_types: str) -> list[str]:
+    """Those of the architectures that are tried with this release of transformers."""
+    return [each for each in model_types if each in ARCHITECTURES or each in OTHERS or each in ENCODERS]
+
 
 # Tried under each head that transformers has for them.
 HEADED = ("llama", "gpt2", "bert", "qwen3", "gemma2", "mixtral", "opt", "falcon", "modernbert", "gpt_neox")

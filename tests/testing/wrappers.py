@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
 
+from not_hf.architecture.releases import CACHES_FOLLOW_STATES
 from testing.models import NUM_LAYERS, VOCAB
 
 TOKEN = 95  # stands for an image, or a part of one
@@ -179,6 +180,8 @@ WRAPPERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         _qwen_image,
     ),
 }
+if not CACHES_FOLLOW_STATES:
+    del WRAPPERS["qwen3_5"]
 
 
 def wrapper(model_type: str, seed: int = 0) -> PreTrainedModel:

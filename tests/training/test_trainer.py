@@ -27,14 +27,14 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.training.checkpoints import last_complete_checkpoint
 from not_hf.training.trainer import DonorTrainer
-from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
+from testing.models import CHECKPOINTING, in_matrix, tiny_model, tiny_tokenizer
 from testing.releases import since
 from testing.training import losses, made, organ, recipient, rows, trained
 
 OPT_DRAWS = since("transformers", "5.22", "opt draws a random number for each layer, used or not")
 ARCHITECTURES = ["bloom", "cohere", "gemma2", "gpt_neox", "gpt2", "granite", "llama", "opt", "phi3", "qwen3"]
-ARCHITECTURES += ["falcon_h1", "mamba2", "qwen3_5_text"]  # with states
-EXPERTS = ["gpt_oss", "mixtral", "nemotron_h", "qwen3_moe"]
+ARCHITECTURES += in_matrix("falcon_h1", "mamba2", "qwen3_5_text")  # with states
+EXPERTS = in_matrix("gpt_oss", "mixtral", "nemotron_h", "qwen3_moe")
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -62,7 +62,8 @@ def test_cached_and_uncached_train_the_same_organ(model_type, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model_type", ["falcon_h1", "gemma2", "gpt_neox", "gpt_oss", "llama", "nemotron_h", "qwen3_5_text", "qwen3_moe"]
+    "model_type",
+    in_matrix("falcon_h1", "gemma2", "gpt_neox", "gpt_oss", "llama", "nemotron_h", "qwen3_5_text", "qwen3_moe"),
 )
 def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
     plain = trained(tmp_path / "a", recipient(model_type), cls=Trainer)
