@@ -137,7 +137,7 @@ def test_the_class_for_causal_lms_names_the_other(folder):
 @pytest.mark.parametrize("where", ["folder", "repo"])
 def test_a_pipeline_takes_it_by_id(where, hub, tmp_path):
     """The processor is that of the base, which is on the Hub or copied into the donor's folder."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())  # all tests share it
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     model = wrapper("llava")
     model.resize_token_embeddings(len(tokenizer))
