@@ -67,9 +67,16 @@ def require_scalable(stack: Stack, layers: Sequence[nn.Module]) -> None:
     Raises:
         UnsupportedArchitectureError: A layer does not.
     """
-    kinds = {tuple(name for name, _ in layer.named_parameters()): layer for layer in layers}
-    for layer in kinds.values():
-        _require_scalable(stack, layer)
+    for n in first_of_each_kind(layers):
+        _require_scalable(stack, layers[n])
+
+
+def first_of_each_kind(layers: Sequence[nn.Module]) -> list[int]:
+    """Return the places of layers that have other parameters than all layers before them."""
+    kinds: dict[tuple[str, ...], int] = {}
+    for n, layer in enumerate(layers):
+        kinds.setdefault(tuple(name for name, _ in layer.named_parameters()), n)
+    return list(kinds.values())
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.file_layout import saved_tensors, used_conversions
 from not_hf.architecture.layers import is_finite
-from not_hf.architecture.scaling import require_scalable, scaled_parameters
+from not_hf.architecture.scaling import first_of_each_kind, require_scalable, scaled_parameters
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import saved_class
 from not_hf.architecture.twin import meta_twin
@@ -264,10 +264,7 @@ def _organ_tensors(
         UnsupportedArchitectureError: A norm undoes the scale.
     """
     if resolved.scale != 1:
-        kinds: dict[tuple[str, ...], int] = {}  # the first layer of each
-        for place, layer in enumerate(organ.layers):
-            kinds.setdefault(tuple(name for name, _ in layer.named_parameters()), place)
-        for place in kinds.values():
+        for place in first_of_each_kind(organ.layers):
             _require_scalable(resolved, place, path, files)
     scaled = {name for name, _ in scaled_parameters(organ.layers)}
     tensors = {}

@@ -6,11 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -30,6 +31,7 @@ from not_hf.errors import (
     some,
 )
 from not_hf.hub.atomic_write import replacing
+from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.surgery import Surgery
@@ -98,53 +100,34 @@ def to_lora(
     """
     from peft import LoraConfig
 
-    surgery: Surgery = model._surgery  # type: ignore[assignment]
-    organ = _exportable(model, surgery, donor_name, save_directory, rank)
-    tensors: dict[str, torch.Tensor] = {}
-    matrices, norms, biases, is_conv = [], [], [], False
-    for name, ours, theirs in _changed(surgery, organ, surgery.stack(model).full_path):
-        changes = {key: p.float() - q.float() for (key, p), (_, q) in zip(*map(_own, (ours, theirs)), strict=True)}
-        if isinstance(ours, nn.Linear | Conv1D):
-            is_conv = is_conv or isinstance(ours, Conv1D)
-            change = changes["weight"].T if isinstance(ours, Conv1D) else changes["weight"]  # (out, in)
-            down, up, error = _low_rank(change, rank)
-            dtype = ours.weight.dtype
-            tensors |= {f"{name}.lora_A.weight": down.to(dtype), f"{name}.lora_B.weight": up.to(dtype)}
-            matrices.append(LoraMatrix(name, error))
-            if "bias" in changes:
-                tensors[f"{name}.lora_B.bias"] = changes["bias"].to(dtype)
-                biases += [name] if changes["bias"].any() else []
-        elif all(parameter.ndim == 1 for _, parameter in _own(ours)):
-            norms.append(name)
-            tensors |= {f"{name}.{key}": parameter.detach().clone() for key, parameter in _own(ours) if with_norms}
-        else:
-            raise UnsupportedArchitectureError(f"LoRA cannot hold the change of {name}, a {type(ours).__name__}")
-    if not matrices:
+    if not isinstance(model, Recipient):
+        raise NotHFError(f"{type(model).__name__} has no organs; give a TransplantedForCausalLM")
+    surgery = model._surgery
+    organ = _exportable(model, donor_name, save_directory, rank)
+    adapter = _adapter(surgery, organ, surgery.stack(model).full_path, rank, with_norms)
+    if not adapter.matrices:
         raise NotHFError(f"organ {donor_name!r} has the recipient's own matrices; there is nothing to save")
-    has_bias = all(f"{matrix.name}.lora_B.bias" in tensors for matrix in matrices)
-    if not (has_bias and biases):
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("lora_B.bias")}
-    left_out = ([] if has_bias else biases) + ([] if with_norms else norms)
-    if left_out:
-        warn_once(f"the adapter leaves out changes of norms and biases: {some(left_out)}")
+    if adapter.left_out:
+        warn_once(f"the adapter leaves out changes of norms and biases: {some(adapter.left_out)}")
+    base = surgery.base_config.name_or_path
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=[matrix.name for matrix in matrices],
-        modules_to_save=norms if norms and with_norms else None,
-        lora_bias=bool(has_bias and biases),
-        fan_in_fan_out=is_conv,
-        base_model_name_or_path=surgery.base_config.name_or_path or None,
+        target_modules=[matrix.name for matrix in adapter.matrices],
+        modules_to_save=adapter.norms or None,
+        lora_bias=adapter.has_bias,
+        fan_in_fan_out=adapter.is_conv,
+        base_model_name_or_path=base or None,
         revision=surgery.base_revision,
         task_type="CAUSAL_LM" if model.can_generate() else None,
         inference_mode=True,
     )
     with replacing(save_directory) as draft:
         config.save_pretrained(draft)
-        files = {f"{_PEFT}{key}": tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        save_file(files, os.path.join(draft, "adapter_model.safetensors"), {"format": "pt"})
-        _card(surgery.base_config.name_or_path or "", rank, matrices).save(os.path.join(draft, README))
-    return matrices
+        files = {f"{_PEFT}{key}": tensor.contiguous().cpu() for key, tensor in adapter.tensors.items()}
+        Path(draft, "adapter_model.safetensors").write_bytes(safetensors.torch.save(files, {"format": "pt"}))
+        _card(base or "", rank, adapter.matrices).save(Path(draft, README))
+    return adapter.matrices
 
 
 @torch.no_grad()
@@ -236,12 +219,60 @@ def from_lora(
     return donor.requires_grad_(True)
 
 
-def _exportable(
-    model: PreTrainedModel, surgery: Surgery, name: str, folder: str | os.PathLike[str], rank: int
-) -> Organ:
+@dataclass(frozen=True)
+class _Adapter:
+    """What an adapter holds of an organ.
+
+    Args:
+        tensors: By name in the recipient.
+        matrices: The matrices that differ.
+        norms: Names of the norms that are saved whole.
+        left_out: Names of modules whose norm or bias differs and is not saved.
+        has_bias: Whether each matrix has a bias.
+        is_conv: Whether the matrices are stored as `(in, out)`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    matrices: list[LoraMatrix]
+    norms: list[str]
+    left_out: list[str]
+    has_bias: bool
+    is_conv: bool
+
+
+def _adapter(surgery: Surgery, organ: Organ, stack: str, rank: int, with_norms: bool) -> _Adapter:
+    """Approximate what an organ changes; raises `UnsupportedArchitectureError` for what is neither matrix nor norm."""
+    tensors, biases = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    matrices: list[LoraMatrix] = []
+    norms: list[str] = []
+    is_conv = False
+    for name, ours, theirs in _changed(surgery, organ, stack):
+        changes = {key: p.float() - q.float() for (key, p), (_, q) in zip(*map(_own, (ours, theirs)), strict=True)}
+        if isinstance(ours, nn.Linear | Conv1D):
+            is_conv = is_conv or isinstance(ours, Conv1D)
+            change = changes["weight"].T if isinstance(ours, Conv1D) else changes["weight"]  # (out, in)
+            down, up, error = _low_rank(change, rank)
+            dtype = ours.weight.dtype
+            tensors |= {f"{name}.lora_A.weight": down.to(dtype), f"{name}.lora_B.weight": up.to(dtype)}
+            biases |= {name: changes["bias"].to(dtype)} if "bias" in changes else {}
+            matrices.append(LoraMatrix(name, error))
+        elif all(parameter.ndim == 1 for _, parameter in _own(ours)):
+            norms.append(name)
+            tensors |= {f"{name}.{key}": parameter.detach().clone() for key, parameter in _own(ours) if with_norms}
+        else:
+            raise UnsupportedArchitectureError(f"LoRA cannot hold the change of {name}, a {type(ours).__name__}")
+    moved = [name for name, change in biases.items() if change.any()]
+    has_bias = bool(moved) and len(biases) == len(matrices)
+    if has_bias:
+        tensors |= {f"{name}.lora_B.bias": change for name, change in biases.items()}
+    left_out = ([] if has_bias else moved) + ([] if with_norms else norms)
+    return _Adapter(tensors, matrices, norms if with_norms else [], left_out, has_bias, is_conv)
+
+
+def _exportable(model: Recipient, donor_name: str, folder: str | os.PathLike[str], rank: int) -> Organ:
     """Return the organ to export, if it can be; raises as `to_lora`."""
-    if name not in surgery.organs:
-        raise NotHFError(f"no organ named {name}; loaded organs: {', '.join(surgery.organs) or 'none'}")
+    (name,) = model._named([donor_name])
+    surgery = model._surgery
     if not isinstance(rank, int) or rank < 1:
         raise NotHFError(f"rank must be a positive number, got {rank!r}")
     organ = surgery.organs[name]

@@ -184,3 +184,8 @@ def test_an_adapter_of_another_base_is_refused(base_folder, tmp_path):
     get_peft_model(tiny_model("llama", hidden_size=64), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit .*size mismatch"):
         from_lora(base_folder("llama"), tmp_path)
+
+
+def test_a_model_without_organs_is_refused(tmp_path):
+    with pytest.raises(NotHFError, match="LlamaForCausalLM has no organs; give a TransplantedForCausalLM"):
+        to_lora(tiny_model("llama"), "kjv", tmp_path)

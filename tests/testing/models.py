@@ -24,7 +24,8 @@ VOCAB = 96
 NUM_LAYERS = 4
 TOKEN_IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))  # (batch, seq), no padding
 
-_LLAMA = {
+SPECIAL = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": NUM_LAYERS,
@@ -65,34 +66,34 @@ ARCHITECTURES: dict[str, dict] = {
     },
     "bloom": {"hidden_size": 32, "n_layer": NUM_LAYERS, "n_head": 4},
     "falcon": {"hidden_size": 32, "num_hidden_layers": NUM_LAYERS, "num_attention_heads": 4},
-    "llama": _LLAMA,
-    "mistral": {**_LLAMA, "sliding_window": 6},
-    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
-    "qwen3": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "llama": LLAMA,
+    "mistral": {**LLAMA, "sliding_window": 6},
+    "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {**LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": {**LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     "qwen3_moe": {
-        **_LLAMA,
+        **LLAMA,
         "moe_intermediate_size": 16,
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "decoder_sparse_step": 2,
     },
-    "gemma2": {**_LLAMA, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma2": {**LLAMA, "sliding_window": 6, "query_pre_attn_scalar": 8},
     "gemma3_text": {
-        **_LLAMA,
+        **LLAMA,
         "sliding_window": 6,
         "query_pre_attn_scalar": 8,
         "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
     },
-    "phi3": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
-    "olmo2": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
-    "gpt_oss": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
-    "smollm3": {**{k: v for k, v in _LLAMA.items() if k != "head_dim"}, "no_rope_layers": [1, 0, 1, 1]},
-    "stablelm": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
-    "starcoder2": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
-    "cohere": {k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "phi3": {k: v for k, v in LLAMA.items() if k != "head_dim"},
+    "olmo2": {k: v for k, v in LLAMA.items() if k != "head_dim"},
+    "gpt_oss": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "smollm3": {**{k: v for k, v in LLAMA.items() if k != "head_dim"}, "no_rope_layers": [1, 0, 1, 1]},
+    "stablelm": {k: v for k, v in LLAMA.items() if k != "head_dim"},
+    "starcoder2": {k: v for k, v in LLAMA.items() if k != "head_dim"},
+    "cohere": {k: v for k, v in LLAMA.items() if k != "head_dim"},
     "granite": {
-        **{k: v for k, v in _LLAMA.items() if k != "head_dim"},
+        **{k: v for k, v in LLAMA.items() if k != "head_dim"},
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.3,
@@ -176,7 +177,7 @@ _FOURS = ("rotary_dim", "num_experts", "n_routed_experts")
 _TWOS = ("num_experts_per_tok", "n_group")
 _ONES = ("topk_group", "n_shared_experts", "first_k_dense_replace")
 _ANY = {
-    **_LLAMA,
+    **LLAMA,
     **dict.fromkeys(_WIDTHS, 32),
     **dict.fromkeys(_DEPTHS, NUM_LAYERS),
     **dict.fromkeys(_HEADS, 4),
@@ -248,8 +249,7 @@ def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
     if model_type not in _WHOLE and model_type not in ENCODERS:
         known = AutoConfig.for_model(model_type)
         own = {**{key: value for key, value in _ANY.items() if hasattr(known, key)}, **own}
-    special = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return AutoConfig.for_model(model_type, **{**special, **own, **overrides})
+    return AutoConfig.for_model(model_type, **{**SPECIAL, **own, **overrides})
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:

@@ -9,20 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
 
 from not_hf.architecture.releases import CACHES_FOLLOW_STATES
-from testing.models import NUM_LAYERS, VOCAB
+from testing.models import LLAMA, NUM_LAYERS, SPECIAL
 
 TOKEN = 95  # stands for an image, or a part of one
-_SPECIAL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_TEXT = {
-    **_SPECIAL,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
+_TEXT = {**SPECIAL, **LLAMA, "max_position_embeddings": 128}
 _GEMMA = {**_TEXT, "sliding_window": 6, "query_pre_attn_scalar": 8}
 _GEMMA["layer_types"] = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
 _TOWER = {  # as many layers as the text model has
