@@ -35,6 +35,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import HfApi, constants, repocard
 
+from not_hf.cards.common import warn_once
 from not_hf.training.data import pack
 from testing.models import FAST, TOKEN_IDS, tiny_model, tiny_tokenizer
 
@@ -70,6 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         model_type = item.callspec.params.get("model_type", FAST[0]) if hasattr(item, "callspec") else FAST[0]
         if model_type not in FAST:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def warn_again() -> None:
+    """Warnings that are told once in a process are told in each test, whichever came before."""
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from not_hf import DonorModel, DonorTrainer, NotHFError, TransplantedForCausalLM
-from not_hf.cards.common import warn_once
 from testing.models import tiny_model
 from testing.training import made, rows
 
@@ -36,7 +35,6 @@ def test_the_best_of_several_organs_is_refused_before_the_first_step(tmp_path):
 
 @pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
 def test_a_training_of_several_organs_can_be_saved_and_says_that_it_cannot_be_resumed(cls, tmp_path, caplog):
-    warn_once.cache_clear()
     made(two_organs(), tmp_path, cls=cls, **SAVING).train()
     said = [record.getMessage() for record in caplog.records if "several organs" in record.getMessage()]
     assert len(said) == 1 and "cannot be restored by a trainer" in said[0] and "from_pretrained" in said[0]
