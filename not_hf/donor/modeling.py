@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Unpack
 
 import torch
@@ -21,6 +22,15 @@ from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
 from not_hf.donor.loading import common_dtype, expert_problems, loading_problems, open_tensors, refuse
+from not_hf.donor.saved_modules import (
+    Indices,
+    attach,
+    base_stack,
+    choose_modules,
+    cut_modules,
+    is_saved,
+    saved_problems,
+)
 from not_hf.donor.saving import write_donor
 from not_hf.donor.stripped import StrippedModel
 from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line
@@ -30,7 +40,7 @@ from not_hf.limits import MAX_VALUES_BESIDE, MAX_VALUES_PER_STORED
 
 
 class DonorModel(StrippedModel):
-    """A donor: `k` layers of a causal or masked LM, without embeddings, head or final norm.
+    """A donor: `k` layers of a causal or masked LM, without embeddings, head or final norm unless they are named.
 
     It is the native base model stripped of everything but its layers. So checkpoints have the architecture's layout on
     the Hub, and masks, rotary embeddings and caches are native.
@@ -62,6 +72,8 @@ class DonorModel(StrippedModel):
         mode: str = "insert",
         init: str = "copy",
         *,
+        modules_to_save: Sequence[str] | None = None,
+        trainable_token_indices: Indices | None = None,
         domain: str | None = None,
         license: str | None = None,
         dtype: str | torch.dtype = "auto",
@@ -77,6 +89,11 @@ class DonorModel(StrippedModel):
             mode: `"insert"` before layer `position`, or `"replace"` layers `position … position + k`.
             init: `"copy"` keeps the weights; `"identity"` zeroes the output projections, or the gains of norms
                 behind them, so that an inserted organ starts as an exact no-op.
+            modules_to_save: Names of modules beside the layers that the donor holds too, such as `"embed_tokens"`,
+                `"lm_head"` or a classifier. In a recipient they are trained with the layers, and stand in the place of
+                the recipient's own while the organ is active, also if they have rows for more tokens.
+            trainable_token_indices: Ids of tokens whose rows of the input embeddings the donor holds, as in PEFT; or a
+                dict with ids by the name of the module. Where the head shares the embeddings' weight, it shares them.
             domain: Intended domain, free text.
             license: The Hub's identifier of the donor's licence; `None`: the licence on the base's card. For a live
                 model that card is read only from the cache.
@@ -97,13 +114,14 @@ class DonorModel(StrippedModel):
         source = open_base(base, **hub_kwargs)
         config = cut_config(source, layers, position, mode, init, license)
         config.domain = domain
+        if modules_to_save is not None or trainable_token_indices is not None:
+            choose_modules(config, base_stack(source), modules_to_save, trainable_token_indices)
         name, live = source.name or "the live model", isinstance(source, LiveBase)
-        tensors = source.tensors(config.span)
+        tensors, beside = source.tensors(config.span), cut_modules(source, config)
         if source.quantization is not None and dtype == "auto":
             dtype = source.config.dtype or dtype  # the tensors are packed blocks and their scales
-        return cls.from_tensors(
-            source, config, tensors, dtype, name=name, foreign=not live, quantization=source.quantization
-        )
+        options: dict[str, Any] = {"name": name, "foreign": not live, "quantization": source.quantization}
+        return cls.from_tensors(source, config, tensors, dtype, beside=beside, **options)
 
     @classmethod
     def from_tensors(
@@ -114,6 +132,7 @@ class DonorModel(StrippedModel):
         dtype: str | torch.dtype = "auto",
         *,
         name: str,
+        beside: Mapping[str, Any] = MappingProxyType({}),
         foreign: bool = False,
         quantization: dict[str, Any] | None = None,
     ) -> DonorModel:
@@ -125,10 +144,11 @@ class DonorModel(StrippedModel):
             tensors: Tensors or lazy views by their names in the base model, with layers numbered from 0.
             dtype: As in `load_tensors`, like `foreign` and the errors.
             name: Source of the tensors, for errors.
+            beside: Tensors of modules beside the layers, by their names in a checkpoint.
             foreign: Accept unexpected tensors.
             quantization: As in `fill`.
         """
-        state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
+        state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()} | dict(beside)
         options: dict[str, Any] = {"source": name, "foreign": foreign, "quantization": quantization}
         options["attn_implementation"] = upstream.attention_of(base.config) if isinstance(base, LiveBase) else None
         organ, _ = cls.load_tensors(config.check(), state, dtype, **options)
@@ -242,7 +262,8 @@ class DonorModel(StrippedModel):
             stored = sum(math.prod(tensor.shape) for tensor in tensors.values())
             kwargs["max_values"] = MAX_VALUES_PER_STORED * stored + MAX_VALUES_BESIDE
         organ, info = cls.fill(spec, tensors, dtype, *model_args, source=source, **kwargs)
-        refuse(source, loading_problems(info, partial, foreign))
+        beside = {name: tensor for name, tensor in tensors.items() if is_saved(name)}
+        refuse(source, loading_problems(info, partial, foreign) + saved_problems(spec.config, beside, partial))
         state = organ.state_dict().items()
         refuse(source, [f"non-finite values in {name}" for name, t in state if not (t.is_meta or is_finite(t))])
         return organ, set(info["missing_keys"])
@@ -270,8 +291,9 @@ class DonorModel(StrippedModel):
         Raises:
             CorruptDonorError: There are no tensors, or they cannot be converted to the layout of the modules.
         """
-        if not tensors:
-            raise CorruptDonorError(f"{source}: the checkpoint holds no tensors")
+        beside = {name: tensor for name, tensor in tensors.items() if is_saved(name)}
+        if not tensors.keys() - beside.keys():
+            raise CorruptDonorError(f"{source}: the checkpoint holds no tensors of layers")
         if dtype in (None, "auto"):
             dtype = common_dtype(tensors)
         config = spec.config
@@ -279,7 +301,11 @@ class DonorModel(StrippedModel):
             config = copy.deepcopy(config)
             config.quantization_config = quantization  # transformers removes it after dequantizing
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": dtype}
-        options |= {"config": config, "spec": spec, "state_dict": dict(tensors)}
+        options |= {
+            "config": config,
+            "spec": spec,
+            "state_dict": {name: tensor for name, tensor in tensors.items() if name not in beside},
+        }
         try:
             with upstream.built_whole(), upstream.without_load_report():
                 loaded: Any = super().from_pretrained(None, *model_args, **options, **kwargs)
@@ -287,6 +313,7 @@ class DonorModel(StrippedModel):
             raise CorruptDonorError(f"{source}: {one_line(error, 300)}") from error
         organ, info = loaded
         forget_conversions(organ)
+        attach(organ, {name: tensor[...].to(organ.dtype) for name, tensor in beside.items()})
         return organ, info
 
     def save_pretrained(  # type: ignore[override]
