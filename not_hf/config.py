@@ -250,9 +250,11 @@ class DonorConfig(PreTrainedConfig):
     def _check_saved_modules(self) -> None:
         rows = self.trainable_token_indices or {}
         names = [*(self.modules_to_save or []), *rows]
-        if len(set(names)) < len(names) or not all(part.isidentifier() for name in names for part in name.split(".")):
+        if len(set(names)) < len(names) or not all(
+            part.isidentifier() for part in ".".join(names).split(".") if names
+        ):
             raise CorruptDonorError(
-                f"donor config modules_to_save and trainable_token_indices must name each module once, got {some(names)}"
+                f"donor config modules_to_save and trainable_token_indices must name modules, each once: {some(names)}"
             )
         for name, indices in rows.items():
             if not indices or len(set(indices)) < len(indices) or min(indices) < 0:

@@ -66,7 +66,11 @@ def donor_card(
         **License.of(config).metadata(),
     )
     facts: dict[str, Any] = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
-    facts |= {"beside": beside_layers(config), "conditions": dict(_conditions(config.metrics or {})), "curve": CURVE if has_curve else None}
+    facts |= {
+        "beside": beside_layers(config),
+        "conditions": dict(_conditions(config.metrics or {})),
+        "curve": CURVE if has_curve else None,
+    }
     return render("donor_card.md", data, title=title, repo_id=repo_id, picture=picture(config), **facts)
 
 

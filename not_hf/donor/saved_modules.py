@@ -46,12 +46,22 @@ def saved_problems(config: DonorConfig, tensors: Mapping[str, Any], partial: boo
     absent = [name for name in rows if name not in tensors]
     absent += [f"{start}…" for start in whole if not any(name.startswith(start) for name in tensors)]
     problems = [] if partial else [f"missing {name}" for name in absent]
-    problems += [f"unexpected {name}" for name in tensors if name not in rows and not name.startswith(tuple(whole))]
+    expected = {
+        name for name in tensors if name.startswith(tuple(whole)) and _can_be_held(name, tensors)
+    } | rows.keys()
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
     return problems + [
         f"{name} has shape {tuple(tensors[name].shape)}, expected ({count}, hidden)"
         for name, count in rows.items()
         if name in tensors and (len(tensors[name].shape) != 2 or tensors[name].shape[0] != count)
     ]
+
+
+def _can_be_held(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a module can have a tensor of that name, beside the others."""
+    steps = name.split(".")
+    is_taken = any(".".join(steps[:n]) in tensors for n in range(1, len(steps)))
+    return not is_taken and not any(hasattr(nn.Module, step) or not step.isidentifier() for step in steps[1:])
 
 
 def attach(donor: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

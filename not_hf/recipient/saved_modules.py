@@ -98,7 +98,8 @@ class SavedModules:
                 if isinstance(module, TokenRows):
                     module.token_rows.copy_(value)
                 else:
-                    module.weight[list(self.rows[name])] = value.to(module.weight)
+                    weight = module.get_parameter("weight")
+                    weight[list(self.rows[name])] = value.to(weight)
 
     @torch.no_grad()
     def merged(self) -> SavedModules:
@@ -177,8 +178,9 @@ def fit_saved_modules(
         originals = [base_modules.get(path, model.get_submodule(path)) for path in group]
         _require_values(originals, name, tensors)
         indices = rows.get(name)
-        if indices is not None and is_trainable and max(indices) < len(originals[0].weight):
-            memo[id(originals[0].weight)] = originals[0].weight  # frozen, so it need not be copied
+        if indices is not None and is_trainable and max(indices) < len(originals[0].get_parameter("weight")):
+            weight = originals[0].get_parameter("weight")
+            memo[id(weight)] = weight  # frozen, so it need not be copied
         copies = [copy.deepcopy(original, memo) for original in originals]
         for made, original in zip(copies, originals, strict=True):
             remove_hook_from_module(made, recurse=True)
@@ -233,7 +235,7 @@ def _put_rows(
     master_weights: bool,
 ) -> None:
     """Put rows `(rows, hidden)` into the weight `(vocab, hidden)` that modules share, or beside it to be trained."""
-    weight: nn.Parameter = modules[0].weight  # type: ignore[assignment]
+    weight = modules[0].get_parameter("weight")
     if max(indices) >= len(weight):
         more = max(num_tokens, max(indices) + 1) - len(weight)
         weight.data = torch.cat([weight.data, weight.new_zeros(more, weight.shape[1])])
@@ -255,7 +257,7 @@ def _count_rows(modules: Sequence[nn.Module]) -> None:
     for module in modules:
         for count in ("num_embeddings", "out_features"):
             if hasattr(module, count):
-                setattr(module, count, len(module.weight))  # type: ignore[arg-type]
+                setattr(module, count, len(module.get_parameter("weight")))
 
 
 def _vocab_size(
@@ -266,7 +268,8 @@ def _vocab_size(
     for standing in vocabulary_modules(model):
         path = next(path for path, module in model.named_modules() if module is standing)
         base = base_modules.get(path, standing)
-        counts.append((len(modules.get(path, base).weight), len(base.weight)))  # type: ignore[arg-type]
+        ours, theirs = (len(module.get_parameter("weight")) for module in (modules.get(path, base), base))
+        counts.append((ours, theirs))
     if all(ours == theirs for ours, theirs in counts):
         return None
     if len({ours for ours, _ in counts}) > 1:

@@ -144,7 +144,9 @@ def test_a_classifier_travels_with_the_organ(tmp_path):
     assert torch.equal(logits(again), logits(model.eval())) and again.config.id2label == labels["id2label"]
     (found,) = pipeline("text-classification", str(tmp_path / "organ"))("In the beginning")
     assert found["label"] in labels["label2id"]
-    assert DonorModel.from_base(model.unload(), (1, 3), modules_to_save=["score"]).config.labels == [*labels["label2id"]]
+    assert DonorModel.from_base(model.unload(), (1, 3), modules_to_save=["score"]).config.labels == [
+        *labels["label2id"]
+    ]
     other = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=4))
     with pytest.raises(IncompatibleDonorError, match=r"score\.weight has shape \(3, 32\).*num_labels=3"):
         TransplantedForSequenceClassification.from_pretrained(other, tmp_path / "organ")
@@ -162,7 +164,10 @@ def test_an_organ_that_is_loaded_may_get_modules(tmp_path):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     outside = {"model.norm.weight", "lm_head.weight", "model.embed_tokens.token_rows"}
     assert trained - outside == {name for name in trained if ".layers." in name} and outside <= trained
-    assert torch.equal(logits(model), logits(TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(tiny_model("llama"), 1))))
+    assert torch.equal(
+        logits(model),
+        logits(TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(tiny_model("llama"), 1))),
+    )
     model.save_pretrained(tmp_path / "more")
     config = DonorConfig.from_pretrained(tmp_path / "more")
     assert config.modules_to_save == ["norm", "lm_head"]
@@ -240,7 +245,9 @@ def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path):
     donor.save_pretrained(tmp_path / "organ")
     donor.config.modules_to_save = ["norm"]
     donor.config.save_pretrained(tmp_path / "organ")
-    with pytest.raises(CorruptDonorError, match=r"missing modules_to_save\.norm\..*unexpected modules_to_save\.lm_head"):
+    with pytest.raises(
+        CorruptDonorError, match=r"missing modules_to_save\.norm\..*unexpected modules_to_save\.lm_head"
+    ):
         DonorModel.from_pretrained(tmp_path / "organ")
     model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, (1, 3), modules_to_save=["norm"]))
     with pytest.raises(NotHFError, match="resize the recipient before organs are loaded"):
