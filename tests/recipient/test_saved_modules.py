@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, Trainer, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    pipeline,
+)
 
 from not_hf import (
     CorruptDonorError,
@@ -18,9 +26,11 @@ from not_hf import (
     DonorModel,
     DonorTrainer,
     IncompatibleDonorError,
+    MuonWithAdamW,
     NotHFError,
     TransplantedForCausalLM,
     TransplantedForSequenceClassification,
+    merge_donor,
 )
 from testing.donors import moved, organ
 from testing.models import TOKEN_IDS, VOCAB, tiny_config, tiny_model, tiny_tokenizer
@@ -31,7 +41,7 @@ MODELS = ["llama", "gpt2", "gemma3_text", "opt", "phi3"]  # tied and not, with p
 
 
 @pytest.fixture(params=MODELS)
-def base_folder(request, tmp_path) -> Path:
+def base_on_disk(request, tmp_path) -> Path:
     """A base on disk, without the new tokens."""
     tiny_model(request.param).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -72,8 +82,8 @@ def names_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("cls", [Trainer, DonorTrainer])
-def test_new_tokens_are_trained_and_travel_with_the_organ(base_folder, tmp_path, cls):
-    base = extended(base_folder)
+def test_new_tokens_are_trained_and_travel_with_the_organ(base_on_disk, tmp_path, cls):
+    base = extended(base_on_disk)
     donor = DonorModel.from_base(base, (1, 3), mode="replace", trainable_token_indices=everywhere(base))
     model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="new", is_trainable=True)
     before, rest = logits(model, *NEW), base.get_input_embeddings().weight[:VOCAB].clone()
@@ -88,7 +98,7 @@ def test_new_tokens_are_trained_and_travel_with_the_organ(base_folder, tmp_path,
     again = TransplantedForCausalLM.from_pretrained(tmp_path / "organ").eval()  # of the base without these tokens
     assert again.config.vocab_size == again.vocab_size if hasattr(again, "vocab_size") else VOCAB + 2
     torch.testing.assert_close(logits(again, *NEW), trained, rtol=1e-5, atol=1e-5)
-    plain = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    plain = AutoModelForCausalLM.from_pretrained(base_on_disk).eval()
     with again.disable_donors():
         assert again.config.vocab_size == VOCAB
         assert torch.equal(logits(again), logits(plain))
@@ -252,3 +262,97 @@ def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path):
     model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, (1, 3), modules_to_save=["norm"]))
     with pytest.raises(NotHFError, match="resize the recipient before organs are loaded"):
         model.resize_token_embeddings(VOCAB + 5)
+
+
+def test_a_composition_keeps_the_modules_of_its_organs(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = TransplantedForCausalLM.from_pretrained(
+        tmp_path / "base", organ(tmp_path / "base", 1, modules_to_save=["norm"]), donor_name="a"
+    )
+    model.load_donor(organ(tmp_path / "base", 2, (2, 4), trainable_token_indices=[4, 5]), "b")
+    both = logits(model)
+    model.set_donor("b")
+    alone = logits(model)
+    model.set_donor(["a", "b"])
+    assert torch.equal(logits(model), both) and not torch.equal(alone, both)
+    model.save_pretrained(tmp_path / "two")
+    again = TransplantedForCausalLM.from_pretrained(tmp_path / "two")
+    assert torch.equal(logits(again), both)
+    again.set_donor("b")
+    assert torch.equal(logits(again), alone)
+    assert (
+        merge_donor(tmp_path / "two", tmp_path / "merged").built_because == "an organ holds modules beside its layers"
+    )
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), both)
+
+
+def test_an_organ_with_new_tokens_and_their_tokenizer_on_the_hub(base_repo, api, tmp_path):
+    repo = base_repo("llama")
+    tokenizer = AutoTokenizer.from_pretrained(repo)
+    tokenizer.add_tokens(["<new>", "<other>"])
+    base = AutoModelForCausalLM.from_pretrained(repo)
+    base.resize_token_embeddings(len(tokenizer))
+    ids = tokenizer.convert_tokens_to_ids(["<new>", "<other>"])
+    donor = organ(base, 1, modules_to_save=["lm_head"], trainable_token_indices=ids)
+    model = TransplantedForCausalLM.from_pretrained(base, donor).eval()
+    model.push_to_hub("me/tiny-new-tokens")
+    tokenizer.push_to_hub("me/tiny-new-tokens")
+    api.repo_info("me/tiny-new-tokens")
+    pipe = pipeline("text-generation", "me/tiny-new-tokens")
+    assert len(pipe.tokenizer) == pipe.model.config.vocab_size == len(tokenizer)
+    prompt = "w5 <new> w7 <other>"
+    assert set(ids) <= set(pipe.tokenizer(prompt)["input_ids"])
+    encoded = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.model(encoded).logits, model(encoded).logits)
+    assert pipe(prompt, max_new_tokens=3)[0]["generated_text"].startswith("w5")
+
+
+@pytest.mark.parametrize("key", ["__class__", "forward", "weight.more", "a..b", ""])
+def test_names_that_no_module_can_have_are_refused(key, tmp_path):
+    DonorModel.from_base(tiny_model("llama"), (1, 3), modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, f"modules_to_save.lm_head.{key}": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CorruptDonorError, match=r"unexpected modules_to_save\.lm_head\."):
+        DonorModel.from_pretrained(tmp_path)
+
+
+def test_what_is_cached_below_an_organ_needs_frozen_embeddings(tmp_path):
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (2, 3), mode="replace", trainable_token_indices=[3])
+    model = TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
+    with pytest.raises(NotHFError, match=r"needs everything below the organ frozen, but model\.embed_tokens"):
+        made(model, tmp_path, cache_prefix=True).train()
+
+
+def test_muon_leaves_rows_to_adamw():
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (2, 3), modules_to_save=["lm_head"], trainable_token_indices=[3])
+    model = TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
+    muon, *_ = MuonWithAdamW()(model, lr=1e-3, weight_decay=0.1).param_groups
+    outer = {id(model.lm_head.weight), id(model.model.embed_tokens.token_rows)}
+    assert muon["optimizer"] == "muon" and not outer & set(map(id, muon["params"]))
+
+
+@pytest.mark.slow
+def test_rows_in_a_compiled_model(token_ids):
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (1, 3), trainable_token_indices=[*range(3, 40)])
+    model = TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
+    plain = model(token_ids, labels=token_ids).loss
+    compiled = torch.compile(model, backend="aot_eager")(token_ids, labels=token_ids).loss
+    torch.testing.assert_close(compiled, plain)
+    compiled.backward()
+    assert model.model.embed_tokens.token_rows.grad.abs().sum() > 0
+
+
+def test_a_donor_without_values_of_its_modules_takes_the_recipients_and_is_not_saved(tmp_path):
+    base = tiny_model("llama")
+    config = DonorModel.from_base(base, (1, 3), modules_to_save=["lm_head"]).config
+    fresh = DonorModel(config)
+    with pytest.raises(CorruptDonorError, match=r"cannot save to .*: missing modules_to_save\.lm_head\."):
+        fresh.save_pretrained(tmp_path / "organ")
+    assert not (tmp_path / "organ").exists()
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), fresh)
+    assert torch.equal(model.lm_head.weight, base.lm_head.weight)
