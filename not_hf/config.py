@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from not_hf.architecture.parts import ALL, parts_problem
 from not_hf.architecture.releases import make_config
 from not_hf.architecture.tables import DENSE_PREFIXES, PERIODS
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line, reading_repo, some
@@ -55,6 +56,7 @@ class DonorConfig(PreTrainedConfig):
         mode: `"insert"` (before layer `position`) or `"replace"` (layers `position … position + k`).
         scale: Factor of an inserted organ's contribution to the residual stream; the weights are unscaled.
         init: `"copy"` (layers as cut) or `"identity"` (an inserted organ starts as an exact no-op).
+        modules: What the organ holds of each layer: `"all"`, `"outputs"`, `"attention"`, `"mlp"`, or names of modules.
         modules_to_save: Names of modules beside the layers that the donor holds too, such as `embed_tokens`.
         trainable_token_indices: Rows of embeddings or of the head that it holds, by the name of the module.
         labels: Names of the classes, in order, if a classifier is among these modules.
@@ -93,6 +95,7 @@ class DonorConfig(PreTrainedConfig):
     mode: str = "insert"
     scale: float = 1.0
     init: str = "copy"
+    modules: str | list[str] = ALL
     modules_to_save: list[str] | None = None
     trainable_token_indices: dict[str, list[int]] | None = None
     labels: list[str] | None = None
@@ -232,7 +235,7 @@ class DonorConfig(PreTrainedConfig):
             )
         if type(self.scale) not in (int, float) or not abs(self.scale) <= sys.float_info.max:
             raise CorruptDonorError(f"donor config scale must be a finite number, got {self.scale!r}")
-        self._check_saved_modules()
+        self._check_modules()
         base, organ = self.native_config("base_config"), self.native_config()
         if not 0 <= span[0] < span[1] <= base.num_hidden_layers:
             raise CorruptDonorError(
@@ -247,7 +250,13 @@ class DonorConfig(PreTrainedConfig):
             raise CorruptDonorError(f"donor config position must be an integer >= 0, got {self.position!r}")
         return OrganSpec(self, base, organ)
 
-    def _check_saved_modules(self) -> None:
+    def _check_modules(self) -> None:
+        if problem := parts_problem(self.modules):
+            raise CorruptDonorError(f"donor config {problem}")
+        if self.modules != ALL and (self.mode, self.init) != ("replace", "copy"):
+            raise CorruptDonorError(
+                f"donor config: parts of layers need mode 'replace' and init 'copy', not {self.mode!r}"
+            )
         rows = self.trainable_token_indices or {}
         names = [*(self.modules_to_save or []), *rows]
         if len(set(names)) < len(names) or not all(

@@ -244,6 +244,12 @@ def replaced_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -
         put(before)
 
 
+def remove_parameter(module: nn.Module, name: str) -> None:
+    """Leave a module without one of its parameters; its state dict then lacks it."""
+    path, _, key = name.rpartition(".")
+    module.get_submodule(path)._parameters[key] = None
+
+
 def rebind_forward(module: nn.Module) -> None:
     """Have accelerate's hook on a module call the `forward` of its class, which has changed."""
     if "_old_forward" in vars(module):
