@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
 from not_hf.architecture.layers import branch_of, output_projections
-from not_hf.architecture.upstream import remove_parameter
+from not_hf.architecture.upstream import set_parameter
 from not_hf.errors import NotHFError, some
 
 Modules = str | list[str]  # "all", "outputs", "attention", "mlp", or names of modules
 
 ALL = "all"
 _BRANCHES = {"attention": ("attention", "mixer"), "mlp": ("mlp",)}
+KEYWORDS = (ALL, "outputs", *_BRANCHES)
 
 
-def parts_problem(modules: object) -> str | None:
+def parts_problem(modules: Any) -> str | None:
     """Say why `modules` chooses no parts of layers; `None` if it does."""
-    known = (ALL, "outputs", *_BRANCHES)
-    if modules in known if isinstance(modules, str) else isinstance(modules, list) and modules:
+    if modules in KEYWORDS if isinstance(modules, str) else isinstance(modules, list) and modules:
         names = [modules] if isinstance(modules, str) else modules
         if all(isinstance(name, str) and name and all(map(str.isidentifier, name.split("."))) for name in names):
             return None
-    return f"modules must be one of {known} or a list of names of modules in a layer, got {modules!r:.200}"
+    return f"modules must be one of {KEYWORDS} or a list of names of modules in a layer, got {modules!r:.200}"
 
 
 def held_parameters(layers: Sequence[nn.Module], modules: Modules) -> list[list[str]]:
@@ -36,35 +37,42 @@ def held_parameters(layers: Sequence[nn.Module], modules: Modules) -> list[list[
             `target_modules`.
 
     Raises:
-        NotHFError: A name occurs in no layer.
+        NotHFError: No layer has what is chosen.
     """
-    if modules == ALL:
-        return [[name for name, _ in layer.named_parameters()] for layer in layers]
-    if modules == "outputs":
-        return [[name for name, _ in output_projections(layer)] for layer in layers]
-    if isinstance(modules, str):
-        return [_of_branch(layer, _BRANCHES[modules]) for layer in layers]
     names = [[name for name, _ in layer.named_parameters()] for layer in layers]
-    for module in modules:
-        if not any(_is_in(name, module) for each in names for name in each):
-            known = dict.fromkeys(_owner(name) for each in names for name in each)
-            raise NotHFError(f"no layer has a module {module!r}; modules of these layers are {some(list(known))}")
-    return [[name for name in each if any(_is_in(name, module) for module in modules)] for each in names]
+    chosen = [modules] if isinstance(modules, str) else modules
+    held = {module: [_chosen(layer, module) for layer in layers] for module in chosen}
+    if absent := [module for module, found in held.items() if not any(found)]:
+        known = dict.fromkeys(_owner(name) for each in names for name in each)
+        raise NotHFError(f"no layer has {absent[0]!r}; modules of these layers are {some(list(known))}")
+    return [
+        [name for name in each if any(name in found[n] for found in held.values())] for n, each in enumerate(names)
+    ]
 
 
-def keep_parameters(layers: Sequence[nn.Module], modules: Modules) -> None:
+def keep_parameters(layers: Iterable[nn.Module], modules: Modules) -> None:
     """Remove the other parameters from layers, which then have values for these alone and cannot run."""
-    for layer, held in zip(layers, held_parameters(layers, modules), strict=True):
+    stack = list(layers)
+    for layer, held in zip(stack, held_parameters(stack, modules), strict=True):
         for name, _ in list(layer.named_parameters()):
             if name not in held:
-                remove_parameter(layer, name)
+                set_parameter(layer, name, None)
 
 
-def _of_branch(layer: nn.Module, branches: Sequence[str]) -> list[str]:
+def _chosen(layer: nn.Module, module: str) -> set[str]:
+    """Name the parameters that one word of `modules` chooses in a layer."""
+    if module == "outputs":
+        return {name for name, _ in output_projections(layer)}
+    if module in _BRANCHES:
+        return _of_branch(layer, _BRANCHES[module])
+    return {name for name, _ in layer.named_parameters() if module == ALL or _is_in(name, module)}
+
+
+def _of_branch(layer: nn.Module, branches: Sequence[str]) -> set[str]:
     norms = {name for name, child in layer.named_children() if all(p.ndim < 2 for p in child.parameters())}
     norms |= {name for name, _ in layer.named_parameters(recurse=False)}
     firsts = ((name, name.partition(".")[0]) for name, _ in layer.named_parameters())
-    return [name for name, first in firsts if first not in norms and branch_of(first) in branches]
+    return {name for name, first in firsts if first not in norms and branch_of(first) in branches}
 
 
 def _owner(name: str) -> str:

@@ -244,10 +244,10 @@ def replaced_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -
         put(before)
 
 
-def remove_parameter(module: nn.Module, name: str) -> None:
-    """Leave a module without one of its parameters; its state dict then lacks it."""
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Put a parameter in the place of one of a module's; if it is `None`, the state dict then lacks it."""
     path, _, key = name.rpartition(".")
-    module.get_submodule(path)._parameters[key] = None
+    module.get_submodule(path)._parameters[key] = parameter
 
 
 def rebind_forward(module: nn.Module) -> None:

@@ -80,10 +80,10 @@ class DonorModel(FilledModel):
             mode: `"insert"` before layer `position`, or `"replace"` layers `position … position + k`.
             init: `"copy"` keeps the weights; `"identity"` zeroes the output projections, or the gains of norms
                 behind them, so that an inserted organ starts as an exact no-op.
-            modules: What the donor holds of each layer, for mode `"replace"`; the recipient keeps the rest of its layers.
-                `"all"`; `"outputs"`, the matrices through which layers write to the residual stream; `"attention"` or
-                `"mlp"`, that branch without the norm before it; or a list of names of modules, each the end of a path,
-                as in PEFT's `target_modules`. From the Hub, only these bytes are fetched.
+            modules: What the donor holds of each layer, for mode `"replace"`; the recipient keeps the rest of its
+                layers. `"all"`; `"outputs"`, the matrices through which layers write to the residual stream;
+                `"attention"` or `"mlp"`, that branch without the norm before it; or a list of names of modules, each
+                the end of a path, as in PEFT's `target_modules`. From the Hub, only these bytes are fetched.
             modules_to_save: Names of modules beside the layers that the donor holds too, such as `"embed_tokens"`,
                 `"lm_head"` or a classifier. In a recipient they are trained with the layers, and stand in the place of
                 the recipient's own while the organ is active, also if they have rows for more tokens.

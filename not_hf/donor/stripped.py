@@ -93,7 +93,7 @@ class StrippedModel(PreTrainedModel):
         return False
 
     def initialize_weights(self) -> None:
-        """As in transformers, but nothing in parts of layers: their files hold all that they have, and they do not run."""
+        """As in transformers, but not parts of layers, of which files hold all values, and which do not run."""
         if self.config.modules == ALL:
             super().initialize_weights()
 

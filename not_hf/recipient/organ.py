@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +60,11 @@ class DonorStatus:
     devices: list[str]
 
 
+def inside(names: Iterable[str], n: int) -> set[str]:
+    """Return those of the names `<layer>.<name in the layer>` that are in layer `n`, as they are in it."""
+    return {name.removeprefix(f"{n}.") for name in names if name.startswith(f"{n}.")}
+
+
 @dataclass
 class Organ:
     """One loaded organ."""
@@ -73,6 +78,7 @@ class Organ:
     revision: str | None = None  # commit of that repo
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # unscaled values of the scaled tensors
     saved: SavedModules = field(default_factory=SavedModules)
+    kept: frozenset[str] = frozenset()  # names, `<layer>.<name in the layer>`, of the recipient's own in its layers
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -107,22 +113,29 @@ class Organ:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the organ's parameters; of a module of which it has some rows only, these if they are apart."""
-        for layer in self.layers:
-            yield from layer.parameters()
+        for name, parameter in nn.ModuleList(self.layers).named_parameters():
+            if name not in self.kept:
+                yield parameter
         yield from self.saved.parameters()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the organ's tensors in its layers, by `<layer>.<name in the layer>`."""
+        tensors = nn.ModuleList(self.layers).state_dict()
+        return {name: tensor for name, tensor in tensors.items() if name not in self.kept}
 
     def set_trainable(self, is_trainable: bool) -> None:
         """Freeze the organ, or restore the native `requires_grad` flags (some parameters are frozen by design)."""
         self.saved.set_trainable(is_trainable)
         if not is_trainable:
-            for layer in self.layers:
-                layer.requires_grad_(False)
+            for parameter in self.parameters():
+                parameter.requires_grad_(False)
             return
         natives = meta_twin(self.spec.base).stack.layers[slice(*self.config.span)]
-        for layer, native in zip(self.layers, natives, strict=True):
+        for n, (layer, native) in enumerate(zip(self.layers, natives, strict=True)):
             flags = {name: parameter.requires_grad for name, parameter in native.named_parameters()}
             for name, parameter in layer.named_parameters():
-                parameter.requires_grad_(flags[name])
+                if f"{n}.{name}" not in self.kept:
+                    parameter.requires_grad_(flags[name])
 
     def release_master_weights(self, neighbour: nn.Module) -> None:
         """Round master weights to the dtype of the recipient's layer `neighbour`, and put token rows in their places.
@@ -130,10 +143,10 @@ class Organ:
         Raises:
             CorruptDonorError: A value overflows in that dtype.
         """
-        for layer in self.layers:
+        for n, layer in enumerate(self.layers):
             if isinstance(layer, MasterWeights):
                 store_weights(layer)
-                settle(layer, neighbour, next(layer.parameters()).device)
+                settle(layer, neighbour, next(layer.parameters()).device, kept=inside(self.kept, n))
                 require_finite([layer], self.name, {})
         self.saved = self.saved.merged()
 
@@ -168,7 +181,7 @@ class Organ:
     @torch.no_grad()
     def take_over(self, other: Organ, changes: Changes) -> None:
         """Copy the weights and config of `other`, which has the same structure and scale; keep the place."""
-        ours, theirs = (nn.ModuleList(organ.modules).state_dict() for organ in (self, other))
+        ours, theirs = (organ.state() | organ.saved.state() for organ in (self, other))
         config = copy.copy(other.config)
         config.position, config.mode = self.config.position, self.config.mode
 

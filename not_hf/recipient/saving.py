@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -54,6 +53,7 @@ def organ_tensors(
         tensors |= {
             f"{prefix}.{n}.{key}": organ.at_scale_one(f"{n}.{key}", _whole(value))
             for key, value in (given or layer.state_dict()).items()
+            if f"{n}.{key}" not in organ.kept
         }
     stands = all(model.get_submodule(path) is module for path, module in organ.saved.modules.items())
     in_model = state_dict if stands else None
@@ -139,7 +139,7 @@ def require_own_modules(surgery: Surgery, organ: Organ) -> None:
     """
     shell = _shell(surgery, organ)
     prefix = shell.stack.full_path
-    names = {f"{prefix}.{key}" for key in nn.ModuleList(organ.layers).state_dict()}
+    names = {f"{prefix}.{key}" for key in organ.state()}
     _require_own(organ.name, names | dict(organ.saved.tensors()).keys(), shell)
 
 
@@ -161,7 +161,7 @@ def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> 
             assert values is not None  # checked when the organ was loaded
             values |= {key: getattr(surgery.base_config, key) for key in VOCABULARY if key in values}
     if dtype is None:
-        dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
+        dtype = next(parameter.dtype for parameter in organ.parameters() if parameter.is_floating_point())
     with torch.device("meta"):
         shell = DonorModel(config)
     attach(shell, {name: tensor.detach().to("meta") for name, tensor in organ.saved.tensors()})

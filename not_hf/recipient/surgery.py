@@ -103,7 +103,7 @@ class Surgery:
         placed: list[PlacedLayer] = []
         for name, n in arrange(self.base_config.num_hidden_layers, [organ.place for organ in chosen.values()]):
             if name is not None:
-                placed.append((chosen[name].layers[n], (chosen[name].spec.organ, n)))
+                placed.append((chosen[name].layers[n], self._origin(chosen[name], n)))
             elif not self.is_scaffold:
                 placed.append((self.base_layers[n], (self.base_config, n)))
         return placed
@@ -127,6 +127,8 @@ class Surgery:
         """List the reasons why the weights of `other` cannot be copied into the tensors of `organ`."""
         if organ.config.span != other.config.span:
             return [f"it holds layers {interval(other.config.span)}, not {interval(organ.config.span)}"]
+        if organ.state().keys() != other.state().keys():
+            return [f"it holds modules={other.config.modules!r} of these layers, not {organ.config.modules!r}"]
         spliced, others = (
             splice_config(self.base_config, [(each.spec.organ, n) for n in range(len(each.layers))])
             for each in (organ, other)
@@ -238,6 +240,10 @@ class Surgery:
         self._shows_base = not self.active
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
+
+    def _origin(self, organ: Organ, n: int) -> LayerOrigin:
+        """Return the origin of an organ's layer; one that holds parts of layers is in those of the base."""
+        return (self.base_config, organ.place.position + n) if organ.kept else (organ.spec.organ, n)
 
     def _standing(self, organs: Iterable[Organ]) -> dict[str, nn.Module]:
         return standing_modules(self.base_modules, {organ.name: organ.saved for organ in organs})
