@@ -8,11 +8,10 @@ import inspect
 import logging
 import os
 import sys
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Union, get_args, get_origin
+from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
@@ -21,7 +20,7 @@ from not_hf.architecture.parts import ALL, parts_problem
 from not_hf.architecture.releases import make_config
 from not_hf.architecture.tables import DENSE_PREFIXES, PERIODS
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line, reading_repo, some
-from not_hf.limits import MAX_CONFIG, MAX_COUNT, MAX_LAYERS, read_json, require_count, require_plain
+from not_hf.limits import MAX_CONFIG, MAX_COUNT, MAX_LAYERS, is_of, read_json, require_count, require_plain
 from not_hf.registration import register_models
 from not_hf.version import __version__
 
@@ -254,9 +253,7 @@ class DonorConfig(PreTrainedConfig):
         if problem := parts_problem(self.modules):
             raise CorruptDonorError(f"donor config {problem}")
         if self.modules != ALL and (self.mode, self.init) != ("replace", "copy"):
-            raise CorruptDonorError(
-                f"donor config: parts of layers need mode 'replace' and init 'copy', not {self.mode!r}"
-            )
+            raise CorruptDonorError("donor config: parts of layers need mode 'replace' and init 'copy'")
         rows = self.trainable_token_indices or {}
         names = [*(self.modules_to_save or []), *rows]
         if len(set(names)) < len(names) or not all(
@@ -296,7 +293,7 @@ def _known_values(values: Mapping[str, Any]) -> dict[str, Any]:
     if ignored:
         logger.warning("a donor's config.json has keys that this release of not_hf ignores: %s", some(ignored))
     for key, value in kept.items():
-        if key != "donors" and not _is_of(value, kind := _kinds()[key]):  # entries are checked when they are read
+        if key != "donors" and not is_of(value, kind := _kinds()[key]):  # entries are checked when they are read
             raise CorruptDonorError(
                 f"donor config.json: no {key} of type {inspect.formatannotation(kind)}, got {value!r:.100}"
             )
@@ -308,18 +305,6 @@ def _kinds() -> dict[str, Any]:
     """Return the keys that may be in the root of a donor's `config.json`, and the types of their values."""
     fields, kinds = dataclasses.fields(DonorConfig), inspect.get_annotations(DonorConfig, eval_str=True)
     return {**_WRITTEN, **{field.name: kinds[field.name] for field in fields if field.name in kinds}}
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON has the type of an annotation; an integer is a float, and a truth value is neither."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(_is_of(value, each) for each in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_is_of(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and (inner[1] is Any or all(_is_of(item, inner[1]) for item in value.values()))
-    return type(value) in {float: (int, float)}.get(kind, (kind,))
 
 
 def _native_values(values: Mapping[str, Any], native_class: type[PreTrainedConfig]) -> dict[str, Any]:

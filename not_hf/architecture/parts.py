@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from not_hf.architecture.layers import branch_of, output_projections
-from not_hf.architecture.upstream import set_parameter
 from not_hf.errors import NotHFError, some
 
 Modules = str | list[str]  # "all", "outputs", "attention", "mlp", or names of modules
@@ -48,6 +47,12 @@ def held_parameters(layers: Sequence[nn.Module], modules: Modules) -> list[list[
     return [
         [name for name in each if any(name in found[n] for found in held.values())] for n, each in enumerate(names)
     ]
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Put a parameter in the place of one of a module's; if it is `None`, the state dict then lacks it."""
+    path, _, key = name.rpartition(".")
+    module.get_submodule(path).register_parameter(key, parameter)
 
 
 def keep_parameters(layers: Iterable[nn.Module], modules: Modules) -> None:

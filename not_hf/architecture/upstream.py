@@ -244,12 +244,6 @@ def replaced_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -
         put(before)
 
 
-def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Put a parameter in the place of one of a module's; if it is `None`, the state dict then lacks it."""
-    path, _, key = name.rpartition(".")
-    module.get_submodule(path)._parameters[key] = parameter
-
-
 def rebind_forward(module: nn.Module) -> None:
     """Have accelerate's hook on a module call the `forward` of its class, which has changed."""
     if "_old_forward" in vars(module):

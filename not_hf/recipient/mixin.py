@@ -23,7 +23,7 @@ from not_hf.donor.saved_modules import Indices
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.averaging import average
 from not_hf.recipient.loading import Training, fit_organs, read_donor
-from not_hf.recipient.organ import Organ
+from not_hf.recipient.organ import Organ, swap_differences
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.views import ModelWithOrgans
 from not_hf.recipient.without_donors import WithoutDonors
@@ -137,7 +137,7 @@ class Recipient(ModelWithOrgans):
         organ, donors, _ = read_donor(self, surgery, source, others, hub_kwargs, verify)
         training = Training(old.saved.holds_rows_apart, isinstance(old.layers[0], MasterWeights))
         (new,) = fit_organs(self, surgery, [organ], donors, [], training, hub_kwargs.get("cache_dir"))
-        if differences := surgery.swap_differences(old, new):
+        if differences := swap_differences(surgery.base_config, old, new):
             raise IncompatibleDonorError(
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
             )

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from not_hf.architecture.computed_weights import store_weights
+from not_hf.architecture.differences import describe, native_differences
 from not_hf.architecture.layers import is_finite, require_finite, settle
 from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.scaling import scaled_parameters, unscaled
+from not_hf.architecture.splicing import splice_config
 from not_hf.architecture.twin import meta_twin
 from not_hf.composition.layout import Place
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, interval, some
 from not_hf.recipient.changes import Changes
 from not_hf.recipient.saved_modules import SavedModules
 
@@ -220,3 +223,27 @@ class Organ:
         if name not in self.originals:
             return tensor
         return unscaled(tensor, self.originals[name].to(tensor.device), self.config.scale)
+
+
+def swap_differences(recipient: PreTrainedConfig, organ: Organ, other: Organ) -> list[str]:
+    """List the reasons why the weights of `other` cannot be copied into the tensors of `organ`.
+
+    Args:
+        recipient: Native config of the recipient without organs.
+        organ: An organ in it.
+        other: Another one, made for its place.
+    """
+    if organ.config.span != other.config.span:
+        return [f"it holds layers {interval(other.config.span)}, not {interval(organ.config.span)}"]
+    if organ.kept != other.kept:
+        return [f"it holds modules={other.config.modules!r} of these layers, not {organ.config.modules!r}"]
+    ours, theirs = ({key: tensor.shape for key, tensor in each.saved.tensors()} for each in (organ, other))
+    if differing := sorted(key for key, _ in ours.items() ^ theirs.items()):
+        return [f"modules beside the layers have other tensors: {some(differing)}"]
+    spliced, others = (
+        splice_config(recipient, [(each.spec.organ, n) for n in range(len(each.layers))]) for each in (organ, other)
+    )
+    differences = [f"{key} is {others[key]}, not {spliced[key]}" for key in spliced if others[key] != spliced[key]]
+    return differences + native_differences(
+        [describe(layer) for layer in other.layers], [describe(layer) for layer in organ.layers], there="here"
+    )

@@ -8,8 +8,7 @@ from typing import Any
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
-from not_hf.architecture.parts import held_parameters
-from not_hf.architecture.upstream import set_parameter
+from not_hf.architecture.parts import held_parameters, set_parameter
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.surgery import Surgery

@@ -29,7 +29,7 @@ from not_hf.architecture.stack import Stack, find_stack, layers_config, with_lay
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange, require_free_names
-from not_hf.errors import NotHFError, interval, some
+from not_hf.errors import NotHFError
 from not_hf.recipient.changes import Changes
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saved_modules import standing_modules
@@ -122,24 +122,6 @@ class Surgery:
     def differences(self, placed: list[PlacedLayer]) -> list[str]:
         """List the differences of those live layers from the layers of the native model."""
         return native_differences([describe(layer) for layer, _ in placed], self.twin(placed).descriptions)
-
-    def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
-        """List the reasons why the weights of `other` cannot be copied into the tensors of `organ`."""
-        if organ.config.span != other.config.span:
-            return [f"it holds layers {interval(other.config.span)}, not {interval(organ.config.span)}"]
-        if organ.state().keys() != other.state().keys():
-            return [f"it holds modules={other.config.modules!r} of these layers, not {organ.config.modules!r}"]
-        spliced, others = (
-            splice_config(self.base_config, [(each.spec.organ, n) for n in range(len(each.layers))])
-            for each in (organ, other)
-        )
-        shapes, other_shapes = ({key: tensor.shape for key, tensor in each.saved.tensors()} for each in (organ, other))
-        if differing := sorted(key for key, _ in shapes.items() ^ other_shapes.items()):
-            return [f"modules beside the layers have other tensors: {some(differing)}"]
-        differences = [f"{key} is {others[key]}, not {spliced[key]}" for key in spliced if others[key] != spliced[key]]
-        return differences + native_differences(
-            [describe(layer) for layer in other.layers], [describe(layer) for layer in organ.layers], there="here"
-        )
 
     def change(self, model: PreTrainedModel, change: Callable[[], None], flags: bool = False) -> None:
         """Change organs, their flags or the class of the model, then its stack; undo everything on failure.

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
-from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, merge_donor
+from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, average_donors, merge_donor
 from not_hf.architecture.stack import head_class
 from testing.donors import SPAN, moved, transplanted_class
 from testing.models import TOKEN_IDS, tiny_model
@@ -117,12 +118,11 @@ def test_master_weights_of_parts():
     assert {parameter.dtype for parameter in native.parameters()} == {torch.bfloat16}
 
 
-def test_several_at_once_swapped_averaged_and_merged(tmp_path):
-    base = tiny_model("llama")
-    base.save_pretrained(tmp_path / "base")
-    one, two = (parts_of(tmp_path / "base", "outputs", seed) for seed in (1, 2))
-    high = moved(DonorModel.from_base(tmp_path / "base", (3, 4), mode="replace", modules="mlp"), 3)
-    model = TransplantedForCausalLM.from_pretrained(tmp_path / "base", one, donor_name="a")
+def test_several_at_once_swapped_averaged_and_merged(base_folder, tmp_path):
+    base = base_folder("llama")
+    one, two = (parts_of(base, "outputs", seed) for seed in (1, 2))
+    high = moved(DonorModel.from_base(base, (3, 4), mode="replace", modules="mlp"), 3)
+    model = TransplantedForCausalLM.from_pretrained(base, one, donor_name="a")
     first = logits(model)
     model.load_donor(high, "high")
     both = logits(model)
@@ -130,18 +130,26 @@ def test_several_at_once_swapped_averaged_and_merged(tmp_path):
     assert torch.equal(logits(TransplantedForCausalLM.from_pretrained(tmp_path / "both")), both)
     merged = merge_donor(tmp_path / "both", tmp_path / "merged")
     assert merged.built_because is None
-    assert torch.equal(logits(head_class(base.config).from_pretrained(tmp_path / "merged")), both)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), both)
     model.hotswap_donor("a", two)
     model.set_donor("a")
-    fresh = TransplantedForCausalLM.from_pretrained(tmp_path / "base", two)
+    fresh = TransplantedForCausalLM.from_pretrained(base, two)
     assert torch.equal(logits(model), logits(fresh))
     model.hotswap_donor("a", one)
     assert torch.equal(logits(model), first)
-    model.delete_donor("high")
-    model.load_donor(parts_of(tmp_path / "base", "outputs", 1, position=2), "b")
-    model.set_donor("a")
+    model.set_donor([])
+    model.load_donor(two, "b")
+    model.add_weighted_donor(["a", "b"], [1, 3], "mean")
+    model.set_donor("mean")
+    mean = average_donors([one, two], [1, 3])
+    averaged = TransplantedForCausalLM.from_pretrained(base, mean)
+    torch.testing.assert_close(logits(model), logits(averaged))
+    shared = model.model.layers[1].self_attn.q_proj.weight
+    assert shared is model._surgery.base_layers[1].self_attn.q_proj.weight
+    ties = average_donors([one, two], [1, 1], "task_arithmetic")
+    assert ties.num_parameters() == one.num_parameters()
     with pytest.raises(NotHFError, match=r"it holds modules='mlp' of these layers, not 'outputs'"):
-        model.hotswap_donor("a", parts_of(tmp_path / "base", "mlp"))
+        model.hotswap_donor("a", parts_of(base, "mlp"))
 
 
 def test_only_the_bytes_of_parts_are_fetched(base_repo, cache, hub):
