@@ -50,7 +50,8 @@ def average(
     memo: dict[int, Any] = {id(each): each for key, each in parameters if key in first.kept}  # stay the recipient's
     layers = copy.deepcopy(nn.ModuleList(first.layers), memo)
     layers.load_state_dict(tensors, strict=not first.kept)
-    averaged = Organ(name, config, config.check(), list(layers), active=False, kept=first.kept)
+    averaged = Organ(name, config, config.check(), list(layers), active=False)
+    averaged.kept, averaged.replaced = first.kept, first.replaced
     averaged.set_trainable(False)
     return averaged
 

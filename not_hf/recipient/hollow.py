@@ -198,6 +198,8 @@ def _base_headers(opened: OpenedMerge) -> dict[str, TensorInfo]:
     configs = [organ.spec.config for organ in opened.resolved.organs]
     if any(each.modules_to_save or each.trainable_token_indices for each in configs):
         raise NotCopiedError("an organ holds modules beside its layers")
+    if any(organ.mode == "replace" and organ.scale != 1 for organ in opened.resolved.organs):
+        raise NotCopiedError("an organ that replaces layers has another scale than 1")
     if getattr(config, "transformers_weights", None) or fetch_file(base, "adapter_config.json", **where):
         raise NotCopiedError("the recipient has other weights than model.safetensors, or adapters")
     try:

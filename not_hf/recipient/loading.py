@@ -16,7 +16,6 @@ from not_hf.architecture.devices import execution_device, follow
 from not_hf.architecture.differences import computing_differences
 from not_hf.architecture.layers import require_finite, settle
 from not_hf.architecture.parts import ALL
-from not_hf.architecture.scaling import require_scalable
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
 from not_hf.composition.check import validate
@@ -162,6 +161,7 @@ def _fit_organ(
     saved = fit_saved_modules(model, stack, surgery.base_modules, config, held_by(donor), *apart)
     revision = commit_of(resolved.revision)
     organ = Organ(resolved.name, config, spec, layers, resolved.active, repo, revision, saved=saved, kept=kept)
+    organ.replaced = [] if surgery.is_scaffold else [surgery.base_layers[n] for n in organ.place.replaced]
     organ.set_trainable(training.is_trainable)
     if resolved.scale != 1:
         if any(parameter.is_meta for parameter in layers[0].parameters()):
@@ -169,7 +169,7 @@ def _fit_organ(
                 f"an empty model (meta device) cannot take an organ of scale {resolved.scale:g}; make it at scale 1 "
                 f"and call set_donor_scale({organ.name!r}, {resolved.scale:g}) when the weights are loaded"
             )
-        require_scalable(stack, layers)
+        organ.require_scalable(stack)
         organ.rescale(resolved.scale)
     if others := computing_differences(spec.organ, surgery.base_config):
         logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from not_hf.architecture.file_layout import forget_conversions
 from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
-from not_hf.architecture.scaling import require_scalable, scale_problem
+from not_hf.architecture.scaling import scale_problem
 from not_hf.architecture.stack import layers_config
 from not_hf.cards.common import warn_once
 from not_hf.composition.layout import require_free_names
@@ -82,28 +82,29 @@ class Recipient(ModelWithOrgans):
         return WithoutDonors(self, self._surgery)
 
     def set_donor_scale(self, donor_name: str, scale: float) -> None:
-        """Scale the contribution of an inserted organ's layers to the residual stream.
+        """Scale the contribution of an inserted organ's layers to the residual stream, or what replacement changes.
 
-        The output projections are scaled in place, so a scale costs nothing at run time and any scale can be merged.
-        Saving writes the unscaled weights, and the scale in the config.
+        The output projections of an inserted organ are multiplied. Weights that replace others become
+        `recipient + scale * (organ - recipient)`. Both happens in place, so a scale costs nothing at run time and any
+        scale can be merged. Saving writes the unscaled weights, and the scale in the config. Modules beside the layers
+        are not scaled. While a replacement has another scale than 1, it takes its memory twice.
 
         Args:
             donor_name: Name of a loaded organ, active or not.
-            scale: A finite number; 1 is the organ as trained, 0 a no-op.
+            scale: A finite number. 1 is the organ as trained, bit for bit; 0 a no-op, or the recipient bit for bit.
 
         Raises:
             NotHFError: There is no organ of that name, the scale is not finite, or the organ was trained at scale 0.
-            IncompatibleDonorError: The organ replaces layers.
-            UnsupportedArchitectureError: A norm after the output projections undoes the scale.
+            IncompatibleDonorError: The organ replaces layers that are quantized, offloaded or of another structure.
+            UnsupportedArchitectureError: A norm after the output projections undoes the scale of an inserted organ.
         """
         (name,) = self._named([donor_name])
         organ = self._surgery.organs[name]
-        if problem := scale_problem(scale, organ.config.mode):
-            error = IncompatibleDonorError if organ.config.mode != "insert" else NotHFError
-            raise error(f"organ {name!r}: {problem}")
+        if problem := scale_problem(scale):
+            raise NotHFError(f"organ {name!r}: {problem}")
         require_own_modules(self._surgery, organ)
         if scale != 1:
-            require_scalable(self._surgery.stack(self), organ.layers)
+            organ.require_scalable(self._surgery.stack(self))
         changes = self._surgery.changes
         changes.make(lambda: organ.rescale(float(scale), changes), lambda: None)  # undone within
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,14 +12,15 @@ from transformers import PreTrainedConfig
 
 from not_hf.architecture.computed_weights import store_weights
 from not_hf.architecture.differences import describe, native_differences
-from not_hf.architecture.layers import is_finite, require_finite, settle
+from not_hf.architecture.layers import computes, is_finite, require_finite, settle
 from not_hf.architecture.master_weights import MasterWeights
-from not_hf.architecture.scaling import scaled_parameters, unscaled
+from not_hf.architecture.scaling import require_scalable, scaled, scaled_parameters, unscaled
 from not_hf.architecture.splicing import splice_config
+from not_hf.architecture.stack import Stack
 from not_hf.architecture.twin import meta_twin
 from not_hf.composition.layout import Place
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.errors import NotHFError, interval, some
+from not_hf.errors import IncompatibleDonorError, NotHFError, interval, some
 from not_hf.recipient.changes import Changes
 from not_hf.recipient.saved_modules import SavedModules
 
@@ -80,6 +81,7 @@ class Organ:
     repo: str | None = None  # folder or Hub ID of the donor
     revision: str | None = None  # commit of that repo
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # unscaled values of the scaled tensors
+    replaced: Sequence[nn.Module] = ()  # the recipient's layers in whose place it stands
     saved: SavedModules = field(default_factory=SavedModules)
     kept: frozenset[str] = frozenset()  # names, `<layer>.<name in the layer>`, of the recipient's own in its layers
 
@@ -164,10 +166,10 @@ class Organ:
         Raises:
             NotHFError: The organ was trained at scale 0, or a scaled weight overflows its dtype; nothing is changed.
         """
-        parameters = dict(scaled_parameters(self.layers))
+        parameters = self._scaled_parameters()
         at_one = {name: self.at_scale_one(name, p.detach()) for name, p in parameters.items()}
         originals = {} if scale == 1 else {name: tensor.clone() for name, tensor in at_one.items()}
-        values = {name: tensor * scale for name, tensor in originals.items()} or at_one
+        values = {name: self.at_scale(name, tensor, scale) for name, tensor in originals.items()} or at_one
         for name, value in values.items():
             layer = self.layers[int(name.partition(".")[0])]
             dtype = layer.computes_in if isinstance(layer, MasterWeights) else value.dtype
@@ -218,11 +220,47 @@ class Organ:
 
         (changes or Changes()).make(overwrite, restore)
 
+    def _scaled_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that a scale changes, by `<layer>.<name in the layer>`."""
+        if self.config.mode == "insert":
+            return dict(scaled_parameters(self.layers))
+        own = nn.ModuleList(self.layers).named_parameters()
+        return {name: each for name, each in own if name not in self.kept and computes(each)}
+
+    def _replaced(self, name: str) -> torch.Tensor | None:
+        """Return the parameter of the recipient in whose place one stands; `None` for an inserted organ."""
+        n, _, inner = name.partition(".")
+        return self.replaced[int(n)].get_parameter(inner).detach() if self.config.mode == "replace" else None
+
+    def require_scalable(self, stack: Stack) -> None:
+        """Check that the organ can have another scale than 1.
+
+        Raises:
+            IncompatibleDonorError: It replaces layers of another structure, or none that could be compared.
+            UnsupportedArchitectureError: It is inserted, and a norm undoes the scale.
+        """
+        if self.config.mode == "insert":
+            require_scalable(stack, self.layers)
+            return
+        ours = {name: each.shape for name, each in self._scaled_parameters().items()}
+        theirs = nn.ModuleList(self.replaced).named_parameters()
+        found = {name: each.shape for name, each in theirs if computes(each) and not each.is_meta and name in ours}
+        if unmatched := sorted(name for name, _ in ours.items() ^ found.items()):
+            raise IncompatibleDonorError(
+                f"organ {self.name!r} has no scale but 1: the layers that it replaces are quantized, offloaded or "
+                f"others ({some(unmatched)})"
+            )
+
+    def at_scale(self, name: str, original: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the value at a scale of a parameter `<layer>.<name in the layer>` that is `original` at scale 1."""
+        return scaled(original, scale, self._replaced(name))
+
     def at_scale_one(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the unscaled value of `tensor`, named `<layer>.<name in the layer>`; raises as `unscaled`."""
         if name not in self.originals:
             return tensor
-        return unscaled(tensor, self.originals[name].to(tensor.device), self.config.scale)
+        original = self.originals[name].to(tensor.device)
+        return unscaled(tensor, original, self.config.scale, self._replaced(name))
 
 
 def swap_differences(recipient: PreTrainedConfig, organ: Organ, other: Organ) -> list[str]:

@@ -304,7 +304,7 @@ class Surgery:
         for organ in self.organs.values():
             for name, tensor in organ.originals.items():
                 dtype = fn(tensor[:0]).dtype
-                if dtype != tensor.dtype and not is_finite(tensor.to(dtype) * organ.config.scale):
+                if dtype != tensor.dtype and not is_finite(organ.at_scale(name, tensor.to(dtype), organ.config.scale)):
                     raise NotHFError(
                         f"organ {organ.name!r}: at scale {organ.config.scale:g} weights overflow {dtype} ({name}); "
                         "use a smaller scale"
