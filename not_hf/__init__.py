@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from not_hf.donor.modeling import DonorModel
     from not_hf.evaluation.perplexity import perplexity
     from not_hf.hub.search import list_donors
+    from not_hf.recipient.expansion import expand
     from not_hf.recipient.heads import (
         TransplantedForCausalLM,
         TransplantedForImageTextToText,
@@ -67,6 +68,7 @@ _LAZY = {
     "check_donor": "not_hf.composition.check",
     "choose_span": "not_hf.training.span_choice",
     "compose": "not_hf.composition.plan",
+    "expand": "not_hf.recipient.expansion",
     "from_lora": "not_hf.recipient.lora",
     "import_checkpoint": "not_hf.donor.importing",
     "list_donors": "not_hf.hub.search",
@@ -109,6 +111,7 @@ __all__ = [
     "check_donor",
     "choose_span",
     "compose",
+    "expand",
     "from_lora",
     "import_checkpoint",
     "list_donors",

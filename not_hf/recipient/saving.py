@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from not_hf.architecture.layers import computes
 from not_hf.architecture.upstream import is_partitioned
@@ -24,7 +27,7 @@ from not_hf.donor.saved_modules import attach
 from not_hf.donor.saving import save_generation_config, write_donor
 from not_hf.donor.tokenizer import save_local_tokenizer
 from not_hf.donor.vocabulary import VOCABULARY
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, one_line
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
@@ -117,9 +120,22 @@ def save_organs(
             config.digests = digests or None
             config.save_pretrained(draft)
             card.save(Path(draft, README))
+            if os.path.basename(folder).startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+                _save_for_trainers(states, draft, folder)
             if generation is not None:
                 save_generation_config(generation, draft)
             save_local_tokenizer(config.base_model_name_or_path, folder, draft)
+
+
+def _save_for_trainers(
+    states: Mapping[str, Mapping[str, torch.Tensor]], draft: str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> None:
+    """Save the tensors of several organs in one file, too: trainers look for it when they resume or load the best."""
+    tensors = {f"{name}.{key}": value.contiguous() for name, state in states.items() for key, value in state.items()}
+    try:
+        save_file(tensors, Path(draft, SAFE_WEIGHTS_NAME), {"format": "pt"})
+    except SafetensorError as error:  # of its own kind, when the disk is full
+        raise OSError(f"{folder} cannot be written: {one_line(error, 200)}; free space, save again") from error
 
 
 def _generation_config(
