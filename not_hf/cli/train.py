@@ -113,6 +113,7 @@ def train(
             pack,
         )
 
+        DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
         tokenizer = AutoTokenizer.from_pretrained(base or donor)
         texts: Any = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
