@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from not_hf.donor.importing import import_checkpoint
     from not_hf.donor.modeling import DonorModel
     from not_hf.evaluation.perplexity import perplexity
+    from not_hf.evaluation.scale_choice import choose_scale
     from not_hf.hub.search import list_donors
     from not_hf.recipient.expansion import expand
     from not_hf.recipient.heads import (
@@ -66,6 +67,7 @@ _LAZY = {
     "average_donors": "not_hf.donor.averaging",
     "check_compatibility": "not_hf.donor.compatibility",
     "check_donor": "not_hf.composition.check",
+    "choose_scale": "not_hf.evaluation.scale_choice",
     "choose_span": "not_hf.training.span_choice",
     "compose": "not_hf.composition.plan",
     "expand": "not_hf.recipient.expansion",
@@ -109,6 +111,7 @@ __all__ = [
     "average_donors",
     "check_compatibility",
     "check_donor",
+    "choose_scale",
     "choose_span",
     "compose",
     "expand",

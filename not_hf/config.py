@@ -53,7 +53,8 @@ class DonorConfig(PreTrainedConfig):
         layers: Half-open span `[i, j]` of the base's layers.
         position: Position of the organ among the recipient's own layers.
         mode: `"insert"` (before layer `position`) or `"replace"` (layers `position … position + k`).
-        scale: Factor of an inserted organ's contribution to the residual stream; the weights are unscaled.
+        scale: Factor of an inserted organ's contribution to the residual stream, or of what a replacement changes; the
+            weights are unscaled.
         init: `"copy"` (layers as cut) or `"identity"` (an inserted organ starts as an exact no-op).
         modules: What the organ holds of each layer: `"all"`, `"outputs"`, `"attention"`, `"mlp"`, or names of modules.
         modules_to_save: Names of modules beside the layers that the donor holds too, such as `embed_tokens`.
