@@ -12,13 +12,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, average_donors, merge_donor
+from not_hf.architecture.releases import CACHES_FOLLOW_STATES
 from not_hf.architecture.stack import head_class
 from testing.donors import SPAN, moved, transplanted_class
 from testing.models import TOKEN_IDS, tiny_model
 from testing.training import made, rows
 
 TYPES = ["gpt2", "llama", "mixtral", "qwen3_moe", "gpt_oss", "gemma3_text", "opt", "gpt_neox", "phi3", "falcon"]
-TYPES += ["olmo2", "qwen3_next", "mamba2", "bert"]
+TYPES += ["olmo2", "bert", *(("qwen3_next", "mamba2") if CACHES_FOLLOW_STATES else ())]
 PARTS: list[str | list[str]] = ["outputs", "attention", "mlp"]
 
 
