@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from not_hf.donor.importing import import_checkpoint
     from not_hf.donor.modeling import DonorModel
     from not_hf.evaluation.perplexity import perplexity
+    from not_hf.evaluation.position_sweep import sweep_positions
     from not_hf.evaluation.scale_choice import choose_scale
     from not_hf.hub.search import list_donors
     from not_hf.recipient.expansion import expand
@@ -83,6 +84,7 @@ _LAZY = {
     "push_donor": "not_hf.composition.publish",
     "reference_model": "not_hf.recipient.reference",
     "require_isolation": "not_hf.training.isolation",
+    "sweep_positions": "not_hf.evaluation.position_sweep",
     "to_lora": "not_hf.recipient.lora",
 }
 
@@ -127,6 +129,7 @@ __all__ = [
     "push_donor",
     "reference_model",
     "require_isolation",
+    "sweep_positions",
     "to_lora",
 ]
 

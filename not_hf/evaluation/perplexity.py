@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import evaluate
@@ -125,34 +126,24 @@ class Perplexity(evaluate.Metric):
         max_length: int | None = None,
         stride: int | None = None,
     ) -> dict[str, Any]:
-        model, tokenizer = _load(model, model_id, tokenizer, device)
-        context = _context(model)
-        max_length = default_window(model) if max_length is None else max_length
-        stride = max_length // 2 if stride is None else stride
-        if not 2 <= max_length <= context:
-            raise NotHFError(f"max_length must be between 2 and {context}, the model's context, got {max_length}")
-        if not 1 <= stride <= max_length:
-            raise NotHFError(f"stride must be between 1 and {max_length}, the max_length, got {stride}")
-        if batch_size < 1:
-            raise NotHFError(f"batch_size must be at least 1, got {batch_size}")
-        texts = _encode(predictions, tokenizer, add_start_token)
-        windows = [w for i, ids in enumerate(texts) for w in _windows(i, len(ids), max_length, stride)]
+        model, tokenizer = load_for_texts(model, model_id, tokenizer, device)
+        max_length, stride = check_lengths(model, max_length, stride, batch_size)
+        texts = encode(predictions, tokenizer, add_start_token)
         nll = [0.0] * len(texts)
         num_tokens = [0] * len(texts)
-        windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, early out-of-memory
-        batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-        total = sum(window.end - window.scored for window in windows)
+        batches = batches_of(texts, max_length, stride, batch_size)
+        total = sum(window.end - window.scored for batch in batches for window in batch)
         with eval_mode(model), evaluate.logging.tqdm(total=total, desc="Perplexity", unit=" tokens") as progress:
             for batch in batches:
-                for window, window_nll in zip(batch, _nll(model, texts, batch), strict=True):
+                for window, window_nll in zip(batch, nll_of(model, texts, batch), strict=True):
                     nll[window.text] += window_nll
                     num_tokens[window.text] += window.end - window.scored
                 progress.update(sum(window.end - window.scored for window in batch))
-        perplexities = [_exp(total / count) for total, count in zip(nll, num_tokens, strict=True)]
+        perplexities = [perplexity_of(total / count) for total, count in zip(nll, num_tokens, strict=True)]
         return {
             "perplexities": perplexities,
             "mean_perplexity": sum(perplexities) / len(perplexities),
-            "perplexity": _exp(math.fsum(nll) / sum(num_tokens)),
+            "perplexity": perplexity_of(math.fsum(nll) / sum(num_tokens)),
             "num_tokens": sum(num_tokens),
         }
 
@@ -162,11 +153,27 @@ def default_window(model: PreTrainedModel) -> int:
     return int(min(1024, _context(model)))
 
 
+def check_lengths(
+    model: PreTrainedModel, max_length: int | None, stride: int | None, batch_size: int
+) -> tuple[int, int]:
+    """Check the lengths of windows, and return `max_length` and `stride` with their defaults."""
+    context = _context(model)
+    max_length = default_window(model) if max_length is None else max_length
+    stride = max_length // 2 if stride is None else stride
+    if not 2 <= max_length <= context:
+        raise NotHFError(f"max_length must be between 2 and {context}, the model's context, got {max_length}")
+    if not 1 <= stride <= max_length:
+        raise NotHFError(f"stride must be between 1 and {max_length}, the max_length, got {stride}")
+    if batch_size < 1:
+        raise NotHFError(f"batch_size must be at least 1, got {batch_size}")
+    return max_length, stride
+
+
 def _context(model: PreTrainedModel) -> float:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """Tokens `[begin, end)` of a text, of which `[scored, end)` are scored; begin < scored."""
 
     text: int
@@ -175,19 +182,26 @@ class _Window(NamedTuple):
     end: int
 
 
-def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterator[_Window]:
+def batches_of(texts: list[list[int]], max_length: int, stride: int, batch_size: int) -> list[list[Window]]:
+    """Split texts into windows, and group these into batches."""
+    windows = [w for i, ids in enumerate(texts) for w in _windows(i, len(ids), max_length, stride)]
+    windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, early out-of-memory
+    return [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+
+
+def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
     """Yield the windows of a text that score at least one token."""
     covered = 0
     for begin in range(0, num_tokens, stride):
         end = min(begin + max_length, num_tokens)
         scored = max(covered, begin + 1)  # the first token of a window has no context
         if scored < end:
-            yield _Window(text, begin, scored, end)
+            yield Window(text, begin, scored, end)
         covered = end
 
 
 @torch.inference_mode()
-def _nll(model: PreTrainedModel, texts: list[list[int]], batch: list[_Window]) -> list[float]:
+def nll_of(model: PreTrainedModel, texts: list[list[int]], batch: list[Window]) -> list[float]:
     """Sum the negative log-likelihood (nats) of the scored tokens of each window."""
     longest = max(window.end - window.begin for window in batch)
     # padded on the right with any id: positions count from 0, and causal attention never reaches the padding
@@ -208,7 +222,7 @@ def _nll(model: PreTrainedModel, texts: list[list[int]], batch: list[_Window]) -
     return torch.stack(sums).tolist()
 
 
-def _encode(predictions: list[str], tokenizer: PreTrainedTokenizerBase, add_start_token: bool) -> list[list[int]]:
+def encode(predictions: list[str], tokenizer: PreTrainedTokenizerBase, add_start_token: bool) -> list[list[int]]:
     """Tokenize texts without special tokens, except BOS if `add_start_token`."""
     bos = tokenizer.bos_token_id
     if add_start_token and bos is None:
@@ -224,7 +238,7 @@ def _encode(predictions: list[str], tokenizer: PreTrainedTokenizerBase, add_star
     return texts
 
 
-def _load(
+def load_for_texts(
     model: PreTrainedModel | str | None,
     model_id: str | None,
     tokenizer: PreTrainedTokenizerBase | str | None,
@@ -242,11 +256,16 @@ def _load(
             raise NotHFError(f"the model is on {source.device}, not {device}; move it with model.to({device!r}) first")
     else:
         tokenizer = source if tokenizer is None else tokenizer
-        loaded = AutoModelForCausalLM.from_pretrained(source)
-        loaded.to(_device(device))
+        loaded = load_model(source, device)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     return loaded, tokenizer
+
+
+def load_model(source: str | os.PathLike[str], device: str | None = None) -> PreTrainedModel:
+    """Load a causal LM or a donor from a Hub ID or a folder onto a device; default CUDA if available."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source)
+    return cast(PreTrainedModel, loaded.to(_device(device)))
 
 
 def _device(device: str | None) -> torch.device:
@@ -256,7 +275,7 @@ def _device(device: str | None) -> torch.device:
     return torch.device("cuda" if device == "gpu" else device)
 
 
-def _exp(mean_nll: float) -> float:
+def perplexity_of(mean_nll: float) -> float:
     """Compute the perplexity of a mean NLL in nats; infinite beyond the range of floats."""
     try:
         return math.exp(mean_nll)

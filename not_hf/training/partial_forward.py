@@ -8,7 +8,8 @@ hidden states, which is read off the live model and checked.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,6 +98,32 @@ class PartialForward:
         skipped[-1].hidden = hidden
         with swapped_layers(self.stack.layers, [*skipped, *layers[n:]]):
             yield
+
+    @contextlib.contextmanager
+    def capturing(self, entries: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """Yield a dict into which a forward pass in the block puts the input of these layers, by their numbers.
+
+        Args:
+            entries: Numbers of layers; the number of layers stands for the output of the last. Each value is
+                `(batch, seq, hidden)`.
+        """
+        found: dict[int, torch.Tensor] = {}
+
+        def capture(n: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[n] = args[0] if args else kwargs["hidden_states"]
+
+        def capture_output(layer: nn.Module, args: Any, output: Any) -> None:
+            found[len(layers)] = output[0] if isinstance(output, tuple) else output
+
+        layers = self.stack.layers
+        with contextlib.ExitStack() as hooks:
+            for n in entries:
+                if n == len(layers):
+                    handle = layers[-1].register_forward_hook(capture_output)
+                else:
+                    handle = layers[n].register_forward_pre_hook(functools.partial(capture, n), with_kwargs=True)
+                hooks.callback(handle.remove)
+            yield found
 
     @contextlib.contextmanager
     def capturing_last(self) -> Iterator[list[torch.Tensor]]:

@@ -1,0 +1,331 @@
+"""Perplexity of a model with an organ at every position that it fits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub.utils import tqdm
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from not_hf.architecture.stack import is_encoder
+from not_hf.composition.sources import DonorLike
+from not_hf.config import MODES
+from not_hf.donor.modeling import DonorModel
+from not_hf.errors import NotHFError, UnsupportedArchitectureError
+from not_hf.evaluation.bootstrap import nll_intervals
+from not_hf.evaluation.perplexity import (
+    Window,
+    batches_of,
+    check_lengths,
+    encode,
+    load_for_texts,
+    load_model,
+    perplexity_of,
+)
+from not_hf.evaluation.position_plot import draw
+from not_hf.evaluation.swept_places import BASE, Nats, PlaceRunner, legal_places, taking_organs
+from not_hf.recipient.mixin import Recipient
+from not_hf.training.prefix_key import tensor_digest
+
+_FILE = "sweep.json"
+_PERPLEXITIES = ("perplexity", "low", "high")
+_SECONDS = 30  # between two saves of an unfinished sweep
+
+
+@dataclass(frozen=True)
+class PositionSweep:
+    """Perplexities of a model with an organ at several positions.
+
+    Args:
+        rows: One dict for each place, in the order of modes and positions: `position`, `mode`, `nats_per_token`,
+            `perplexity`, and `low` and `high`, the ends of its 95 % interval.
+        base: The same of the model without the organ: `nats_per_token`, `perplexity`, `low`, `high`.
+        skipped: The places that the organ does not fit: `position`, `mode` and `reason`.
+        num_tokens: Number of scored tokens.
+        about: What was measured: `model`, `donor`, digests of the organ and of the windows, and versions.
+        window_tokens: Scored tokens of each window.
+        nats: Summed negative log-likelihood of each window, by `"insert 4"` (mode and position) and `"base"`, for
+            paired comparisons. NaN where an interrupted sweep has not measured yet.
+    """
+
+    rows: list[dict[str, Any]]
+    base: dict[str, float]
+    skipped: list[dict[str, Any]]
+    num_tokens: int
+    about: dict[str, Any]
+    window_tokens: list[int] = field(repr=False)
+    nats: dict[str, list[float]] = field(repr=False)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row of the lowest perplexity."""
+        return min(self.rows, key=lambda row: math.inf if math.isnan(row["nats_per_token"]) else row["nats_per_token"])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `sweep.json` into a folder; created if missing. Numbers that are not finite are written as null."""
+        os.makedirs(folder, exist_ok=True)
+        windows = {"num_tokens": self.window_tokens, "nats": self.nats}
+        measured = {"num_tokens": self.num_tokens, "base": self.base, "rows": self.rows, "skipped": self.skipped}
+        text = json.dumps(_finite({**self.about, **measured, "windows": windows}), allow_nan=False)
+        draft = Path(folder, f".{_FILE}.draft")
+        draft.write_text(text + "\n", encoding="utf-8")
+        os.replace(draft, Path(folder, _FILE))
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw perplexity over position with its interval, the base as a line, and the best position marked.
+
+        Args:
+            path: File to write: `.png`, or another format of matplotlib.
+
+        Raises:
+            NotHFError: matplotlib is not installed.
+        """
+        draw(self.rows, self.base, self.best, path)
+
+
+def sweep_positions(
+    model: PreTrainedModel | str | os.PathLike[str],
+    donor: DonorLike,
+    data: Iterable[str] | Iterable[Mapping[str, Any]],
+    positions: Iterable[int] | None = None,
+    modes: Sequence[str] = ("insert",),
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    max_length: int | None = None,
+    stride: int | None = None,
+    add_start_token: bool = True,
+    batch_size: int = 16,
+    max_bytes: int = 2**30,
+    seed: int = 0,
+) -> PositionSweep:
+    """Measure perplexity with an organ, trained or not, at every position that it fits.
+
+    The numbers are those of `perplexity` with the organ loaded at each position. The layers below a position are run
+    once per window, not once per position, which takes a little more than half of the time. A model whose layers pass
+    on more than hidden states is run whole at every position, with a warning.
+
+    `low` and `high` are the ends of a 95 % bootstrap interval of the perplexity: the percentiles of 1,000 draws of
+    windows with replacement, the same ones at all positions. They say how much another text of the same kind might
+    change the number, not how much another training might. They are NaN if there is only one window.
+
+    Args:
+        model: A causal LM, with organs or without, which is left as it was; or its Hub ID or folder. Organs that are
+            active stay so.
+        donor: Folder, Hub ID or `DonorModel`: one organ, no composition.
+        data: Texts, scored as one stream; or a dataset with `input_ids`, whose rows are scored each on its own, but
+            for the first token. Other columns are not read. Use text that was not trained on.
+        positions: Positions among the model's own layers; `None`: all. Those that the organ does not fit are skipped.
+        modes: `"insert"`, `"replace"` or both.
+        tokenizer: The model's tokenizer, its Hub ID or folder; needed for texts, unless `model` is an ID or folder.
+        folder: Where `sweep.json` is written while the sweep runs. If it holds one of the same organ and text, only
+            what is missing there is measured: an interrupted sweep goes on, and a finished one takes more positions.
+        max_length: Tokens per window, as for `perplexity`, like `stride` and `add_start_token`.
+        batch_size: Windows per forward pass.
+        max_bytes: Limit for the hidden states that are held at once; those of a batch are held in any case.
+        seed: Of the bootstrap.
+
+    Raises:
+        IncompatibleDonorError: The organ fits no position; with the reason of the first.
+        NotHFError: An argument is out of range, `data` has nothing to score, a tokenizer is missing, the model is
+            inside `disable_donors()`, or the folder holds another sweep.
+        UnsupportedArchitectureError: The model is no causal LM, or its layers cannot be found.
+
+    Examples:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from not_hf import DonorModel, sweep_positions
+        >>> base = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=4, n_head=2))
+        >>> donor = DonorModel.from_base(base, layers=(1, 3))
+        >>> data = [{"input_ids": [n % 9 for n in range(start, start + 12)]} for start in range(5)]
+        >>> sweep = sweep_positions(base, donor, data)
+        >>> [row["position"] for row in sweep.rows], sweep.num_tokens
+        ([0, 1, 2, 3, 4], 55)
+        >>> sweep.best["low"] <= sweep.best["perplexity"] <= sweep.best["high"]
+        True
+    """
+    rows = list(data) if not isinstance(data, str) else [data]
+    if isinstance(data, str) or not rows:
+        raise NotHFError("data must be texts, or rows with input_ids, at least one; give [text] for one text")
+    if not modes or isinstance(modes, str) or not set(modes) <= set(MODES):
+        raise NotHFError(f"modes must be a list of {' and '.join(map(repr, MODES))}, got {modes!r:.200}")
+    if positions is not None and not (positions := list(positions)):
+        raise NotHFError("positions must name at least one position; leave it out for all")
+    live, texts = _model_and_texts(model, rows, tokenizer, add_start_token)
+    if is_encoder(live.config):
+        raise UnsupportedArchitectureError(f"model_type {live.config.model_type!r} is an encoder; use a causal LM")
+    if isinstance(live, Recipient):
+        live._surgery.require_layers("sweep_positions")
+    max_length, stride = check_lengths(live, max_length, stride, batch_size)
+    batches = batches_of(texts, max_length, stride, batch_size)
+    organ = donor if isinstance(donor, DonorModel) else DonorModel.from_pretrained(donor)
+    name = "sweep"
+    while isinstance(live, Recipient) and name in live.donor_config:
+        name += "_"
+    places, skipped = legal_places(live, organ, name, positions, modes)
+    about = {
+        "model": live.name_or_path or None,
+        "donor": None if isinstance(donor, DonorModel) else os.fspath(donor),
+        "donor_digest": _donor_digest(organ),
+        "windows_digest": _windows_digest(texts, batches),
+        "max_length": max_length,
+        "stride": stride,
+        "seed": seed,
+        **{package: version(package) for package in ("not_hf", "torch", "transformers")},
+    }
+    tokens = [window.end - window.scored for batch in batches for window in batch]
+    nats = {key: np.full(len(tokens), np.nan) for key in (BASE, *(place.key for place in places))}
+    if folder is not None:
+        nats |= _read(folder, about)
+
+    def result(keys: Iterable[str]) -> PositionSweep:
+        return _summarize(nats, keys, tokens, skipped, about)
+
+    missing = sum(int(np.isnan(nats[place.key]).sum()) for place in places)
+    with (
+        tqdm(desc="Positions", unit=" windows", total=missing, delay=2, leave=False) as bar,
+        _saving(folder, nats, result) as save,
+        taking_organs(live, organ, name, places[0]) as recipient,
+    ):
+
+        def note(num_windows: int) -> None:
+            bar.update(num_windows)
+            save()
+
+        PlaceRunner(recipient, organ, name, texts, max_bytes).run(batches, places, nats, note)
+    return result(nats)
+
+
+def _model_and_texts(
+    model: PreTrainedModel | str | os.PathLike[str],
+    rows: list[Any],
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    add_start_token: bool,
+) -> tuple[PreTrainedModel, list[list[int]]]:
+    """Return the model, loaded if given by name, and the token ids of the text, or of each row."""
+    if all(isinstance(row, str) for row in rows):
+        source: Any = model if isinstance(model, nn.Module) else os.fspath(model)
+        loaded, tokenizer = load_for_texts(source, None, tokenizer, None)
+        return loaded, encode(["\n".join(rows)], tokenizer, add_start_token)
+    if not all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+        raise NotHFError("data must be texts, or rows with input_ids; give dataset['text'], or use not_hf.pack")
+    texts = [[int(token) for token in row["input_ids"]] for row in rows]
+    if short := [n for n, ids in enumerate(texts) if len(ids) < 2]:
+        raise NotHFError(f"{len(short)} of {len(texts)} rows have fewer than 2 tokens, first: {short[0]}; remove them")
+    return model if isinstance(model, nn.Module) else load_model(model), texts
+
+
+def _summarize(
+    nats: Nats, keys: Iterable[str], tokens: list[int], skipped: list[dict[str, Any]], about: dict[str, Any]
+) -> PositionSweep:
+    """Compute the numbers of the base and of the places with these keys."""
+    num_tokens, chosen = sum(tokens), [BASE, *sorted(set(keys) - {BASE}, key=_place_of)]
+    sums = np.stack([nats[key] for key in chosen])  # (models, windows)
+    lows, highs = nll_intervals(sums, np.asarray(tokens, dtype=np.float64), about["seed"])
+    base, *rows = (
+        {
+            "nats_per_token": float(mean),
+            **{name: perplexity_of(float(each)) for name, each in zip(_PERPLEXITIES, (mean, low, high), strict=True)},
+        }
+        for mean, low, high in zip(sums.sum(axis=1) / num_tokens, lows, highs, strict=True)
+    )
+    places = [dict(zip(("mode", "position"), _place_of(key), strict=True)) for key in chosen[1:]]
+    return PositionSweep(
+        rows=[
+            {"position": place["position"], "mode": place["mode"], **row}
+            for place, row in zip(places, rows, strict=True)
+        ],
+        base=base,
+        skipped=skipped,
+        num_tokens=num_tokens,
+        about=about,
+        window_tokens=tokens,
+        nats={key: each.tolist() for key, each in nats.items()},
+    )
+
+
+def _place_of(key: str) -> tuple[str, int]:
+    """Return the mode and position of a place by the key of its measurements."""
+    mode, position = key.split()
+    return mode, int(position)
+
+
+@contextlib.contextmanager
+def _saving(
+    folder: str | os.PathLike[str] | None, nats: Nats, result: Callable[[Iterable[str]], PositionSweep]
+) -> Iterator[Callable[[], None]]:
+    """Yield a function that saves what is measured from time to time; at the end of the block it is saved, too."""
+    saved, before = time.monotonic(), _num_missing(nats)
+
+    def save() -> None:
+        if folder is not None and _num_missing(nats) != before:
+            result(key for key, each in nats.items() if not np.isnan(each).any()).save(folder)
+
+    def save_in_time() -> None:
+        nonlocal saved
+        if time.monotonic() - saved > _SECONDS:
+            save()
+            saved = time.monotonic()
+
+    try:
+        yield save_in_time
+    finally:
+        save()
+
+
+def _num_missing(nats: Nats) -> int:
+    return sum(int(np.isnan(each).sum()) for each in nats.values())
+
+
+def _read(folder: str | os.PathLike[str], about: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+    """Read what a folder holds of the same sweep.
+
+    Raises:
+        NotHFError: It holds another sweep, or something else of that name.
+    """
+    file = Path(folder, _FILE)
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        others = [key for key in ("donor_digest", "windows_digest") if found[key] != about[key]]
+        nats = {key: np.array(values, dtype=np.float64) for key, values in found["windows"]["nats"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise NotHFError(f"{file} is no record of a sweep; delete it, or choose another folder") from error
+    if others:
+        what = {"donor_digest": "organ", "windows_digest": "text"}[others[0]]
+        raise NotHFError(f"{file} is of another {what}; delete it, or choose another folder")
+    return nats
+
+
+def _donor_digest(donor: DonorModel) -> str:
+    """Digest the names and values of an organ's tensors."""
+    tensors = sorted(donor.state_dict().items())
+    return hashlib.sha256(b"".join(name.encode() + tensor_digest(each) for name, each in tensors)).hexdigest()
+
+
+def _windows_digest(texts: list[list[int]], batches: list[list[Window]]) -> str:
+    """Digest the windows, with their tokens."""
+    windows = [(texts[w.text][w.begin : w.end], w.end - w.scored) for batch in batches for w in batch]
+    return hashlib.sha256(repr(windows).encode()).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    """Replace infinity and NaN, which JSON does not have, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
