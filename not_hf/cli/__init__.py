@@ -12,6 +12,7 @@ from not_hf.cli import (  # noqa: F401 (importing a command registers it)
     run,
     search,
     serve,
+    sweep,
     train,
     transplant,
 )
@@ -20,7 +21,7 @@ from not_hf.cli.app import app
 __all__ = ["app"]
 
 _ORDER = (  # in --help: that of a first use
-    *("extract", "import", "train", "eval", "generate", "inspect", "check"),
+    *("extract", "import", "train", "eval", "sweep", "generate", "inspect", "check"),
     *("push", "search", "transplant", "merge", "serve", "run"),
 )
 app.registered_commands.sort(key=lambda info: _ORDER.index(str(info.name)))

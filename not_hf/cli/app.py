@@ -33,6 +33,7 @@ from not_hf.version import __version__
 app = typer.Typer(name="not-hf", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 CHECKPOINTS = "checkpoints"  # subfolder of the output folder that holds an unfinished training
+SWEEP = "sweep.json"  # file in the output folder that holds a sweep, finished or not
 
 _FLAGS = {
     "as_json": Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")],
@@ -112,7 +113,8 @@ def failing_in_one_line(debug: bool) -> Iterator[None]:
 def output_folder(folder: Path, force: bool, can_resume: bool = False) -> Iterator[None]:
     """Refuse a folder that is not empty, unless forced; delete a new folder if the block fails.
 
-    A new folder is kept if it holds checkpoints to resume from; `can_resume`: the command has `--resume` for that.
+    A new folder is kept if it holds checkpoints or a sweep to resume from; `can_resume`: the command trains, and has
+    `--resume` for that.
     """
     existed = folder.exists()
     if folder.is_file():
@@ -127,7 +129,7 @@ def output_folder(folder: Path, force: bool, can_resume: bool = False) -> Iterat
     try:
         yield
     except BaseException:
-        if not existed and not _has_checkpoints(folder):
+        if not existed and not _has_checkpoints(folder) and not (folder / SWEEP).exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

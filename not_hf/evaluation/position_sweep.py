@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub.utils import tqdm
-from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +21,6 @@ from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 from not_hf.evaluation.bootstrap import nll_intervals
 from not_hf.evaluation.perplexity import (
-    Window,
     batches_of,
     check_lengths,
     encode,
@@ -36,13 +29,19 @@ from not_hf.evaluation.perplexity import (
     perplexity_of,
 )
 from not_hf.evaluation.position_plot import draw
+from not_hf.evaluation.sweep_record import (
+    complete,
+    donor_digest,
+    place_of,
+    read_record,
+    saving_in_time,
+    windows_digest,
+    write_record,
+)
 from not_hf.evaluation.swept_places import BASE, Nats, PlaceRunner, legal_places, taking_organs
 from not_hf.recipient.mixin import Recipient
-from not_hf.training.prefix_key import tensor_digest
 
-_FILE = "sweep.json"
 _PERPLEXITIES = ("perplexity", "low", "high")
-_SECONDS = 30  # between two saves of an unfinished sweep
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,9 @@ class PositionSweep:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `sweep.json` into a folder; created if missing. Numbers that are not finite are written as null."""
-        os.makedirs(folder, exist_ok=True)
         windows = {"num_tokens": self.window_tokens, "nats": self.nats}
         measured = {"num_tokens": self.num_tokens, "base": self.base, "rows": self.rows, "skipped": self.skipped}
-        text = json.dumps(_finite({**self.about, **measured, "windows": windows}), allow_nan=False)
-        draft = Path(folder, f".{_FILE}.draft")
-        draft.write_text(text + "\n", encoding="utf-8")
-        os.replace(draft, Path(folder, _FILE))
+        write_record(folder, {**self.about, **measured, "windows": windows})
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw perplexity over position with its interval, the base as a line, and the best position marked.
@@ -120,7 +115,8 @@ def sweep_positions(
 
     `low` and `high` are the ends of a 95 % bootstrap interval of the perplexity: the percentiles of 1,000 draws of
     windows with replacement, the same ones at all positions. They say how much another text of the same kind might
-    change the number, not how much another training might. They are NaN if there is only one window.
+    change the number, not how much another training might. With 20 windows or fewer they are somewhat too narrow, and
+    with one they are NaN.
 
     Args:
         model: A causal LM, with organs or without, which is left as it was; or its Hub ID or folder. Organs that are
@@ -156,13 +152,7 @@ def sweep_positions(
         >>> sweep.best["low"] <= sweep.best["perplexity"] <= sweep.best["high"]
         True
     """
-    rows = list(data) if not isinstance(data, str) else [data]
-    if isinstance(data, str) or not rows:
-        raise NotHFError("data must be texts, or rows with input_ids, at least one; give [text] for one text")
-    if not modes or isinstance(modes, str) or not set(modes) <= set(MODES):
-        raise NotHFError(f"modes must be a list of {' and '.join(map(repr, MODES))}, got {modes!r:.200}")
-    if positions is not None and not (positions := list(positions)):
-        raise NotHFError("positions must name at least one position; leave it out for all")
+    rows, positions = _check(data, positions, modes)
     live, texts = _model_and_texts(model, rows, tokenizer, add_start_token)
     if is_encoder(live.config):
         raise UnsupportedArchitectureError(f"model_type {live.config.model_type!r} is an encoder; use a causal LM")
@@ -174,38 +164,55 @@ def sweep_positions(
     name = "sweep"
     while isinstance(live, Recipient) and name in live.donor_config:
         name += "_"
-    places, skipped = legal_places(live, organ, name, positions, modes)
-    about = {
+    places, skipped = legal_places(live, organ, name, positions, dict.fromkeys(modes))
+    about: dict[str, Any] = {
         "model": live.name_or_path or None,
         "donor": None if isinstance(donor, DonorModel) else os.fspath(donor),
-        "donor_digest": _donor_digest(organ),
-        "windows_digest": _windows_digest(texts, batches),
-        "max_length": max_length,
-        "stride": stride,
-        "seed": seed,
+        "donor_digest": donor_digest(organ),
+        "windows_digest": windows_digest(texts, batches),
+        **{"max_length": max_length, "stride": stride, "seed": seed},
         **{package: version(package) for package in ("not_hf", "torch", "transformers")},
     }
     tokens = [window.end - window.scored for batch in batches for window in batch]
     nats = {key: np.full(len(tokens), np.nan) for key in (BASE, *(place.key for place in places))}
     if folder is not None:
-        nats |= _read(folder, about)
+        nats |= read_record(folder, about, len(tokens))
 
     def result(keys: Iterable[str]) -> PositionSweep:
         return _summarize(nats, keys, tokens, skipped, about)
 
+    def save() -> None:
+        if folder is not None:
+            result(complete(nats)).save(folder)
+
     missing = sum(int(np.isnan(nats[place.key]).sum()) for place in places)
     with (
         tqdm(desc="Positions", unit=" windows", total=missing, delay=2, leave=False) as bar,
-        _saving(folder, nats, result) as save,
+        saving_in_time(save, nats) as save_in_time,
         taking_organs(live, organ, name, places[0]) as recipient,
     ):
 
         def note(num_windows: int) -> None:
             bar.update(num_windows)
-            save()
+            save_in_time()
 
         PlaceRunner(recipient, organ, name, texts, max_bytes).run(batches, places, nats, note)
-    return result(nats)
+    return result([*(place.key for place in places), *complete(nats)])
+
+
+def _check(
+    data: Iterable[Any], positions: Iterable[int] | None, modes: Sequence[str]
+) -> tuple[list[Any], list[int] | None]:
+    """Check what can be without a model, and return the rows and positions as lists."""
+    rows = [] if isinstance(data, str) else list(data)
+    if not rows:
+        raise NotHFError("data must be texts, or rows with input_ids, at least one; give [text] for one text")
+    if not modes or isinstance(modes, str) or not set(modes) <= set(MODES):
+        raise NotHFError(f"modes must be a list of {' and '.join(map(repr, MODES))}, got {modes!r:.200}")
+    wanted = None if positions is None else list(positions)
+    if wanted == []:
+        raise NotHFError("positions must name at least one position; leave it out for all")
+    return rows, wanted
 
 
 def _model_and_texts(
@@ -231,7 +238,7 @@ def _summarize(
     nats: Nats, keys: Iterable[str], tokens: list[int], skipped: list[dict[str, Any]], about: dict[str, Any]
 ) -> PositionSweep:
     """Compute the numbers of the base and of the places with these keys."""
-    num_tokens, chosen = sum(tokens), [BASE, *sorted(set(keys) - {BASE}, key=_place_of)]
+    num_tokens, chosen = sum(tokens), [BASE, *sorted(set(keys) - {BASE}, key=place_of)]
     sums = np.stack([nats[key] for key in chosen])  # (models, windows)
     lows, highs = nll_intervals(sums, np.asarray(tokens, dtype=np.float64), about["seed"])
     base, *rows = (
@@ -241,7 +248,7 @@ def _summarize(
         }
         for mean, low, high in zip(sums.sum(axis=1) / num_tokens, lows, highs, strict=True)
     )
-    places = [dict(zip(("mode", "position"), _place_of(key), strict=True)) for key in chosen[1:]]
+    places = [dict(zip(("mode", "position"), place_of(key), strict=True)) for key in chosen[1:]]
     return PositionSweep(
         rows=[
             {"position": place["position"], "mode": place["mode"], **row}
@@ -254,78 +261,3 @@ def _summarize(
         window_tokens=tokens,
         nats={key: each.tolist() for key, each in nats.items()},
     )
-
-
-def _place_of(key: str) -> tuple[str, int]:
-    """Return the mode and position of a place by the key of its measurements."""
-    mode, position = key.split()
-    return mode, int(position)
-
-
-@contextlib.contextmanager
-def _saving(
-    folder: str | os.PathLike[str] | None, nats: Nats, result: Callable[[Iterable[str]], PositionSweep]
-) -> Iterator[Callable[[], None]]:
-    """Yield a function that saves what is measured from time to time; at the end of the block it is saved, too."""
-    saved, before = time.monotonic(), _num_missing(nats)
-
-    def save() -> None:
-        if folder is not None and _num_missing(nats) != before:
-            result(key for key, each in nats.items() if not np.isnan(each).any()).save(folder)
-
-    def save_in_time() -> None:
-        nonlocal saved
-        if time.monotonic() - saved > _SECONDS:
-            save()
-            saved = time.monotonic()
-
-    try:
-        yield save_in_time
-    finally:
-        save()
-
-
-def _num_missing(nats: Nats) -> int:
-    return sum(int(np.isnan(each).sum()) for each in nats.values())
-
-
-def _read(folder: str | os.PathLike[str], about: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
-    """Read what a folder holds of the same sweep.
-
-    Raises:
-        NotHFError: It holds another sweep, or something else of that name.
-    """
-    file = Path(folder, _FILE)
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        others = [key for key in ("donor_digest", "windows_digest") if found[key] != about[key]]
-        nats = {key: np.array(values, dtype=np.float64) for key, values in found["windows"]["nats"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NotHFError(f"{file} is no record of a sweep; delete it, or choose another folder") from error
-    if others:
-        what = {"donor_digest": "organ", "windows_digest": "text"}[others[0]]
-        raise NotHFError(f"{file} is of another {what}; delete it, or choose another folder")
-    return nats
-
-
-def _donor_digest(donor: DonorModel) -> str:
-    """Digest the names and values of an organ's tensors."""
-    tensors = sorted(donor.state_dict().items())
-    return hashlib.sha256(b"".join(name.encode() + tensor_digest(each) for name, each in tensors)).hexdigest()
-
-
-def _windows_digest(texts: list[list[int]], batches: list[list[Window]]) -> str:
-    """Digest the windows, with their tokens."""
-    windows = [(texts[w.text][w.begin : w.end], w.end - w.scored) for batch in batches for w in batch]
-    return hashlib.sha256(repr(windows).encode()).hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    """Replace infinity and NaN, which JSON does not have, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -95,7 +95,7 @@ class PrefixKey:
         digests: _Digests = {}
         for name, tensor in self._tensors():
             state = tensor_state(tensor)
-            digests[state] = known.get(state) or (tensor, tensor_digest(tensor))
+            digests[state] = known.get(state) or (tensor, _digest(tensor))
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + digests[state][1])
         self._digests = digests
         return digest.hexdigest()[:32]
@@ -111,8 +111,7 @@ class PrefixKey:
             yield from ((f"{n} {name}", tensor) for name, tensor in sorted({**stored, **own}.items()))
 
 
-def tensor_digest(tensor: torch.Tensor) -> bytes:
-    """Digest the values of a tensor."""
+def _digest(tensor: torch.Tensor) -> bytes:
     return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
 
 

@@ -31,12 +31,13 @@ from not_hf import (
     TransplantedForCausalLM,
 )
 from not_hf.cli import app
+from not_hf.evaluation import swept_places
 from testing.commands import done, failed, invoke
 from testing.donors import organ, same
 from testing.models import tiny_model, tiny_tokenizer
 
 COMMANDS = (
-    *("extract", "import", "train", "eval", "generate", "inspect", "check"),
+    *("extract", "import", "train", "eval", "sweep", "generate", "inspect", "check"),
     *("push", "search", "transplant", "merge"),
 )
 PASS_ON = ("serve", "run")  # to other tools
@@ -127,6 +128,9 @@ def test_help_needs_no_slow_import():
         "train DONOR --data TEXT --streaming -o OUT",
         "train DONOR --data TEXT --block-length 1 -o OUT",
         "eval DONOR",
+        "sweep BASE DONOR --data TEXT",
+        "sweep BASE DONOR --data TEXT --positions 1-3 -o OUT",
+        "sweep BASE DONOR --data TEXT --modes beside -o OUT",
         "generate DONOR",
         "inspect",
         "check DONOR",
@@ -159,6 +163,9 @@ def test_wrong_usage_is_2(arguments, tmp_path):
         ("train BASE --data TEXT -o OUT", "is not a donor"),
         ("eval DONOR --data missing.txt", "missing.txt"),
         ("eval me/no-such-model --data TEXT", "me/no-such-model is not"),
+        ("sweep BASE DONOR --data missing.txt -o OUT", "missing.txt"),
+        ("sweep BASE BASE --data TEXT -o OUT", "not_donor"),
+        ("sweep BASE DONOR --data TEXT --positions 7 -o OUT", "position must be between 0 and 4"),
         ("generate DONOR w5 --chat", "chat_template"),
         ("generate BASE w5 --compare", "no organ to compare"),
         ("inspect BASE", "is not a donor"),
@@ -214,6 +221,38 @@ def test_extract(base, tmp_path):
     assert "no layer has 'c_proj'" in failed(
         "extract", base, "--layers", "0:4", "--mode", "replace", "--modules", "c_proj", "-o", tmp_path / "none"
     )
+
+
+def test_sweep(base, donor, words, tmp_path):
+    arguments = ("sweep", base, donor, "--data", words, "-o", tmp_path / "out")
+    shown = done(*arguments, "--positions", "3,9", "--modes", "insert,replace")
+    assert [(row["mode"], row["position"]) for row in shown["rows"]] == [("insert", 3)]
+    assert [(each["mode"], each["position"]) for each in shown["skipped"]][:2] == [("insert", 9), ("replace", 3)]
+    measured = done("eval", donor, "--data", words)  # which is at position 3
+    assert shown["best"]["perplexity"] == pytest.approx(measured["perplexity"], rel=1e-6)
+    assert shown["base"]["perplexity"] == pytest.approx(measured["perplexity_without_organ"], rel=1e-6)
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "holds a sweep; measure what it lacks with --resume" in failed(*arguments)
+    assert [row["position"] for row in done(*arguments, "--resume")["rows"]] == [0, 1, 2, 3, 4]
+    result = invoke(*arguments, "--positions", "1", "--force")
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"][0]["position"] == 1
+    assert "without the organ" in result.stdout and "(best)" in result.stdout
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(base, donor, words, tmp_path, monkeypatch):
+    score, calls = swept_places.nll_of, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(swept_places, "nll_of", interrupted)
+    result = invoke("sweep", base, donor, "--data", words, "-o", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert f"{tmp_path / 'out'} holds what was measured. Add --resume" in result.stderr
+    assert len(done("sweep", base, donor, "--data", words, "-o", tmp_path / "out", "--resume")["rows"]) == 5
 
 
 TRAINING = ("--block-length", "16", "--batch-size", "4", "--lr", "0.01", "--warmup", "0")

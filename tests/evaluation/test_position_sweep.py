@@ -271,7 +271,7 @@ def test_one_window_has_no_interval_and_a_broken_model_no_number(tmp_path):
 
 
 def test_intervals_cover_what_they_should():
-    """Of 4,000 simulated corpora of 100 windows, whose tokens vary, 95 % intervals hold the true mean in 93 to 97 %."""
+    """Of 4,000 simulated corpora of 100 windows, 95 % intervals hold the true mean in 93 to 97 %."""
     generator = np.random.default_rng(1)
     tokens = generator.integers(32, 512, size=100).astype(float)
     nats = (2 + generator.gamma(4.0, 0.25, size=(4000, 100))) * tokens
