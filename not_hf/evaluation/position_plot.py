@@ -42,6 +42,7 @@ def draw(
         lows, highs = [row["low"] for row in drawn], [row["high"] for row in drawn]
         axes.plot(places, values, color=f"C{n}", marker="o", markersize=4, linewidth=1.5, label=mode)
         axes.fill_between(places, lows, highs, color=f"C{n}", alpha=0.2, linewidth=0)
+        axes.vlines(places, lows, highs, color=f"C{n}", linewidth=1)
     where = (best["position"], best["perplexity"])
     label = _label(f"best: {best['mode']} at {best['position']}", best)
     axes.plot(*where, color="black", marker="*", markersize=12, linestyle="none", label=label)
