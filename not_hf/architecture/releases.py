@@ -7,8 +7,9 @@ The oldest releases are those of `constraints-lowest.txt`. What is private in al
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.utils import hub as transformers_hub
+
+from not_hf.architecture.tables import PER_LAYER_LISTS
 
 
 class Commit(str):
@@ -85,24 +88,77 @@ def pinned_file_kwargs(revision: str | None) -> dict[str, str]:
 CACHES_FOLLOW_STATES = hasattr(LinearAttentionLayer, "is_croppable")
 
 
-def is_heterogeneous(config: PreTrainedConfig) -> bool:
-    """Whether a config gives layers values of their own, by `per_layer_config`; older ones do not."""
-    return bool(getattr(config, "is_heterogeneous", False))
+def overridden_keys(config: PreTrainedConfig) -> set[str] | None:
+    """The keys for which a config gives layers values of their own, by `per_layer_config`; `None` if it does not.
+
+    Older releases do not.
+    """
+    spec = vars(config).get("_heterogeneity_spec")
+    return None if spec is None else set(spec.explicit_per_layer_attributes)
+
+
+def values_of_layer(config: PreTrainedConfig, i: int, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of a layer, which are its own or those of the whole config; and what modules it does without."""
+    layer = config.per_layer_config[i]
+    skipped = getattr(layer, "skip", None)
+    return {key: getattr(layer, key) for key in keys} | ({"skip": skipped} if skipped else {})
 
 
 # Until 5.17 transformers misreads `rope_parameters` by layer type where the stack lacks one of their types
 _NEEDS_ALL_TYPES = not hasattr(PreTrainedConfig, "nested_rope_parameter_keys")
 
 
-def make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
-    """Make a native config of its values, which may be those of a span that lacks some of the base's layer types."""
+def make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any], is_span: bool = True) -> PreTrainedConfig:
+    """Make a native config of its values.
+
+    Args:
+        kind: The class of the config.
+        values: Those of a stack that may lack some of the base's layer types.
+        is_span: Keep the type of the last layer, which the class may change to that in which a whole stack ends.
+    """
     rope, types, count = (values.get(key) for key in ("rope_parameters", "layer_types", "num_hidden_layers"))
-    if not (_NEEDS_ALL_TYPES and isinstance(rope, dict) and types and count):
+    if not (isinstance(types, list) and types and isinstance(count, int)):
         return kind(**values)
-    lacking = [key for key, each in rope.items() if isinstance(each, dict) and key not in types]
-    config = kind(**{**values, "layer_types": [*types, *lacking], "num_hidden_layers": count + len(lacking)})
-    config.layer_types, config.num_hidden_layers = list(types), count
+    before, behind = [], []  # types of more layers, with which the class takes these values as they are
+    if _NEEDS_ALL_TYPES and isinstance(rope, dict):
+        before = [key for key, each in rope.items() if isinstance(each, dict) and key not in types]
+    config = _longer_config(kind, values, before, behind)
+    if is_span and (last := config.layer_types[-1]) != types[-1]:
+        behind = [last]
+        config = _longer_config(kind, values, before, behind)
+    if before or behind:
+        inside, keys = slice(len(before), len(before) + len(types)), overridden_keys(config)
+        own = {n: values_of_layer(config, n + len(before), keys or ()) for n in range(count)} if keys else {}
+        for key in _lists(values):
+            setattr(config, key, getattr(config, key)[inside])
+        config.num_hidden_layers = count
+        if keys is not None:
+            config.per_layer_config = own
     return config
+
+
+def _longer_config(
+    kind: type[PreTrainedConfig], values: Mapping[str, Any], before: list[str], behind: list[str]
+) -> PreTrainedConfig:
+    """Make a native config of its values, with more layers of these types before and behind."""
+    longer = {
+        key: [each[0]] * len(before) + each + [each[-1]] * len(behind) for key, each in _lists(values).items()
+    } | {"layer_types": [*before, *values["layer_types"], *behind]}
+    logger = logging.getLogger(kind.__module__)
+    logger.addFilter(_is_not_about_last_layer)
+    try:
+        return kind(**{**values, **longer, "num_hidden_layers": values["num_hidden_layers"] + len(before + behind)})
+    finally:
+        logger.removeFilter(_is_not_about_last_layer)
+
+
+def _is_not_about_last_layer(record: logging.LogRecord) -> bool:
+    return "Last layer must" not in record.getMessage()
+
+
+def _lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The lists with an entry per layer among the values of a config."""
+    return {key: each for key in PER_LAYER_LISTS if isinstance(each := values.get(key), list) and each}
 
 
 @contextlib.contextmanager

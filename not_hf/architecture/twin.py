@@ -74,18 +74,26 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
 _twins: deque[tuple[str, Twin]] = deque(maxlen=4)  # by the content of the config
 
 
-def require_loadable(config: PreTrainedConfig) -> None:
+def require_loadable(config: PreTrainedConfig, is_span: bool = False) -> None:
     """Check that a config can be read back from a file.
 
+    Args:
+        config: Of a whole model, or of a span.
+        is_span: That it is of a span, which may end in any layer.
+
     Raises:
-        UnsupportedArchitectureError: Its class refuses its values.
+        UnsupportedArchitectureError: Its class refuses or changes its values.
     """
+    kind, values = f"model_type {config.model_type!r}", config.to_dict()
     try:
-        make_config(type(config), {key: value for key, value in config.to_dict().items() if key != "model_type"})
+        made = make_config(type(config), {key: value for key, value in values.items() if key != "model_type"}, is_span)
     except Exception as error:  # a native config may raise anything
         raise UnsupportedArchitectureError(
-            f"no config of model_type {config.model_type!r} describes these layers: {one_line(error, 300)}"
+            f"no config of {kind} describes these layers: {one_line(error, 300)}"
         ) from error
+    last, becomes = ((getattr(each, "layer_types", None) or [None])[-1] for each in (config, made))
+    if last != becomes:
+        raise UnsupportedArchitectureError(f"the last layer of {kind} must be {becomes}, and here it is {last}")
 
 
 def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from not_hf.architecture import releases, upstream
 from not_hf.architecture.differences import config_differences, describe, inherit_attributes, same_modules
 from not_hf.architecture.layers import adopt
-from not_hf.architecture.splicing import set_layer_index, spliced_config
+from not_hf.architecture.splicing import place_bound, set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
@@ -118,6 +118,7 @@ class StrippedModel(PreTrainedModel):
         Returns:
             The native output; `last_hidden_state` is `(batch, seq, hidden)`.
         """
+        self._require_inputs()
         return self.organ(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -125,6 +126,13 @@ class StrippedModel(PreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _require_inputs(self) -> None:
+        if key := place_bound(self.organ.config):
+            raise UnsupportedArchitectureError(
+                f"layers of model_type {self.organ.config.model_type!r} have inputs of their own ({key}), which only a "
+                "whole model computes; load them into one with TransplantedForCausalLM.from_pretrained"
+            )
 
     def written_by(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Run one layer on hidden states, and return what it adds to them, both `(batch, seq, hidden)`."""
@@ -138,6 +146,8 @@ class StrippedModel(PreTrainedModel):
         Raises:
             UnsupportedArchitectureError: Another module changes them, or a module needs the rest of the base.
         """
+        if place_bound(self.organ.config):  # only in a model that computes its inputs
+            return
         kind = f"model_type {self.organ.config.model_type!r}"
         try:
             with upstream.swapped_layers(self.stack.layers, []), releases.of_dtype(self.organ, hidden.dtype):

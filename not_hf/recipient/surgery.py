@@ -18,9 +18,12 @@ from not_hf.architecture.devices import execution_device, spliced_device_map
 from not_hf.architecture.differences import describe, native_differences
 from not_hf.architecture.layers import adopt, is_finite
 from not_hf.architecture.master_weights import MasterWeights, hold_master_weights
+from not_hf.architecture.sharing import LayerOrigin
 from not_hf.architecture.splicing import (
-    LayerOrigin,
+    own_values,
+    place_attributes,
     require_counted,
+    require_depth,
     set_layer_index,
     splice_config,
     spliced_config,
@@ -34,6 +37,7 @@ from not_hf.recipient.changes import Changes
 from not_hf.recipient.organ import Organ
 
 PlacedLayer = tuple[nn.Module, LayerOrigin]
+_Attributes = dict[tuple[str, str], Any]  # by module name and attribute
 
 _ATTRIBUTES = {"_surgery", "model_tags", "_weight_conversions"}  # of a model, which come and go with its organs
 
@@ -69,8 +73,9 @@ class Surgery:
         self.blocks: tuple[weakref.ref[Any], ...] = ()  # the open `disable_donors()` blocks
         self._shows_base = True  # whether the stack is the base's, because no organ is active
         self.device_map = copy.copy(getattr(model, "hf_device_map", None))
-        self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
-        self._base_derived: dict[tuple[str, str], Any] = {}
+        of_places = [] if is_scaffold else [place_attributes(layer) for layer in self.base_layers]
+        self._derived: dict[str, tuple[_Attributes, list[_Attributes]]] = {"": ({}, of_places)}
+        self._base_derived: _Attributes = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Enable the organs of a copy made inside `disable_donors()`."""
@@ -196,10 +201,12 @@ class Surgery:
         placed = self.plan()
         values = splice_config(self.base_config, [origin for _, origin in placed])
         if self.active:
-            require_counted(self.base_config, spliced_config(self.base_config, [origin for _, origin in placed]))
+            spliced = spliced_config(self.base_config, [origin for _, origin in placed])
+            require_counted(self.base_config, spliced)
+            require_depth(self.base_config, spliced)
         if not self.active:
-            values = {key: copy.deepcopy(getattr(self.base_config, key)) for key in values}
-        attributes = self._attributes(placed)
+            values = own_values(self.base_config, values)
+        attributes, of_places = self._attributes(placed)
 
         stack = self.stack(model)
         config = stack.base_model.config
@@ -212,8 +219,10 @@ class Surgery:
             setattr(layers_config(model.config), key, value)  # the same object, or what was copied
         for (path, key), value in attributes.items():
             setattr(model.get_submodule(path), key, value)
-        for n, (layer, _) in enumerate(placed):
+        for n, ((layer, _), of_place) in enumerate(zip(placed, of_places, strict=True)):
             set_layer_index(layer, n, len(placed))
+            for (path, key), value in of_place.items():
+                setattr(layer.get_submodule(path), key, value)
         for layer in entering:
             adopt(layer, config, reference, model.training)
         set_layers(stack.layers, [layer for layer, _ in placed])
@@ -230,17 +239,20 @@ class Surgery:
         ]
         return spliced_device_map(self.device_map, path, origins) if self.active else dict(self.device_map)
 
-    def _attributes(self, placed: list[PlacedLayer]) -> dict[tuple[str, str], Any]:
-        """Return model-level attributes derived from per-layer config values, if any stack so far has changed them.
+    def _attributes(self, placed: list[PlacedLayer]) -> tuple[_Attributes, list[_Attributes]]:
+        """Return attributes that a model derives from per-layer config values, if any stack so far has changed them.
 
-        They are cached by stack, since computing them builds a twin.
+        The second value has those that layers derive from their place, layer by layer. Both are cached by stack, since
+        computing them builds a twin.
         """
         signature = "" if not self.active else repr(splice_config(self.base_config, [origin for _, origin in placed]))
         if signature not in self._derived:
             base, here = (twin.outer_attributes for twin in (self.base_twin(), self.twin(placed)))
-            self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
-            self._base_derived.update({key: base[key] for key in self._derived[signature]})
-        return {**self._base_derived, **self._derived[signature]}
+            changed = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
+            self._derived[signature] = changed, list(map(place_attributes, self.twin(placed).stack.layers))
+            self._base_derived.update({key: base[key] for key in changed})
+        changed, of_places = self._derived[signature]
+        return {**self._base_derived, **changed}, of_places
 
     def release(self, model: PreTrainedModel, can_learn: bool = False) -> None:
         """Restore the `requires_grad` flags of the base, or set all, whether organs are in its stack or not."""
