@@ -7,6 +7,7 @@ The oldest releases are those of `constraints-lowest.txt`. What is private in al
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,35 +120,37 @@ def make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any], is_span
     rope, types, count = (values.get(key) for key in ("rope_parameters", "layer_types", "num_hidden_layers"))
     if not (isinstance(types, list) and types and isinstance(count, int)):
         return kind(**values)
-    before, behind = [], []  # types of more layers, with which the class takes these values as they are
+    more: list[str] = []  # types of layers behind these, with which the class takes these as they are
     if _NEEDS_ALL_TYPES and isinstance(rope, dict):
-        before = [key for key, each in rope.items() if isinstance(each, dict) and key not in types]
-    config = _longer_config(kind, values, before, behind)
-    if is_span and (last := config.layer_types[-1]) != types[-1]:
-        behind = [last]
-        config = _longer_config(kind, values, before, behind)
-    if before or behind:
-        inside, keys = slice(len(before), len(before) + len(types)), overridden_keys(config)
-        own = {n: values_of_layer(config, n + len(before), keys or ()) for n in range(count)} if keys else {}
+        lacking = [key for key, each in rope.items() if isinstance(each, dict) and key not in types]
+        more = [*lacking, types[-1]] if lacking else []
+    config = _longer_config(kind, values, more)
+    last = config.layer_types[-1]
+    if is_span and last != types[-1]:
+        more = [*more[:-1], last]
+        config = _longer_config(kind, values, more)
+    if more:
+        keys = overridden_keys(config)
+        own = {n: values_of_layer(config, n, keys) for n in range(count)} if keys else {}
         for key in _lists(values):
-            setattr(config, key, getattr(config, key)[inside])
+            setattr(config, key, getattr(config, key)[: -len(more)])
         config.num_hidden_layers = count
         if keys is not None:
             config.per_layer_config = own
+        if not is_span:
+            config.layer_types[-1] = last
     return config
 
 
-def _longer_config(
-    kind: type[PreTrainedConfig], values: Mapping[str, Any], before: list[str], behind: list[str]
-) -> PreTrainedConfig:
-    """Make a native config of its values, with more layers of these types before and behind."""
-    longer = {
-        key: [each[0]] * len(before) + each + [each[-1]] * len(behind) for key, each in _lists(values).items()
-    } | {"layer_types": [*before, *values["layer_types"], *behind]}
+def _longer_config(kind: type[PreTrainedConfig], values: Mapping[str, Any], types: list[str]) -> PreTrainedConfig:
+    """Make a native config of its values, which it may change, with more layers of these types behind."""
+    longer = {key: each + [each[-1]] * len(types) for key, each in _lists(values).items()}
+    longer["layer_types"] = [*values["layer_types"], *types]
+    longer["num_hidden_layers"] = values["num_hidden_layers"] + len(types)
     logger = logging.getLogger(kind.__module__)
     logger.addFilter(_is_not_about_last_layer)
     try:
-        return kind(**{**values, **longer, "num_hidden_layers": values["num_hidden_layers"] + len(before + behind)})
+        return kind(**copy.deepcopy({**values, **longer}))
     finally:
         logger.removeFilter(_is_not_about_last_layer)
 

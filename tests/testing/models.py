@@ -85,6 +85,16 @@ ARCHITECTURES: dict[str, dict] = {
         "query_pre_attn_scalar": 8,
         "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
     },
+    "gemma4_text": {  # full layers have other heads
+        **LLAMA,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCAB,
+    },
     "phi3": {k: v for k, v in LLAMA.items() if k != "head_dim"},
     "olmo2": {k: v for k, v in LLAMA.items() if k != "head_dim"},
     "gpt_oss": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
@@ -159,7 +169,16 @@ OTHER_STATEFUL: dict[str, dict] = {
     "olmo_hybrid": {**_DELTA_NET, **_MIXED},
     "qwen3_5_moe_text": {**_DELTA_NET, **_MIXED},
 }
-OTHERS: dict[str, dict] = OTHER_STATEFUL | {
+_PER_LAYER_INPUTS = {  # the last layer takes keys and values of the one before it
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        "num_kv_shared_layers": 1,
+        "intermediate_size": [48, 40, 32, 48],
+        "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+        **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4},
+    }
+}
+OTHERS: dict[str, dict] = OTHER_STATEFUL | _PER_LAYER_INPUTS | {
     name: {}
     for name in (
         *("apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2", "diffllama", "doge", "dots1", "ernie4_5"),
