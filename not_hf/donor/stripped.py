@@ -135,9 +135,19 @@ class StrippedModel(PreTrainedModel):
             )
 
     def written_by(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run one layer on hidden states, and return what it adds to them, both `(batch, seq, hidden)`."""
-        with upstream.swapped_layers(self.stack.layers, [layer]):
-            return self(inputs_embeds=hidden).last_hidden_state - hidden
+        """Run the layers on hidden states, and return what one of them adds to its input, all `(batch, seq, hidden)`."""
+        found: list[torch.Tensor] = []
+
+        def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            after = output[0] if isinstance(output, tuple) else output
+            found.append(after - (args[0] if args else kwargs["hidden_states"]))
+
+        handle = layer.register_forward_hook(capture, with_kwargs=True)
+        try:
+            self(inputs_embeds=hidden)
+        finally:
+            handle.remove()
+        return found[0]
 
     @torch.no_grad()
     def require_bare(self, hidden: torch.Tensor) -> None:
