@@ -28,16 +28,16 @@ from not_hf import (
 )
 from not_hf.architecture.stack import find_stack, head_class, layers_config
 from testing.donors import moved, organ, same
-from testing.models import tiny_model, tiny_tokenizer
+from testing.models import exact_logits, tiny_model, tiny_tokenizer
 from testing.wrappers import TOKEN, WRAPPERS, prompt, wrapper
 
 pytestmark = pytest.mark.slow
 
 
-@torch.no_grad()
 def logits(model: PreTrainedModel, model_type: str) -> torch.Tensor:
     """Scores for a prompt with an image or a sound, `(batch, seq, vocab)`."""
-    return model(**prompt(model_type)).logits
+    inputs = prompt(model_type)
+    return exact_logits(model, inputs.pop("input_ids"), **inputs)
 
 
 def class_for(model_type: str) -> type[TransplantedForImageTextToText | TransplantedForMultimodalLM]:

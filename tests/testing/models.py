@@ -292,8 +292,7 @@ def logits(model: Callable, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     return model(ids, **inputs).logits
 
 
-@torch.no_grad()
-def exact_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def exact_logits(model: PreTrainedModel, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """The same for models that are to agree to the last bit.
 
     torch may round in another way where weights require gradients, or where a file has put them in memory.
@@ -303,7 +302,7 @@ def exact_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         parameter.requires_grad_(False)
         if parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
-    found = model(ids).logits
+    found = logits(model, ids, **inputs)
     for parameter in learning:
         parameter.requires_grad_(True)
     return found
