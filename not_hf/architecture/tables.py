@@ -118,6 +118,7 @@ NEUTRAL_EMBEDDING = {"embedding_multiplier": 1.0}
 
 # Config values that make layers depend on each other or on their place; no organ can be cut where they are set.
 UNCUTTABLE = {
+    "kv_source_layers": "shares keys and values between layers that it numbers; they cannot be cut apart",
     "num_mem_blocks": "uses the same weights in several layers; they cannot be cut apart",
     "rescale_every": "changes the weights of its layers in place, by where they stand",
 }

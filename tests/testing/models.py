@@ -178,7 +178,17 @@ _PER_LAYER_INPUTS = {  # the last layer takes keys and values of the one before 
         **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4},
     }
 }
-OTHERS: dict[str, dict] = OTHER_STATEFUL | _PER_LAYER_INPUTS | {
+_OWN_VALUES = {  # some layers have config values of their own
+    "dots3_note_text": {
+        **{**_MLA, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 32},
+        "layer_types": ["indexed_attention", "sliding_attention"] * (NUM_LAYERS // 2),
+        "per_layer_config": {
+            n: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "head_dim": 16} for n in (1, 3)
+        },
+    },
+    "gemma4_unified_text": {key: value for key, value in ARCHITECTURES["gemma4_text"].items() if "per_layer" not in key},
+}
+OTHERS: dict[str, dict] = OTHER_STATEFUL | _PER_LAYER_INPUTS | _OWN_VALUES | {
     name: {}
     for name in (
         *("apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2", "diffllama", "doge", "dots1", "ernie4_5"),
@@ -234,6 +244,7 @@ ENCODERS: dict[str, dict] = {
 
 # Refused with a reason.
 REFUSED: dict[str, dict] = {
+    "mistral_large4_text": {**_MLA, "kv_source_layers": [0, 1, 1, 1]},
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 6, "block_types": ["recurrent", "attention"] * 2},
     "rwkv": {},
     "t5": {"d_model": 32, "num_layers": NUM_LAYERS, "num_heads": 4},
@@ -267,8 +278,16 @@ def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
     own = {**ARCHITECTURES, **OTHERS, **ENCODERS, **REFUSED}.get(model_type, {})
     if model_type not in _WHOLE and model_type not in ENCODERS:
         known = AutoConfig.for_model(model_type)
-        own = {**{key: value for key, value in _ANY.items() if hasattr(known, key)}, **own}
+        own = {**{key: value for key, value in _ANY.items() if _has(known, key)}, **own}
     return AutoConfig.for_model(model_type, **{**SPECIAL, **own, **overrides})
+
+
+def _has(config: PreTrainedConfig, key: str) -> bool:
+    """Whether a config has a value, or one for each layer, which transformers does not let one ask for."""
+    try:
+        return hasattr(config, key)
+    except RuntimeError:
+        return True
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
