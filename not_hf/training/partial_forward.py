@@ -47,16 +47,17 @@ class PartialForward:
 
     Args:
         stack: The layers of a causal or masked LM. They may change between calls.
+        entry: Number of the layer at which passes are to start; by default a layer in the middle is tried.
 
     Raises:
         UnsupportedArchitectureError: The layers of the model pass on more than hidden states.
     """
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, entry: int | None = None) -> None:
         self.stack = stack
         self.model: PreTrainedModel = stack.model  # type: ignore[assignment]
         self._tuple_length: int | None = None
-        self._probe()
+        self._probe(entry)
 
     @torch.no_grad()
     def run_to(self, n: int, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -123,7 +124,7 @@ class PartialForward:
             return self.model(input_ids=ids, use_cache=False).logits.squeeze(0)
 
     @torch.no_grad()
-    def _probe(self) -> None:
+    def _probe(self, entry: int | None) -> None:
         """Find out what layers return, and check that a pass in two parts equals a whole one."""
         model, layers = self.model, self.stack.layers
         ids = torch.arange(4, device=model.device)[None]  # (batch=1, seq=4)
@@ -133,7 +134,7 @@ class PartialForward:
             with eval_mode(model):
                 whole = model(input_ids=ids, use_cache=False).logits
                 self._tuple_length = len(returned[0]) if isinstance(returned[0], tuple) else None
-                n = max(1, len(layers) // 2)
+                n = entry or max(1, len(layers) // 2)
                 hidden = self.run_to(n, {"input_ids": ids}) if n < len(layers) else None
                 if hidden is not None:
                     with self.running_from(n, hidden):
@@ -142,7 +143,7 @@ class PartialForward:
                 with self.capturing_last() as last:
                     model(input_ids=ids, use_cache=False)
                 torch.testing.assert_close(self.head(last[0][0])[None], whole)
-        except AssertionError as error:
+        except (AssertionError, LookupError) as error:
             kind = f"model_type {model.config.model_type!r}"
             raise UnsupportedArchitectureError(
                 f"{kind} cannot run in parts: its layers pass on more than hidden states; use transformers.Trainer"
