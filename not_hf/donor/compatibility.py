@@ -25,6 +25,7 @@ SHARED_GEOMETRY = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "global_head_dim",  # older releases; newer ones give layers values of their own
     "rope_parameters",
     "rotary_dim",
     "alibi",
