@@ -28,6 +28,7 @@ from not_hf.architecture.tables import (
 )
 from not_hf.errors import UnsupportedArchitectureError
 
+
 def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dict[str, Any]:
     """The config values that change when a model of config `base` gets the layers `origins`, in order.
 
@@ -83,9 +84,7 @@ def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dic
 
 def own_values(base: PreTrainedConfig, keys: Iterable[str]) -> dict[str, Any]:
     """The values of a config for keys of `splice_config`: with them, a spliced config is as it was."""
-    return {
-        key: _own_overrides(base) if key == OVERRIDES else copy.deepcopy(getattr(base, key)) for key in keys
-    }
+    return {key: _own_overrides(base) if key == OVERRIDES else copy.deepcopy(getattr(base, key)) for key in keys}
 
 
 def _own_overrides(base: PreTrainedConfig) -> dict[int, dict[str, Any]] | None:

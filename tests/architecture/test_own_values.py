@@ -88,6 +88,8 @@ def test_cut_from_the_hub_and_loaded_by_id(hub: Hub, token_ids, tmp_path):
     organ(base, 1).push_to_hub("me/tiny-organ")
     model = TransplantedForCausalLM.from_pretrained("me/tiny-gemma-4", "me/tiny-organ")
     expected = exact_logits(model, token_ids)
-    assert torch.equal(exact_logits(TransplantedForCausalLM.from_pretrained(base, organ(base, 1)), token_ids), expected)
+    assert torch.equal(
+        exact_logits(TransplantedForCausalLM.from_pretrained(base, organ(base, 1)), token_ids), expected
+    )
     model.merge_and_unload().save_pretrained(tmp_path)
     assert torch.equal(exact_logits(AutoModelForCausalLM.from_pretrained(tmp_path), token_ids), expected)

@@ -14,7 +14,10 @@ from testing.models import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, TOK
 
 EVERY = (*ARCHITECTURES, *ENCODERS)
 FEW = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert")  # these in every set-up
-IN_PLACE = ("diffllama", "gemma3n_text")  # what layers compute depends on their number, or they have inputs of their own
+IN_PLACE = (
+    "diffllama",
+    "gemma3n_text",
+)  # what layers compute depends on their number, or they have inputs of their own
 CHECKS = [name for name in vars(Tester) if name.startswith("check_")]
 CACHED = ("check_generating", "check_continuing")
 FEWER = ("check_disabling", "check_merging", "check_saving", "check_continuing")

@@ -186,17 +186,32 @@ _OWN_VALUES = {  # some layers have config values of their own
             n: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "head_dim": 16} for n in (1, 3)
         },
     },
-    "gemma4_unified_text": {key: value for key, value in ARCHITECTURES["gemma4_text"].items() if "per_layer" not in key},
+    "gemma4_unified_text": {
+        key: value for key, value in ARCHITECTURES["gemma4_text"].items() if "per_layer" not in key
+    },
 }
-OTHERS: dict[str, dict] = OTHER_STATEFUL | _PER_LAYER_INPUTS | _OWN_VALUES | {
-    name: {}
-    for name in (
-        *("apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2", "diffllama", "doge", "dots1", "ernie4_5"),
-        *("exaone", "exaone_moe", "flex_olmo", "gemma", "glm", "glm4_moe", "gpt_bigcode", "granitemoe", "helium"),
-        *("hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "minimax_m2", "ministral3", "modernbert-decoder", "mpt"),
-        *("nanochat", "nemotron", "olmo", "olmoe", "persimmon", "phi", "phimoe", "vaultgemma", "xglm"),
-    )
-}
+OTHERS: dict[str, dict] = (
+    OTHER_STATEFUL
+    | _PER_LAYER_INPUTS
+    | _OWN_VALUES
+    | {
+        name: {}
+        for name in (
+            *("apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2", "diffllama", "doge", "dots1", "ernie4_5"),
+            *("exaone", "exaone_moe", "flex_olmo", "gemma", "glm", "glm4_moe", "gpt_bigcode", "granitemoe", "helium"),
+            *(
+                "hunyuan_v1_dense",
+                "hunyuan_v1_moe",
+                "internlm3",
+                "minimax_m2",
+                "ministral3",
+                "modernbert-decoder",
+                "mpt",
+            ),
+            *("nanochat", "nemotron", "olmo", "olmoe", "persimmon", "phi", "phimoe", "vaultgemma", "xglm"),
+        )
+    }
+)
 _WIDTHS = ("n_embd", "d_model")
 _DEPTHS = ("n_layer", "n_layers", "num_layers")
 _HEADS = ("n_head", "n_heads", "attention_heads")
