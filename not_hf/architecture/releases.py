@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.utils import hub as transformers_hub
 
-from not_hf.architecture.tables import PER_LAYER_LISTS
+from not_hf.architecture.tables import OVERRIDES, PER_LAYER_LISTS
 
 
 class Commit(str):
@@ -118,7 +118,7 @@ def make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any], is_span
         is_span: Keep the type of the last layer, which the class may change to that in which a whole stack ends.
     """
     rope, types, count = (values.get(key) for key in ("rope_parameters", "layer_types", "num_hidden_layers"))
-    if not (isinstance(types, list) and types and isinstance(count, int)):
+    if not (isinstance(types, list) and types and len(types) == count):
         return kind(**values)
     more: list[str] = []  # types of layers behind these, with which the class takes these as they are
     if _NEEDS_ALL_TYPES and isinstance(rope, dict):
@@ -136,7 +136,7 @@ def make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any], is_span
             setattr(config, key, getattr(config, key)[: -len(more)])
         config.num_hidden_layers = count
         if keys is not None:
-            config.per_layer_config = own
+            setattr(config, OVERRIDES, own)
         if not is_span:
             config.layer_types[-1] = last
     return config
@@ -161,7 +161,8 @@ def _is_not_about_last_layer(record: logging.LogRecord) -> bool:
 
 def _lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The lists with an entry per layer among the values of a config."""
-    return {key: each for key in PER_LAYER_LISTS if isinstance(each := values.get(key), list) and each}
+    count = values["num_hidden_layers"]
+    return {key: each for key in PER_LAYER_LISTS if isinstance(each := values.get(key), list) and len(each) == count}
 
 
 @contextlib.contextmanager

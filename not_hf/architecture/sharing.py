@@ -34,7 +34,7 @@ def require_known_sharing(config: PreTrainedConfig, layers: Sequence[nn.Module])
     shares = [any(getattr(module, SHARING, False) for module in layer.modules()) for layer in layers]
     if shares != [n >= first_sharing(config) for n in range(len(layers))]:
         raise UnsupportedArchitectureError(
-            f"model_type {config.model_type!r} shares keys and values between layers in a way that not_hf does not know"
+            f"model_type {config.model_type!r} shares keys and values between layers in an unknown way"
         )
 
 

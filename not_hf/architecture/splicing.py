@@ -72,8 +72,9 @@ def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dic
             }
     if getattr(base, SHARING_SUFFIX, None) is not None:
         values[SHARING_SUFFIX] = spliced_suffix(base, origins)
-    if keys := {key for config in (base, *(config for config, _ in origins)) for key in overridden_keys(config) or ()}:
-        values[OVERRIDES] = _overrides(keys, origins)  # after the number of layers, by which it is checked
+    own = {key for config in (base, *(config for config, _ in origins)) for key in overridden_keys(config) or ()}
+    if own:
+        values[OVERRIDES] = _overrides(own, origins)  # after the number of layers, by which it is checked
     for keys in PERIODS_WITH_OFFSET:
         if all(hasattr(base, key) for key in keys):
             values.update(zip(keys, _spliced_period(base, keys, origins), strict=True))

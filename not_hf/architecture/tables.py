@@ -33,8 +33,8 @@ SHARING = "is_kv_shared_layer"
 PLACE_ATTRIBUTES = ("store_full_length_kv", "kv_shared_layer_index")
 
 
-# Config keys that give each layer an input of its own, computed from the tokens outside of the layers: a layer computes
-# the same in its own place only.
+# Config keys that give each layer an input of its own, computed from the tokens outside of the layers. So a model has
+# inputs for as many layers as it was made with, and a layer has its own in its place only.
 PLACE_BOUND = ("hidden_size_per_layer_input",)
 
 

@@ -277,8 +277,8 @@ def _place_problems(spec: OrganSpec, config: PreTrainedConfig, position: Any, mo
         return [f"cannot {mode} {k} layers at position {position} of {num_layers} ({name}); {room}"]
     if (key := place_bound(spec.base)) and (mode, position) != ("replace", spec.config.span[0]):
         return [
-            f"cannot {mode} {k} layers at position {position} ({name}): each has an input of its own ({key}), and can only "
-            f"be replaced in its place; use mode='replace' and position={spec.config.span[0]}"
+            f"cannot {mode} {k} layers at position {position} ({name}): they have inputs of their own ({key}), and "
+            f"can only be replaced in their place; use mode='replace' and position={spec.config.span[0]}"
         ]
     return []
 

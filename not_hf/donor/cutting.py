@@ -216,8 +216,8 @@ def cut_config(
         raise NotHFError(f"position must be between 0 and {last} to {mode} {j - i} layers, got {position!r}")
     if (key := place_bound(base.config)) and (mode, position, init) != ("replace", i, "copy"):
         raise NotHFError(
-            f"layers of model_type {base.config.model_type!r} have inputs of their own ({key}), and can only be replaced "
-            f"in their place; use mode='replace', position={i} and init='copy'"
+            f"layers of model_type {base.config.model_type!r} have inputs of their own ({key}), and can only be "
+            f"replaced in their place; use mode='replace', position={i} and init='copy'"
         )
     organ = spliced_config(base.config, [(base.config, n) for n in range(i, j)])
     require_loadable(organ, is_span=True)

@@ -130,12 +130,12 @@ class StrippedModel(PreTrainedModel):
     def _require_inputs(self) -> None:
         if key := place_bound(self.organ.config):
             raise UnsupportedArchitectureError(
-                f"layers of model_type {self.organ.config.model_type!r} have inputs of their own ({key}), which only a "
-                "whole model computes; load them into one with TransplantedForCausalLM.from_pretrained"
+                f"layers of model_type {self.organ.config.model_type!r} have inputs of their own ({key}), which only "
+                "a whole model computes; load them into one with TransplantedForCausalLM.from_pretrained"
             )
 
     def written_by(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the layers on hidden states, and return what one of them adds to its input, all `(batch, seq, hidden)`."""
+        """Run the layers on hidden states, and return what one adds to its input, all `(batch, seq, hidden)`."""
         found: list[torch.Tensor] = []
 
         def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -125,6 +125,25 @@ def test_an_organ_moves_between_the_whole_and_the_text_model(model_type, folder,
         assert torch.equal(first, second)
 
 
+@pytest.mark.skipif("gemma4" not in WRAPPERS, reason="this release of transformers has no gemma4")
+def test_layers_with_inputs_of_their_own_are_replaced_under_another_config(tmp_path):
+    """As in the small models of Gemma 4, whose last layers also take keys and values of others."""
+    small = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1, "enable_moe_block": False}
+    small["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    base = wrapper("gemma4", **small)
+    bare = logits(base, "gemma4")
+    base.save_pretrained(tmp_path / "base")
+    donor = organ(tmp_path / "base", 1, (0, 2), mode="replace")
+    model = TransplantedForImageTextToText.from_pretrained(base, donor)
+    expected = logits(model, "gemma4")
+    with model.disable_donors():
+        assert torch.equal(logits(model, "gemma4"), bare) and not torch.equal(expected, bare)
+    options = {**prompt("gemma4"), "max_new_tokens": 6, "do_sample": False, "suppress_tokens": [TOKEN]}
+    assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(type(base).from_pretrained(tmp_path / "merged"), "gemma4"), expected)
+
+
 def test_the_class_for_causal_lms_names_the_other(folder):
     with pytest.raises(
         UnsupportedArchitectureError, match="'llava' is no causal LM; use TransplantedForImageTextToText"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
 
 from not_hf.architecture.releases import CACHES_FOLLOW_STATES
 from testing.models import ARCHITECTURES, LLAMA, NUM_LAYERS, SPECIAL
@@ -198,14 +205,16 @@ WRAPPERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         _qwen_image,
     ),
 }
-if not CACHES_FOLLOW_STATES:
-    del WRAPPERS["qwen3_5"]
+for _name in (WRAPPERS.keys() - CONFIG_MAPPING.keys()) | (set() if CACHES_FOLLOW_STATES else {"qwen3_5"}):
+    del WRAPPERS[_name]
 
 
-def wrapper(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of that type in eval mode, every parameter random."""
+def wrapper(model_type: str, seed: int = 0, **text: Any) -> PreTrainedModel:
+    """A tiny model of that type in eval mode, every parameter random; `text` are values of the text model's config."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **WRAPPERS[model_type][0])
+    values = copy.deepcopy(WRAPPERS[model_type][0])
+    values["text_config"] |= text
+    config = AutoConfig.for_model(model_type, **values)
     auto = AutoModelForMultimodalLM if model_type == "qwen2_audio" else AutoModelForImageTextToText
     model = auto.from_config(config)
     with torch.no_grad():
