@@ -46,17 +46,19 @@ class Twin:
         return outer_attributes(self.stack)
 
 
-def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Twin:
+def meta_twin(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, is_span: bool = False
+) -> Twin:
     """The native language model of `config` on the meta device: every attribute and shape, no memory.
 
-    The last few are cached.
+    The last few are cached. `is_span` is as in `require_loadable`.
 
     Raises:
         UnsupportedArchitectureError: transformers has no language model for this config, or cannot build it.
     """
     check_config(layers_config(config))
     values = {key: value for key, value in config.to_dict().items() if key not in NAMES}
-    key = repr((type(config), attention_of(config) or "sdpa", sorted(values.items())))
+    key = repr((is_span, type(config), attention_of(config) or "sdpa", sorted(values.items())))
     with BUILDING:
         twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin.model))), None)
         if twin is None:
@@ -64,7 +66,7 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
             for each in (config, layers_config(config)):
                 if isinstance(each.dtype, str):  # save_pretrained leaves it so, and some models compute with it
                     each.dtype = getattr(torch, each.dtype)
-            require_loadable(layers_config(config))
+            require_loadable(layers_config(config), is_span)
             with built_whole(hollow=True), torch.device("meta"):
                 twin = Twin(build(model_class or head_class(config).from_config, config))
             _twins.append((key, twin))

@@ -119,7 +119,7 @@ class Surgery:
         return self._twin(self.base_config)
 
     def _twin(self, config: PreTrainedConfig) -> Twin:
-        return meta_twin(with_layers_config(self._model_config, config), self.native_class)
+        return meta_twin(with_layers_config(self._model_config, config), self.native_class, self.is_scaffold)
 
     def differences(self, placed: list[PlacedLayer]) -> list[str]:
         """List the differences of those live layers from the layers of the native model."""

@@ -52,6 +52,9 @@ def test_a_span_may_end_in_a_layer_in_which_no_model_ends(tmp_path, caplog):
     assert not config_differences(again.organ.config, donor.organ.config) and "Forcing" not in caplog.text
     hidden = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))  # (batch, seq, hidden)
     assert torch.equal(again(inputs_embeds=hidden).last_hidden_state, donor(inputs_embeds=hidden).last_hidden_state)
+    base.save_pretrained(tmp_path / "base")
+    scaffold = TransplantedForCausalLM.from_pretrained(tmp_path / "base", donor, scaffold="minimal")
+    assert scaffold.config.layer_types == [FULL, SLIDING] and scaffold(torch.tensor([[1, 5]])).logits.isfinite().all()
     with pytest.raises(
         IncompatibleDonorError,
         match=r"last layer of model_type 'gemma4_text' must be full_attention, and here it is sliding_attention.* at "
