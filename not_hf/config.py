@@ -55,6 +55,9 @@ class DonorConfig(PreTrainedConfig):
         mode: `"insert"` (before layer `position`) or `"replace"` (layers `position … position + k`).
         scale: Factor of an inserted organ's contribution to the residual stream; the weights are unscaled.
         init: `"copy"` (layers as cut) or `"identity"` (an inserted organ starts as an exact no-op).
+        modules_to_save: Names of modules beside the layers that the donor holds too, such as `embed_tokens`.
+        trainable_token_indices: Rows of embeddings or of the head that it holds, by the name of the module.
+        labels: Names of the classes, in order, if a classifier is among these modules.
         base_config: Native config of the base as a dict, with its `model_type`.
         organ_config: The same config, reduced to the span: `num_hidden_layers == j - i`.
         domain: Domain of the training data, free text.
@@ -90,6 +93,9 @@ class DonorConfig(PreTrainedConfig):
     mode: str = "insert"
     scale: float = 1.0
     init: str = "copy"
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: dict[str, list[int]] | None = None
+    labels: list[str] | None = None
     base_config: dict[str, Any] | None = None
     organ_config: dict[str, Any] | None = None
     domain: str | None = None
@@ -226,6 +232,7 @@ class DonorConfig(PreTrainedConfig):
             )
         if type(self.scale) not in (int, float) or not abs(self.scale) <= sys.float_info.max:
             raise CorruptDonorError(f"donor config scale must be a finite number, got {self.scale!r}")
+        self._check_saved_modules()
         base, organ = self.native_config("base_config"), self.native_config()
         if not 0 <= span[0] < span[1] <= base.num_hidden_layers:
             raise CorruptDonorError(
@@ -239,6 +246,21 @@ class DonorConfig(PreTrainedConfig):
         if type(self.position) is not int or self.position < 0:
             raise CorruptDonorError(f"donor config position must be an integer >= 0, got {self.position!r}")
         return OrganSpec(self, base, organ)
+
+    def _check_saved_modules(self) -> None:
+        rows = self.trainable_token_indices or {}
+        names = [*(self.modules_to_save or []), *rows]
+        if len(set(names)) < len(names) or not all(
+            part.isidentifier() for part in ".".join(names).split(".") if names
+        ):
+            raise CorruptDonorError(
+                f"donor config modules_to_save and trainable_token_indices must name modules, each once: {some(names)}"
+            )
+        for name, indices in rows.items():
+            if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
+                raise CorruptDonorError(
+                    f"donor config trainable_token_indices of {name} must be distinct token ids, got {indices!r:.200}"
+                )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -146,11 +147,16 @@ def spliced_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> Pr
 
 
 def require_counted(base: PreTrainedConfig, spliced: PreTrainedConfig) -> None:
-    """Check that a cache of a spliced model counts the tokens that it has seen, if that of the base does.
+    """Check that each layer of a spliced model has its inputs, and that its cache counts tokens if the base's does.
 
     Raises:
-        UnsupportedArchitectureError: It does not.
+        UnsupportedArchitectureError: The cache does not, or there are more or fewer layers than inputs for them.
     """
+    if (key := place_bound(base)) and spliced.num_hidden_layers != base.num_hidden_layers:
+        raise UnsupportedArchitectureError(
+            f"model_type {base.model_type!r} has inputs for {base.num_hidden_layers} layers ({key}), "
+            f"not for {spliced.num_hidden_layers}"
+        )
     counted, still = (
         [kind not in UNCOUNTED_TYPES for kind in getattr(config, "layer_types", None) or ()]
         for config in (base, spliced)
@@ -162,19 +168,6 @@ def require_counted(base: PreTrainedConfig, spliced: PreTrainedConfig) -> None:
     if base.model_type in COUNTED_BY_FIRST_LAYER and counted[0] and not still[0]:
         raise UnsupportedArchitectureError(
             f"model_type {base.model_type!r} needs an attention layer as its first, by which its cache counts tokens"
-        )
-
-
-def require_depth(base: PreTrainedConfig, spliced: PreTrainedConfig) -> None:
-    """Check that a spliced model has as many layers as the base, where the base has an input of its own for each.
-
-    Raises:
-        UnsupportedArchitectureError: It has more or less.
-    """
-    if (key := place_bound(base)) and spliced.num_hidden_layers != base.num_hidden_layers:
-        raise UnsupportedArchitectureError(
-            f"model_type {base.model_type!r} has inputs for {base.num_hidden_layers} layers ({key}), "
-            f"not for {spliced.num_hidden_layers}"
         )
 
 
@@ -193,8 +186,19 @@ def place_attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:
     }
 
 
-def set_layer_index(layer: nn.Module, index: int, num_layers: int) -> None:
-    """Set the index in the stack, and the number of layers, that a layer and the modules in it store."""
+def set_layer_index(
+    layer: nn.Module, index: int, num_layers: int, of_place: Mapping[tuple[str, str], Any] = MappingProxyType({})
+) -> None:
+    """Set the index in the stack, and the number of layers, that a layer and the modules in it store.
+
+    Args:
+        layer: The layer.
+        index: Its index.
+        num_layers: The number of layers.
+        of_place: `place_attributes` of a native layer there.
+    """
+    for (path, key), value in of_place.items():
+        setattr(layer.get_submodule(path), key, value)
     values = dict.fromkeys(INDEX_ATTRIBUTES, index) | dict.fromkeys(COUNT_ATTRIBUTES, num_layers)
     for module in layer.modules():
         for name, value in values.items():

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping
 
 from not_hf.cards.common import short_name
-from not_hf.cards.donor import picture
+from not_hf.cards.donor import beside_layers, picture
 from not_hf.config import DonorConfig
 from not_hf.errors import interval
 
@@ -16,6 +16,7 @@ def describe_organ(config: DonorConfig) -> str:
     words = [f"layers {interval(config.span)} of {short_name(config.base_model_name_or_path)}"]
     words.append(f"{config.mode} at position {config.position}")
     words += [f"scale {config.scale:g}"] if config.scale != 1 else []
+    words += [f"with {beside_layers(config).replace('`', '')}"] if beside_layers(config) else []
     words += [f"for {' '.join(config.domain.split())}"] if config.domain else []
     return ", ".join(words)
 

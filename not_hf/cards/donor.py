@@ -66,7 +66,11 @@ def donor_card(
         **License.of(config).metadata(),
     )
     facts: dict[str, Any] = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
-    facts |= {"conditions": dict(_conditions(config.metrics or {})), "curve": CURVE if has_curve else None}
+    facts |= {
+        "beside": beside_layers(config),
+        "conditions": dict(_conditions(config.metrics or {})),
+        "curve": CURVE if has_curve else None,
+    }
     return render("donor_card.md", data, title=title, repo_id=repo_id, picture=picture(config), **facts)
 
 
@@ -98,6 +102,13 @@ def updated_card(
         return united
     card.data = united.data
     return card
+
+
+def beside_layers(config: DonorConfig) -> str:
+    """Name what a donor holds besides layers, in Markdown; empty if nothing."""
+    rows = config.trainable_token_indices or {}
+    named = [f"`{name}`" for name in config.modules_to_save or []]
+    return ", ".join(named + [f"{len(indices)} rows of `{name}`" for name, indices in rows.items()])
 
 
 def hub_datasets(config: DonorConfig) -> list[str]:

@@ -23,6 +23,7 @@ from not_hf.donor import compatibility
 from not_hf.donor.compatibility import Mismatches
 from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.saved_modules import is_saved, saved_problems
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, UnsupportedArchitectureError, some
 from not_hf.hub.checkpoint import open_checkpoint
 from not_hf.hub.digest import digest_problem
@@ -111,7 +112,8 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
 
 def header_problems(spec: OrganSpec, headers: Mapping[str, TensorInfo]) -> list[str]:
     """Report missing, unexpected, mis-shaped, empty and non-floating-point tensors, from `list_tensors`."""
-    problems = tensor_problems(headers) + expert_problems(headers)
+    saved = {name: each for name, each in headers.items() if is_saved(name)}
+    problems = tensor_problems(headers) + expert_problems(headers) + saved_problems(spec.config, saved)
     hollow = {name: torch.empty(each.shape, dtype=dtype_of(each), device="meta") for name, each in headers.items()}
     try:
         with without_progress_bar():

@@ -123,6 +123,11 @@ def average_donors(
     config = combined_config([model.config for model in models])
     layers = None
     if combination.needs_base:
+        if models[0].config.modules_to_save or models[0].config.trainable_token_indices:
+            raise NotHFError(
+                f"{combination_type} combines layers, and these donors hold modules beside them; "
+                'use combination_type="linear"'
+            )
         layers = base_layers([model.config for model in models], combination_type, base).state_dict()
     tensors = combined([model.state_dict() for model in models], weights, combination, layers)
     average = copy.deepcopy(models[0])
@@ -202,6 +207,11 @@ def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
                 f"layers {interval(config.span)} and {interval(other.span)} cannot be averaged; "
                 "choose donors of one span"
             )
+        if (config.modules_to_save, config.trainable_token_indices) != (
+            other.modules_to_save,
+            other.trainable_token_indices,
+        ):
+            raise IncompatibleDonorError("donors that hold other modules beside their layers cannot be averaged")
         if differences := computing_differences(config.native_config(), other.native_config()):
             raise IncompatibleDonorError(f"layers with different configs cannot be averaged: {some(differences)}")
     config.scale, config.metrics, config.init = 1.0, None, "copy"

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import LayerDescription, computing_differences
 from not_hf.architecture.releases import overridden_keys, values_of_layer
-from not_hf.architecture.splicing import place_bound, require_counted, require_depth, spliced_config
+from not_hf.architecture.splicing import place_bound, require_counted, spliced_config
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.twin import meta_twin
 from not_hf.config import DonorConfig, OrganSpec
@@ -142,7 +142,6 @@ def describe_stack(
     """
     spliced = spliced_config(recipient, [(spec.organ if spec else recipient, n) for spec, n in origins])
     require_counted(recipient, spliced)
-    require_depth(recipient, spliced)
     native = meta_twin(spliced).descriptions
     specs = {id(spec): spec for spec, _ in origins if spec is not None}
     organs = {key: meta_twin(spec.base).descriptions[slice(*spec.config.span)] for key, spec in specs.items()}

@@ -16,6 +16,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from not_hf.architecture.layers import is_finite
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
+from not_hf.donor.loading import refuse
+from not_hf.donor.saved_modules import is_saved, saved_problems
 from not_hf.donor.stripped import StrippedModel
 from not_hf.donor.tokenizer import save_local_tokenizer
 from not_hf.errors import CorruptDonorError, one_line
@@ -51,11 +53,13 @@ def write_donor(
         The digests in the config that was written, if any.
 
     Raises:
-        CorruptDonorError: A tensor is empty, on the meta device or not finite; nothing is written.
+        CorruptDonorError: A tensor is missing, empty, on the meta device or not finite; nothing is written.
         NotHFError: The folder holds another model.
         OSError: The folder cannot be written; it is as it was.
     """
     tensors = donor.state_dict() if tensors is None else tensors
+    beside = {name: tensor for name, tensor in tensors.items() if is_saved(name)}
+    refuse(f"cannot save to {folder}", saved_problems(donor.config, beside))
     if hollow := [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]:
         raise CorruptDonorError(f"cannot save tensors that are empty or on the meta device: {', '.join(hollow[:5])}")
     if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:

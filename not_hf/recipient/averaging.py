@@ -13,6 +13,7 @@ from not_hf.architecture.layers import computes
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.config import DonorConfig
 from not_hf.donor.averaging import BaseLike, Combination, base_layers, combined, combined_config
+from not_hf.errors import NotHFError
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
 
@@ -29,6 +30,11 @@ def average(
 
     Other arguments and errors as in `average_donors`.
     """
+    if holding := [organ.name for organ in organs if organ.saved]:
+        raise NotHFError(
+            f"organ {holding[0]!r} holds modules beside its layers, which are not combined in a model; "
+            "combine the donors with average_donors()"
+        )
     weights = combination.weights_of(len(organs), weights)
     config = combined_config([organ.config for organ in organs])
     states = [nn.ModuleList(organ.layers).state_dict() for organ in organs]

@@ -47,7 +47,7 @@ from not_hf.hub.checkpoint import View, hollow
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.partial_download import list_tensors
 from not_hf.recipient.heads import class_for
-from not_hf.recipient.loading import fit_organs
+from not_hf.recipient.loading import Training, fit_organs
 from not_hf.recipient.modeling import Transplanted
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
@@ -158,7 +158,7 @@ def hollow_merge(opened: OpenedMerge, folder: str | os.PathLike[str]) -> HollowM
 
     surgery = Surgery(base, commit_of(opened.base_where.get("revision")), opened.base_where.get("subfolder") or None)
     at_one = [replace(organ, scale=1.0) for organ in resolved.organs]
-    organs = fit_organs(base, surgery, at_one, donors, opened.fit.differences, False, False, shared.get("cache_dir"))
+    organs = fit_organs(base, surgery, at_one, donors, opened.fit.differences, Training(), shared.get("cache_dir"))
     of_organs = {}
     for found, organ, donor, files, loaded in zip(resolved.organs, organs, donors, opened.files, dtypes, strict=True):
         of_organs[organ.name] = _organ_tensors(found, organ, donor.stack.full_path, files, loaded)
@@ -190,6 +190,9 @@ def _base_headers(opened: OpenedMerge) -> dict[str, TensorInfo]:
         raise NotCopiedError("the recipient is quantized")
     if not any(organ.active for organ in opened.resolved.organs):
         raise NotCopiedError("no organ is active")
+    configs = [organ.spec.config for organ in opened.resolved.organs]
+    if any(each.modules_to_save or each.trainable_token_indices for each in configs):
+        raise NotCopiedError("an organ holds modules beside its layers")
     if getattr(config, "transformers_weights", None) or fetch_file(base, "adapter_config.json", **where):
         raise NotCopiedError("the recipient has other weights than model.safetensors, or adapters")
     try:

@@ -19,9 +19,10 @@ from not_hf.cards.common import warn_once
 from not_hf.composition.layout import require_free_names
 from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.donor.averaging import BaseLike, Combination
+from not_hf.donor.saved_modules import Indices
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.averaging import average
-from not_hf.recipient.loading import fit_organs, read_donor
+from not_hf.recipient.loading import Training, fit_organs, read_donor
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.views import ModelWithOrgans
@@ -39,6 +40,8 @@ class Recipient(ModelWithOrgans):
         mode: str | None = None,
         is_trainable: bool = False,
         autocast_donor_dtype: bool = True,
+        modules_to_save: Sequence[str] | None = None,
+        trainable_token_indices: Indices | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         verify: bool = False,
@@ -53,8 +56,9 @@ class Recipient(ModelWithOrgans):
         surgery, cache_dir = self._surgery, hub_kwargs.get("cache_dir")
         source = OrganSource(donor_name, donor, revision, subfolder, position, mode)
         organ, donors, differences = read_donor(self, surgery, source, surgery.organs.values(), hub_kwargs, verify)
-        trained = (is_trainable, is_trainable and autocast_donor_dtype)
-        (loaded,) = fit_organs(self, surgery, [organ], donors, differences, *trained, cache_dir)
+        chosen = (modules_to_save, trainable_token_indices)
+        training = Training(is_trainable, is_trainable and autocast_donor_dtype, *chosen)
+        (loaded,) = fit_organs(self, surgery, [organ], donors, differences, training, cache_dir)
         surgery.change(self, lambda: surgery.add(loaded))
 
     def set_donor(self, donor_names: str | Sequence[str]) -> None:
@@ -131,8 +135,8 @@ class Recipient(ModelWithOrgans):
         source = OrganSource(name, donor, revision, subfolder, *place)
         others = [each for each in surgery.organs.values() if each is not old]
         organ, donors, _ = read_donor(self, surgery, source, others, hub_kwargs, verify)
-        options = (False, isinstance(old.layers[0], MasterWeights), hub_kwargs.get("cache_dir"))
-        (new,) = fit_organs(self, surgery, [organ], donors, [], *options)
+        training = Training(old.saved.holds_rows_apart, isinstance(old.layers[0], MasterWeights))
+        (new,) = fit_organs(self, surgery, [organ], donors, [], training, hub_kwargs.get("cache_dir"))
         if differences := surgery.swap_differences(old, new):
             raise IncompatibleDonorError(
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
@@ -220,7 +224,15 @@ class Recipient(ModelWithOrgans):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in transformers; also updates `base_config`."""
+        """As in transformers; also updates `base_config`.
+
+        Raises:
+            NotHFError: Embeddings or head may be those of an organ.
+        """
+        if self._surgery.base_modules:
+            raise NotHFError(
+                "an organ holds modules of its own beside the layers; resize the recipient before organs are loaded"
+            )
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self._surgery.base_config.vocab_size = layers_config(self.config).vocab_size
         return embeddings

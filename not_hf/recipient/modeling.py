@@ -8,6 +8,7 @@ and `config.architectures` use.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -26,10 +27,11 @@ from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.saved_modules import Indices, is_saved
 from not_hf.errors import NotHFError, reading_base
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
-from not_hf.recipient.loading import fit_organs, load_donors
+from not_hf.recipient.loading import Training, fit_organs, load_donors
 from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import save_organs
@@ -57,6 +59,8 @@ class Transplanted(Recipient):
         donor_subfolder: str | None = None,
         is_trainable: bool = False,
         autocast_donor_dtype: bool = True,
+        modules_to_save: Sequence[str] | None = None,
+        trainable_token_indices: Indices | None = None,
         scaffold: str = "full",
         verify: bool = False,
         config: PreTrainedConfig | None = None,
@@ -76,6 +80,9 @@ class Transplanted(Recipient):
             is_trainable: Make the organ's parameters trainable. All others are frozen.
             autocast_donor_dtype: Hold the weights of a trainable organ in float32 if the recipient is in float16 or
                 bfloat16, in which most updates would be rounded away. The organ computes in the recipient's dtype.
+            modules_to_save: Names of modules beside the layers that the organ holds, as in `DonorModel.from_base`,
+                besides those of its donor. They start as those of the recipient.
+            trainable_token_indices: Ids of tokens whose rows it holds, as in `DonorModel.from_base`.
             scaffold: `"minimal"` leaves out the recipient's own layers: only its embeddings, final norm and head are
                 loaded, to train an organ when the whole recipient does not fit in memory. The saved organ can be
                 loaded into the whole recipient. `"full"` loads the whole recipient.
@@ -117,8 +124,9 @@ class Transplanted(Recipient):
             commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
             surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
         cache_dir = resolved.shared.get("cache_dir")
-        trained = (is_trainable, is_trainable and autocast_donor_dtype)
-        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, *trained, cache_dir)
+        chosen = (modules_to_save, trainable_token_indices)
+        training = Training(is_trainable, is_trainable and autocast_donor_dtype, *chosen)
+        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, training, cache_dir)
         model = cls._splice(base, surgery, organs)
         if resolved.generation_config is not None:
             model.generation_config = resolved.generation_config
@@ -192,7 +200,8 @@ class Transplanted(Recipient):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> IncompatibleKeys:
         """As in torch; also loads a checkpoint that `save_pretrained` wrote of the only organ, as `Trainer` does."""
-        if not state_dict or not all(key.startswith(f"{DonorModel.base_model_prefix}.") for key in state_dict):
+        prefix = f"{DonorModel.base_model_prefix}."
+        if not state_dict or not all(key.startswith(prefix) or is_saved(key) for key in state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         if len(self._surgery.organs) != 1:
             raise NotHFError(
@@ -200,13 +209,15 @@ class Transplanted(Recipient):
                 "use load_donor"
             )
         (organ,) = self._surgery.organs.values()
-        loaded, missing = DonorModel.load_tensors(organ.spec, dict(state_dict), partial=not strict)
+        spec = dataclasses.replace(organ.spec, config=organ.config)
+        loaded, missing = DonorModel.load_tensors(spec, dict(state_dict), partial=not strict)
 
         def copy_tensors() -> None:
             for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
                 place = f"{loaded.stack.full_path}.{n}."
                 tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
                 layer.load_state_dict(tensors, strict=False)
+            organ.saved.load(loaded.state_dict())
 
         self._surgery.at_scale_one(copy_tensors)
         return IncompatibleKeys([], [])

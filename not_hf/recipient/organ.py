@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from not_hf.architecture.computed_weights import store_weights
 from not_hf.architecture.layers import is_finite, require_finite, settle
-from not_hf.architecture.master_weights import MasterWeights, release_master_weights
+from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.scaling import scaled_parameters, unscaled
 from not_hf.architecture.twin import meta_twin
 from not_hf.composition.layout import Place
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.errors import NotHFError
 from not_hf.recipient.changes import Changes
+from not_hf.recipient.saved_modules import SavedModules
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class DonorStatus:
         base: Hub ID or folder of that base.
         donor: Folder or Hub ID of the donor, `None` for a `DonorModel`.
         revision: Commit of the donor's repo.
+        modules_to_save: Names of the modules beside the layers that belong to it, whole or some rows of them.
         num_parameters: Number of parameters.
         num_trainable_parameters: Number of parameters that require gradients.
         dtypes: dtypes of its parameters (`float32`, …).
@@ -50,6 +53,7 @@ class DonorStatus:
     base: str | None
     donor: str | None
     revision: str | None
+    modules_to_save: list[str]
     num_parameters: int
     num_trainable_parameters: int
     dtypes: list[str]
@@ -68,6 +72,12 @@ class Organ:
     repo: str | None = None  # folder or Hub ID of the donor
     revision: str | None = None  # commit of that repo
     originals: dict[str, torch.Tensor] = field(default_factory=dict)  # unscaled values of the scaled tensors
+    saved: SavedModules = field(default_factory=SavedModules)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The organ's layers, and its modules beside them."""
+        return [*self.layers, *self.saved.modules.values()]
 
     @property
     def place(self) -> Place:
@@ -76,7 +86,7 @@ class Organ:
 
     def status(self, layers: list[int]) -> DonorStatus:
         """Describe the organ, whose layers have these indices in the stack."""
-        parameters = [parameter for layer in self.layers for parameter in layer.parameters()]
+        parameters = list(dict.fromkeys(self.parameters()))
         return DonorStatus(
             name=self.name,
             active=bool(layers),
@@ -88,14 +98,22 @@ class Organ:
             base=self.config.base_model_name_or_path,
             donor=self.repo,
             revision=self.revision,
+            modules_to_save=list(self.saved.paths),
             num_parameters=sum(parameter.numel() for parameter in parameters),
             num_trainable_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             dtypes=sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
             devices=sorted({str(parameter.device) for parameter in parameters}),
         )
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the organ's parameters; of a module of which it has some rows only, these if they are apart."""
+        for layer in self.layers:
+            yield from layer.parameters()
+        yield from self.saved.parameters()
+
     def set_trainable(self, is_trainable: bool) -> None:
         """Freeze the organ, or restore the native `requires_grad` flags (some parameters are frozen by design)."""
+        self.saved.set_trainable(is_trainable)
         if not is_trainable:
             for layer in self.layers:
                 layer.requires_grad_(False)
@@ -107,16 +125,17 @@ class Organ:
                 parameter.requires_grad_(flags[name])
 
     def release_master_weights(self, neighbour: nn.Module) -> None:
-        """Round master weights to the dtype of the recipient's layer `neighbour`.
+        """Round master weights to the dtype of the recipient's layer `neighbour`, and put token rows in their places.
 
         Raises:
             CorruptDonorError: A value overflows in that dtype.
         """
         for layer in self.layers:
             if isinstance(layer, MasterWeights):
-                release_master_weights(layer)
+                store_weights(layer)
                 settle(layer, neighbour, next(layer.parameters()).device)
                 require_finite([layer], self.name, {})
+        self.saved = self.saved.merged()
 
     @torch.no_grad()
     def rescale(self, scale: float, changes: Changes | None = None) -> None:
@@ -149,7 +168,7 @@ class Organ:
     @torch.no_grad()
     def take_over(self, other: Organ, changes: Changes) -> None:
         """Copy the weights and config of `other`, which has the same structure and scale; keep the place."""
-        ours, theirs = (nn.ModuleList(organ.layers).state_dict() for organ in (self, other))
+        ours, theirs = (nn.ModuleList(organ.modules).state_dict() for organ in (self, other))
         config = copy.copy(other.config)
         config.position, config.mode = self.config.position, self.config.mode
 

@@ -21,6 +21,7 @@ from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License
 from not_hf.composition.sources import composition_config, write_entry
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.saved_modules import attach
 from not_hf.donor.saving import save_generation_config, write_donor
 from not_hf.donor.tokenizer import save_local_tokenizer
 from not_hf.donor.vocabulary import VOCABULARY
@@ -54,7 +55,9 @@ def organ_tensors(
             f"{prefix}.{n}.{key}": organ.at_scale_one(f"{n}.{key}", _whole(value))
             for key, value in (given or layer.state_dict()).items()
         }
-    return tensors
+    stands = all(model.get_submodule(path) is module for path, module in organ.saved.modules.items())
+    in_model = state_dict if stands else None
+    return tensors | {key: _whole(value).detach() for key, value in organ.saved.tensors(in_model)}
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,7 +140,7 @@ def require_own_modules(surgery: Surgery, organ: Organ) -> None:
     shell = _shell(surgery, organ)
     prefix = shell.stack.full_path
     names = {f"{prefix}.{key}" for key in nn.ModuleList(organ.layers).state_dict()}
-    _require_own(organ.name, names, shell)
+    _require_own(organ.name, names | dict(organ.saved.tensors()).keys(), shell)
 
 
 def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
@@ -161,6 +164,7 @@ def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> 
         dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
     with torch.device("meta"):
         shell = DonorModel(config)
+    attach(shell, {name: tensor.detach().to("meta") for name, tensor in organ.saved.tensors()})
     for parameter in shell.parameters():
         parameter.data = parameter.data.to(dtype)
     return shell

@@ -21,9 +21,7 @@ from not_hf.architecture.master_weights import MasterWeights, hold_master_weight
 from not_hf.architecture.sharing import LayerOrigin
 from not_hf.architecture.splicing import (
     own_values,
-    place_attributes,
     require_counted,
-    require_depth,
     set_layer_index,
     splice_config,
     spliced_config,
@@ -32,12 +30,13 @@ from not_hf.architecture.stack import Stack, find_stack, layers_config, with_lay
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange, require_free_names
-from not_hf.errors import NotHFError, interval
+from not_hf.errors import NotHFError, interval, some
 from not_hf.recipient.changes import Changes
+from not_hf.recipient.derived_attributes import DerivedAttributes
 from not_hf.recipient.organ import Organ
+from not_hf.recipient.saved_modules import standing_modules
 
 PlacedLayer = tuple[nn.Module, LayerOrigin]
-_Attributes = dict[tuple[str, str], Any]  # by module name and attribute
 
 _ATTRIBUTES = {"_surgery", "model_tags", "_weight_conversions"}  # of a model, which come and go with its organs
 
@@ -67,15 +66,14 @@ class Surgery:
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # the base's
         self.base_revision = base_revision  # commit, if known
         self.base_subfolder = base_subfolder
+        self.base_modules: dict[str, nn.Module] = {}  # by path, in whose place those of organs may stand
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.organs: dict[str, Organ] = {}
         self.changes = Changes()
         self.blocks: tuple[weakref.ref[Any], ...] = ()  # the open `disable_donors()` blocks
         self._shows_base = True  # whether the stack is the base's, because no organ is active
         self.device_map = copy.copy(getattr(model, "hf_device_map", None))
-        of_places = [] if is_scaffold else [place_attributes(layer) for layer in self.base_layers]
-        self._derived: dict[str, tuple[_Attributes, list[_Attributes]]] = {"": ({}, of_places)}
-        self._base_derived: _Attributes = {}
+        self._derived = DerivedAttributes(self.base_layers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Enable the organs of a copy made inside `disable_donors()`."""
@@ -99,9 +97,10 @@ class Surgery:
         """Return the layers of the stack with their origins, front to back, for organs (default: the active ones).
 
         Raises:
-            IncompatibleDonorError: Two organs overlap.
+            IncompatibleDonorError: Two organs overlap, or hold the same module.
         """
         chosen = {organ.name: organ for organ in (self._chosen() if organs is None else organs)}
+        self._standing(chosen.values())
         placed: list[PlacedLayer] = []
         for name, n in arrange(self.base_config.num_hidden_layers, [organ.place for organ in chosen.values()]):
             if name is not None:
@@ -133,6 +132,9 @@ class Surgery:
             splice_config(self.base_config, [(each.spec.organ, n) for n in range(len(each.layers))])
             for each in (organ, other)
         )
+        shapes, other_shapes = ({key: tensor.shape for key, tensor in each.saved.tensors()} for each in (organ, other))
+        if differing := sorted(key for key, _ in shapes.items() ^ other_shapes.items()):
+            return [f"modules beside the layers have other tensors: {some(differing)}"]
         differences = [f"{key} is {others[key]}, not {spliced[key]}" for key in spliced if others[key] != spliced[key]]
         return differences + native_differences(
             [describe(layer) for layer in other.layers], [describe(layer) for layer in organ.layers], there="here"
@@ -152,12 +154,13 @@ class Surgery:
             self.apply(model)
 
         with self.changes.lock:  # what is undone leads back to the state after another thread's change
+            self.require_own_modules(model)
             self.changes.make(whole, self._undoing(model, flags))
 
     def _undoing(self, model: PreTrainedModel, flags: bool) -> Callable[[], None]:
         """Return a function that restores the model as it is now."""
         kind, organs, blocks = type(model), dict(self.organs), self.blocks
-        active = [(organ, organ.active) for organ in organs.values()]
+        states = [(organ, organ.active, organ.saved) for organ in organs.values()]
         kept = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
         parts = (model, *self.parked(model)) if flags else ()
         parameters = {p: p.requires_grad for part in parts for p in part.parameters()}
@@ -174,8 +177,8 @@ class Surgery:
             for key in _ATTRIBUTES - kept.keys():
                 vars(model).pop(key, None)
             self.organs, self.blocks = organs, blocks
-            for organ, is_active in active:
-                organ.active = is_active
+            for organ, is_active, saved in states:
+                organ.active, organ.saved = is_active, saved
             for layer, dtypes, values in masters:
                 hold_master_weights(layer, *dtypes)
                 for parameter, (data, grad) in values.items():
@@ -201,12 +204,16 @@ class Surgery:
         placed = self.plan()
         values = splice_config(self.base_config, [origin for _, origin in placed])
         if self.active:
-            spliced = spliced_config(self.base_config, [origin for _, origin in placed])
-            require_counted(self.base_config, spliced)
-            require_depth(self.base_config, spliced)
-        if not self.active:
+            require_counted(self.base_config, spliced_config(self.base_config, [origin for _, origin in placed]))
+        else:
             values = own_values(self.base_config, values)
-        attributes, of_places = self._attributes(placed)
+        signature = repr(values) if self.active else ""
+        attributes, of_places = self._derived.of(signature, lambda: (self.base_twin(), self.twin(placed)))
+        self._note_modules(model)
+        modules = self._standing(self._chosen())
+        if self.base_modules:
+            sizes = [organ.saved.vocab_size for organ in self._chosen() if organ.saved.vocab_size]
+            values["vocab_size"] = (sizes or [self.base_config.vocab_size])[0]
 
         stack = self.stack(model)
         config = stack.base_model.config
@@ -217,18 +224,42 @@ class Surgery:
         for key, value in values.items():
             setattr(config, key, value)
             setattr(layers_config(model.config), key, value)  # the same object, or what was copied
+        for path, module in modules.items():
+            module.train(model.training)
+            model.set_submodule(path, module)
+        for owner in (model, stack.base_model) if self.base_modules else ():
+            if "vocab_size" in vars(owner):
+                owner.vocab_size = values["vocab_size"]
         for (path, key), value in attributes.items():
             setattr(model.get_submodule(path), key, value)
         for n, ((layer, _), of_place) in enumerate(zip(placed, of_places, strict=True)):
-            set_layer_index(layer, n, len(placed))
-            for (path, key), value in of_place.items():
-                setattr(layer.get_submodule(path), key, value)
+            set_layer_index(layer, n, len(placed), of_place)
         for layer in entering:
             adopt(layer, config, reference, model.training)
         set_layers(stack.layers, [layer for layer, _ in placed])
         self._shows_base = not self.active
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
+
+    def _standing(self, organs: Iterable[Organ]) -> dict[str, nn.Module]:
+        return standing_modules(self.base_modules, {organ.name: organ.saved for organ in organs})
+
+    def _note_modules(self, model: PreTrainedModel) -> None:
+        """Note the recipient's modules in whose place those of organs may stand, while they are in the model."""
+        for path in {path for organ in self.organs.values() for path in organ.saved.modules}:
+            self.base_modules.setdefault(path, model.get_submodule(path))
+
+    def require_own_modules(self, model: PreTrainedModel) -> None:
+        """Check that the modules beside the layers are those that organs and recipient have put there.
+
+        Raises:
+            NotHFError: Something else has replaced one.
+        """
+        for path, module in self._standing(self._chosen()).items():
+            if model.get_submodule(path) is not module:
+                raise NotHFError(
+                    f"{path} was replaced after organs were loaded; merge or unload adapters (LoRA) on it first"
+                )
 
     def _device_map(self, placed: list[PlacedLayer], path: str) -> dict[str, Any]:
         """Return accelerate's device map with the indices of that stack."""
@@ -239,25 +270,12 @@ class Surgery:
         ]
         return spliced_device_map(self.device_map, path, origins) if self.active else dict(self.device_map)
 
-    def _attributes(self, placed: list[PlacedLayer]) -> tuple[_Attributes, list[_Attributes]]:
-        """Return attributes that a model derives from per-layer config values, if any stack so far has changed them.
-
-        The second value has those that layers derive from their place, layer by layer. Both are cached by stack, since
-        computing them builds a twin.
-        """
-        signature = "" if not self.active else repr(splice_config(self.base_config, [origin for _, origin in placed]))
-        if signature not in self._derived:
-            base, here = (twin.outer_attributes for twin in (self.base_twin(), self.twin(placed)))
-            changed = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
-            self._derived[signature] = changed, list(map(place_attributes, self.twin(placed).stack.layers))
-            self._base_derived.update({key: base[key] for key in changed})
-        changed, of_places = self._derived[signature]
-        return {**self._base_derived, **changed}, of_places
-
     def release(self, model: PreTrainedModel, can_learn: bool = False) -> None:
         """Restore the `requires_grad` flags of the base, or set all, whether organs are in its stack or not."""
         path = f"{self.stack(model).full_path}."
         outside = {name: p for name, p in model.named_parameters() if not name.startswith(path)}
+        for at, module in self.base_modules.items():
+            outside |= {f"{at}.{key}": parameter for key, parameter in module.named_parameters()}
         layers = {f"{path}{n}.{k}": p for n, layer in enumerate(self.base_layers) for k, p in layer.named_parameters()}
         for name, parameter in (outside | layers).items():
             flag = self.requires_grad.get(name, parameter.requires_grad)
@@ -313,8 +331,10 @@ class Surgery:
         self.organs[organ.name] = organ
 
     def parked(self, model: PreTrainedModel) -> Iterator[nn.Module]:
-        """Yield the layers of the model that are not in the stack."""
+        """Yield layers of the model that are not in its stack, and modules in whose place others stand."""
         standing = {id(layer) for layer in self.stack(model).layers}
-        for layer in (*self.base_layers, *(layer for organ in self.organs.values() for layer in organ.layers)):
-            if id(layer) not in standing:
-                yield layer
+        standing |= {id(model.get_submodule(path)) for path in self.base_modules}
+        organs = (module for organ in self.organs.values() for module in organ.modules)
+        for module in (*self.base_layers, *self.base_modules.values(), *organs):
+            if id(module) not in standing:
+                yield module
