@@ -107,10 +107,10 @@ def train(
             DonorTrainer,
             ProgressLine,
             TrainingCurve,
-            TransplantedForCausalLM,
             load_text,
             pack,
         )
+        from not_hf.recipient.heads import writing_class
 
         if DonorConfig.from_pretrained(donor).donors is not None:
             raise NotHFError(f"{donor} holds several donors; give the folder of the one to train")
@@ -125,7 +125,7 @@ def train(
         blocks = pack(load_text(data, split=split, streaming=streaming, **how), tokenizer, block_length)
         if streaming:
             blocks = blocks.shuffle(seed=seed, buffer_size=1000)  # blocks of a Dataset are shuffled by the Trainer
-        model: Any = TransplantedForCausalLM.from_pretrained(
+        model: Any = writing_class(base or donor).from_pretrained(
             *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
         )
         _check_context(model, block_length)

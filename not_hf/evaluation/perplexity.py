@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import datasets
 import evaluate
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.layers import eval_mode
 from not_hf.errors import NotHFError
+from not_hf.recipient.heads import writing_class
 
 _DESCRIPTION = """
 Perplexity (PPL) of texts under a causal language model: the exponential of the mean negative log-likelihood
@@ -36,7 +37,8 @@ Args:
     predictions (list of str): Texts of at least one token each (two without start token). To score a corpus as one
         stream, join it into one text.
     model (model, str): A causal LM, with organs or without, which is left unchanged; or its Hub ID or folder.
-    model_id (str): Hub ID or folder of a model or donor, loaded with `AutoModelForCausalLM`.
+    model_id (str): Hub ID or folder of a model or donor, loaded with `AutoModelForCausalLM`, or the
+        Auto class for its kind of model.
     tokenizer (tokenizer, str): Required with a live model. Default for an ID or folder: its own.
     batch_size (int): Windows per forward pass. Default 16.
     add_start_token (bool): Put BOS before each text, so that its first token is scored too. Default True.
@@ -242,7 +244,8 @@ def _load(
             raise NotHFError(f"the model is on {source.device}, not {device}; move it with model.to({device!r}) first")
     else:
         tokenizer = source if tokenizer is None else tokenizer
-        loaded = AutoModelForCausalLM.from_pretrained(source)
+        native: Any = writing_class(source).native_auto_class
+        loaded = native.from_pretrained(source)
         loaded.to(_device(device))
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)

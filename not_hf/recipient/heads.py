@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,6 +24,7 @@ from transformers import (
 
 from not_hf.architecture.stack import head_class, saved_class
 from not_hf.architecture.upstream import native_classes
+from not_hf.config import DonorConfig
 from not_hf.recipient.modeling import Transplanted
 
 
@@ -202,3 +204,19 @@ def class_for(config: PreTrainedConfig) -> type[Transplanted]:
             if saved in native_classes(kind.native_auto_class, config):
                 return kind
     return next(kind for kind in (*BY_ID, TransplantedModel) if kind.native_auto_class is usual)
+
+
+def writing_class(source: str) -> type[Transplanted]:
+    """The class for recipients that write text, and may take more than text, by the name of a recipient or a donor.
+
+    `TransplantedForCausalLM` where no config can be read: the class then says why.
+    """
+    kinds = (TransplantedForCausalLM, TransplantedForImageTextToText, TransplantedForMultimodalLM)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if isinstance(config, DonorConfig):
+            where = {"revision": config.base_revision, "subfolder": config.base_subfolder or ""}
+            config = AutoConfig.from_pretrained(config.base_model_name_or_path, trust_remote_code=False, **where)
+    except (OSError, TypeError, ValueError):
+        return TransplantedForCausalLM
+    return next((kind for kind in kinds if native_classes(kind.native_auto_class, config)), TransplantedForCausalLM)
