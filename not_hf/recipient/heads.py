@@ -214,9 +214,9 @@ def writing_class(source: str) -> type[Transplanted]:
     kinds = (TransplantedForCausalLM, TransplantedForImageTextToText, TransplantedForMultimodalLM)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if isinstance(config, DonorConfig):
+        if isinstance(config, DonorConfig) and config.base_model_name_or_path:
             where = {"revision": config.base_revision, "subfolder": config.base_subfolder or ""}
             config = AutoConfig.from_pretrained(config.base_model_name_or_path, trust_remote_code=False, **where)
-    except (OSError, TypeError, ValueError):
+    except (OSError, ValueError):
         return TransplantedForCausalLM
     return next((kind for kind in kinds if native_classes(kind.native_auto_class, config)), TransplantedForCausalLM)
