@@ -25,6 +25,7 @@ from not_hf import (
     TransplantedForImageTextToText,
     TransplantedForMultimodalLM,
     UnsupportedArchitectureError,
+    merge_donor,
 )
 from not_hf.architecture.stack import find_stack, head_class, layers_config
 from testing.donors import moved, organ, same
@@ -187,3 +188,8 @@ def test_a_pipeline_takes_it_by_id(where, hub, tmp_path):
     assert shown["generated_text"].endswith(tokenizer.decode(expected[0, -4:], skip_special_tokens=True))
     assert type(AutoProcessor.from_pretrained(tmp_path / "organ")) is LlavaProcessor
     assert len(AutoTokenizer.from_pretrained(tmp_path / "organ")) == len(tokenizer)
+    merge_donor(tmp_path / "organ", tmp_path / "merged")
+    merged = pipeline("image-text-to-text", model=str(tmp_path / "merged"), device="cpu")
+    assert type(merged.processor) is LlavaProcessor and type(merged.model) is type(model)
+    (again,) = merged(text="<image> w3 w5", images=image, max_new_tokens=4, do_sample=False)
+    assert again["generated_text"] == shown["generated_text"]
