@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.stack import Stack
@@ -59,12 +59,13 @@ class PartialForward:
         self._probe()
 
     @torch.no_grad()
-    def run_to(self, n: int, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def run_to(self, n: int, inputs: Mapping[str, Any], cache: Cache | None = None) -> torch.Tensor:
         """Compute the hidden states at the entry of a layer, without gradients.
 
         Args:
             n: Number of the layer; less than the number of layers.
             inputs: Arguments of the model's `forward`, without labels.
+            cache: Is filled by the layers below.
 
         Returns:
             Hidden states, `(batch, seq, hidden)`.
@@ -77,7 +78,7 @@ class PartialForward:
 
         handle = self.stack.layers[n].register_forward_pre_hook(capture, with_kwargs=True)
         try:
-            self.model(**inputs, use_cache=False)
+            self.model(**inputs, past_key_values=cache, use_cache=cache is not None)
         except _EntryReached:
             pass
         finally:
