@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.stack import Stack
@@ -46,8 +47,10 @@ class Prefill:
         cache, below = DynamicCache(config=model.config.get_text_config(decoder=True)), _Below.of(stack, depth)
         if depth == 0:
             return cls(input_ids, mask, 0, None, cache, None, below)
-        forward = PartialForward(stack)
-        hidden = forward.run_to(depth, {"input_ids": input_ids, "attention_mask": attention_mask}, cache)
+        forward, inputs = PartialForward(stack), {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "position_ids" in inspect.signature(model.forward).parameters:  # as `generate` counts them
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        hidden = forward.run_to(depth, inputs, cache)
         if len(cache.layers) < depth:
             raise UnsupportedArchitectureError(
                 f"model_type {model.config.model_type!r} has no cache that can be shared"
@@ -78,7 +81,8 @@ class Prefill:
         Raises:
             NotHFError: They are of another prompt, or have a cache of another kind.
         """
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids = kwargs.get("input_ids")
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         times = 0 if ids is None else len(ids) // len(self.input_ids)  # beams, or several answers
         mask = kwargs.get("attention_mask")
         for given, own in ((ids, self.input_ids), (mask, self.attention_mask)):
