@@ -34,6 +34,7 @@ from not_hf.cli import app
 from testing.commands import done, failed, invoke
 from testing.donors import organ, same
 from testing.models import tiny_model, tiny_tokenizer
+from testing.processes import run_python
 
 COMMANDS = (
     *("extract", "import", "train", "eval", "generate", "inspect", "check"),
@@ -318,8 +319,7 @@ def test_trackio(donor, words, tmp_path):
     shown = done("train", donor, "--data", words, "-o", tmp_path / "out", *arguments)
 
     def ask(*question: str) -> dict:
-        command = [sys.executable, "-m", "trackio.cli", *question, "--project", "huggingface", "--json"]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return json.loads(run_python("-m", "trackio.cli", *question, "--project", "huggingface", "--json").stdout)
 
     (run,) = ask("list", "runs")["runs"]
     (loss,) = ask("get", "metric", "--run", run, "--metric", "train/loss")["values"]

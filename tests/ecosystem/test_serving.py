@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from not_hf import TransplantedForCausalLM
 from testing.donors import organ
+from testing.processes import run_python
 from testing.releases import since
 
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -107,8 +108,6 @@ def test_transformers_chat(served):
 
 
 def test_a_donor_that_cannot_be_merged_is_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "not_hf.cli", "serve", "me/nothing"], capture_output=True, text=True, timeout=120
-    )
+    done = run_python("-m", "not_hf.cli", "serve", "me/nothing")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: me/nothing") and done.stderr.count("\n") == 1
