@@ -104,8 +104,7 @@ def test_it_runs_as_a_program():
         shown = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True)
         assert shown.returncode == 0
         assert re.findall(r"^│ (\w+) ", shown.stdout, re.MULTILINE) == [*COMMANDS, *PASS_ON]
-    command = [sys.executable, *program, "push", "nowhere", "me/nothing"]
-    wrong = subprocess.run(command, capture_output=True, text=True)
+    wrong = run_python(*program, "push", "nowhere", "me/nothing")
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr == "error: no folder nowhere; give the folder of a donor\n"
 
