@@ -23,7 +23,9 @@ _PRELOADED = [
 
 
 def prepared_context() -> BaseContext:
-    """Starts processes that have imported what transformers needs of others, and nothing else."""
+    """Starts processes that have imported what transformers needs of others, and nothing else; on Windows, nothing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     return context
@@ -100,6 +102,7 @@ def _run(command: list[str], output: str, cwd: str, environment: dict[str, str])
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    tempfile.tempdir = None  # that of the environment
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}/{name}", os.O_WRONLY), descriptor)
         setattr(sys, name, open(descriptor, "w", buffering=1, closefd=False, encoding="utf-8"))  # noqa: SIM115
