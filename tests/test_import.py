@@ -56,6 +56,12 @@ def test_the_auto_classes_know_donors_in_any_order_of_imports(imports):
 
 
 @pytest.mark.slow
+def test_prepared_processes_have_read_no_settings_of_the_hub():
+    readers = "{'accelerate', 'datasets', 'huggingface_hub', 'not_hf', 'peft', 'transformers'}"
+    assert run(f"import sys; print('torch' in sys.modules, {readers} & set(sys.modules))") == "True set()\n"
+
+
+@pytest.mark.slow
 def test_what_it_exports_is_there():
     names = run("import not_hf; print(*(getattr(not_hf, name).__class__.__name__ for name in dir(not_hf)))").split()
     assert len(names) == 41
