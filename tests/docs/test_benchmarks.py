@@ -52,6 +52,13 @@ def test_extract(tmp_path):
     assert found["model_bytes"] * 0.99 < merges["merge-hub"]["bytes_served"] < found["model_bytes"] * 1.02
 
 
+def test_prefill(tmp_path):
+    """A prompt that organs share is not read again; the benchmark asserts that the tokens are the same."""
+    printed, found = quick("prefill.py", tmp_path, warm=True)
+    assert "| organs from layer |" in printed
+    assert all(case["ratio"] < 1.3 * case["share_of_layers"] + 0.1 for case in found["cases"])
+
+
 def test_runtime(tmp_path):
     """Bounds that a busy machine keeps, and an engine ten times slower would not."""
     printed, found = quick("runtime.py", tmp_path)
