@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from not_hf.architecture.part_names import ALL
 from not_hf.architecture.stack import task_of
 from not_hf.cards.common import (
     ADAPTER_TAG,
@@ -67,6 +68,7 @@ def donor_card(
     )
     facts: dict[str, Any] = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
     facts |= {
+        "parts": parts_of_layers(config),
         "beside": beside_layers(config),
         "conditions": dict(_conditions(config.metrics or {})),
         "curve": CURVE if has_curve else None,
@@ -102,6 +104,13 @@ def updated_card(
         return united
     card.data = united.data
     return card
+
+
+def parts_of_layers(config: DonorConfig) -> str:
+    """Name what a donor holds of each layer, in Markdown; empty if it holds all."""
+    modules = config.modules
+    named = {ALL: "", "outputs": "the output matrices", "attention": "the attention", "mlp": "the MLP"}
+    return named[modules] if isinstance(modules, str) else ", ".join(f"`{name}`" for name in modules)
 
 
 def beside_layers(config: DonorConfig) -> str:

@@ -91,7 +91,13 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
 
 def _place(config: DonorConfig) -> dict[str, Any]:
     """Describe the place of one organ; a composition lists those of its organs."""
-    return {"layers": config.layers, "position": config.position, "mode": config.mode, "init": config.init}
+    return {
+        "layers": config.layers,
+        "position": config.position,
+        "mode": config.mode,
+        "modules": config.modules,
+        "init": config.init,
+    }
 
 
 def _short(digests: dict[str, dict[str, str] | None]) -> str:

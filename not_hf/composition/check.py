@@ -83,7 +83,7 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
     for organ in organs:
         place = (organ.position, organ.mode)
         problems += named(organ, compatibility.mismatches(organ.spec, recipient, *place, in_stack=organ.active))
-        if organ.scale != 1 and (problem := scale_problem(organ.scale, organ.mode)):
+        if organ.scale != 1 and (problem := scale_problem(organ.scale)):
             problems += named(organ, [problem])
     if problems:
         return Fit(problems, [], [])

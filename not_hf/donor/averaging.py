@@ -187,7 +187,7 @@ def base_layers(configs: Sequence[DonorConfig], combination_type: str, base: Bas
             raise NotHFError(f"{what}, and they name {', '.join(names)}; give it: base=...")
         where = {"revision": revision, "subfolder": subfolder or ""}
     try:
-        return DonorModel.from_base(base, configs[0].span, **where)
+        return DonorModel.from_base(base, configs[0].span, mode="replace", modules=configs[0].modules, **where)
     except OSError as error:
         raise OSError(
             f"{what}, which cannot be read: {one_line(error)}; to use another copy, give it: base="
@@ -207,11 +207,9 @@ def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
                 f"layers {interval(config.span)} and {interval(other.span)} cannot be averaged; "
                 "choose donors of one span"
             )
-        if (config.modules_to_save, config.trainable_token_indices) != (
-            other.modules_to_save,
-            other.trainable_token_indices,
-        ):
-            raise IncompatibleDonorError("donors that hold other modules beside their layers cannot be averaged")
+        for key in ("modules", "modules_to_save", "trainable_token_indices"):
+            if (ours := getattr(config, key)) != (theirs := getattr(other, key)):
+                raise IncompatibleDonorError(f"donors with {key} {ours!r} and {theirs!r} cannot be averaged")
         if differences := computing_differences(config.native_config(), other.native_config()):
             raise IncompatibleDonorError(f"layers with different configs cannot be averaged: {some(differences)}")
     config.scale, config.metrics, config.init = 1.0, None, "copy"

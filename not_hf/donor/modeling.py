@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from not_hf.architecture import upstream
 from not_hf.architecture.layers import silence
+from not_hf.architecture.part_names import ALL, Modules
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
@@ -23,6 +24,7 @@ from not_hf.donor.loading import open_tensors
 from not_hf.donor.saved_modules import Indices, base_stack, choose_modules, cut_modules
 from not_hf.donor.saving import write_donor
 from not_hf.errors import UnsupportedArchitectureError, one_line
+from not_hf.hub.checkpoint import hollow
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
 
@@ -60,6 +62,7 @@ class DonorModel(FilledModel):
         mode: str = "insert",
         init: str = "copy",
         *,
+        modules: Modules = ALL,
         modules_to_save: Sequence[str] | None = None,
         trainable_token_indices: Indices | None = None,
         domain: str | None = None,
@@ -77,6 +80,10 @@ class DonorModel(FilledModel):
             mode: `"insert"` before layer `position`, or `"replace"` layers `position … position + k`.
             init: `"copy"` keeps the weights; `"identity"` zeroes the output projections, or the gains of norms
                 behind them, so that an inserted organ starts as an exact no-op.
+            modules: What the donor holds of each layer, for mode `"replace"`; the recipient keeps the rest of its
+                layers. `"all"`; `"outputs"`, the matrices through which layers write to the residual stream;
+                `"attention"` or `"mlp"`, that branch without the norm before it; or a list of names of modules, each
+                the end of a path, as in PEFT's `target_modules`. From the Hub, only these bytes are fetched.
             modules_to_save: Names of modules beside the layers that the donor holds too, such as `"embed_tokens"`,
                 `"lm_head"` or a classifier. In a recipient they are trained with the layers, and stand in the place of
                 the recipient's own while the organ is active, also if they have rows for more tokens.
@@ -100,16 +107,34 @@ class DonorModel(FilledModel):
             >>> donor = DonorModel.from_base(base, layers=(1, 3), mode="replace")
         """
         source = open_base(base, **hub_kwargs)
-        config = cut_config(source, layers, position, mode, init, license)
+        config = cut_config(source, layers, position, mode, init, license, modules)
         config.domain = domain
         if modules_to_save is not None or trainable_token_indices is not None:
             choose_modules(config, base_stack(source), modules_to_save, trainable_token_indices)
         name, live = source.name or "the live model", isinstance(source, LiveBase)
-        tensors, beside = source.tensors(config.span), cut_modules(source, config)
+        tensors, beside = cls._cut(source, config), cut_modules(source, config)
         if source.quantization is not None and dtype == "auto":
             dtype = source.config.dtype or dtype  # the tensors are packed blocks and their scales
         options: dict[str, Any] = {"name": name, "foreign": not live, "quantization": source.quantization}
         return cls.from_tensors(source, config, tensors, dtype, beside=beside, **options)
+
+    @classmethod
+    def _cut(cls, source: LiveBase | StoredBase, config: DonorConfig) -> Mapping[str, Any]:
+        """Return the tensors of a span that a donor of this config holds, as `LiveBase.tensors` does."""
+        if config.modules == ALL:
+            return source.tensors(config.span)
+        prefix, spec = f"{cls.base_model_prefix}.", config.check()
+        if isinstance(source, LiveBase):
+            with upstream.built_whole(hollow=True), torch.device("meta"):
+                held = cls(config, spec=spec).state_dict().keys()
+            return {name: each for name, each in source.tensors(config.span).items() if f"{prefix}{name}" in held}
+        headers = hollow(source.headers(config.span))
+        with upstream.without_progress_bar():
+            state = {f"{prefix}{name}": each for name, each in headers.items()}
+            _, info = cls.fill(spec, state, source=source.name, device_map="meta", quantization=source.quantization)
+        return source.tensors(
+            config.span, {name for name in headers if f"{prefix}{name}" not in info["unexpected_keys"]}
+        )
 
     @classmethod
     def from_tensors(
@@ -142,6 +167,8 @@ class DonorModel(FilledModel):
         organ, _ = cls.load_tensors(config.check(), state, dtype, **options)
         if isinstance(base, LiveBase):
             nn.Module.to(organ, base.model.device)
+        if config.modules != ALL:
+            return organ
         hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
         organ.require_bare(hidden)

@@ -13,13 +13,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from not_hf.architecture import releases, upstream
 from not_hf.architecture.differences import config_differences, describe, inherit_attributes, same_modules
 from not_hf.architecture.layers import adopt
+from not_hf.architecture.part_names import ALL
+from not_hf.architecture.parts import keep_parameters
 from not_hf.architecture.splicing import place_bound, set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
 from not_hf.cards.description import as_html, describe_organ
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, interval, one_line, some
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, interval, one_line, some
 
 # Names of modules that stay beside the layers: they compute positions, not hidden states.
 POSITIONAL = ("rotary", "rope", "pos_emb")
@@ -61,6 +63,7 @@ class StrippedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         stack = _build_layers(spec, attention)
         _strip(stack)
+        keep_parameters(stack.layers, config.modules)
         self.organ: PreTrainedModel = stack.base_model
         upstream.set_attention(config, upstream.attention_of(self.organ.config))
         self._stack_path = stack.path
@@ -90,6 +93,11 @@ class StrippedModel(PreTrainedModel):
         """Return `False`: the layers are native, and so is how transformers fills the buffers that no file holds."""
         return False
 
+    def initialize_weights(self) -> None:
+        """As in transformers, but not parts of layers, of which files hold all values, and which do not run."""
+        if self.config.modules == ALL:
+            super().initialize_weights()
+
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """Return `None`: a donor has no embeddings."""
 
@@ -117,7 +125,12 @@ class StrippedModel(PreTrainedModel):
 
         Returns:
             The native output; `last_hidden_state` is `(batch, seq, hidden)`.
+
+        Raises:
+            NotHFError: The donor holds parts of layers.
         """
+        if self.config.modules != ALL:
+            raise NotHFError("a donor of parts of layers cannot run alone; transplant it into a recipient")
         self._require_inputs()
         return self.organ(
             inputs_embeds=inputs_embeds,

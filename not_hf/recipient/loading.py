@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, follow
 from not_hf.architecture.differences import computing_differences
 from not_hf.architecture.layers import require_finite, settle
-from not_hf.architecture.scaling import require_scalable
+from not_hf.architecture.part_names import ALL
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
 from not_hf.composition.check import validate
@@ -25,7 +26,8 @@ from not_hf.donor.saved_modules import Indices, choose_modules, held_by
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
 from not_hf.errors import NotHFError, some
 from not_hf.hub.consistent_read import read_steadily
-from not_hf.recipient.organ import Organ
+from not_hf.recipient.organ import Organ, inside
+from not_hf.recipient.parts import layers_with_parts
 from not_hf.recipient.saved_modules import fit_saved_modules
 from not_hf.recipient.surgery import Surgery
 
@@ -154,12 +156,12 @@ def _fit_organ(
     stack = surgery.stack(model)
     if training.chooses_modules:
         choose_modules(config, stack, training.modules_to_save, training.trainable_token_indices)
-    layers = _own_layers(model, surgery, resolved, donor, training.master_weights)
+    layers, kept = _own_layers(model, surgery, resolved, donor, training.master_weights)
     apart = (training.is_trainable, training.master_weights)
     saved = fit_saved_modules(model, stack, surgery.base_modules, config, held_by(donor), *apart)
-    organ = Organ(
-        resolved.name, config, spec, layers, resolved.active, repo, commit_of(resolved.revision), saved=saved
-    )
+    revision = commit_of(resolved.revision)
+    organ = Organ(resolved.name, config, spec, layers, resolved.active, repo, revision, saved=saved, kept=kept)
+    organ.replaced = [] if surgery.is_scaffold else [surgery.base_layers[n] for n in organ.place.replaced]
     organ.set_trainable(training.is_trainable)
     if resolved.scale != 1:
         if any(parameter.is_meta for parameter in layers[0].parameters()):
@@ -167,7 +169,7 @@ def _fit_organ(
                 f"an empty model (meta device) cannot take an organ of scale {resolved.scale:g}; make it at scale 1 "
                 f"and call set_donor_scale({organ.name!r}, {resolved.scale:g}) when the weights are loaded"
             )
-        require_scalable(stack, layers)
+        organ.require_scalable(stack)
         organ.rescale(resolved.scale)
     if others := computing_differences(spec.organ, surgery.base_config):
         logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))
@@ -180,10 +182,13 @@ def _fit_organ(
 
 def _own_layers(
     model: PreTrainedModel, surgery: Surgery, resolved: ResolvedOrgan, donor: DonorModel, master_weights: bool
-) -> list[nn.Module]:
+) -> tuple[list[nn.Module], frozenset[str]]:
     """Take or copy a donor's layers, in the dtype and on the execution device of the layers at its position.
 
     Neither or both of recipient and donor may be empty (on the meta device), as in `from_config`.
+
+    Returns:
+        The layers, and the names of the recipient's own tensors in them, as `Organ.kept`.
     """
     neighbour = surgery.neighbour(model, resolved.place.position)
     device = execution_device(neighbour)
@@ -193,15 +198,21 @@ def _own_layers(
         raise NotHFError("the recipient's layers have no weights (meta device); load its weights first")
     if is_partitioned(neighbour):
         raise NotHFError("the recipient is partitioned (DeepSpeed ZeRO-3); load organs before training begins")
-    if donor is resolved.donor:  # the caller's
-        if not (has_values or is_empty):
-            raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device first")
+    kept: frozenset[str] = frozenset()
+    known: dict[nn.Parameter, torch.dtype] = {}
+    if donor is resolved.donor and not (has_values or is_empty):  # the caller's
+        raise NotHFError("the donor is offloaded or has no weights (meta device); load it on a device first")
+    if donor.config.modules != ALL:
+        layers, kept = layers_with_parts(surgery, resolved.place.position, donor, donor is resolved.donor)
+        parameters = nn.ModuleList(layers).named_parameters()
+        known = {each: each.dtype for name, each in parameters if name in kept}
+    elif donor is resolved.donor:
         layers, known = [copy.deepcopy(layer) for layer in donor.stack.layers], {}
     else:
         layers, known = list(donor.stack.layers), {parameter: parameter.dtype for parameter in donor.parameters()}
-    for layer in layers:
-        settle(layer, neighbour, device, master_weights)
+    for n, layer in enumerate(layers):
+        settle(layer, neighbour, device, master_weights, inside(kept, n))
         follow(layer, neighbour, keys_left_in_place(model))
     if has_values:
         require_finite(layers, resolved.name, known)
-    return layers
+    return layers, kept

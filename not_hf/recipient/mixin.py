@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from not_hf.architecture.file_layout import forget_conversions
 from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
-from not_hf.architecture.scaling import require_scalable, scale_problem
+from not_hf.architecture.scaling import scale_problem
 from not_hf.architecture.stack import layers_config
 from not_hf.cards.common import warn_once
 from not_hf.composition.layout import require_free_names
@@ -23,7 +24,8 @@ from not_hf.donor.saved_modules import Indices
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.averaging import average
 from not_hf.recipient.loading import Training, fit_organs, read_donor
-from not_hf.recipient.organ import Organ
+from not_hf.recipient.organ import Organ, swap_differences
+from not_hf.recipient.prefill import take_next
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.views import ModelWithOrgans
 from not_hf.recipient.without_donors import WithoutDonors
@@ -82,28 +84,29 @@ class Recipient(ModelWithOrgans):
         return WithoutDonors(self, self._surgery)
 
     def set_donor_scale(self, donor_name: str, scale: float) -> None:
-        """Scale the contribution of an inserted organ's layers to the residual stream.
+        """Scale the contribution of an inserted organ's layers to the residual stream, or what replacement changes.
 
-        The output projections are scaled in place, so a scale costs nothing at run time and any scale can be merged.
-        Saving writes the unscaled weights, and the scale in the config.
+        The output projections of an inserted organ are multiplied. Weights that replace others become
+        `recipient + scale * (organ - recipient)`. Both happens in place, so a scale costs nothing at run time and any
+        scale can be merged. Saving writes the unscaled weights, and the scale in the config. Modules beside the layers
+        are not scaled. While a replacement has another scale than 1, it takes its memory twice.
 
         Args:
             donor_name: Name of a loaded organ, active or not.
-            scale: A finite number; 1 is the organ as trained, 0 a no-op.
+            scale: A finite number. 1 is the organ as trained, bit for bit; 0 a no-op, or the recipient bit for bit.
 
         Raises:
             NotHFError: There is no organ of that name, the scale is not finite, or the organ was trained at scale 0.
-            IncompatibleDonorError: The organ replaces layers.
-            UnsupportedArchitectureError: A norm after the output projections undoes the scale.
+            IncompatibleDonorError: The organ replaces layers that are quantized, offloaded or of another structure.
+            UnsupportedArchitectureError: A norm after the output projections undoes the scale of an inserted organ.
         """
         (name,) = self._named([donor_name])
         organ = self._surgery.organs[name]
-        if problem := scale_problem(scale, organ.config.mode):
-            error = IncompatibleDonorError if organ.config.mode != "insert" else NotHFError
-            raise error(f"organ {name!r}: {problem}")
+        if problem := scale_problem(scale):
+            raise NotHFError(f"organ {name!r}: {problem}")
         require_own_modules(self._surgery, organ)
         if scale != 1:
-            require_scalable(self._surgery.stack(self), organ.layers)
+            organ.require_scalable(self._surgery.stack(self))
         changes = self._surgery.changes
         changes.make(lambda: organ.rescale(float(scale), changes), lambda: None)  # undone within
 
@@ -137,7 +140,7 @@ class Recipient(ModelWithOrgans):
         organ, donors, _ = read_donor(self, surgery, source, others, hub_kwargs, verify)
         training = Training(old.saved.holds_rows_apart, isinstance(old.layers[0], MasterWeights))
         (new,) = fit_organs(self, surgery, [organ], donors, [], training, hub_kwargs.get("cache_dir"))
-        if differences := surgery.swap_differences(old, new):
+        if differences := swap_differences(surgery.base_config, old, new):
             raise IncompatibleDonorError(
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
             )
@@ -301,6 +304,8 @@ class Recipient(ModelWithOrgans):
         if torch.compiler.is_compiling() or "_surgery" not in vars(self):  # a compiled model may outlive its organs
             return nn.Module.__call__(self, *args, **kwargs)
         with self._surgery.changes.watched():
+            if (prefill := take_next(self)) is not None:
+                return prefill.run(functools.partial(nn.Module.__call__, self, *args), kwargs)
             return nn.Module.__call__(self, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.stack import require_head
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of, native_classes
-from not_hf.cards.common import warn_once
 from not_hf.cards.license import inherit_license
 from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
@@ -168,11 +167,6 @@ class Transplanted(Recipient):
         options = {"is_main_process": is_main_process, "dtype": dtype, "max_shard_size": max_shard_size, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
         keep_card_from_trainers()
-        if len(names) > 1 and os.path.basename(save_directory).startswith("checkpoint-"):  # a trainer's
-            warn_once(
-                f"checkpoints of several organs ({', '.join(names)}) cannot be restored by a trainer, neither to "
-                "resume nor as the best model; load them with TransplantedForCausalLM.from_pretrained(folder)"
-            )
         if push_to_hub:
             self.push_to_hub(repo_id, selected_donors=names, dtype=dtype, max_shard_size=max_shard_size, **push_kwargs)
 
@@ -199,16 +193,21 @@ class Transplanted(Recipient):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> IncompatibleKeys:
-        """As in torch; also loads a checkpoint that `save_pretrained` wrote of the only organ, as `Trainer` does."""
-        prefix = f"{DonorModel.base_model_prefix}."
-        if not state_dict or not all(key.startswith(prefix) or is_saved(key) for key in state_dict):
+        """As in torch; also loads a trainer's checkpoint of the organs, as `Trainer` does to resume."""
+        states = _by_organ(state_dict, list(self._surgery.organs))
+        if states is None:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if len(self._surgery.organs) != 1:
-            raise NotHFError(
-                f"the checkpoint of an organ needs a model with exactly one organ, not {len(self._surgery.organs)}; "
-                "use load_donor"
-            )
-        (organ,) = self._surgery.organs.values()
+        changes = [self._loading(self._surgery.organs[name], state, strict) for name, state in states.items()]
+
+        def copy_all() -> None:
+            for change in changes:
+                change()
+
+        self._surgery.at_scale_one(copy_all)
+        return IncompatibleKeys([], [])
+
+    def _loading(self, organ: Organ, state_dict: Mapping[str, Any], strict: bool) -> Callable[[], None]:
+        """Check the tensors of an organ's checkpoint, and return what copies them into it."""
         spec = dataclasses.replace(organ.spec, config=organ.config)
         loaded, missing = DonorModel.load_tensors(spec, dict(state_dict), partial=not strict)
 
@@ -219,8 +218,7 @@ class Transplanted(Recipient):
                 layer.load_state_dict(tensors, strict=False)
             organ.saved.load(loaded.state_dict())
 
-        self._surgery.at_scale_one(copy_tensors)
-        return IncompatibleKeys([], [])
+        return copy_tensors
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle the native class and extend it again, since the dynamic class cannot be imported by name."""
@@ -279,6 +277,31 @@ def _transplanted_class(kind: Any, native: Any) -> Any:
     kind = next(each for each in kind.__mro__ if "native_auto_class" in vars(each))
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
     return type(native.__name__, (kind, native), {**names, "config_class": native.config_class})
+
+
+def _by_organ(state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+    """Sort the tensors of a trainer's checkpoint by organ; `None` if it is none.
+
+    Raises:
+        NotHFError: It is of one organ, and the model has none or several.
+    """
+
+    def is_of_organ(key: str) -> bool:
+        return key.startswith(f"{DonorModel.base_model_prefix}.") or is_saved(key)
+
+    if state_dict and all(map(is_of_organ, state_dict)):
+        if len(names) != 1:
+            raise NotHFError(
+                f"the checkpoint of an organ needs a model with exactly one organ, not {len(names)}; use load_donor"
+            )
+        return {names[0]: dict(state_dict)}
+    states: dict[str, dict[str, Any]] = {}
+    for key, value in state_dict.items():
+        name, _, inner = key.partition(".")
+        if name not in names or not is_of_organ(inner):
+            return None
+        states.setdefault(name, {})[inner] = value
+    return states or None
 
 
 def _revive(kind: type[Transplanted], native: type) -> Transplanted:

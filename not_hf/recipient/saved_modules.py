@@ -54,6 +54,12 @@ class SavedModules:
         for module in self.modules.values():
             yield from [module.token_rows] if isinstance(module, TokenRows) else module.parameters()
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return all tensors of the modules, by their paths in the model."""
+        return {
+            f"{path}.{key}": value for path, each in self.modules.items() for key, value in each.state_dict().items()
+        }
+
     def set_trainable(self, is_trainable: bool) -> None:
         """Freeze the modules, or make them trainable; of rows, only these."""
         for module in self.modules.values():

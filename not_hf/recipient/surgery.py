@@ -30,7 +30,7 @@ from not_hf.architecture.stack import Stack, find_stack, layers_config, with_lay
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange, require_free_names
-from not_hf.errors import NotHFError, interval, some
+from not_hf.errors import NotHFError
 from not_hf.recipient.changes import Changes
 from not_hf.recipient.derived_attributes import DerivedAttributes
 from not_hf.recipient.organ import Organ
@@ -104,7 +104,7 @@ class Surgery:
         placed: list[PlacedLayer] = []
         for name, n in arrange(self.base_config.num_hidden_layers, [organ.place for organ in chosen.values()]):
             if name is not None:
-                placed.append((chosen[name].layers[n], (chosen[name].spec.organ, n)))
+                placed.append((chosen[name].layers[n], self._origin(chosen[name], n)))
             elif not self.is_scaffold:
                 placed.append((self.base_layers[n], (self.base_config, n)))
         return placed
@@ -123,22 +123,6 @@ class Surgery:
     def differences(self, placed: list[PlacedLayer]) -> list[str]:
         """List the differences of those live layers from the layers of the native model."""
         return native_differences([describe(layer) for layer, _ in placed], self.twin(placed).descriptions)
-
-    def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
-        """List the reasons why the weights of `other` cannot be copied into the tensors of `organ`."""
-        if organ.config.span != other.config.span:
-            return [f"it holds layers {interval(other.config.span)}, not {interval(organ.config.span)}"]
-        spliced, others = (
-            splice_config(self.base_config, [(each.spec.organ, n) for n in range(len(each.layers))])
-            for each in (organ, other)
-        )
-        shapes, other_shapes = ({key: tensor.shape for key, tensor in each.saved.tensors()} for each in (organ, other))
-        if differing := sorted(key for key, _ in shapes.items() ^ other_shapes.items()):
-            return [f"modules beside the layers have other tensors: {some(differing)}"]
-        differences = [f"{key} is {others[key]}, not {spliced[key]}" for key in spliced if others[key] != spliced[key]]
-        return differences + native_differences(
-            [describe(layer) for layer in other.layers], [describe(layer) for layer in organ.layers], there="here"
-        )
 
     def change(self, model: PreTrainedModel, change: Callable[[], None], flags: bool = False) -> None:
         """Change organs, their flags or the class of the model, then its stack; undo everything on failure.
@@ -241,6 +225,10 @@ class Surgery:
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
 
+    def _origin(self, organ: Organ, n: int) -> LayerOrigin:
+        """Return the origin of an organ's layer; one that holds parts of layers is in those of the base."""
+        return (self.base_config, organ.place.position + n) if organ.kept else (organ.spec.organ, n)
+
     def _standing(self, organs: Iterable[Organ]) -> dict[str, nn.Module]:
         return standing_modules(self.base_modules, {organ.name: organ.saved for organ in organs})
 
@@ -306,7 +294,7 @@ class Surgery:
         for organ in self.organs.values():
             for name, tensor in organ.originals.items():
                 dtype = fn(tensor[:0]).dtype
-                if dtype != tensor.dtype and not is_finite(tensor.to(dtype) * organ.config.scale):
+                if dtype != tensor.dtype and not is_finite(organ.at_scale(name, tensor.to(dtype), organ.config.scale)):
                     raise NotHFError(
                         f"organ {organ.name!r}: at scale {organ.config.scale:g} weights overflow {dtype} ({name}); "
                         "use a smaller scale"
