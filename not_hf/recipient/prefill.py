@@ -47,7 +47,7 @@ class Prefill:
         cache, below = DynamicCache(config=model.config.get_text_config(decoder=True)), _Below.of(stack, depth)
         if depth == 0:
             return cls(input_ids, mask, 0, None, cache, None, below)
-        forward, inputs = PartialForward(stack), {"input_ids": input_ids, "attention_mask": attention_mask}
+        forward, inputs = PartialForward(stack, depth), {"input_ids": input_ids, "attention_mask": attention_mask}
         if "position_ids" in inspect.signature(model.forward).parameters:  # as `generate` counts them
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
         hidden = forward.run_to(depth, inputs, cache)

@@ -154,3 +154,11 @@ def test_training_starts_above_no_source(tmp_path):
     assert cached[0] == pytest.approx(plain[0], abs=1e-4) and whole[0] == plain[0]
     with pytest.raises(UnsupportedArchitectureError, match=r"cannot run in parts.*use transformers.Trainer"):
         trained(tmp_path / "above", recipient((3, 4)))
+
+
+def test_a_prompt_is_read_up_to_the_first_source(token_ids):
+    base = tiny_model("gemma4_text", **PER_LAYER_INPUTS)
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1, (3, 4), mode="replace"))
+    assert torch.equal(generate(model, prefill=model.prefill(token_ids, depth=2)), generate(model))
+    with pytest.raises(UnsupportedArchitectureError, match="cannot run in parts"):
+        model.prefill(token_ids)  # up to layer 3; layer 2 is a source
