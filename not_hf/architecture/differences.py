@@ -41,12 +41,13 @@ def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> l
     """The differences of two configs that may change what layers compute: some layers read the recipient's config."""
     ignored = {
         "num_hidden_layers",
-        *tables.PER_LAYER_LISTS,
+        *(key for key in tables.PER_LAYER_LISTS if not isinstance(vars(ours).get(key), int)),
         *tables.LAYER_INDEX_LISTS,
         *tables.DENSE_PREFIXES,
         *tables.PERIODS,
         *(key for keys in tables.PERIODS_WITH_OFFSET for key in keys),
         *tables.LAYERLESS,
+        *(tables.OVERRIDES, tables.SHARING_SUFFIX),
     }
     ignored |= {ours.attribute_map.get(key, key) for key in ignored}
     return [

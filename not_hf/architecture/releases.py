@@ -7,8 +7,11 @@ The oldest releases are those of `constraints-lowest.txt`. What is private in al
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.utils import hub as transformers_hub
 
+from not_hf.architecture.tables import OVERRIDES, PER_LAYER_LISTS
+
 
 class Commit(str):
     """The hash of a commit that a revision was resolved to."""
@@ -29,6 +34,11 @@ class Commit(str):
     def resolved(self) -> str:
         """The hash, as a `ResolvedRevision` of huggingface_hub has it."""
         return str(self)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The argument of a model's `forward` that is its cache: some models of transformers 5.24 have renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def pin_revision(
@@ -85,24 +95,80 @@ def pinned_file_kwargs(revision: str | None) -> dict[str, str]:
 CACHES_FOLLOW_STATES = hasattr(LinearAttentionLayer, "is_croppable")
 
 
-def is_heterogeneous(config: PreTrainedConfig) -> bool:
-    """Whether a config gives layers values of their own, by `per_layer_config`; older ones do not."""
-    return bool(getattr(config, "is_heterogeneous", False))
+def overridden_keys(config: PreTrainedConfig) -> set[str] | None:
+    """The keys for which a config gives layers values of their own, by `per_layer_config`; `None` if it does not.
+
+    Older releases do not.
+    """
+    spec = vars(config).get("_heterogeneity_spec")
+    return None if spec is None else set(spec.explicit_per_layer_attributes)
+
+
+def values_of_layer(config: PreTrainedConfig, i: int, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of a layer, which are its own or those of the whole config; and what modules it does without."""
+    layer = config.per_layer_config[i]
+    skipped = getattr(layer, "skip", None)
+    return {key: getattr(layer, key) for key in keys} | ({"skip": skipped} if skipped else {})
 
 
 # Until 5.17 transformers misreads `rope_parameters` by layer type where the stack lacks one of their types
 _NEEDS_ALL_TYPES = not hasattr(PreTrainedConfig, "nested_rope_parameter_keys")
 
 
-def make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any]) -> PreTrainedConfig:
-    """Make a native config of its values, which may be those of a span that lacks some of the base's layer types."""
+def make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any], is_span: bool = True) -> PreTrainedConfig:
+    """Make a native config of its values.
+
+    Args:
+        kind: The class of the config.
+        values: Those of a stack that may lack some of the base's layer types.
+        is_span: Keep the type of the last layer, which the class may change to that in which a whole stack ends.
+    """
     rope, types, count = (values.get(key) for key in ("rope_parameters", "layer_types", "num_hidden_layers"))
-    if not (_NEEDS_ALL_TYPES and isinstance(rope, dict) and types and count):
+    if not (isinstance(types, list) and types and len(types) == count):
         return kind(**values)
-    lacking = [key for key, each in rope.items() if isinstance(each, dict) and key not in types]
-    config = kind(**{**values, "layer_types": [*types, *lacking], "num_hidden_layers": count + len(lacking)})
-    config.layer_types, config.num_hidden_layers = list(types), count
+    more: list[str] = []  # types of layers behind these, with which the class takes these as they are
+    if _NEEDS_ALL_TYPES and isinstance(rope, dict):
+        lacking = [key for key, each in rope.items() if isinstance(each, dict) and key not in types]
+        more = [*lacking, types[-1]] if lacking else []
+    config = _longer_config(kind, values, more)
+    last = config.layer_types[-1]
+    if is_span and last != types[-1]:
+        more = [*more[:-1], last]
+        config = _longer_config(kind, values, more)
+    if more:
+        keys = overridden_keys(config)
+        own = {n: values_of_layer(config, n, keys) for n in range(count)} if keys else {}
+        for key in _lists(values):
+            setattr(config, key, getattr(config, key)[: -len(more)])
+        config.num_hidden_layers = count
+        if keys is not None:
+            setattr(config, OVERRIDES, own)
+        if not is_span:
+            config.layer_types[-1] = last
     return config
+
+
+def _longer_config(kind: type[PreTrainedConfig], values: Mapping[str, Any], types: list[str]) -> PreTrainedConfig:
+    """Make a native config of its values, which it may change, with more layers of these types behind."""
+    longer = {key: each + [each[-1]] * len(types) for key, each in _lists(values).items()}
+    longer["layer_types"] = [*values["layer_types"], *types]
+    longer["num_hidden_layers"] = values["num_hidden_layers"] + len(types)
+    logger = logging.getLogger(kind.__module__)
+    logger.addFilter(_is_not_about_last_layer)
+    try:
+        return kind(**copy.deepcopy({**values, **longer}))
+    finally:
+        logger.removeFilter(_is_not_about_last_layer)
+
+
+def _is_not_about_last_layer(record: logging.LogRecord) -> bool:
+    return "Last layer must" not in record.getMessage()
+
+
+def _lists(values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The lists with an entry per layer among the values of a config."""
+    count = values["num_hidden_layers"]
+    return {key: each for key in PER_LAYER_LISTS if isinstance(each := values.get(key), list) and len(each) == count}
 
 
 @contextlib.contextmanager

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
+from not_hf.architecture.releases import overridden_keys, values_of_layer
+from not_hf.architecture.sharing import LayerOrigin, spliced_suffix
 from not_hf.architecture.tables import (
     COUNT_ATTRIBUTES,
     COUNTED_BY_FIRST_LAYER,
@@ -16,13 +19,15 @@ from not_hf.architecture.tables import (
     INDEX_ATTRIBUTES,
     LAYER_INDEX_LISTS,
     NUMBERED_FROM_ONE,
+    OVERRIDES,
     PER_LAYER_LISTS,
     PERIODS_WITH_OFFSET,
+    PLACE_ATTRIBUTES,
+    PLACE_BOUND,
+    SHARING_SUFFIX,
     UNCOUNTED_TYPES,
 )
 from not_hf.errors import UnsupportedArchitectureError
-
-LayerOrigin = tuple[PreTrainedConfig, int]  # the config of a layer's own model, and its index there
 
 
 def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dict[str, Any]:
@@ -66,12 +71,31 @@ def splice_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> dic
                 name: [n + 1 for n, (config, i) in enumerate(origins) if i + 1 in getattr(config, key)[name]]
                 for name in old.keys() & {*lists}
             }
+    if getattr(base, SHARING_SUFFIX, None) is not None:
+        values[SHARING_SUFFIX] = spliced_suffix(base, origins)
+    own = {key for config in (base, *(config for config, _ in origins)) for key in overridden_keys(config) or ()}
+    if own:
+        values[OVERRIDES] = _overrides(own, origins)  # after the number of layers, by which it is checked
     for keys in PERIODS_WITH_OFFSET:
         if all(hasattr(base, key) for key in keys):
             values.update(zip(keys, _spliced_period(base, keys, origins), strict=True))
     if derived:
         _require_derived(base, values, {key: [getattr(config, key)[i] for config, i in origins] for key in derived})
     return values
+
+
+def own_values(base: PreTrainedConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of a config for keys of `splice_config`: with them, a spliced config is as it was."""
+    return {key: _own_overrides(base) if key == OVERRIDES else copy.deepcopy(getattr(base, key)) for key in keys}
+
+
+def _own_overrides(base: PreTrainedConfig) -> dict[int, dict[str, Any]] | None:
+    keys = overridden_keys(base)
+    return None if keys is None else _overrides(keys, [(base, n) for n in range(base.num_hidden_layers)])
+
+
+def _overrides(keys: Iterable[str], origins: Sequence[LayerOrigin]) -> dict[int, dict[str, Any]]:
+    return {n: values_of_layer(config, i, sorted(keys)) for n, (config, i) in enumerate(origins)}
 
 
 def _spliced_period(base: PreTrainedConfig, keys: tuple[str, str], origins: Sequence[LayerOrigin]) -> tuple[int, int]:
@@ -123,11 +147,16 @@ def spliced_config(base: PreTrainedConfig, origins: Sequence[LayerOrigin]) -> Pr
 
 
 def require_counted(base: PreTrainedConfig, spliced: PreTrainedConfig) -> None:
-    """Check that a cache of a spliced model counts the tokens that it has seen, if that of the base does.
+    """Check that each layer of a spliced model has its inputs, and that its cache counts tokens if the base's does.
 
     Raises:
-        UnsupportedArchitectureError: It does not.
+        UnsupportedArchitectureError: The cache does not, or there are more or fewer layers than inputs for them.
     """
+    if (key := place_bound(base)) and spliced.num_hidden_layers != base.num_hidden_layers:
+        raise UnsupportedArchitectureError(
+            f"model_type {base.model_type!r} has inputs for {base.num_hidden_layers} layers ({key}), "
+            f"not for {spliced.num_hidden_layers}"
+        )
     counted, still = (
         [kind not in UNCOUNTED_TYPES for kind in getattr(config, "layer_types", None) or ()]
         for config in (base, spliced)
@@ -142,8 +171,34 @@ def require_counted(base: PreTrainedConfig, spliced: PreTrainedConfig) -> None:
         )
 
 
-def set_layer_index(layer: nn.Module, index: int, num_layers: int) -> None:
-    """Set the index in the stack, and the number of layers, that a layer and the modules in it store."""
+def place_bound(config: PreTrainedConfig) -> str | None:
+    """The config key that says that layers have inputs of their own beside hidden states; `None` if they do not."""
+    return next((key for key in PLACE_BOUND if getattr(config, key, None)), None)
+
+
+def place_attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:
+    """Attributes in which a layer stores what is made of its place beside its index, by module name and attribute."""
+    return {
+        (name, key): vars(module)[key]
+        for name, module in layer.named_modules()
+        for key in PLACE_ATTRIBUTES
+        if key in vars(module)
+    }
+
+
+def set_layer_index(
+    layer: nn.Module, index: int, num_layers: int, of_place: Mapping[tuple[str, str], Any] = MappingProxyType({})
+) -> None:
+    """Set the index in the stack, and the number of layers, that a layer and the modules in it store.
+
+    Args:
+        layer: The layer.
+        index: Its index.
+        num_layers: The number of layers.
+        of_place: `place_attributes` of a native layer there.
+    """
+    for (path, key), value in of_place.items():
+        setattr(layer.get_submodule(path), key, value)
     values = dict.fromkeys(INDEX_ATTRIBUTES, index) | dict.fromkeys(COUNT_ATTRIBUTES, num_layers)
     for module in layer.modules():
         for name, value in values.items():
@@ -152,7 +207,7 @@ def set_layer_index(layer: nn.Module, index: int, num_layers: int) -> None:
 
 
 def _is_list(config: PreTrainedConfig, key: str) -> bool:
-    return isinstance(getattr(config, key, None), (list, tuple))
+    return key not in (overridden_keys(config) or ()) and isinstance(getattr(config, key, None), (list, tuple))
 
 
 def _is_derived(config: PreTrainedConfig, key: str) -> bool:

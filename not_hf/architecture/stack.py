@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from not_hf.architecture.releases import CACHES_FOLLOW_STATES, is_heterogeneous
+from not_hf.architecture.releases import CACHES_FOLLOW_STATES
+from not_hf.architecture.sharing import require_known_sharing
 from not_hf.architecture.tables import UNCUTTABLE
 from not_hf.architecture.upstream import carries_states, native_classes
 from not_hf.errors import UnsupportedArchitectureError, one_line
@@ -79,6 +80,7 @@ def find_stack(model: PreTrainedModel) -> Stack:
     distinct = {parameter for layer in layers for parameter in layer.parameters()}
     if len(distinct) < sum(1 for layer in layers for _ in layer.parameters()):
         raise UnsupportedArchitectureError(f"{kind} uses the same weights in several layers; they cannot be cut apart")
+    require_known_sharing(config, list(layers))
     return stacks[0]
 
 
@@ -126,8 +128,6 @@ def check_config(config: PreTrainedConfig) -> None:
     for key, reason in UNCUTTABLE.items():
         if value := getattr(config, key, None):
             raise UnsupportedArchitectureError(f"{kind} {reason} ({key}={value!r:.100})")
-    if is_heterogeneous(config):
-        raise UnsupportedArchitectureError(f"{kind} uses per_layer_config, which not_hf cannot splice yet")
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:

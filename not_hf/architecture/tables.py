@@ -12,7 +12,30 @@ PER_LAYER_LISTS = (
     "num_attention_heads_per_layer",
     "layers_block_type",
     "block_types",
+    "intermediate_size",
+    "activation_sparsity_pattern",
 )
+
+
+# Config dict of the values that single layers have of their own, by index.
+OVERRIDES = "per_layer_config"
+
+
+# Config count of the last layers, which attend to the keys and values of the last layer of their type before them.
+SHARING_SUFFIX = "num_kv_shared_layers"
+
+
+# Attributes in which such layers say so.
+SHARING = "is_kv_shared_layer"
+
+
+# Attributes in which layers store what else such a config makes of their place.
+PLACE_ATTRIBUTES = ("store_full_length_kv", "kv_shared_layer_index")
+
+
+# Config keys that give each layer an input of its own, computed from the tokens outside of the layers. So a model has
+# inputs for as many layers as it was made with, and a layer has its own in its place only.
+PLACE_BOUND = ("hidden_size_per_layer_input",)
 
 
 # Layer types without a KV cache, by whose length models count the tokens that a cache has seen.
@@ -95,7 +118,7 @@ NEUTRAL_EMBEDDING = {"embedding_multiplier": 1.0}
 
 # Config values that make layers depend on each other or on their place; no organ can be cut where they are set.
 UNCUTTABLE = {
-    "num_kv_shared_layers": "shares keys and values between layers; they cannot be cut apart",
+    "kv_source_layers": "shares keys and values between layers that it numbers; they cannot be cut apart",
     "num_mem_blocks": "uses the same weights in several layers; they cannot be cut apart",
     "rescale_every": "changes the weights of its layers in place, by where they stand",
 }
@@ -109,7 +132,7 @@ NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "id2
 
 # Attributes that every module has, or that the user or the loader sets: they do not come from the config.
 NOT_DERIVED = vars(nn.Module()).keys() | {
-    *INDEX_ATTRIBUTES,  # set on every splice
+    *(*INDEX_ATTRIBUTES, *PLACE_ATTRIBUTES),  # set on every splice
     "gradient_checkpointing",
     "name_or_path",
     "vocab_size",

@@ -46,17 +46,19 @@ class Twin:
         return outer_attributes(self.stack)
 
 
-def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> Twin:
+def meta_twin(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, is_span: bool = False
+) -> Twin:
     """The native language model of `config` on the meta device: every attribute and shape, no memory.
 
-    The last few are cached.
+    The last few are cached. `is_span` is as in `require_loadable`.
 
     Raises:
         UnsupportedArchitectureError: transformers has no language model for this config, or cannot build it.
     """
     check_config(layers_config(config))
     values = {key: value for key, value in config.to_dict().items() if key not in NAMES}
-    key = repr((type(config), attention_of(config) or "sdpa", sorted(values.items())))
+    key = repr((is_span, type(config), attention_of(config) or "sdpa", sorted(values.items())))
     with BUILDING:
         twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin.model))), None)
         if twin is None:
@@ -64,7 +66,7 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
             for each in (config, layers_config(config)):
                 if isinstance(each.dtype, str):  # save_pretrained leaves it so, and some models compute with it
                     each.dtype = getattr(torch, each.dtype)
-            require_loadable(layers_config(config))
+            require_loadable(layers_config(config), is_span)
             with built_whole(hollow=True), torch.device("meta"):
                 twin = Twin(build(model_class or head_class(config).from_config, config))
             _twins.append((key, twin))
@@ -74,18 +76,26 @@ def meta_twin(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
 _twins: deque[tuple[str, Twin]] = deque(maxlen=4)  # by the content of the config
 
 
-def require_loadable(config: PreTrainedConfig) -> None:
+def require_loadable(config: PreTrainedConfig, is_span: bool = False) -> None:
     """Check that a config can be read back from a file.
 
+    Args:
+        config: Of a whole model, or of a span.
+        is_span: That it is of a span, which may end in any layer.
+
     Raises:
-        UnsupportedArchitectureError: Its class refuses its values.
+        UnsupportedArchitectureError: Its class refuses or changes its values.
     """
+    kind, values = f"model_type {config.model_type!r}", config.to_dict()
     try:
-        make_config(type(config), {key: value for key, value in config.to_dict().items() if key != "model_type"})
+        made = make_config(type(config), {key: value for key, value in values.items() if key != "model_type"}, is_span)
     except Exception as error:  # a native config may raise anything
         raise UnsupportedArchitectureError(
-            f"no config of model_type {config.model_type!r} describes these layers: {one_line(error, 300)}"
+            f"no config of {kind} describes these layers: {one_line(error, 300)}"
         ) from error
+    last, becomes = ((getattr(each, "layer_types", None) or [None])[-1] for each in (config, made))
+    if last != becomes:
+        raise UnsupportedArchitectureError(f"the last layer of {kind} must be {becomes}, and here it is {last}")
 
 
 def build(constructor: Callable[..., PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:

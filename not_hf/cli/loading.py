@@ -16,21 +16,18 @@ def load_model(model: str, base: str | None) -> tuple[Any, PreTrainedTokenizerBa
         base: Recipient of the donor; `None`: the base the donor was cut from.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from not_hf import TransplantedForCausalLM
+    from not_hf.recipient.heads import writing_class
 
+    kind: Any = writing_class(base or model)
     tokenizer = AutoTokenizer.from_pretrained(base or model)
-    loaded: Any
-    if base:
-        loaded = TransplantedForCausalLM.from_pretrained(base, model)
-    else:
-        loaded = AutoModelForCausalLM.from_pretrained(model)
+    loaded = kind.from_pretrained(base, model) if base else kind.native_auto_class.from_pretrained(model)
     return loaded.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
 def has_organ(model: Any) -> bool:
     """Whether a model has organs, which can be switched off."""
-    from not_hf import TransplantedForCausalLM
+    from not_hf.recipient.mixin import Recipient
 
-    return isinstance(model, TransplantedForCausalLM)
+    return isinstance(model, Recipient)

@@ -108,10 +108,10 @@ def train(
             DonorTrainer,
             ProgressLine,
             TrainingCurve,
-            TransplantedForCausalLM,
             load_text,
             pack,
         )
+        from not_hf.recipient.heads import writing_class
 
         DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
@@ -125,7 +125,7 @@ def train(
         blocks = pack(load_text(data, split=split, streaming=streaming, **how), tokenizer, block_length)
         if streaming:
             blocks = blocks.shuffle(seed=seed, buffer_size=1000)  # blocks of a Dataset are shuffled by the Trainer
-        model: Any = TransplantedForCausalLM.from_pretrained(
+        model: Any = writing_class(base or donor).from_pretrained(
             *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
         )
         _check_context(model, block_length)

@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import LayerDescription, computing_differences
 from not_hf.architecture.part_names import ALL
-from not_hf.architecture.splicing import require_counted, spliced_config
+from not_hf.architecture.releases import overridden_keys, values_of_layer
+from not_hf.architecture.splicing import place_bound, require_counted, spliced_config
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.twin import meta_twin
 from not_hf.config import DonorConfig, OrganSpec
@@ -25,6 +26,7 @@ SHARED_GEOMETRY = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "global_head_dim",  # older releases; newer ones give layers values of their own
     "rope_parameters",
     "rotary_dim",
     "alibi",
@@ -124,8 +126,8 @@ def _config_mismatches(spec: OrganSpec, recipient: PreTrainedConfig) -> list[str
     if organ.model_type != recipient.model_type:
         problems.append(_mismatch("model_type", organ.model_type, recipient.model_type, name))
     for key in SHARED_GEOMETRY:
-        if (ours := getattr(organ, key, None)) != (theirs := getattr(recipient, key, None)):
-            problems.append(_mismatch(key, ours, theirs, name))
+        if (pair := _differing_values(organ, recipient, key)) is not None:
+            problems.append(_mismatch(key, *pair, name))
     return problems + _layer_type_problems(organ, recipient, name)
 
 
@@ -198,6 +200,27 @@ def name_of(recipient: PreTrainedConfig) -> str:
     return recipient.name_or_path or "the recipient"
 
 
+def _differing_values(organ: PreTrainedConfig, recipient: PreTrainedConfig, key: str) -> tuple[Any, Any] | None:
+    """Return the values of a key in two configs if they differ.
+
+    Where layers have values of their own, those of layers of one type are compared, if both configs have that type.
+    """
+    if not any(key in (overridden_keys(config) or ()) for config in (organ, recipient)):
+        ours, theirs = (getattr(config, key, None) for config in (organ, recipient))
+        return (ours, theirs) if ours != theirs else None
+    for kind, value in _by_layer(organ, key):
+        there = [theirs for other, theirs in _by_layer(recipient, key) if other == kind]
+        if there and value not in there:
+            return value, there[0]
+    return None
+
+
+def _by_layer(config: PreTrainedConfig, key: str) -> list[tuple[str | None, Any]]:
+    """Return the type of each layer, and the value of a key there."""
+    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    return [(kind, values_of_layer(config, n, [key])[key]) for n, kind in enumerate(types)]
+
+
 def _mismatch(key: str, ours: Any, theirs: Any, name: str) -> str:
     return f"donor {key} {ours} does not fit recipient {key} {theirs} ({name}); choose a recipient with {key} {ours}"
 
@@ -207,9 +230,8 @@ def _layer_type_problems(organ: PreTrainedConfig, config: PreTrainedConfig, name
     types = set(getattr(organ, "layer_types", None) or ())
     problems = []
     windowed = types & {"sliding_attention", "chunked_attention"} or not types
-    ours, theirs = (getattr(each, "sliding_window", None) for each in (organ, config))
-    if windowed and ours != theirs:
-        problems.append(_mismatch("sliding_window", ours, theirs, name))
+    if windowed and (pair := _differing_values(organ, config, "sliding_window")) is not None:
+        problems.append(_mismatch("sliding_window", *pair, name))
     rotary = getattr(config, "rope_parameters", None) or {}
     served = set(getattr(config, "layer_types", None) or ())
     if any(isinstance(value, dict) for value in rotary.values()) and types - served:  # one embedding per layer type
@@ -255,6 +277,11 @@ def _place_problems(spec: OrganSpec, config: PreTrainedConfig, position: Any, mo
     if not hasattr(position, "__index__") or not 0 <= position <= last:
         room = f"position must be between 0 and {last}" if last >= 0 else "the organ is longer than the recipient"
         return [f"cannot {mode} {k} layers at position {position} of {num_layers} ({name}); {room}"]
+    if (key := place_bound(spec.base)) and (mode, position) != ("replace", spec.config.span[0]):
+        return [
+            f"cannot {mode} {k} layers at position {position} ({name}): they have inputs of their own ({key}), and "
+            f"can only be replaced in their place; use mode='replace' and position={spec.config.span[0]}"
+        ]
     return []
 
 

@@ -19,7 +19,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.part_names import ALL, Modules, parts_problem
-from not_hf.architecture.splicing import spliced_config
+from not_hf.architecture.splicing import place_bound, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, layers_config, saved_class
 from not_hf.architecture.tables import STORED_NAMES, TEXT_PREFIXES
 from not_hf.architecture.twin import meta_twin, require_loadable
@@ -241,8 +241,13 @@ def cut_config(
     last = num_layers if mode == "insert" else num_layers - (j - i)
     if not hasattr(position, "__index__") or not 0 <= position <= last:
         raise NotHFError(f"position must be between 0 and {last} to {mode} {j - i} layers, got {position!r}")
+    if (key := place_bound(base.config)) and (mode, position, init) != ("replace", i, "copy"):
+        raise NotHFError(
+            f"layers of model_type {base.config.model_type!r} have inputs of their own ({key}), and can only be "
+            f"replaced in their place; use mode='replace', position={i} and init='copy'"
+        )
     organ = spliced_config(base.config, [(base.config, n) for n in range(i, j)])
-    require_loadable(organ)
+    require_loadable(organ, is_span=True)
     config = DonorConfig(
         base_model_name_or_path=base.name,
         base_revision=base.revision,

@@ -15,7 +15,7 @@ from not_hf.architecture.differences import config_differences, describe, inheri
 from not_hf.architecture.layers import adopt
 from not_hf.architecture.part_names import ALL
 from not_hf.architecture.parts import keep_parameters
-from not_hf.architecture.splicing import set_layer_index, spliced_config
+from not_hf.architecture.splicing import place_bound, set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
@@ -131,6 +131,7 @@ class StrippedModel(PreTrainedModel):
         """
         if self.config.modules != ALL:
             raise NotHFError("a donor of parts of layers cannot run alone; transplant it into a recipient")
+        self._require_inputs()
         return self.organ(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -139,10 +140,27 @@ class StrippedModel(PreTrainedModel):
             **kwargs,
         )
 
+    def _require_inputs(self) -> None:
+        if key := place_bound(self.organ.config):
+            raise UnsupportedArchitectureError(
+                f"layers of model_type {self.organ.config.model_type!r} have inputs of their own ({key}), which only "
+                "a whole model computes; load them into one with TransplantedForCausalLM.from_pretrained"
+            )
+
     def written_by(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run one layer on hidden states, and return what it adds to them, both `(batch, seq, hidden)`."""
-        with upstream.swapped_layers(self.stack.layers, [layer]):
-            return self(inputs_embeds=hidden).last_hidden_state - hidden
+        """Run the layers on hidden states, and return what one adds to its input, all `(batch, seq, hidden)`."""
+        found: list[torch.Tensor] = []
+
+        def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            after = output[0] if isinstance(output, tuple) else output
+            found.append(after - (args[0] if args else kwargs["hidden_states"]))
+
+        handle = layer.register_forward_hook(capture, with_kwargs=True)
+        try:
+            self(inputs_embeds=hidden)
+        finally:
+            handle.remove()
+        return found[0]
 
     @torch.no_grad()
     def require_bare(self, hidden: torch.Tensor) -> None:
@@ -151,6 +169,8 @@ class StrippedModel(PreTrainedModel):
         Raises:
             UnsupportedArchitectureError: Another module changes them, or a module needs the rest of the base.
         """
+        if place_bound(self.organ.config):  # only in a model that computes its inputs
+            return
         kind = f"model_type {self.organ.config.model_type!r}"
         try:
             with upstream.swapped_layers(self.stack.layers, []), releases.of_dtype(self.organ, hidden.dtype):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import datasets
 import evaluate
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.layers import eval_mode
 from not_hf.errors import NotHFError
+from not_hf.recipient.heads import writing_class
 
 _DESCRIPTION = """
 Perplexity (PPL) of texts under a causal language model: the exponential of the mean negative log-likelihood
@@ -37,7 +37,8 @@ Args:
     predictions (list of str): Texts of at least one token each (two without start token). To score a corpus as one
         stream, join it into one text.
     model (model, str): A causal LM, with organs or without, which is left unchanged; or its Hub ID or folder.
-    model_id (str): Hub ID or folder of a model or donor, loaded with `AutoModelForCausalLM`.
+    model_id (str): Hub ID or folder of a model or donor, loaded with `AutoModelForCausalLM`, or the
+        Auto class for its kind of model.
     tokenizer (tokenizer, str): Required with a live model. Default for an ID or folder: its own.
     batch_size (int): Windows per forward pass. Default 16.
     add_start_token (bool): Put BOS before each text, so that its first token is scored too. Default True.
@@ -262,10 +263,10 @@ def load_for_texts(
     return loaded, tokenizer
 
 
-def load_model(source: str | os.PathLike[str], device: str | None = None) -> PreTrainedModel:
-    """Load a causal LM or a donor from a Hub ID or a folder onto a device; default CUDA if available."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source)
-    return cast(PreTrainedModel, loaded.to(_device(device)))
+def load_model(source: str, device: str | None = None) -> PreTrainedModel:
+    """Load a model that writes text, or a donor, from a Hub ID or folder onto a device; default CUDA if available."""
+    native: Any = writing_class(source).native_auto_class
+    return cast(PreTrainedModel, native.from_pretrained(source).to(_device(device)))
 
 
 def _device(device: str | None) -> torch.device:

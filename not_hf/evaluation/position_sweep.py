@@ -110,8 +110,8 @@ def sweep_positions(
     """Measure perplexity with an organ, trained or not, at every position that it fits.
 
     The numbers are those of `perplexity` with the organ loaded at each position. The layers below a position are run
-    once per window, not once per position, which takes a little more than half of the time. A model whose layers pass
-    on more than hidden states is run whole at every position, with a warning.
+    once per window, not once per position, which takes a little more than half of the time. Where a model cannot start
+    at a position, because its layers pass on more than hidden states, it is run whole, with a warning.
 
     `low` and `high` are the ends of a 95 % bootstrap interval of the perplexity: the percentiles of 1,000 draws of
     windows with replacement, the same ones at all positions. They say how much another text of the same kind might
@@ -154,8 +154,8 @@ def sweep_positions(
     """
     rows, positions = _check(data, positions, modes)
     live, texts = _model_and_texts(model, rows, tokenizer, add_start_token)
-    if is_encoder(live.config):
-        raise UnsupportedArchitectureError(f"model_type {live.config.model_type!r} is an encoder; use a causal LM")
+    if is_encoder(live.config) or live.get_output_embeddings() is None:
+        raise UnsupportedArchitectureError(f"{type(live).__name__} does not predict the next token; use a causal LM")
     if isinstance(live, Recipient):
         live._surgery.require_layers("sweep_positions")
     max_length, stride = check_lengths(live, max_length, stride, batch_size)
@@ -231,7 +231,7 @@ def _model_and_texts(
     texts = [[int(token) for token in row["input_ids"]] for row in rows]
     if short := [n for n, ids in enumerate(texts) if len(ids) < 2]:
         raise NotHFError(f"{len(short)} of {len(texts)} rows have fewer than 2 tokens, first: {short[0]}; remove them")
-    return model if isinstance(model, nn.Module) else load_model(model), texts
+    return model if isinstance(model, nn.Module) else load_model(os.fspath(model)), texts
 
 
 def _summarize(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from not_hf.architecture.layers import eval_mode
+from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.stack import find_stack, layers_config
 from not_hf.composition.check import examine
 from not_hf.composition.resolve import resolve_organ
@@ -22,9 +23,8 @@ from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import held_by
 from not_hf.errors import IncompatibleDonorError, NotHFError, UnsupportedArchitectureError
 from not_hf.evaluation.perplexity import Window, nll_of
-from not_hf.recipient.heads import TransplantedForCausalLM
+from not_hf.recipient.heads import class_of
 from not_hf.recipient.mixin import Recipient
-from not_hf.training.partial_forward import PartialForward
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def taking_organs(model: PreTrainedModel, donor: DonorModel, name: str, place: S
         if isinstance(model, Recipient):
             model.load_donor(donor, **where)
         else:
-            model = TransplantedForCausalLM.from_pretrained(model, donor, **where)
+            model = class_of(model).from_pretrained(model, donor, **where)
         if name not in model.active_donors:
             raise NotHFError(
                 "the model is inside disable_donors(), where no organ runs; call this outside of the block"
@@ -119,8 +119,8 @@ class PlaceRunner:
     """Scores windows under a model without an organ and with it at several places.
 
     An organ leaves all layers before it, and what they compute, as they are. So the model runs once over some windows;
-    its hidden states at the entry of each place are held, and at each place the rest runs from there. Where the layers
-    of a model pass on more than hidden states, every place is run whole.
+    its hidden states at the entry of each place are held, and at each place the rest runs from there. Whether it can
+    is tried at each place; where layers pass on more than hidden states, the model is run whole.
 
     Args:
         model: The model, as `taking_organs` yields it.
@@ -133,8 +133,9 @@ class PlaceRunner:
     def __init__(self, model: Recipient, donor: DonorModel, name: str, texts: list[list[int]], max_bytes: int) -> None:
         self.model, self.donor, self.name, self.texts, self.max_bytes = model, donor, name, texts, max_bytes
         self.shares_base = not held_by(donor)  # else the organ may bring its own embeddings
+        self._can_start: dict[SweptPlace, bool] = {}
         try:
-            self.forward: PartialForward | None = PartialForward(find_stack(model))
+            self.forward: PartialForward | None = PartialForward(find_stack(model), entry=1)
         except UnsupportedArchitectureError:
             self.forward = None
             logger.warning("model_type %r cannot run in parts: every position is run whole", model.config.model_type)
@@ -200,8 +201,10 @@ class PlaceRunner:
         for place in left:
             passed = [entry for entry in entries if entry <= place.entry]
             with self._at(place):
+                can_start = self._starts_at(place)
                 for (where, batch), hidden in zip(chunk, held, strict=True):
-                    nats[place.key][where] = self._score(batch, hidden, place.entry, passed)
+                    start = (hidden, place.entry, passed) if can_start else ({}, None, ())
+                    nats[place.key][where] = self._score(batch, *start)
                     progress(len(batch))
 
     @contextlib.contextmanager
@@ -212,6 +215,23 @@ class PlaceRunner:
             yield
         finally:
             self.model.delete_donor(self.name)
+
+    @torch.inference_mode()
+    def _starts_at(self, place: SweptPlace) -> bool:
+        """Whether a pass that starts at the organ, which is there, equals a whole one; tried once for each place."""
+        if place not in self._can_start and self.forward is not None and place.entry > 0:
+            ids = torch.arange(4, device=self.model.device)[None]  # (batch=1, seq=4)
+            with self.forward.capturing([place.entry]) as found:
+                whole = self.model(input_ids=ids, use_cache=False).logits
+            try:
+                with self.forward.running_from(place.entry, found[place.entry]):
+                    parts = self.model(input_ids=ids, use_cache=False).logits
+                torch.testing.assert_close(parts, whole, equal_nan=True)
+                self._can_start[place] = True
+            except (AssertionError, LookupError):
+                self._can_start[place] = False
+                logger.warning("%s cannot be started at: the model is run whole there", place.key)
+        return self._can_start.get(place, True)
 
     @torch.inference_mode()
     def _score(

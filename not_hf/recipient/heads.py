@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -24,17 +26,48 @@ from transformers import (
 
 from not_hf.architecture.stack import head_class, saved_class
 from not_hf.architecture.upstream import native_classes
+from not_hf.config import DonorConfig
+from not_hf.errors import NotHFError
 from not_hf.recipient.modeling import Transplanted
+from not_hf.recipient.prefill import Prefill, starting_from
 
 
 class Generating(Transplanted):
     """Base class of those that generate text."""
 
+    def prefill(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, depth: int | None = None
+    ) -> Prefill:
+        """Read a prompt with the layers below all organs, once for all of them.
+
+        `generate(..., prefill=...)` with the same inputs goes on from there, whichever organs are active then: tokens
+        and, on a CPU in float32, logits are those of `generate` without it, bit for bit.
+
+        Args:
+            input_ids: Tokens of the prompt, `(batch, seq)`.
+            attention_mask: 1 for tokens, 0 for padding, `(batch, seq)`.
+            depth: Number of layers to run. Default: those below the lowest position of the loaded organs.
+
+        Raises:
+            NotHFError: `depth` is out of range.
+            UnsupportedArchitectureError: The layers pass on more than hidden states, or have no cache of their own.
+        """
+        surgery = self._surgery
+        positions = [organ.place.position for organ in surgery.organs.values()]
+        lowest = min([*positions, surgery.base_config.num_hidden_layers])
+        depth = lowest if depth is None else depth
+        if not 0 <= depth <= lowest:
+            raise NotHFError(f"depth must be between 0 and {lowest}, the lowest position of an organ, got {depth!r}")
+        return Prefill.of(surgery.stack(self), depth, input_ids, attention_mask)
+
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
+    def generate(self, *args: Any, prefill: Prefill | None = None, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
         native: Any = super()
         with self._surgery.changes.watched():
-            return native.generate(*args, **kwargs)
+            if prefill is None:
+                return native.generate(*args, **kwargs)
+            prefill.require_current(self._surgery.stack(self))
+            return starting_from(self, prefill, functools.partial(native.generate, *args, **kwargs))
 
 
 class TransplantedForCausalLM(Generating):
@@ -211,3 +244,19 @@ def class_for(config: PreTrainedConfig) -> type[Transplanted]:
             if saved in native_classes(kind.native_auto_class, config):
                 return kind
     return next(kind for kind in (*BY_ID, TransplantedModel) if kind.native_auto_class is usual)
+
+
+def writing_class(source: str) -> type[Transplanted]:
+    """The class for recipients that write text, and may take more than text, by the name of a recipient or a donor.
+
+    `TransplantedForCausalLM` where no config can be read: the class then says why.
+    """
+    kinds = (TransplantedForCausalLM, TransplantedForImageTextToText, TransplantedForMultimodalLM)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if isinstance(config, DonorConfig) and config.base_model_name_or_path:
+            where = {"revision": config.base_revision, "subfolder": config.base_subfolder or ""}
+            config = AutoConfig.from_pretrained(config.base_model_name_or_path, trust_remote_code=False, **where)
+    except (OSError, ValueError):
+        return TransplantedForCausalLM
+    return next((kind for kind in kinds if native_classes(kind.native_auto_class, config)), TransplantedForCausalLM)

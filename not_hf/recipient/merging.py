@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.utils import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import require_known, without_progress_bar
 from not_hf.cards.common import README
 from not_hf.cards.merged import merged_card
+from not_hf.errors import one_line
 from not_hf.hub.atomic_write import replacing
 from not_hf.hub.checkpoint import View
 from not_hf.hub.partial_download import borrow_part
@@ -93,7 +94,7 @@ def merge_donor(
     require_known(hub_kwargs)
     first, second = (donor, None) if base is None else (base, donor)
     opened, reason = open_merge(first, second, hub_kwargs), None
-    tokenizer = AutoTokenizer.from_pretrained(os.fspath(first), **hub_kwargs)
+    processor = _processor(os.fspath(first), opened.base_config, hub_kwargs)
     with replacing(folder) as draft:
         try:
             merge = hollow_merge(opened, folder)
@@ -107,10 +108,20 @@ def merge_donor(
         else:
             native, card = merge.native, merge.card
             _copy(opened, merge, draft, max_shard_size)
-        tokenizer.save_pretrained(draft)
+        processor.save_pretrained(draft)
         card.save(Path(draft, README))
     num_layers = layers_config(native.config).num_hidden_layers
     return Merged(os.fspath(folder), type(native).__name__, num_layers, native.num_parameters(), reason)
+
+
+def _processor(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, Any]) -> Any:
+    """Load the tokenizer of a recipient or of a donor's base; the processor, if it takes more than text."""
+    if layers_config(config) is not config:
+        try:
+            return AutoProcessor.from_pretrained(name, **hub_kwargs)
+        except (ImportError, OSError, ValueError) as error:  # there is none, or not what it needs
+            logger.warning("no processor is saved with the merged model, only a tokenizer: %s", one_line(error, 200))
+    return AutoTokenizer.from_pretrained(name, **hub_kwargs)
 
 
 def _copy(opened: OpenedMerge, merge: HollowMerge, folder: str, max_shard_size: int | str) -> None:

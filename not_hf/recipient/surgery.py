@@ -18,8 +18,9 @@ from not_hf.architecture.devices import execution_device, spliced_device_map
 from not_hf.architecture.differences import describe, native_differences
 from not_hf.architecture.layers import adopt, is_finite
 from not_hf.architecture.master_weights import MasterWeights, hold_master_weights
+from not_hf.architecture.sharing import LayerOrigin
 from not_hf.architecture.splicing import (
-    LayerOrigin,
+    own_values,
     require_counted,
     set_layer_index,
     splice_config,
@@ -31,6 +32,7 @@ from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange, require_free_names
 from not_hf.errors import NotHFError
 from not_hf.recipient.changes import Changes
+from not_hf.recipient.derived_attributes import DerivedAttributes
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saved_modules import standing_modules
 
@@ -71,8 +73,7 @@ class Surgery:
         self.blocks: tuple[weakref.ref[Any], ...] = ()  # the open `disable_donors()` blocks
         self._shows_base = True  # whether the stack is the base's, because no organ is active
         self.device_map = copy.copy(getattr(model, "hf_device_map", None))
-        self._derived: dict[str, dict[tuple[str, str], Any]] = {"": {}}
-        self._base_derived: dict[tuple[str, str], Any] = {}
+        self._derived = DerivedAttributes(self.base_layers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Enable the organs of a copy made inside `disable_donors()`."""
@@ -117,7 +118,7 @@ class Surgery:
         return self._twin(self.base_config)
 
     def _twin(self, config: PreTrainedConfig) -> Twin:
-        return meta_twin(with_layers_config(self._model_config, config), self.native_class)
+        return meta_twin(with_layers_config(self._model_config, config), self.native_class, self.is_scaffold)
 
     def differences(self, placed: list[PlacedLayer]) -> list[str]:
         """List the differences of those live layers from the layers of the native model."""
@@ -188,9 +189,10 @@ class Surgery:
         values = splice_config(self.base_config, [origin for _, origin in placed])
         if self.active:
             require_counted(self.base_config, spliced_config(self.base_config, [origin for _, origin in placed]))
-        if not self.active:
-            values = {key: copy.deepcopy(getattr(self.base_config, key)) for key in values}
-        attributes = self._attributes(placed)
+        else:
+            values = own_values(self.base_config, values)
+        signature = repr(values) if self.active else ""
+        attributes, of_places = self._derived.of(signature, lambda: (self.base_twin(), self.twin(placed)))
         self._note_modules(model)
         modules = self._standing(self._chosen())
         if self.base_modules:
@@ -214,8 +216,8 @@ class Surgery:
                 owner.vocab_size = values["vocab_size"]
         for (path, key), value in attributes.items():
             setattr(model.get_submodule(path), key, value)
-        for n, (layer, _) in enumerate(placed):
-            set_layer_index(layer, n, len(placed))
+        for n, ((layer, _), of_place) in enumerate(zip(placed, of_places, strict=True)):
+            set_layer_index(layer, n, len(placed), of_place)
         for layer in entering:
             adopt(layer, config, reference, model.training)
         set_layers(stack.layers, [layer for layer, _ in placed])
@@ -255,18 +257,6 @@ class Surgery:
             for layer, (config, i) in placed
         ]
         return spliced_device_map(self.device_map, path, origins) if self.active else dict(self.device_map)
-
-    def _attributes(self, placed: list[PlacedLayer]) -> dict[tuple[str, str], Any]:
-        """Return model-level attributes derived from per-layer config values, if any stack so far has changed them.
-
-        They are cached by stack, since computing them builds a twin.
-        """
-        signature = "" if not self.active else repr(splice_config(self.base_config, [origin for _, origin in placed]))
-        if signature not in self._derived:
-            base, here = (twin.outer_attributes for twin in (self.base_twin(), self.twin(placed)))
-            self._derived[signature] = {key: here[key] for key in base.keys() & here.keys() if base[key] != here[key]}
-            self._base_derived.update({key: base[key] for key in self._derived[signature]})
-        return {**self._base_derived, **self._derived[signature]}
 
     def release(self, model: PreTrainedModel, can_learn: bool = False) -> None:
         """Restore the `requires_grad` flags of the base, or set all, whether organs are in its stack or not."""

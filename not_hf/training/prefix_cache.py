@@ -16,9 +16,10 @@ from huggingface_hub import cached_assets_path
 from torch import nn
 
 from not_hf.architecture.differences import fingerprint
+from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.splicing import spliced_config
+from not_hf.architecture.stack import layers_config
 from not_hf.errors import NotHFError
-from not_hf.training.partial_forward import PartialForward
 from not_hf.training.prefix_folder import require_only_stores
 from not_hf.training.prefix_key import PrefixKey
 from not_hf.training.row_store import RowStore
@@ -94,7 +95,7 @@ class PrefixCache:
         self._below, self._given_dtype = below, dtype
         about = _settings(forward.model, entry, dtype, mixed_precision)
         self._model_key = PrefixKey(forward.model, below, around, about)
-        self._is_off = False
+        self._is_off = self._has_warned = False
         self.store: _Store | None = None  # opened with the first batch
 
     def forget(self) -> None:
@@ -112,7 +113,7 @@ class PrefixCache:
         Returns:
             Hidden states, `(batch, seq, hidden)`; `None` where they depend on what cannot be followed.
         """
-        store = self._follow()
+        store = None if self._has_more_than_tokens(inputs) else self._follow()
         if store is None:
             return None
         ids = inputs["input_ids"]  # (batch, seq)
@@ -130,6 +131,18 @@ class PrefixCache:
         for key, length, row in zip(keys, lengths, hidden, strict=True):
             store.rows.write(key, row[:length])
         return hidden.to(store.computed)
+
+    def _has_more_than_tokens(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a batch has images or sounds, of which nothing says to which row they belong."""
+        found = [
+            name
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "attention_mask"
+        ]
+        if found and not self._has_warned:
+            logger.warning("cache_prefix stores rows of text; batches with %s are run whole", ", ".join(found))
+        self._has_warned |= bool(found)
+        return bool(found)
 
     def _follow(self) -> _Store | None:
         """Return the store of the model as it is now, if there can be one."""
@@ -195,7 +208,7 @@ def row_keys(inputs: Mapping[str, Any]) -> tuple[list[bytes], list[int]]:
 
 def _settings(model: Any, entry: int, dtype: torch.dtype | None, mixed_precision: str) -> dict[str, Any]:
     """Return what hidden states at the entry depend on besides the tokens and the modules below it."""
-    config = model.config
+    config = layers_config(model.config)
     return {
         "layers": fingerprint(spliced_config(config, [(config, n) for n in range(entry)])),
         "dtype": str(dtype),

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.stack import Stack, find_stack
-from not_hf.training.partial_forward import PartialForward
 from not_hf.training.prefix_cache import PrefixCache
 
 
@@ -35,9 +35,10 @@ class TrainedStack:
         Raises:
             UnsupportedArchitectureError: The layers cannot be found, or cannot run in parts.
         """
-        forward = PartialForward(find_stack(model))
-        layers, around, outside = list(forward.stack.layers), *_outer_modules(forward.stack)
+        stack = find_stack(model)
+        layers, around, outside = list(stack.layers), *_outer_modules(stack)
         entry = next((n for n, layer in enumerate(layers) if is_trainable(layer)), len(layers))
+        forward = PartialForward(stack, entry)
         frozen = [module for module in (*outside, *layers[:entry]) if not is_trainable(module)]
         frozen_parameters = [parameter for module in frozen for parameter in module.parameters()]
         return cls(forward, layers, around, outside, model.dtype, entry, frozen, frozen_parameters)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from not_hf.architecture.stack import find_stack
+from not_hf.architecture.stack import find_stack, layers_config
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import unite
 from not_hf.errors import NotHFError
@@ -307,7 +307,7 @@ class DonorTrainer(Trainer):
     @property
     def _chunk(self) -> int:
         """Tokens whose logits are in memory at once."""
-        config = self._native.config
+        config = layers_config(self._native.config)
         context = getattr(config, "max_position_embeddings", None) or _MAX_LOGITS
         return min(self.head_chunk or max(1, _MAX_LOGITS // config.vocab_size), context)
 

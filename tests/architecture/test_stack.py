@@ -12,6 +12,7 @@ from testing.models import REFUSED, tiny_config, tiny_model
 from testing.releases import since
 
 REFUSALS = {
+    "mistral_large4_text": "shares keys and values between layers that it numbers",
     "recurrent_gemma": "changes hidden states outside of its layers",
     "rwkv": "changes the weights of its layers in place, by where they stand",
     "t5": "is an encoder-decoder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -23,7 +24,7 @@ from not_hf.architecture.stack import find_stack
 from not_hf.evaluation import swept_places
 from not_hf.evaluation.bootstrap import nll_intervals
 from testing.donors import moved, organ
-from testing.models import TOKEN_IDS, logits, tiny_model, tiny_tokenizer
+from testing.models import TOKEN_IDS, in_matrix, logits, tiny_model, tiny_tokenizer
 
 TEXT = [" ".join(f"w{3 + (7 * n + n // 3) % 88}" for n in range(70)), "w5 w6 w7"]
 HOW = {"tokenizer": tiny_tokenizer(), "max_length": 32}
@@ -141,12 +142,28 @@ def test_a_model_that_cannot_run_in_parts_is_run_whole(monkeypatch, caplog):
     donor = organ(base, 1)
     expected = sweep_positions(base, donor, TEXT, positions=[4, 1], **HOW)
 
-    def refuse(stack):
+    def refuse(stack, entry):
         raise UnsupportedArchitectureError("its layers pass on more")
 
     monkeypatch.setattr(swept_places, "PartialForward", refuse)
     assert sweep_positions(base, donor, TEXT, positions=[1, 4], **HOW).rows == expected.rows
     assert "cannot run in parts: every position is run whole" in caplog.text
+
+
+@pytest.mark.skipif(not in_matrix("gemma4_text"), reason="this release of transformers has no gemma4_text")
+def test_above_a_source_of_keys_and_values_the_model_is_run_whole(caplog):
+    """Layers 4 to 7 take keys and values of layers 2 and 3, so a pass that starts at layer 3 lacks some."""
+    kinds = ["sliding_attention", "full_attention"] * 4
+    base = tiny_model("gemma4_text", num_hidden_layers=8, layer_types=kinds, num_kv_shared_layers=4)
+    base.config.output_hidden_states = True  # else transformers expects that layers have inputs of their own
+    donor = organ(base, 1, (3, 4))
+    sweep = sweep_positions(base, donor, TEXT, positions=[2, 3], modes=BOTH, **HOW)
+    assert "insert 3 cannot be started at: the model is run whole there" in caplog.text
+    assert [(row["mode"], row["position"]) for row in sweep.rows] == [("insert", 2), ("insert", 3), ("replace", 3)]
+    for row in sweep.rows:
+        place = {"position": row["position"], "mode": row["mode"]}
+        model = TransplantedForCausalLM.from_pretrained(copy.deepcopy(base), donor, **place)
+        assert row["nats_per_token"] == pytest.approx(measured(model), rel=1e-6)
 
 
 def test_rows_are_scored_each_on_its_own():
@@ -182,7 +199,7 @@ def test_what_cannot_be_swept_is_refused_and_nothing_changes(tmp_path):
     with pytest.raises(IncompatibleDonorError, match="use mode='replace'"):
         parts = DonorModel.from_base(base, (1, 3), mode="replace", modules="outputs")
         sweep_positions(base, parts, TEXT, **HOW)
-    with pytest.raises(UnsupportedArchitectureError, match="encoder"):
+    with pytest.raises(UnsupportedArchitectureError, match="BertForMaskedLM does not predict the next token"):
         sweep_positions(tiny_model("bert"), donor, TEXT, **HOW)
     assert state(base) == before and not (tmp_path / "out").exists()
     some = sweep_positions(base, donor, TEXT, positions=[1, 9], **HOW)

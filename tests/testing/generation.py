@@ -56,7 +56,7 @@ def static_cache_works(base: PreTrainedModel) -> bool:
     scores = {"output_scores": True, "return_dict_in_generate": True}
     try:
         static = generate(base, cache_implementation="static", **scores).scores
-    except (ValueError, TypeError, AttributeError, NotImplementedError):
+    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError):
         return False
     dynamic = generate(base, **scores).scores
     return torch.allclose(torch.stack(static), torch.stack(dynamic), atol=1e-4)

@@ -25,6 +25,7 @@ from not_hf import (
     UnsupportedArchitectureError,
     average_donors,
 )
+from not_hf.architecture.splicing import place_bound
 from not_hf.architecture.stack import find_stack, head_class
 from testing.donors import SPAN, organ, same, scaled_by_hand, transplanted_class
 from testing.generation import (
@@ -52,7 +53,7 @@ SETUPS: dict[str, dict[str, Place]] = {
 }
 
 # Why layers of some architectures have no scale: a norm behind their projections, or a bias behind their norm.
-NORM_BEHIND = {"exaone4", "gemma2", "gemma3_text", "glm4", "minimax", "olmo2", "olmo3"} | {
+NORM_BEHIND = {"exaone4", "gemma2", "gemma3_text", "gemma4_text", "glm4", "minimax", "olmo2", "olmo3"} | {
     *("bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta")
 }
 STILL_WRITE = {"distilbert"}
@@ -65,7 +66,8 @@ def base_of(model_type: str) -> PreTrainedModel:
 
 @functools.cache
 def organ_of(model_type: str, seed: int) -> DonorModel:
-    return organ(base_of(model_type), seed)
+    base = base_of(model_type)
+    return organ(base, seed, mode="replace" if place_bound(base.config) else "insert")
 
 
 def _fresh(model_type: str, places: Iterable[tuple[str, Place]], **options) -> PreTrainedModel:

@@ -85,6 +85,16 @@ ARCHITECTURES: dict[str, dict] = {
         "query_pre_attn_scalar": 8,
         "layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2),
     },
+    "gemma4_text": {  # full layers have other heads
+        **LLAMA,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCAB,
+    },
     "phi3": {k: v for k, v in LLAMA.items() if k != "head_dim"},
     "olmo2": {k: v for k, v in LLAMA.items() if k != "head_dim"},
     "gpt_oss": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
@@ -159,15 +169,49 @@ OTHER_STATEFUL: dict[str, dict] = {
     "olmo_hybrid": {**_DELTA_NET, **_MIXED},
     "qwen3_5_moe_text": {**_DELTA_NET, **_MIXED},
 }
-OTHERS: dict[str, dict] = OTHER_STATEFUL | {
-    name: {}
-    for name in (
-        *("apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2", "diffllama", "doge", "dots1", "ernie4_5"),
-        *("exaone", "exaone_moe", "flex_olmo", "gemma", "glm", "glm4_moe", "gpt_bigcode", "granitemoe", "helium"),
-        *("hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "minimax_m2", "ministral3", "modernbert-decoder", "mpt"),
-        *("nanochat", "nemotron", "olmo", "olmoe", "persimmon", "phi", "phimoe", "vaultgemma", "xglm"),
-    )
+_PER_LAYER_INPUTS = {  # the last layer takes keys and values of the one before it
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        "num_kv_shared_layers": 1,
+        "intermediate_size": [48, 40, 32, 48],
+        "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+        **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4},
+    }
 }
+_OWN_VALUES = {  # some layers have config values of their own
+    "dots3_note_text": {
+        **{**_MLA, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 32},
+        "layer_types": ["indexed_attention", "sliding_attention"] * (NUM_LAYERS // 2),
+        "per_layer_config": {
+            n: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "head_dim": 16} for n in (1, 3)
+        },
+    },
+    "gemma4_unified_text": {
+        key: value for key, value in ARCHITECTURES["gemma4_text"].items() if "per_layer" not in key
+    },
+}
+OTHERS: dict[str, dict] = (
+    OTHER_STATEFUL
+    | _PER_LAYER_INPUTS
+    | _OWN_VALUES
+    | {
+        name: {}
+        for name in (
+            *("apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere2", "diffllama", "doge", "dots1", "ernie4_5"),
+            *("exaone", "exaone_moe", "flex_olmo", "gemma", "glm", "glm4_moe", "gpt_bigcode", "granitemoe", "helium"),
+            *(
+                "hunyuan_v1_dense",
+                "hunyuan_v1_moe",
+                "internlm3",
+                "minimax_m2",
+                "ministral3",
+                "modernbert-decoder",
+                "mpt",
+            ),
+            *("nanochat", "nemotron", "olmo", "olmoe", "persimmon", "phi", "phimoe", "vaultgemma", "xglm"),
+        )
+    }
+)
 _WIDTHS = ("n_embd", "d_model")
 _DEPTHS = ("n_layer", "n_layers", "num_layers")
 _HEADS = ("n_head", "n_heads", "attention_heads")
@@ -215,6 +259,7 @@ ENCODERS: dict[str, dict] = {
 
 # Refused with a reason.
 REFUSED: dict[str, dict] = {
+    "mistral_large4_text": {**_MLA, "kv_source_layers": [0, 1, 1, 1]},
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 6, "block_types": ["recurrent", "attention"] * 2},
     "rwkv": {},
     "t5": {"d_model": 32, "num_layers": NUM_LAYERS, "num_heads": 4},
@@ -248,8 +293,16 @@ def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
     own = {**ARCHITECTURES, **OTHERS, **ENCODERS, **REFUSED}.get(model_type, {})
     if model_type not in _WHOLE and model_type not in ENCODERS:
         known = AutoConfig.for_model(model_type)
-        own = {**{key: value for key, value in _ANY.items() if hasattr(known, key)}, **own}
+        own = {**{key: value for key, value in _ANY.items() if _has(known, key)}, **own}
     return AutoConfig.for_model(model_type, **{**SPECIAL, **own, **overrides})
+
+
+def _has(config: PreTrainedConfig, key: str) -> bool:
+    """Whether a config has a value, or one for each layer, which transformers does not let one ask for."""
+    try:
+        return hasattr(config, key)
+    except RuntimeError:
+        return True
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
@@ -273,8 +326,7 @@ def logits(model: Callable, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     return model(ids, **inputs).logits
 
 
-@torch.no_grad()
-def exact_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def exact_logits(model: PreTrainedModel, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """The same for models that are to agree to the last bit.
 
     torch may round in another way where weights require gradients, or where a file has put them in memory.
@@ -284,7 +336,7 @@ def exact_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         parameter.requires_grad_(False)
         if parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
-    found = model(ids).logits
+    found = logits(model, ids, **inputs)
     for parameter in learning:
         parameter.requires_grad_(True)
     return found

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
 
 from not_hf.architecture.releases import CACHES_FOLLOW_STATES
-from testing.models import LLAMA, NUM_LAYERS, SPECIAL
+from testing.models import ARCHITECTURES, LLAMA, NUM_LAYERS, SPECIAL
 
 TOKEN = 95  # stands for an image, or a part of one
 _TEXT = {**SPECIAL, **LLAMA, "max_position_embeddings": 128}
 _GEMMA = {**_TEXT, "sliding_window": 6, "query_pre_attn_scalar": 8}
 _GEMMA["layer_types"] = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
+_GEMMA4 = {**_TEXT, **ARCHITECTURES.get("gemma4_text", {}), "max_position_embeddings": 128}
 _TOWER = {  # as many layers as the text model has
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -34,6 +42,15 @@ _QWEN_TOWER = {
     "out_hidden_size": 32,
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0, 1],
+}
+_GEMMA4_IMAGES = {
+    "vision_config": {
+        **{key: value for key, value in _TOWER.items() if key != "image_size"},
+        **{"num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 2, "position_embedding_size": 8},
+    },
+    "audio_config": None,
+    "image_token_id": TOKEN,
+    **{"video_token_id": 94, "audio_token_id": 93, "boi_token_id": 92, "eoi_token_id": 91},
 }
 _MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
 _QWEN_TOKENS = {"image_token_id": TOKEN, "video_token_id": 94, "vision_start_token_id": 93, "vision_end_token_id": 92}
@@ -60,6 +77,14 @@ def _qwen_image() -> dict[str, Any]:
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
         "mm_token_type_ids": types,
     }
+
+
+def _gemma4_image() -> dict[str, Any]:
+    patches = torch.rand(1, 16, 3 * 4 * 4, generator=torch.Generator().manual_seed(2))
+    places = torch.tensor([[[n % 4, n // 4] for n in range(16)]])
+    ids = torch.tensor([[1, 5, *[TOKEN] * 4, 9, 33, 40, 7]])
+    types = (ids == TOKEN).int()
+    return {"input_ids": ids, "pixel_values": patches, "image_position_ids": places, "mm_token_type_ids": types}
 
 
 def _smolvlm_image() -> dict[str, Any]:
@@ -99,6 +124,16 @@ WRAPPERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
             "eoi_token_index": 92,
         },
         _image(4),
+    ),
+    "gemma4": (
+        {
+            "text_config": {
+                **{**_GEMMA4, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"},
+                **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+            },
+            **_GEMMA4_IMAGES,
+        },
+        _gemma4_image,
     ),
     "qwen3_vl": (
         {"text_config": {**_TEXT, "rope_parameters": _MROPE}, "vision_config": _QWEN_TOWER, **_QWEN_TOKENS},
@@ -170,14 +205,16 @@ WRAPPERS: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         _qwen_image,
     ),
 }
-if not CACHES_FOLLOW_STATES:
-    del WRAPPERS["qwen3_5"]
+for _name in (WRAPPERS.keys() - CONFIG_MAPPING.keys()) | (set() if CACHES_FOLLOW_STATES else {"qwen3_5"}):
+    del WRAPPERS[_name]
 
 
-def wrapper(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of that type in eval mode, every parameter random."""
+def wrapper(model_type: str, seed: int = 0, **text: Any) -> PreTrainedModel:
+    """A tiny model of that type in eval mode, every parameter random; `text` are values of the text model's config."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **WRAPPERS[model_type][0])
+    values = copy.deepcopy(WRAPPERS[model_type][0])
+    values["text_config"] |= text
+    config = AutoConfig.for_model(model_type, **values)
     auto = AutoModelForMultimodalLM if model_type == "qwen2_audio" else AutoModelForImageTextToText
     model = auto.from_config(config)
     with torch.no_grad():

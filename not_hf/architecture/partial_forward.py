@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from not_hf.architecture.layers import eval_mode
+from not_hf.architecture.releases import cache_argument
 from not_hf.architecture.stack import Stack
 from not_hf.architecture.upstream import swapped_layers
 from not_hf.errors import UnsupportedArchitectureError
@@ -48,28 +49,35 @@ class PartialForward:
 
     Args:
         stack: The layers of a causal or masked LM. They may change between calls.
+        entry: Number of the layer at which passes are to start; by default a layer in the middle is tried.
 
     Raises:
         UnsupportedArchitectureError: The layers of the model pass on more than hidden states.
     """
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, entry: int | None = None) -> None:
         self.stack = stack
         self.model: PreTrainedModel = stack.model  # type: ignore[assignment]
         self._tuple_length: int | None = None
-        self._probe()
+        self._probe(entry)
 
     @torch.no_grad()
-    def run_to(self, n: int, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def run_to(self, n: int, inputs: Mapping[str, Any], cache: Cache | None = None) -> torch.Tensor:
         """Compute the hidden states at the entry of a layer, without gradients.
 
         Args:
-            n: Number of the layer; less than the number of layers.
+            n: Number of the layer; the number of layers: behind the last one.
             inputs: Arguments of the model's `forward`, without labels.
+            cache: Is filled by the layers below.
 
         Returns:
             Hidden states, `(batch, seq, hidden)`.
         """
+        options = {cache_argument(self.model): cache, "use_cache": cache is not None}
+        if n == len(self.stack.layers):
+            with self.capturing_last() as last:
+                self.model(**inputs, **options)
+            return last[0]
         found: list[torch.Tensor] = []
 
         def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,7 +86,7 @@ class PartialForward:
 
         handle = self.stack.layers[n].register_forward_pre_hook(capture, with_kwargs=True)
         try:
-            self.model(**inputs, use_cache=False)
+            self.model(**inputs, **options)
         except _EntryReached:
             pass
         finally:
@@ -150,7 +158,7 @@ class PartialForward:
             return self.model(input_ids=ids, use_cache=False).logits.squeeze(0)
 
     @torch.no_grad()
-    def _probe(self) -> None:
+    def _probe(self, entry: int | None) -> None:
         """Find out what layers return, and check that a pass in two parts equals a whole one."""
         model, layers = self.model, self.stack.layers
         ids = torch.arange(4, device=model.device)[None]  # (batch=1, seq=4)
@@ -160,7 +168,7 @@ class PartialForward:
             with eval_mode(model):
                 whole = model(input_ids=ids, use_cache=False).logits
                 self._tuple_length = len(returned[0]) if isinstance(returned[0], tuple) else None
-                n = max(1, len(layers) // 2)
+                n = entry or max(1, len(layers) // 2)
                 hidden = self.run_to(n, {"input_ids": ids}) if n < len(layers) else None
                 if hidden is not None:
                     with self.running_from(n, hidden):
@@ -169,7 +177,7 @@ class PartialForward:
                 with self.capturing_last() as last:
                     model(input_ids=ids, use_cache=False)
                 torch.testing.assert_close(self.head(last[0][0])[None], whole)
-        except AssertionError as error:
+        except (AssertionError, LookupError) as error:
             kind = f"model_type {model.config.model_type!r}"
             raise UnsupportedArchitectureError(
                 f"{kind} cannot run in parts: its layers pass on more than hidden states; use transformers.Trainer"
