@@ -120,7 +120,7 @@ class PlaceRunner:
 
     An organ leaves all layers before it, and what they compute, as they are. So the model runs once over some windows;
     its hidden states at the entry of each place are held, and at each place the rest runs from there. Whether it can
-    is tried at each place; where layers pass on more than hidden states, the model is run whole.
+    is tried first; where layers pass on more than hidden states, the model is run whole.
 
     Args:
         model: The model, as `taking_organs` yields it.
@@ -133,7 +133,6 @@ class PlaceRunner:
     def __init__(self, model: Recipient, donor: DonorModel, name: str, texts: list[list[int]], max_bytes: int) -> None:
         self.model, self.donor, self.name, self.texts, self.max_bytes = model, donor, name, texts, max_bytes
         self.shares_base = not held_by(donor)  # else the organ may bring its own embeddings
-        self._can_start: dict[SweptPlace, bool] = {}
         try:
             self.forward: PartialForward | None = PartialForward(find_stack(model), entry=1)
         except UnsupportedArchitectureError:
@@ -162,8 +161,9 @@ class PlaceRunner:
         ends = list(itertools.accumulate(len(batch) for batch in batches))
         parts = [(slice(end - len(batch), end), batch) for batch, end in zip(batches, ends, strict=True)]
         with eval_mode(self.model):
-            for chunk in self._chunks(parts, len({place.entry for place in places} - {0})):
-                self._run_chunk(chunk, places, nats, progress)
+            entries = self._startable({place.entry for place in places} - {0})
+            for chunk in self._chunks(parts, len(entries)):
+                self._run_chunk(chunk, places, entries, nats, progress)
 
     def _chunks(
         self, parts: Iterable[tuple[slice, list[Window]]], num_entries: int
@@ -185,6 +185,7 @@ class PlaceRunner:
         self,
         chunk: Sequence[tuple[slice, list[Window]]],
         places: Sequence[SweptPlace],
+        startable: set[int],
         nats: Nats,
         progress: Callable[[int], Any],
     ) -> None:
@@ -192,7 +193,7 @@ class PlaceRunner:
         left = [place for place in places if np.isnan(nats[place.key][span]).any()]
         if not left and not np.isnan(nats[BASE][span]).any():
             return
-        entries = {place.entry for place in left} - {0} if self.forward else set()
+        entries = {place.entry for place in left} & startable
         held: list[dict[int, torch.Tensor]] = [{} for _ in chunk]
         for (where, batch), hidden in zip(chunk, held, strict=True):
             found = self._score(batch, hidden, None, entries if self.shares_base else ())
@@ -201,10 +202,8 @@ class PlaceRunner:
         for place in left:
             passed = [entry for entry in entries if entry <= place.entry]
             with self._at(place):
-                can_start = self._starts_at(place)
                 for (where, batch), hidden in zip(chunk, held, strict=True):
-                    start = (hidden, place.entry, passed) if can_start else ({}, None, ())
-                    nats[place.key][where] = self._score(batch, *start)
+                    nats[place.key][where] = self._score(batch, hidden, place.entry, passed)
                     progress(len(batch))
 
     @contextlib.contextmanager
@@ -217,21 +216,21 @@ class PlaceRunner:
             self.model.delete_donor(self.name)
 
     @torch.inference_mode()
-    def _starts_at(self, place: SweptPlace) -> bool:
-        """Whether a pass that starts at the organ, which is there, equals a whole one; tried once for each place."""
-        if place not in self._can_start and self.forward is not None and place.entry > 0:
-            ids = torch.arange(4, device=self.model.device)[None]  # (batch=1, seq=4)
-            with self.forward.capturing([place.entry]) as found:
-                whole = self.model(input_ids=ids, use_cache=False).logits
-            try:
-                with self.forward.running_from(place.entry, found[place.entry]):
-                    parts = self.model(input_ids=ids, use_cache=False).logits
-                torch.testing.assert_close(parts, whole, equal_nan=True)
-                self._can_start[place] = True
-            except (AssertionError, LookupError):
-                self._can_start[place] = False
-                logger.warning("%s cannot be started at: the model is run whole there", place.key)
-        return self._can_start.get(place, True)
+    def _startable(self, entries: Iterable[int]) -> set[int]:
+        """Return those layers at which the model, without the organ, can start: the pass then equals a whole one."""
+        if self.forward is None:
+            return set()
+        inputs: dict[str, Any] = {"input_ids": torch.arange(4, device=self.model.device)[None], "use_cache": False}
+        with self.forward.capturing(entries) as found:
+            whole = self.model(**inputs).logits  # (batch=1, seq=4, vocab)
+        startable = set()
+        for entry, hidden in found.items():
+            with contextlib.suppress(AssertionError, LookupError), self.forward.running_from(entry, hidden):
+                torch.testing.assert_close(self.model(**inputs).logits, whole)
+                startable.add(entry)
+        if others := sorted(found.keys() - startable):
+            logger.warning("the model cannot start at layers %s: it is run whole for them", others)
+        return startable
 
     @torch.inference_mode()
     def _score(

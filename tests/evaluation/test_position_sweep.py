@@ -158,7 +158,7 @@ def test_above_a_source_of_keys_and_values_the_model_is_run_whole(caplog):
     base.config.output_hidden_states = True  # else transformers expects that layers have inputs of their own
     donor = organ(base, 1, (3, 4))
     sweep = sweep_positions(base, donor, TEXT, positions=[2, 3], modes=BOTH, **HOW)
-    assert "insert 3 cannot be started at: the model is run whole there" in caplog.text
+    assert "the model cannot start at layers [3]: it is run whole for them" in caplog.text
     assert [(row["mode"], row["position"]) for row in sweep.rows] == [("insert", 2), ("insert", 3), ("replace", 3)]
     for row in sweep.rows:
         place = {"position": row["position"], "mode": row["mode"]}
