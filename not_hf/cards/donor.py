@@ -66,6 +66,7 @@ def donor_card(
         **License.of(config).metadata(),
     )
     facts: dict[str, Any] = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
+    facts["delta"] = describe_delta(config)
     facts |= {"conditions": dict(_conditions(config.metrics or {})), "curve": CURVE if has_curve else None}
     return render("donor_card.md", data, title=title, repo_id=repo_id, picture=picture(config), **facts)
 
@@ -98,6 +99,16 @@ def updated_card(
         return united
     card.data = united.data
     return card
+
+
+def describe_delta(config: DonorConfig) -> str | None:
+    """Describe how a donor is stored as a change of the base's layers; `None` if it is whole."""
+    if config.delta is None:
+        return None
+    how = f"rank {config.delta.get('rank')}" if config.delta.get("kind") == "low_rank" else "in bfloat16"
+    lost = config.delta.get("lost")
+    left_out = f"; {lost:.2%} of the change is left out" if isinstance(lost, float) else ""
+    return f"as a change of the base's layers, {how}{left_out}"
 
 
 def hub_datasets(config: DonorConfig) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,15 @@ from transformers import PreTrainedModel
 
 from not_hf.architecture import upstream
 from not_hf.architecture.file_layout import forget_conversions
-from not_hf.architecture.layers import is_finite, silence
+from not_hf.architecture.layers import is_finite
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
+from not_hf.donor.delta import plan_delta, with_base
 from not_hf.donor.loading import common_dtype, expert_problems, loading_problems, open_tensors, refuse
 from not_hf.donor.saving import write_donor
 from not_hf.donor.stripped import StrippedModel
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, one_line
+from not_hf.errors import CorruptDonorError, one_line
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
 from not_hf.limits import MAX_VALUES_BESIDE, MAX_VALUES_PER_STORED
@@ -138,7 +138,7 @@ class DonorModel(StrippedModel):
         hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
         organ.require_bare(hidden)
         if config.init == "identity":
-            organ._make_identity(hidden)
+            organ.make_identity(hidden)
         return organ
 
     @classmethod
@@ -203,9 +203,10 @@ class DonorModel(StrippedModel):
             verify: As in `from_pretrained`.
         """
         views = open_tensors(source, spec.config, hub_kwargs, variant, verify)
-        organ, missing = cls.load_tensors(spec, views, dtype, *model_args, source=source, **kwargs)
+        tensors = with_base(source, views, spec.config, hub_kwargs)
+        organ, missing = cls.load_tensors(spec, tensors, dtype, *model_args, source=source, **kwargs)
         organ.config.name_or_path = source
-        organ.config.digests = None  # its tensors may change
+        organ.config.digests = organ.config.delta = None  # its tensors may change
         return organ, missing
 
     @classmethod
@@ -296,6 +297,8 @@ class DonorModel(StrippedModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
+        delta: str | None = None,
+        rank: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Save `config.json`, `model.safetensors`, the card and, for a local base, its tokenizer.
@@ -306,6 +309,9 @@ class DonorModel(StrippedModel):
             state_dict: Tensors to save instead of the donor's own, by the same names.
             push_to_hub: Also push to `repo_id` (default: the folder's name).
             max_shard_size: Size above which the weights are sharded.
+            delta: Store the change of the base's layers, and read it together with them: `"low_rank"`, each matrix as
+                a product of that `rank` (default: 64); or `"bfloat16"`, rounded.
+            rank: Rank of the products.
             **kwargs: As in `PreTrainedModel.save_pretrained` and `push_to_hub`.
 
         Raises:
@@ -313,38 +319,30 @@ class DonorModel(StrippedModel):
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
-        write_donor(self, save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
+        kwargs |= {"max_shard_size": max_shard_size, "delta": plan_delta(delta, rank, self.config, push_to_hub)}
+        write_donor(self, save_directory, is_main_process, state_dict, **kwargs)
         if push_to_hub:
-            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **push_kwargs)
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, delta=delta, rank=rank, **push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, *, max_shard_size: int | str = "5GB", **options: Unpack[PushOptions]
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str = "5GB",
+        delta: str | None = None,
+        rank: int | None = None,
+        **options: Unpack[PushOptions],
     ) -> CommitInfo:
-        """Push the donor and its card to the Hub as one commit. Arguments as in `PreTrainedModel.push_to_hub`.
+        """Push the donor and its card as one commit. Arguments as in `save_pretrained` and transformers.
 
         Raises:
             NotHFError: The repo holds another kind of model.
             OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
         """
-        inherit_license(self.config, revision=self.config.base_revision, token=options.get("token"))
+        planned, token = plan_delta(delta, rank, self.config, is_pushed=True), options.get("token")
+        inherit_license(self.config, revision=self.config.base_revision, token=token)
 
         def save(folder: str, repo_id: str) -> None:
-            write_donor(self, folder, repo_id=repo_id, max_shard_size=max_shard_size)
+            write_donor(self, folder, repo_id=repo_id, delta=planned, token=token, max_shard_size=max_shard_size)
 
         return push_folder(save, repo_id, self.model_tags, **options)
-
-    @torch.no_grad()
-    def _make_identity(self, hidden: torch.Tensor) -> None:
-        """Silence every layer, then check that hidden states pass unchanged."""
-        try:
-            for layer in list(self.stack.layers):
-                silence(layer, functools.partial(self.written_by, layer, hidden))
-            silent = torch.equal(self(inputs_embeds=hidden).last_hidden_state, hidden)
-        except Exception as error:  # a native forward may raise anything
-            reason = one_line(error, 200)
-            raise UnsupportedArchitectureError(f"these layers cannot be run without their base: {reason}") from error
-        if not silent:
-            raise UnsupportedArchitectureError(
-                f"layers of model_type {self.organ.config.model_type!r} are not a no-op even when their output "
-                "projections or the norms behind them are zero; use init='copy'"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from not_hf.architecture import releases, upstream
 from not_hf.architecture.differences import config_differences, describe, inherit_attributes, same_modules
-from not_hf.architecture.layers import adopt
+from not_hf.architecture.layers import adopt, silence
 from not_hf.architecture.splicing import set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
@@ -163,6 +164,26 @@ class StrippedModel(PreTrainedModel):
             raise _cannot_run(kind, error) from error
         finally:
             hook.remove()
+
+    @torch.no_grad()
+    def make_identity(self, hidden: torch.Tensor) -> None:
+        """Silence every layer, then check that hidden states, `(batch, seq, hidden)`, pass unchanged.
+
+        Raises:
+            UnsupportedArchitectureError: They do not, or the layers need the rest of the base.
+        """
+        try:
+            for layer in list(self.stack.layers):
+                silence(layer, functools.partial(self.written_by, layer, hidden))
+            silent = torch.equal(self(inputs_embeds=hidden).last_hidden_state, hidden)
+        except Exception as error:  # a native forward may raise anything
+            reason = one_line(error, 200)
+            raise UnsupportedArchitectureError(f"these layers cannot be run without their base: {reason}") from error
+        if not silent:
+            raise UnsupportedArchitectureError(
+                f"layers of model_type {self.organ.config.model_type!r} are not a no-op even when their output "
+                "projections or the norms behind them are zero; use init='copy'"
+            )
 
 
 def _cannot_run(kind: str, error: Exception) -> UnsupportedArchitectureError:

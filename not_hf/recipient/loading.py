@@ -126,7 +126,7 @@ def _fit_organ(
     spec, repo = resolved.spec, None if isinstance(resolved.donor, DonorModel) else str(resolved.donor)
     config = copy.deepcopy(spec.config)
     config.position, config.mode, config.scale = int(resolved.place.position), resolved.mode, 1.0
-    config.digests = None  # the organ's tensors may change
+    config.digests = config.delta = None  # the organ's tensors may change
     layers = _own_layers(model, surgery, resolved, donor, master_weights)
     organ = Organ(resolved.name, config, spec, layers, resolved.active, repo, commit_of(resolved.revision))
     organ.set_trainable(is_trainable)
