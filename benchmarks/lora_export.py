@@ -4,8 +4,8 @@
     python benchmarks/lora_export.py --quick    # a few steps, few ranks, for the test suite
 
 The organ of the demo is trained (King James Bible, layers in their own place), saved as adapters of several ranks with
-`to_lora`, and each adapter is loaded into the plain base by PEFT. It is also saved as delta files, each of which is read
-back as an organ. Perplexity is measured on held-out chapters (domain) and on Python source (control), and greedy
+`to_lora`, and each adapter is loaded into the plain base by PEFT. Then it is saved as delta files, and each of them is
+read back as an organ. Perplexity is measured on held-out chapters (domain) and on Python source (control), and greedy
 tokens are compared with the organ's. One seed.
 """
 
