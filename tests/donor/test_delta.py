@@ -31,8 +31,8 @@ from testing.commands import invoke, is_one_line
 from testing.cuts import nbytes
 from testing.cuts import weights as served
 from testing.donors import edit_json, moved, organ, same, weights
+from testing.models import ARCHITECTURES, tiny_model
 from testing.models import exact_logits as logits
-from testing.models import tiny_model
 
 SPAN = (1, 3)
 FILE = "model.delta.safetensors"
@@ -73,7 +73,7 @@ def saved(base, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "bert"])
 def test_a_change_of_that_rank_is_read_back(model_type, base_folder, tmp_path):
     donor = trained(base_folder(model_type))
     donor.save_pretrained(tmp_path / "whole")
@@ -81,7 +81,7 @@ def test_a_change_of_that_rank_is_read_back(model_type, base_folder, tmp_path):
     again = DonorModel.from_pretrained(tmp_path / "delta", verify=True)
     assert close(again, donor) and again.dtype == donor.dtype
     size = {name: sum(file.stat().st_size for file in (tmp_path / name).glob("*.s*")) for name in ("whole", "delta")}
-    assert size["delta"] < 0.6 * size["whole"]
+    assert size["delta"] < 0.8 * size["whole"]
     assert DonorConfig.from_pretrained(tmp_path / "delta").delta["lost"] < 1e-5
     assert again.config.delta is None  # its tensors may change
     again.save_pretrained(tmp_path / "again")
