@@ -24,6 +24,7 @@ from not_hf.architecture.upstream import SHARED_KWARGS
 from not_hf.config import DELTA, DonorConfig
 from not_hf.donor.cutting import StoredBase, open_base
 from not_hf.donor.loading import common_dtype, refuse
+from not_hf.donor.stripped import StrippedModel
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError, interval, one_line, some
 from not_hf.hub.checkpoint import FLOAT_DTYPES, View, checkpoint_files, file_names, open_checkpoint, torch_dtype
 from not_hf.hub.digest import digest
@@ -111,7 +112,7 @@ class Delta:
                 f"a delta needs layers {interval(span)} of {self.base_model_name_or_path}, which cannot be read: "
                 f"{one_line(error)}; to use another copy, name it in config.json under delta"
             ) from error
-        return base, {f"organ.{name}": view for name, view in tensors.items()}
+        return base, {f"{StrippedModel.base_model_prefix}.{name}": view for name, view in tensors.items()}
 
 
 @dataclass(frozen=True)
