@@ -316,6 +316,7 @@ class DonorModel(StrippedModel):
 
         Raises:
             CorruptDonorError: A tensor is empty, on the meta device or not finite; nothing is written.
+            NotHFError: No delta can be made, or it would be no smaller.
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}

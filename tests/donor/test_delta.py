@@ -27,12 +27,15 @@ from not_hf import (
     push_donor,
 )
 from not_hf.hub.checkpoint import open_checkpoint
+from testing.checkpoints import write_fp8
 from testing.commands import invoke, is_one_line
 from testing.cuts import nbytes
 from testing.cuts import weights as served
 from testing.donors import edit_json, moved, organ, same, weights
 from testing.models import ARCHITECTURES, tiny_model
 from testing.models import exact_logits as logits
+from testing.releases import dequantizes_fp8
+from testing.wrappers import wrapper
 
 SPAN = (1, 3)
 FILE = "model.delta.safetensors"
@@ -338,6 +341,22 @@ def test_another_base_is_an_error(saved, base, tmp_path):
         DonorModel.from_pretrained(folder)
     tiny_model("llama").save_pretrained(tmp_path / "gone")  # the same layers, in another place and other files
     assert same(DonorModel.from_pretrained(folder), DonorModel.from_pretrained(saved))
+
+
+@dequantizes_fp8
+def test_files_of_8_bits_have_no_change_to_store(tmp_path):
+    (tmp_path / "base").mkdir()
+    donor = DonorModel.from_base(write_fp8(tmp_path / "base"), SPAN, dtype=torch.float32)
+    with pytest.raises(IncompatibleDonorError, match="hold quantized tensors in the place of the organ's"):
+        donor.save_pretrained(tmp_path / "delta", delta="bfloat16")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_the_layers_of_a_model_of_text_and_images(tmp_path):
+    wrapper("llava").save_pretrained(tmp_path / "base")
+    donor = trained(tmp_path / "base")
+    donor.save_pretrained(tmp_path / "delta", delta="low_rank", rank=2)
+    assert close(DonorModel.from_pretrained(tmp_path / "delta"), donor)
 
 
 def test_what_no_delta_can_be_made_of(base, tmp_path):
