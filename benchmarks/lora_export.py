@@ -1,6 +1,7 @@
 """What is left of an organ when it is saved as a LoRA adapter or as a delta of the base, by rank.
 
     python benchmarks/lora_export.py            # SmolLM2-135M-Instruct, minutes on two cores (make bench-lora)
+    python benchmarks/lora_export.py --only deltas    # without the adapters
     python benchmarks/lora_export.py --quick    # a few steps, few ranks, for the test suite
 
 The organ of the demo is trained (King James Bible, layers in their own place), saved as adapters of several ranks with
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, export, measure, print the table, write the numbers."""
     parser = argparse.ArgumentParser(description="An organ as LoRA adapters and delta files of several ranks.")
     parser.add_argument("--quick", action="store_true", help="a few steps and few ranks, for the test suite")
+    parser.add_argument("--only", choices=("adapters", "deltas"), help="leave out the others")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     given = parser.parse_args(arguments)
@@ -68,14 +70,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
         widest = max(min(p.shape) for p in organ.parameters() if p.ndim == 2)
         cases = [(rank, True) for rank in (QUICK_RANKS if given.quick else RANKS)] + [(None, False)]
-        for rank, with_norms in cases:
+        for rank, with_norms in cases if given.only != "deltas" else ():
             folder = Path(scratch, f"{rank}-{with_norms}")
             matrices = to_lora(model, "default", folder, rank or widest, with_norms=with_norms)
             lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
             what = f"LoRA, rank {rank or widest}" + ("" if with_norms else ", without norms")
             errors = torch.tensor([matrix.error for matrix in matrices])
             rows.append({"what": what, **compared(lora, folder), "error": float(errors.median())})
-        for form in QUICK_DELTAS if given.quick else DELTAS:
+        deltas = QUICK_DELTAS if given.quick else DELTAS
+        for form in deltas if given.only != "adapters" else ():
             what = f"delta, rank {form['rank']}" if "rank" in form else f"delta, {form['delta']}"
             folder = Path(scratch, what)
             model.save_pretrained(folder, **form)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from not_hf.donor.importing import import_checkpoint
     from not_hf.donor.modeling import DonorModel
     from not_hf.evaluation.perplexity import perplexity
+    from not_hf.evaluation.scale_choice import choose_scale
     from not_hf.hub.search import list_donors
+    from not_hf.recipient.expansion import expand
     from not_hf.recipient.heads import (
         TransplantedForCausalLM,
         TransplantedForImageTextToText,
@@ -65,8 +67,10 @@ _LAZY = {
     "average_donors": "not_hf.donor.averaging",
     "check_compatibility": "not_hf.donor.compatibility",
     "check_donor": "not_hf.composition.check",
+    "choose_scale": "not_hf.evaluation.scale_choice",
     "choose_span": "not_hf.training.span_choice",
     "compose": "not_hf.composition.plan",
+    "expand": "not_hf.recipient.expansion",
     "from_lora": "not_hf.recipient.lora",
     "import_checkpoint": "not_hf.donor.importing",
     "list_donors": "not_hf.hub.search",
@@ -107,8 +111,10 @@ __all__ = [
     "average_donors",
     "check_compatibility",
     "check_donor",
+    "choose_scale",
     "choose_span",
     "compose",
+    "expand",
     "from_lora",
     "import_checkpoint",
     "list_donors",

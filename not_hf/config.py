@@ -8,19 +8,19 @@ import inspect
 import logging
 import os
 import sys
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Union, get_args, get_origin
+from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from not_hf.architecture.parts import ALL, parts_problem
 from not_hf.architecture.releases import make_config
 from not_hf.architecture.tables import DENSE_PREFIXES, PERIODS
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line, reading_repo, some
-from not_hf.limits import MAX_CONFIG, MAX_COUNT, MAX_LAYERS, read_json, require_count, require_plain
+from not_hf.limits import MAX_CONFIG, MAX_COUNT, MAX_LAYERS, is_of, read_json, require_count, require_plain
 from not_hf.registration import register_models
 from not_hf.version import __version__
 
@@ -54,8 +54,13 @@ class DonorConfig(PreTrainedConfig):
         layers: Half-open span `[i, j]` of the base's layers.
         position: Position of the organ among the recipient's own layers.
         mode: `"insert"` (before layer `position`) or `"replace"` (layers `position … position + k`).
-        scale: Factor of an inserted organ's contribution to the residual stream; the weights are unscaled.
+        scale: Factor of an inserted organ's contribution to the residual stream, or of what a replacement changes; the
+            weights are unscaled.
         init: `"copy"` (layers as cut) or `"identity"` (an inserted organ starts as an exact no-op).
+        modules: What the organ holds of each layer: `"all"`, `"outputs"`, `"attention"`, `"mlp"`, or names of modules.
+        modules_to_save: Names of modules beside the layers that the donor holds too, such as `embed_tokens`.
+        trainable_token_indices: Rows of embeddings or of the head that it holds, by the name of the module.
+        labels: Names of the classes, in order, if a classifier is among these modules.
         base_config: Native config of the base as a dict, with its `model_type`.
         organ_config: The same config, reduced to the span: `num_hidden_layers == j - i`.
         domain: Domain of the training data, free text.
@@ -92,6 +97,10 @@ class DonorConfig(PreTrainedConfig):
     mode: str = "insert"
     scale: float = 1.0
     init: str = "copy"
+    modules: str | list[str] = ALL
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: dict[str, list[int]] | None = None
+    labels: list[str] | None = None
     base_config: dict[str, Any] | None = None
     organ_config: dict[str, Any] | None = None
     domain: str | None = None
@@ -234,6 +243,7 @@ class DonorConfig(PreTrainedConfig):
             )
         if type(self.scale) not in (int, float) or not abs(self.scale) <= sys.float_info.max:
             raise CorruptDonorError(f"donor config scale must be a finite number, got {self.scale!r}")
+        self._check_modules()
         base, organ = self.native_config("base_config"), self.native_config()
         if not 0 <= span[0] < span[1] <= base.num_hidden_layers:
             raise CorruptDonorError(
@@ -247,6 +257,25 @@ class DonorConfig(PreTrainedConfig):
         if type(self.position) is not int or self.position < 0:
             raise CorruptDonorError(f"donor config position must be an integer >= 0, got {self.position!r}")
         return OrganSpec(self, base, organ)
+
+    def _check_modules(self) -> None:
+        if problem := parts_problem(self.modules):
+            raise CorruptDonorError(f"donor config {problem}")
+        if self.modules != ALL and (self.mode, self.init) != ("replace", "copy"):
+            raise CorruptDonorError("donor config: parts of layers need mode 'replace' and init 'copy'")
+        rows = self.trainable_token_indices or {}
+        names = [*(self.modules_to_save or []), *rows]
+        if len(set(names)) < len(names) or not all(
+            part.isidentifier() for part in ".".join(names).split(".") if names
+        ):
+            raise CorruptDonorError(
+                f"donor config modules_to_save and trainable_token_indices must name modules, each once: {some(names)}"
+            )
+        for name, indices in rows.items():
+            if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
+                raise CorruptDonorError(
+                    f"donor config trainable_token_indices of {name} must be distinct token ids, got {indices!r:.200}"
+                )
 
 
 @dataclass(frozen=True)
@@ -273,7 +302,7 @@ def _known_values(values: Mapping[str, Any]) -> dict[str, Any]:
     if ignored:
         logger.warning("a donor's config.json has keys that this release of not_hf ignores: %s", some(ignored))
     for key, value in kept.items():
-        if key != "donors" and not _is_of(value, kind := _kinds()[key]):  # entries are checked when they are read
+        if key != "donors" and not is_of(value, kind := _kinds()[key]):  # entries are checked when they are read
             raise CorruptDonorError(
                 f"donor config.json: no {key} of type {inspect.formatannotation(kind)}, got {value!r:.100}"
             )
@@ -285,18 +314,6 @@ def _kinds() -> dict[str, Any]:
     """Return the keys that may be in the root of a donor's `config.json`, and the types of their values."""
     fields, kinds = dataclasses.fields(DonorConfig), inspect.get_annotations(DonorConfig, eval_str=True)
     return {**_WRITTEN, **{field.name: kinds[field.name] for field in fields if field.name in kinds}}
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON has the type of an annotation; an integer is a float, and a truth value is neither."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(_is_of(value, each) for each in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_is_of(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and (inner[1] is Any or all(_is_of(item, inner[1]) for item in value.values()))
-    return type(value) in {float: (int, float)}.get(kind, (kind,))
 
 
 def _native_values(values: Mapping[str, Any], native_class: type[PreTrainedConfig]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import types
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 from not_hf.errors import CorruptDonorError
 
@@ -101,6 +102,18 @@ def require_few(name: str, items: Collection[Any], most: int) -> None:
     """
     if len(items) > most:
         raise CorruptDonorError(f"{name}: {len(items):,} entries; at most {most:,} are read")
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON has the type of an annotation; an integer is a float, and a truth value is neither."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(is_of(value, each) for each in inner)
+    if origin is list:
+        return isinstance(value, list) and all(is_of(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and (inner[1] is Any or all(is_of(item, inner[1]) for item in value.values()))
+    return type(value) in {float: (int, float)}.get(kind, (kind,))
 
 
 def _is_text(text: str) -> bool:

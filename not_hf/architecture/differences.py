@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from not_hf.architecture import tables
-from not_hf.architecture.master_weights import native_class
+from not_hf.architecture.computed_weights import native_class
 from not_hf.architecture.stack import Stack
 from not_hf.architecture.upstream import BOOKKEEPING
 from not_hf.errors import UnsupportedArchitectureError

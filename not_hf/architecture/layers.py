@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -75,7 +75,11 @@ def computes(parameter: torch.Tensor) -> bool:
 
 
 def settle(
-    layer: nn.Module, neighbour: nn.Module, device: torch.device | None = None, master_weights: bool = False
+    layer: nn.Module,
+    neighbour: nn.Module,
+    device: torch.device | None = None,
+    master_weights: bool = False,
+    kept: Collection[str] = (),
 ) -> None:
     """Give a layer the device of a layer of the recipient and, parameter by parameter, its dtype.
 
@@ -84,19 +88,21 @@ def settle(
         neighbour: The recipient's layer. Instead of a packed dtype, the one that it computes in is taken.
         device: Where the neighbour runs, if its weights are elsewhere.
         master_weights: Keep float32 weights where that dtype has 16 bits, and compute in that dtype.
+        kept: Names of parameters that stay as they are.
     """
+    own = [(name, parameter) for name, parameter in layer.named_parameters() if name not in kept]
     theirs = {name: p for name, p in neighbour.named_parameters() if computes(p)}
     fallback = next(iter(theirs.values()))
-    likes = {name: theirs.get(name, fallback) for name, _ in layer.named_parameters()}
+    likes = {name: theirs.get(name, fallback) for name, _ in own}
     masters = {name: like.dtype for name, like in likes.items() if master_weights and like.element_size() == 2}
-    for name, parameter in layer.named_parameters():
+    for name, parameter in own:
         dtype = torch.float32 if name in masters else likes[name].dtype
         parameter.data = parameter.data.to(device=device or likes[name].device, dtype=dtype)
         parameter.grad = None
     for buffer in layer.buffers():
         buffer.data = buffer.data.to(device=device or fallback.device)
     if masters:
-        hold_master_weights(layer, likes.keys() - masters.keys(), computes_in=next(iter(masters.values())))
+        hold_master_weights(layer, {*kept, *likes} - masters.keys(), computes_in=next(iter(masters.values())))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

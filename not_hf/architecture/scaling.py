@@ -1,4 +1,8 @@
-"""The scale of an organ: a factor on its output projections, so that any scale merges natively."""
+"""The scale of an organ, put into its weights, so that any scale merges natively.
+
+An inserted organ's output projections are multiplied by it. A replacement moves along the line from the layers that it
+replaces, at scale 0, to its own, at scale 1.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +21,46 @@ from not_hf.architecture.upstream import view_with_layers
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 
 
-def scale_problem(scale: Any, mode: str) -> str | None:
+def scale_problem(scale: Any) -> str | None:
     """Why an organ cannot have this scale; `None` if it can."""
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
         return f"scale must be a finite number, got {scale!r:.200}"
-    if scale != 1 and mode != "insert":
-        return (
-            f"scale {scale} is for inserted organs: layers that replace others have nothing to fade to; "
-            "use mode='insert' or scale 1"
-        )
     return None
 
 
 def scaled_parameters(layers: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that a scale multiplies, named `<layer>.<name below it>`."""
+    """The parameters that the scale of an inserted organ multiplies, named `<layer>.<name below it>`."""
     for n, layer in enumerate(layers):
         for name, parameter in output_projections(layer):
             yield f"{n}.{name}", parameter
 
 
-def unscaled(tensor: torch.Tensor, original: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled(original: torch.Tensor, scale: float, replaced: torch.Tensor | None = None) -> torch.Tensor:
+    """The value of a parameter at a scale.
+
+    Args:
+        original: Its value at scale 1.
+        scale: The scale; at 1 and 0 the value is that of `original` and `replaced` bit for bit.
+        replaced: That of the layer which is replaced; `None` for an inserted organ.
+    """
+    if replaced is None:
+        return original * scale
+    if scale in (0, 1):
+        return original if scale else replaced.to(original)
+    start = replaced.to(original.device, torch.float32)
+    return (start + scale * (original.float() - start)).to(original.dtype)
+
+
+def unscaled(
+    tensor: torch.Tensor, original: torch.Tensor, scale: float, replaced: torch.Tensor | None = None
+) -> torch.Tensor:
     """The value of a parameter at scale 1.
 
     Args:
         tensor: The parameter at `scale`.
         original: Its value when the scale was set.
-        scale: The factor by which it was multiplied then.
+        scale: The scale that was set then.
+        replaced: As in `scaled`.
 
     Returns:
         `original` itself unless the parameter was trained since.
@@ -50,11 +68,14 @@ def unscaled(tensor: torch.Tensor, original: torch.Tensor, scale: float) -> torc
     Raises:
         NotHFError: It was trained at scale 0, so its value at scale 1 is unknown.
     """
-    if torch.equal(tensor, original * scale):
+    if torch.equal(tensor, scaled(original, scale, replaced)):
         return original
     if scale == 0:
         raise NotHFError("an organ was trained at scale 0, which loses its weights at scale 1; train at another scale")
-    return tensor / scale
+    if replaced is None:
+        return tensor / scale
+    start = replaced.to(tensor.device, torch.float32)
+    return (start + (tensor.float() - start) / scale).to(tensor.dtype)
 
 
 def require_scalable(stack: Stack, layers: Sequence[nn.Module]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from not_hf.architecture.parts import ALL
 from not_hf.architecture.stack import task_of
 from not_hf.cards.common import (
     ADAPTER_TAG,
@@ -66,8 +67,13 @@ def donor_card(
         **License.of(config).metadata(),
     )
     facts: dict[str, Any] = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
-    facts["delta"] = describe_delta(config)
-    facts |= {"conditions": dict(_conditions(config.metrics or {})), "curve": CURVE if has_curve else None}
+    facts |= {
+        "parts": parts_of_layers(config),
+        "beside": beside_layers(config),
+        "delta": describe_delta(config),
+        "conditions": dict(_conditions(config.metrics or {})),
+        "curve": CURVE if has_curve else None,
+    }
     return render("donor_card.md", data, title=title, repo_id=repo_id, picture=picture(config), **facts)
 
 
@@ -99,6 +105,20 @@ def updated_card(
         return united
     card.data = united.data
     return card
+
+
+def parts_of_layers(config: DonorConfig) -> str:
+    """Name what a donor holds of each layer, in Markdown; empty if it holds all."""
+    modules = config.modules
+    named = {ALL: "", "outputs": "the output matrices", "attention": "the attention", "mlp": "the MLP"}
+    return named[modules] if isinstance(modules, str) else ", ".join(f"`{name}`" for name in modules)
+
+
+def beside_layers(config: DonorConfig) -> str:
+    """Name what a donor holds besides layers, in Markdown; empty if nothing."""
+    rows = config.trainable_token_indices or {}
+    named = [f"`{name}`" for name in config.modules_to_save or []]
+    return ", ".join(named + [f"{len(indices)} rows of `{name}`" for name, indices in rows.items()])
 
 
 def describe_delta(config: DonorConfig) -> str | None:

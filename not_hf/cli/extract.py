@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from not_hf.architecture.parts import KEYWORDS
 from not_hf.cli.app import Result, command, facts, output_folder
 from not_hf.cli.options import (
     CutMode,
@@ -36,6 +37,9 @@ def extract(
     position: Position = None,
     mode: CutMode = "insert",
     init: Init = "copy",
+    modules: Annotated[
+        str, typer.Option(help="all, outputs, attention, mlp, or names of modules: q_proj,v_proj.")
+    ] = "all",
     revision: Revision = None,
     subfolder: Subfolder = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype of the donor; auto is the base's.")] = "auto",
@@ -55,7 +59,9 @@ def extract(
     with output_folder(output, force):
         from not_hf import DonorModel
 
-        donor = DonorModel.from_base(base, span, position, mode, init, dtype=dtype, license=license, **hub)
+        named: Any = modules if modules in KEYWORDS else modules.split(",")
+        options: dict[str, Any] = {"modules": named, "dtype": dtype, "license": license}
+        donor = DonorModel.from_base(base, span, position, mode, init, **options, **hub)
         if base_name is not None:
             donor.config.base_model_name_or_path, donor.config.base_revision = base_name, None
         donor.save_pretrained(output)
@@ -74,6 +80,7 @@ def describe_donor(donor: DonorModel, folder: Path) -> dict[str, Any]:
         "position": config.position,
         "mode": config.mode,
         "init": config.init,
+        "modules": config.modules,
         "license": config.license,
         "num_parameters": donor.num_parameters(),
         "dtype": str(donor.dtype).removeprefix("torch."),

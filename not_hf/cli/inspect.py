@@ -82,6 +82,9 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any], stored: s
             "parameters": data["num_parameters"],
             "size": megabytes(data["size"]),
             "stored": stored,
+            "modules to save": ", ".join(config.modules_to_save or []) or None,
+            "token rows": {name: len(ids) for name, ids in (config.trainable_token_indices or {}).items()} or None,
+            "labels": ", ".join(config.labels or []) or None,
             "domain": config.domain,
             "datasets": ", ".join(config.datasets or []) or None,
             "tokens seen": config.tokens_seen,
@@ -96,7 +99,13 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any], stored: s
 
 def _place(config: DonorConfig) -> dict[str, Any]:
     """Describe the place of one organ; a composition lists those of its organs."""
-    return {"layers": config.layers, "position": config.position, "mode": config.mode, "init": config.init}
+    return {
+        "layers": config.layers,
+        "position": config.position,
+        "mode": config.mode,
+        "modules": config.modules,
+        "init": config.init,
+    }
 
 
 def _short(digests: dict[str, dict[str, str] | None]) -> str:

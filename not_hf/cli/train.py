@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -112,8 +113,7 @@ def train(
             pack,
         )
 
-        if DonorConfig.from_pretrained(donor).donors is not None:
-            raise NotHFError(f"{donor} holds several donors; give the folder of the one to train")
+        DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
         tokenizer = AutoTokenizer.from_pretrained(base or donor)
         texts: Any = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
@@ -170,6 +170,7 @@ def train(
 
         trainer.note_tokens()
         _save(model, output, data, domain)
+        tokens_seen = max(each.tokens_seen for each in model.donor_config.values())
         del model, trainer
         if evaluated:
             _measure(output, base, {name: (texts[name][0], rows["text"]) for name, rows in evaluated.items()})
@@ -181,7 +182,7 @@ def train(
         "steps": trained.global_step,
         "train_loss": trained.training_loss,
         "seconds": trained.metrics["train_runtime"],
-        "tokens_seen": config.tokens_seen,
+        "tokens_seen": tokens_seen,
         "metrics": config.metrics,
     }
     return Result(document, facts("Trained", _view(document, block_length if eval_steps else None)))
@@ -206,30 +207,35 @@ def _view(document: dict[str, Any], block_length: int | None) -> dict[str, Any]:
 
 
 def _save(model: Any, folder: Path, data: str, domain: str | None) -> None:
-    """Save the organ in the donor's dtype, whatever dtype it was trained in, and record the text it was trained on."""
+    """Save organs in the dtypes of their donors, whatever dtype they were trained in, and record the text."""
     from not_hf.cards.donor import CURVE
 
-    config: DonorConfig = model.donor_config["default"]
-    config.domain = domain or config.domain
-    config.datasets = list(dict.fromkeys([*(config.datasets or []), _public_name(data)]))
-    config.metrics = None  # those of an earlier training no longer hold
+    configs: list[DonorConfig] = list(model.donor_config.values())
+    for config in configs:
+        config.domain = domain or config.domain
+        config.datasets = list(dict.fromkeys([*(config.datasets or []), _public_name(data)]))
+        config.metrics = None  # those of an earlier training no longer hold
     if (curve := folder / CHECKPOINTS / CURVE).exists():
         shutil.copy(curve, folder)  # now, for the card
     for parameter in model.parameters():
-        if parameter.requires_grad and config.dtype is not None:
-            parameter.data = parameter.data.to(config.dtype)
+        if parameter.requires_grad and configs[0].dtype is not None:
+            parameter.data = parameter.data.to(configs[0].dtype)
     model.save_pretrained(folder)
 
 
 def _measure(folder: Path, base: str | None, texts: Mapping[str, tuple[str, Iterable[str]]]) -> None:
-    """Measure perplexity of the saved donor, as it will be loaded by others, and write it into its config and card.
+    """Measure perplexity of what was saved, as it will be loaded by others, and write it into its config and card.
 
     Args:
         folder: Of the donor.
         base: The recipient, if not the donor's base.
         texts: Source and rows of each text, by what it is: `"held-out"` or `"control"`.
     """
-    from not_hf import DonorModel
+    from not_hf import DonorConfig, DonorModel
+    from not_hf.cards.common import README
+    from not_hf.cards.donor import updated_card
+    from not_hf.composition.check import survey
+    from not_hf.hub.headers import size_of
 
     model, tokenizer = load_model(str(folder), base)
     metrics = {}
@@ -238,9 +244,19 @@ def _measure(folder: Path, base: str | None, texts: Mapping[str, tuple[str, Iter
         on = {"text": _public_name(source), "num_tokens": found["num_tokens"], "window": found["window"]}
         key = "perplexity" if name == "held-out" else f"{name}_perplexity"
         metrics[key] = {"before": found["before"], "after": found["after"], "measured_on": on}
-    donor = DonorModel.from_pretrained(folder)
-    donor.config.metrics = metrics
-    donor.save_pretrained(folder)
+    config = DonorConfig.from_pretrained(folder)
+    config.metrics = metrics
+    if config.donors is None:
+        donor = DonorModel.from_pretrained(folder)
+        donor.config.metrics = metrics
+        donor.save_pretrained(folder)
+        return
+    _, organs = survey(folder)
+    tensors = [tensor for organ in organs for tensor in organ.tensors.values()]
+    num_parameters, size = sum(math.prod(each.shape) for each in tensors), sum(map(size_of, tensors))
+    card = updated_card(folder, config, num_parameters, size)
+    config.save_pretrained(folder)
+    card.save(folder / README)
 
 
 def _checkpoint(folder: Path, resume: bool) -> str | None:

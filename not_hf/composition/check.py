@@ -24,6 +24,7 @@ from not_hf.donor.compatibility import Mismatches
 from not_hf.donor.delta import assembled
 from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.saved_modules import is_saved, saved_problems
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, UnsupportedArchitectureError, some
 from not_hf.hub.checkpoint import open_checkpoint
 from not_hf.hub.digest import digest_problem
@@ -83,7 +84,7 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
     for organ in organs:
         place = (organ.position, organ.mode)
         problems += named(organ, compatibility.mismatches(organ.spec, recipient, *place, in_stack=organ.active))
-        if organ.scale != 1 and (problem := scale_problem(organ.scale, organ.mode)):
+        if organ.scale != 1 and (problem := scale_problem(organ.scale)):
             problems += named(organ, [problem])
     if problems:
         return Fit(problems, [], [])
@@ -112,7 +113,8 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
 
 def header_problems(spec: OrganSpec, headers: Mapping[str, TensorInfo]) -> list[str]:
     """Report missing, unexpected, mis-shaped, empty and non-floating-point tensors, from `list_tensors`."""
-    problems = tensor_problems(headers)
+    saved = {name: each for name, each in headers.items() if is_saved(name)}
+    problems = tensor_problems(headers) + saved_problems(spec.config, saved)
     try:
         tensors = assembled(headers, spec.config)
     except CorruptDonorError as error:

@@ -100,7 +100,7 @@ def push_donor(
         card.save(readme)
         if planned is not None:
             smaller = copy.copy(config)
-            smaller.delta, new_size = write_delta(target, planned, config.span, token=token)
+            smaller.delta, new_size = write_delta(target, planned, config, token=token)
             smaller.digests = digests_of(target, target, DELTA)
             smaller.save_pretrained(target)
             updated_card(folder, smaller, num_parameters, new_size, repo_id, published=readme).save(readme)

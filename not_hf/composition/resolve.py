@@ -130,8 +130,21 @@ def resolve(
         kwargs["revision"] = resolve_commit(base, {**kwargs, "revision": root.base_revision})
         if root.base_subfolder:
             kwargs["subfolder"] = root.base_subfolder
+    if not (isinstance(config, PreTrainedConfig) or _LABELS & kwargs.keys()):
+        kwargs |= _labels(organs)
     native, kwargs = read_base_config(base, config, kwargs, named_by)
     return Resolved(base, layers_config(native), kwargs, organs, shared, named_by, generation)
+
+
+# Arguments by which a caller chooses the classes of a classifier
+_LABELS = {"num_labels", "id2label", "label2id"}
+
+
+def _labels(organs: Sequence[ResolvedOrgan]) -> dict[str, Any]:
+    """Return the classes of a classifier that an organ holds, as config values of the recipient; else none."""
+    labels = next((organ.spec.config.labels for organ in organs if organ.spec.config.labels), [])
+    named = dict(enumerate(labels))
+    return {"id2label": named, "label2id": {label: n for n, label in named.items()}} if named else {}
 
 
 def read_base_config(

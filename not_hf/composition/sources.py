@@ -47,7 +47,8 @@ class OrganSource:
         subfolder: Folder of the donor in its repo.
         position: Position among the recipient's own layers; default: the donor's.
         mode: `"insert"` or `"replace"`; default: the donor's.
-        scale: Factor of an inserted organ's contribution to the residual stream; default: the donor's.
+        scale: Factor of an inserted organ's contribution to the residual stream, or of what a replacement changes;
+            default: the donor's.
         active: Whether the organ is active after loading.
 
     Examples:

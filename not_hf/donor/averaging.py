@@ -123,6 +123,11 @@ def average_donors(
     config = combined_config([model.config for model in models])
     layers = None
     if combination.needs_base:
+        if models[0].config.modules_to_save or models[0].config.trainable_token_indices:
+            raise NotHFError(
+                f"{combination_type} combines layers, and these donors hold modules beside them; "
+                'use combination_type="linear"'
+            )
         layers = base_layers([model.config for model in models], combination_type, base).state_dict()
     tensors = combined([model.state_dict() for model in models], weights, combination, layers)
     average = copy.deepcopy(models[0])
@@ -182,7 +187,7 @@ def base_layers(configs: Sequence[DonorConfig], combination_type: str, base: Bas
             raise NotHFError(f"{what}, and they name {', '.join(names)}; give it: base=...")
         where = {"revision": revision, "subfolder": subfolder or ""}
     try:
-        return DonorModel.from_base(base, configs[0].span, **where)
+        return DonorModel.from_base(base, configs[0].span, mode="replace", modules=configs[0].modules, **where)
     except OSError as error:
         raise OSError(
             f"{what}, which cannot be read: {one_line(error)}; to use another copy, give it: base="
@@ -202,6 +207,9 @@ def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
                 f"layers {interval(config.span)} and {interval(other.span)} cannot be averaged; "
                 "choose donors of one span"
             )
+        for key in ("modules", "modules_to_save", "trainable_token_indices"):
+            if (ours := getattr(config, key)) != (theirs := getattr(other, key)):
+                raise IncompatibleDonorError(f"donors with {key} {ours!r} and {theirs!r} cannot be averaged")
         if differences := computing_differences(config.native_config(), other.native_config()):
             raise IncompatibleDonorError(f"layers with different configs cannot be averaged: {some(differences)}")
     config.scale, config.metrics, config.init = 1.0, None, "copy"

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import LayerDescription, computing_differences
+from not_hf.architecture.parts import ALL
 from not_hf.architecture.splicing import require_counted, spliced_config
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.twin import meta_twin
@@ -103,6 +104,8 @@ def mismatches(
     With `in_stack`, the structure of an organ is checked only if there are other problems: `describe_stack` does it.
     """
     misplaced = _place_problems(spec, recipient, position, mode)
+    if spec.config.modules != ALL and not misplaced:
+        misplaced = _parts_problems(spec, recipient, position, mode)
     problems = _config_mismatches(spec, recipient) + misplaced
     if problems:
         try:
@@ -253,6 +256,13 @@ def _place_problems(spec: OrganSpec, config: PreTrainedConfig, position: Any, mo
         room = f"position must be between 0 and {last}" if last >= 0 else "the organ is longer than the recipient"
         return [f"cannot {mode} {k} layers at position {position} of {num_layers} ({name}); {room}"]
     return []
+
+
+def _parts_problems(spec: OrganSpec, recipient: PreTrainedConfig, position: int, mode: str) -> list[str]:
+    """Check that parts of layers come into layers of the same kind."""
+    if mode != "replace":
+        return [f"the donor holds parts of layers (modules={spec.config.modules!r}); use mode='replace'"]
+    return layer_type_differences(spec, recipient, position, mode)
 
 
 def _last_position(k: int, mode: str, config: PreTrainedConfig) -> int:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from huggingface_hub.utils import TensorInfo
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
+from not_hf.architecture.parts import ALL, Modules, parts_problem
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack, layers_config, saved_class
 from not_hf.architecture.tables import STORED_NAMES, TEXT_PREFIXES
@@ -24,9 +27,10 @@ from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, r
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, reading_repo
-from not_hf.hub.partial_download import open_part
+from not_hf.hub.partial_download import list_tensors, open_part
 
 Span = tuple[int, int]  # half-open, in layers
+T = TypeVar("T")
 
 # Config keys that do not concern the layers of a donor.
 _STORAGE = (
@@ -76,25 +80,43 @@ class StoredBase:
     hub_kwargs: Mapping[str, Any]
     quantization: dict[str, Any] | None = None  # for transformers to dequantize the weights, if quantized
 
-    def tensors(self, span: Span) -> dict[str, Any]:
+    def tensors(self, span: Span, needed: Collection[str] | None = None) -> dict[str, Any]:
         """`LiveBase.tensors` as lazy views of files. Only the bytes of these tensors are downloaded.
+
+        Args:
+            span: Layers.
+            needed: Names of those that are needed, as in the result; `None`: all.
 
         Raises:
             CorruptDonorError: A layer of the span has no tensors.
             OSError: The checkpoint cannot be read.
         """
-        span_pattern = layer_pattern(self.prefixes, self.path, span)
-        views = open_part(self.name, span_pattern, f"layers-{span[0]}-{span[1]}", **self.hub_kwargs)
-        tensors: dict[str, Any] = {}
-        present = set()
-        for name, view in views.items():
-            match = span_pattern.match(name)
-            assert match is not None  # as `open_part` selected it
-            new = f"{self.path}.{int(match[1]) - span[0]}.{match[2]}"
-            if new in tensors:
+        wanted, part = layer_pattern(self.prefixes, self.path, span), f"layers-{span[0]}-{span[1]}"
+        if needed is not None:
+            listed = list_tensors(self.name, wanted=wanted, **self.hub_kwargs)
+            names = [name for name in sorted(listed) if self._renamed(name, span) in needed]
+            wanted = re.compile(rf"(?:{'|'.join(map(re.escape, names))})\Z")
+            part += f"-{hashlib.sha256(repr(names).encode()).hexdigest()[:16]}"
+        return self._by_layer(open_part(self.name, wanted, part, **self.hub_kwargs), span)
+
+    def headers(self, span: Span) -> dict[str, TensorInfo]:
+        """Return the headers of these tensors, by the same names; raises as `tensors`."""
+        wanted = layer_pattern(self.prefixes, self.path, span)
+        return self._by_layer(list_tensors(self.name, wanted=wanted, **self.hub_kwargs), span)
+
+    def _renamed(self, name: str, span: Span) -> str:
+        """Return the name in the base model of a tensor in a file, with layers numbered from 0."""
+        match = layer_pattern(self.prefixes, self.path, span).match(name)
+        assert match is not None  # as `open_part` selected it
+        return f"{self.path}.{int(match[1]) - span[0]}.{match[2]}"
+
+    def _by_layer(self, found: Mapping[str, T], span: Span) -> dict[str, T]:
+        tensors: dict[str, T] = {}
+        for name, tensor in found.items():
+            if (new := self._renamed(name, span)) in tensors:
                 raise CorruptDonorError(f"{self.name} holds {name} twice, with another prefix or without")
-            tensors[new] = view
-            present.add(int(match[1]))
+            tensors[new] = tensor
+        present = {int(name.removeprefix(f"{self.path}.").partition(".")[0]) + span[0] for name in tensors}
         if absent := set(range(*span)) - present:
             raise CorruptDonorError(f"{self.name} has no tensors for layers {sorted(absent)} under {self.path}")
         return tensors
@@ -192,6 +214,7 @@ def cut_config(
     mode: str,
     init: str,
     license: str | None = None,
+    modules: Modules = ALL,
 ) -> DonorConfig:
     """Make the config of a donor, with its licence. Arguments as in `DonorModel.from_base`.
 
@@ -209,6 +232,10 @@ def cut_config(
         raise NotHFError(f"layers must be a half-open span (i, j) with 0 <= i < j <= {num_layers}, got {layers!r}")
     if mode not in MODES or init not in INITS:
         raise NotHFError(f"mode must be one of {MODES} and init one of {INITS}, got {mode!r} and {init!r}")
+    if problem := parts_problem(modules):
+        raise NotHFError(problem)
+    if modules != ALL and (mode, init) != ("replace", "copy"):
+        raise NotHFError(f"modules={modules!r} needs mode='replace' and init='copy': the rest of the layers stays")
     if position is None:
         position = j if mode == "insert" else i
     last = num_layers if mode == "insert" else num_layers - (j - i)
@@ -224,6 +251,7 @@ def cut_config(
         position=int(position),
         mode=mode,
         init=init,
+        modules=modules,
         base_config=plain_config(base.config),
         organ_config=plain_config(organ),
         fingerprint=fingerprint(base.config),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ import torch
 from huggingface_hub.utils import tqdm
 from torch import nn
 
+from not_hf.architecture.parts import ALL
 from not_hf.architecture.upstream import SHARED_KWARGS
 from not_hf.config import DELTA, DonorConfig
 from not_hf.donor.cutting import StoredBase, open_base
 from not_hf.donor.loading import common_dtype, refuse
+from not_hf.donor.saved_modules import is_saved
 from not_hf.donor.stripped import StrippedModel
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, NotHFError, interval, one_line, some
 from not_hf.hub.checkpoint import FLOAT_DTYPES, View, checkpoint_files, file_names, open_checkpoint, torch_dtype
@@ -43,7 +45,7 @@ class Delta:
         base_model_name_or_path: Hub ID or folder of the layers that are changed.
         base_revision: Commit of that repo, `None` for a folder.
         base_subfolder: Folder in it.
-        base_digest: `digest` of these layers in its files, by their names in an organ.
+        base_digest: `digest` of these layers in its files, by their names in an organ; of parts, if it holds such.
         dtype: dtype of the organ's tensors that are stored as a change.
         lost: Norm of what the file does not hold of the change, as a share of the change's norm.
     """
@@ -95,8 +97,15 @@ class Delta:
         down, up, _ = low_rank(change, self.rank or 1)
         return up.to(dtype), down.to(dtype)
 
-    def open_base(self, span: tuple[int, int], hub_kwargs: Mapping[str, Any]) -> tuple[StoredBase, dict[str, View]]:
+    def open_base(
+        self, config: DonorConfig, names: Collection[str], hub_kwargs: Mapping[str, Any]
+    ) -> tuple[StoredBase, dict[str, View]]:
         """Open the layers of the base: by their names in an organ, as lazy views.
+
+        Args:
+            config: The donor's.
+            names: Tensors of the organ that are stored as changes. If it holds parts of layers, only these are opened.
+            hub_kwargs: `token`, `cache_dir`, …
 
         Raises:
             NotHFError: The base has no such layers, or none that can be cut.
@@ -104,15 +113,17 @@ class Delta:
         """
         shared = {key: value for key, value in hub_kwargs.items() if key in SHARED_KWARGS}
         where = {**shared, "revision": self.base_revision, "subfolder": self.base_subfolder or ""}
+        prefix = f"{StrippedModel.base_model_prefix}."
+        needed = None if config.modules == ALL else {name.removeprefix(prefix) for name in names}
         try:
             base: Any = open_base(self.base_model_name_or_path, **where)  # not live, as it has a name
-            tensors = base.tensors(span)
+            tensors = base.tensors(config.span, needed)
         except OSError as error:
             raise OSError(
-                f"a delta needs layers {interval(span)} of {self.base_model_name_or_path}, which cannot be read: "
-                f"{one_line(error)}; to use another copy, name it in config.json under delta"
+                f"a delta needs layers {interval(config.span)} of {self.base_model_name_or_path}, which cannot be "
+                f"read: {one_line(error)}; to use another copy, name it in config.json under delta"
             ) from error
-        return base, {f"{StrippedModel.base_model_prefix}.{name}": view for name, view in tensors.items()}
+        return base, {f"{prefix}{name}": view for name, view in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -197,14 +208,14 @@ def plan_delta(kind: str | None, rank: int | None, config: DonorConfig, is_pushe
 
 @torch.no_grad()
 def write_delta(
-    folder: str | os.PathLike[str], delta: Delta, span: tuple[int, int], **hub_kwargs: Any
+    folder: str | os.PathLike[str], delta: Delta, config: DonorConfig, **hub_kwargs: Any
 ) -> tuple[dict[str, Any], int]:
     """Replace the checkpoint in a folder, which is a draft, by a delta file.
 
     Args:
         folder: It holds the whole tensors.
         delta: From `plan_delta`.
-        span: The donor's layers in the base.
+        config: The donor's.
         **hub_kwargs: For the base.
 
     Returns:
@@ -216,13 +227,14 @@ def write_delta(
         OSError: The base cannot be read.
     """
     whole = open_checkpoint(folder)
-    dtype = common_dtype(whole)
-    usual = [name for name, view in whole.items() if torch_dtype(view.dtype) is dtype]
+    organ = {name: view for name, view in whole.items() if not is_saved(name)}
+    dtype = common_dtype(organ)
+    usual = [name for name, view in organ.items() if torch_dtype(view.dtype) is dtype]
     names = [name for name in usual if delta.is_smaller(whole[name].shape, dtype)]
     if not names:
         wish = "in bfloat16" if delta.kind == "bfloat16" else f"of rank {delta.rank}"
         raise NotHFError(f"a delta {wish} is no smaller than these layers in {dtype}; leave out delta, or lower rank")
-    base, layers = delta.open_base(span, hub_kwargs)
+    base, layers = delta.open_base(config, names, hub_kwargs)
     unlike = [name for name in names if name not in layers or list(layers[name].shape) != list(whole[name].shape)]
     if unlike or base.quantization is not None:
         kind = "other" if base.quantization is None else "quantized"
@@ -308,7 +320,7 @@ def with_base(
     if not restored:
         return tensors
     delta = Delta.of(config)
-    base, layers = delta.open_base(config.span, hub_kwargs)
+    base, layers = delta.open_base(config, restored, hub_kwargs)
     if digest(layers) != delta.base_digest:
         raise IncompatibleDonorError(
             f"{source} is a delta of layers {interval(config.span)} of {base.name}, which are not the layers that it "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import math
+import functools
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Unpack
 
 import torch
@@ -14,23 +14,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf.architecture import upstream
-from not_hf.architecture.file_layout import forget_conversions
-from not_hf.architecture.layers import is_finite
+from not_hf.architecture.layers import silence
+from not_hf.architecture.parts import ALL, Modules
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
 from not_hf.donor.delta import plan_delta, with_base
-from not_hf.donor.loading import common_dtype, expert_problems, loading_problems, open_tensors, refuse
+from not_hf.donor.filled import FilledModel
+from not_hf.donor.loading import open_tensors
+from not_hf.donor.saved_modules import Indices, base_stack, choose_modules, cut_modules
 from not_hf.donor.saving import write_donor
-from not_hf.donor.stripped import StrippedModel
-from not_hf.errors import CorruptDonorError, one_line
+from not_hf.errors import UnsupportedArchitectureError, one_line
+from not_hf.hub.checkpoint import hollow
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
-from not_hf.limits import MAX_VALUES_BESIDE, MAX_VALUES_PER_STORED
 
 
-class DonorModel(StrippedModel):
-    """A donor: `k` layers of a causal or masked LM, without embeddings, head or final norm.
+class DonorModel(FilledModel):
+    """A donor: `k` layers of a causal or masked LM, without embeddings, head or final norm unless they are named.
 
     It is the native base model stripped of everything but its layers. So checkpoints have the architecture's layout on
     the Hub, and masks, rotary embeddings and caches are native.
@@ -62,6 +63,9 @@ class DonorModel(StrippedModel):
         mode: str = "insert",
         init: str = "copy",
         *,
+        modules: Modules = ALL,
+        modules_to_save: Sequence[str] | None = None,
+        trainable_token_indices: Indices | None = None,
         domain: str | None = None,
         license: str | None = None,
         dtype: str | torch.dtype = "auto",
@@ -77,6 +81,15 @@ class DonorModel(StrippedModel):
             mode: `"insert"` before layer `position`, or `"replace"` layers `position … position + k`.
             init: `"copy"` keeps the weights; `"identity"` zeroes the output projections, or the gains of norms
                 behind them, so that an inserted organ starts as an exact no-op.
+            modules: What the donor holds of each layer, for mode `"replace"`; the recipient keeps the rest of its
+                layers. `"all"`; `"outputs"`, the matrices through which layers write to the residual stream;
+                `"attention"` or `"mlp"`, that branch without the norm before it; or a list of names of modules, each
+                the end of a path, as in PEFT's `target_modules`. From the Hub, only these bytes are fetched.
+            modules_to_save: Names of modules beside the layers that the donor holds too, such as `"embed_tokens"`,
+                `"lm_head"` or a classifier. In a recipient they are trained with the layers, and stand in the place of
+                the recipient's own while the organ is active, also if they have rows for more tokens.
+            trainable_token_indices: Ids of tokens whose rows of the input embeddings the donor holds, as in PEFT; or a
+                dict with ids by the name of the module. Where the head shares the embeddings' weight, it shares them.
             domain: Intended domain, free text.
             license: The Hub's identifier of the donor's licence; `None`: the licence on the base's card. For a live
                 model that card is read only from the cache.
@@ -95,14 +108,33 @@ class DonorModel(StrippedModel):
             >>> donor = DonorModel.from_base(base, layers=(1, 3), mode="replace")
         """
         source = open_base(base, **hub_kwargs)
-        config = cut_config(source, layers, position, mode, init, license)
+        config = cut_config(source, layers, position, mode, init, license, modules)
         config.domain = domain
+        if modules_to_save is not None or trainable_token_indices is not None:
+            choose_modules(config, base_stack(source), modules_to_save, trainable_token_indices)
         name, live = source.name or "the live model", isinstance(source, LiveBase)
-        tensors = source.tensors(config.span)
+        tensors, beside = cls._cut(source, config), cut_modules(source, config)
         if source.quantization is not None and dtype == "auto":
             dtype = source.config.dtype or dtype  # the tensors are packed blocks and their scales
-        return cls.from_tensors(
-            source, config, tensors, dtype, name=name, foreign=not live, quantization=source.quantization
+        options: dict[str, Any] = {"name": name, "foreign": not live, "quantization": source.quantization}
+        return cls.from_tensors(source, config, tensors, dtype, beside=beside, **options)
+
+    @classmethod
+    def _cut(cls, source: LiveBase | StoredBase, config: DonorConfig) -> Mapping[str, Any]:
+        """Return the tensors of a span that a donor of this config holds, as `LiveBase.tensors` does."""
+        if config.modules == ALL:
+            return source.tensors(config.span)
+        prefix, spec = f"{cls.base_model_prefix}.", config.check()
+        if isinstance(source, LiveBase):
+            with upstream.built_whole(hollow=True), torch.device("meta"):
+                held = cls(config, spec=spec).state_dict().keys()
+            return {name: each for name, each in source.tensors(config.span).items() if f"{prefix}{name}" in held}
+        headers = hollow(source.headers(config.span))
+        with upstream.without_progress_bar():
+            state = {f"{prefix}{name}": each for name, each in headers.items()}
+            _, info = cls.fill(spec, state, source=source.name, device_map="meta", quantization=source.quantization)
+        return source.tensors(
+            config.span, {name for name in headers if f"{prefix}{name}" not in info["unexpected_keys"]}
         )
 
     @classmethod
@@ -114,6 +146,7 @@ class DonorModel(StrippedModel):
         dtype: str | torch.dtype = "auto",
         *,
         name: str,
+        beside: Mapping[str, Any] = MappingProxyType({}),
         foreign: bool = False,
         quantization: dict[str, Any] | None = None,
     ) -> DonorModel:
@@ -125,20 +158,23 @@ class DonorModel(StrippedModel):
             tensors: Tensors or lazy views by their names in the base model, with layers numbered from 0.
             dtype: As in `load_tensors`, like `foreign` and the errors.
             name: Source of the tensors, for errors.
+            beside: Tensors of modules beside the layers, by their names in a checkpoint.
             foreign: Accept unexpected tensors.
             quantization: As in `fill`.
         """
-        state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()}
+        state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in tensors.items()} | dict(beside)
         options: dict[str, Any] = {"source": name, "foreign": foreign, "quantization": quantization}
         options["attn_implementation"] = upstream.attention_of(base.config) if isinstance(base, LiveBase) else None
         organ, _ = cls.load_tensors(config.check(), state, dtype, **options)
         if isinstance(base, LiveBase):
             nn.Module.to(organ, base.model.device)
+        if config.modules != ALL:
+            return organ
         hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
         organ.require_bare(hidden)
         if config.init == "identity":
-            organ.make_identity(hidden)
+            organ._make_identity(hidden)
         return organ
 
     @classmethod
@@ -209,87 +245,6 @@ class DonorModel(StrippedModel):
         organ.config.digests = organ.config.delta = None  # its tensors may change
         return organ, missing
 
-    @classmethod
-    def load_tensors(
-        cls,
-        spec: OrganSpec,
-        tensors: Mapping[str, Any],
-        dtype: str | torch.dtype | None = "auto",
-        *model_args: Any,
-        source: str = "the checkpoint",
-        partial: bool = False,
-        foreign: bool = False,
-        **kwargs: Any,
-    ) -> tuple[DonorModel, set[str]]:
-        """Build a donor from tensors, strictly.
-
-        Args:
-            spec: Checked config of the donor.
-            tensors: Tensors or lazy views by their names in a checkpoint.
-            dtype: dtype of the donor; `"auto"`: the most frequent one.
-            source: Source of the tensors, for errors.
-            partial: Accept missing tensors, for one shard of a checkpoint.
-            foreign: Accept unexpected tensors, which old checkpoints of a base may have.
-            **kwargs: As in `fill`.
-
-        Returns:
-            The donor, and the names of missing tensors.
-
-        Raises:
-            CorruptDonorError: As in `from_pretrained`.
-        """
-        if not partial:
-            refuse(source, expert_problems(tensors))
-            stored = sum(math.prod(tensor.shape) for tensor in tensors.values())
-            kwargs["max_values"] = MAX_VALUES_PER_STORED * stored + MAX_VALUES_BESIDE
-        organ, info = cls.fill(spec, tensors, dtype, *model_args, source=source, **kwargs)
-        refuse(source, loading_problems(info, partial, foreign))
-        state = organ.state_dict().items()
-        refuse(source, [f"non-finite values in {name}" for name, t in state if not (t.is_meta or is_finite(t))])
-        return organ, set(info["missing_keys"])
-
-    @classmethod
-    def fill(
-        cls,
-        spec: OrganSpec,
-        tensors: Mapping[str, Any],
-        dtype: str | torch.dtype | None = "auto",
-        *model_args: Any,
-        source: str,
-        quantization: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> tuple[DonorModel, dict[str, Any]]:
-        """Build a donor and load the tensors that fit. Other arguments as in `load_tensors`.
-
-        Args:
-            quantization: The base's `quantization_config`, which transformers uses to dequantize the tensors.
-            **kwargs: As in `PreTrainedModel.from_pretrained`.
-
-        Returns:
-            The donor, and transformers' `output_loading_info` for `loading_problems`.
-
-        Raises:
-            CorruptDonorError: There are no tensors, or they cannot be converted to the layout of the modules.
-        """
-        if not tensors:
-            raise CorruptDonorError(f"{source}: the checkpoint holds no tensors")
-        if dtype in (None, "auto"):
-            dtype = common_dtype(tensors)
-        config = spec.config
-        if quantization is not None:
-            config = copy.deepcopy(config)
-            config.quantization_config = quantization  # transformers removes it after dequantizing
-        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": dtype}
-        options |= {"config": config, "spec": spec, "state_dict": dict(tensors)}
-        try:
-            with upstream.built_whole(), upstream.without_load_report():
-                loaded: Any = super().from_pretrained(None, *model_args, **options, **kwargs)
-        except RuntimeError as error:  # from transformers' conversion of the tensors
-            raise CorruptDonorError(f"{source}: {one_line(error, 300)}") from error
-        organ, info = loaded
-        forget_conversions(organ)
-        return organ, info
-
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
@@ -347,3 +302,19 @@ class DonorModel(StrippedModel):
             write_donor(self, folder, repo_id=repo_id, delta=planned, token=token, max_shard_size=max_shard_size)
 
         return push_folder(save, repo_id, self.model_tags, **options)
+
+    @torch.no_grad()
+    def _make_identity(self, hidden: torch.Tensor) -> None:
+        """Silence every layer, then check that hidden states pass unchanged."""
+        try:
+            for layer in list(self.stack.layers):
+                silence(layer, functools.partial(self.written_by, layer, hidden))
+            silent = torch.equal(self(inputs_embeds=hidden).last_hidden_state, hidden)
+        except Exception as error:  # a native forward may raise anything
+            reason = one_line(error, 200)
+            raise UnsupportedArchitectureError(f"these layers cannot be run without their base: {reason}") from error
+        if not silent:
+            raise UnsupportedArchitectureError(
+                f"layers of model_type {self.organ.config.model_type!r} are not a no-op even when their output "
+                "projections or the norms behind them are zero; use init='copy'"
+            )

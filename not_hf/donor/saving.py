@@ -18,6 +18,8 @@ from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.config import DELTA
 from not_hf.donor.delta import Delta, write_delta
+from not_hf.donor.loading import refuse
+from not_hf.donor.saved_modules import is_saved, saved_problems
 from not_hf.donor.stripped import StrippedModel
 from not_hf.donor.tokenizer import save_local_tokenizer
 from not_hf.errors import CorruptDonorError, NotHFError, one_line
@@ -57,11 +59,13 @@ def write_donor(
         The digests in the config that was written, if any.
 
     Raises:
-        CorruptDonorError: A tensor is empty, on the meta device or not finite; nothing is written.
+        CorruptDonorError: A tensor is missing, empty, on the meta device or not finite; nothing is written.
         NotHFError: The folder holds another model, or a delta cannot be made.
         OSError: The folder cannot be written, or the base not read; the folder is as it was.
     """
     tensors = donor.state_dict() if tensors is None else tensors
+    beside = {name: tensor for name, tensor in tensors.items() if is_saved(name)}
+    refuse(f"cannot save to {folder}", saved_problems(donor.config, beside))
     if hollow := [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]:
         raise CorruptDonorError(f"cannot save tensors that are empty or on the meta device: {', '.join(hollow[:5])}")
     if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
@@ -83,7 +87,7 @@ def write_donor(
         config = copy.copy(donor.config)
         config.delta = None
         if delta is not None:
-            config.delta, size = write_delta(place, delta, config.span, token=token)
+            config.delta, size = write_delta(place, delta, config, token=token)
         config.digests = digests_of(folder, place, kwargs.get("variant") or config.weights_variant)
         card = updated_card(folder, config, num_parameters, size, repo_id)
         config.save_pretrained(place)
@@ -105,9 +109,8 @@ def digests_of(
 ) -> dict[str, str] | None:
     """Compute the digest of the tensors in a draft; the digests of other variants in `folder` stay."""
     replaced = {file_names(each)[0] for each in ((None, DELTA) if variant in (None, DELTA) else (variant,))}
-    found = {
-        key: each for key, each in (saved_digests(folder) or {}).items() if key not in replaced and "/" not in key
-    }
+    saved = saved_digests(folder) or {}
+    found = {key: value for key, value in saved.items() if key not in replaced and "/" not in key}
     file = file_names(variant)[0]
     if any(name.endswith(".safetensors") for name in os.listdir(draft)):  # not as distributed checkpoint
         found[file] = digest(open_checkpoint(draft, variant=variant))

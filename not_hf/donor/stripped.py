@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from not_hf.architecture import releases, upstream
 from not_hf.architecture.differences import config_differences, describe, inherit_attributes, same_modules
-from not_hf.architecture.layers import adopt, silence
+from not_hf.architecture.layers import adopt
+from not_hf.architecture.parts import ALL, keep_parameters
 from not_hf.architecture.splicing import set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING
 from not_hf.architecture.twin import build, meta_twin
 from not_hf.cards.description import as_html, describe_organ
 from not_hf.config import DonorConfig, OrganSpec
-from not_hf.errors import CorruptDonorError, UnsupportedArchitectureError, interval, one_line, some
+from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, interval, one_line, some
 
 # Names of modules that stay beside the layers: they compute positions, not hidden states.
 POSITIONAL = ("rotary", "rope", "pos_emb")
@@ -62,6 +62,7 @@ class StrippedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         stack = _build_layers(spec, attention)
         _strip(stack)
+        keep_parameters(stack.layers, config.modules)
         self.organ: PreTrainedModel = stack.base_model
         upstream.set_attention(config, upstream.attention_of(self.organ.config))
         self._stack_path = stack.path
@@ -91,6 +92,11 @@ class StrippedModel(PreTrainedModel):
         """Return `False`: the layers are native, and so is how transformers fills the buffers that no file holds."""
         return False
 
+    def initialize_weights(self) -> None:
+        """As in transformers, but not parts of layers, of which files hold all values, and which do not run."""
+        if self.config.modules == ALL:
+            super().initialize_weights()
+
     def get_input_embeddings(self) -> None:  # type: ignore[override]
         """Return `None`: a donor has no embeddings."""
 
@@ -118,7 +124,12 @@ class StrippedModel(PreTrainedModel):
 
         Returns:
             The native output; `last_hidden_state` is `(batch, seq, hidden)`.
+
+        Raises:
+            NotHFError: The donor holds parts of layers.
         """
+        if self.config.modules != ALL:
+            raise NotHFError("a donor of parts of layers cannot run alone; transplant it into a recipient")
         return self.organ(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -164,26 +175,6 @@ class StrippedModel(PreTrainedModel):
             raise _cannot_run(kind, error) from error
         finally:
             hook.remove()
-
-    @torch.no_grad()
-    def make_identity(self, hidden: torch.Tensor) -> None:
-        """Silence every layer, then check that hidden states, `(batch, seq, hidden)`, pass unchanged.
-
-        Raises:
-            UnsupportedArchitectureError: They do not, or the layers need the rest of the base.
-        """
-        try:
-            for layer in list(self.stack.layers):
-                silence(layer, functools.partial(self.written_by, layer, hidden))
-            silent = torch.equal(self(inputs_embeds=hidden).last_hidden_state, hidden)
-        except Exception as error:  # a native forward may raise anything
-            reason = one_line(error, 200)
-            raise UnsupportedArchitectureError(f"these layers cannot be run without their base: {reason}") from error
-        if not silent:
-            raise UnsupportedArchitectureError(
-                f"layers of model_type {self.organ.config.model_type!r} are not a no-op even when their output "
-                "projections or the norms behind them are zero; use init='copy'"
-            )
 
 
 def _cannot_run(kind: str, error: Exception) -> UnsupportedArchitectureError:

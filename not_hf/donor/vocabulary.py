@@ -35,6 +35,7 @@ def vocabulary_differences(
     donor_repo: Repo | None = None,
     recipient_repo: Repo | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    brings_rows: bool = False,
 ) -> list[str]:
     """List the differences between two vocabularies, except padding of the embedding matrix. Nothing is downloaded.
 
@@ -44,11 +45,12 @@ def vocabulary_differences(
         donor_repo: Repo of the donor, which has the base's tokenizer if the base is local.
         recipient_repo: Repo of the recipient.
         cache_dir: Cache of the Hub client.
+        brings_rows: Whether the donor holds the embeddings of its tokens, so the recipient may have fewer.
     """
     donor = spec.config
     differences = []
     ours, theirs = (getattr(config, "vocab_size", None) for config in (spec.base, recipient))
-    if ours and theirs and ours != theirs and not _is_padding(*sorted((ours, theirs))):
+    if ours and theirs and ours != theirs and not brings_rows and not _is_padding(*sorted((ours, theirs))):
         differences.append(f"vocab_size is {theirs} in the recipient, {ours} in the base")
     for key in TOKEN_IDS:
         ours, theirs = (getattr(config, key, None) for config in (spec.base, recipient))

@@ -94,21 +94,24 @@ def borrow_part(source: str | os.PathLike[str], names: Iterable[str], **hub_kwar
 
 
 def list_tensors(
-    source: str | os.PathLike[str], variant: str | None = None, **hub_kwargs: Any
+    source: str | os.PathLike[str],
+    variant: str | None = None,
+    wanted: re.Pattern[str] = checkpoint.EVERY,
+    **hub_kwargs: Any,
 ) -> dict[str, TensorInfo]:
-    """Name, dtype, shape and size of every tensor of a checkpoint, from the headers of its files alone.
+    """Name, dtype, shape and size of the wanted tensors of a checkpoint, from the headers of its files alone.
 
     Raises:
         OSError: There is no safetensors checkpoint, or it cannot be reached.
         CorruptDonorError: A header cannot be read.
     """
     if os.path.isdir(source) or hub_kwargs.get("local_files_only", False) or is_offline_mode():
-        views = open_checkpoint(source, variant=variant, **hub_kwargs)
+        views = open_checkpoint(source, wanted, variant, **hub_kwargs)
         return {
             name: TensorInfo(dtype=cast(Any, view.dtype), shape=view.shape, data_offsets=view.data_offsets)
             for name, view in views.items()
         }
-    return {name: info for name, (_, info) in _locate(os.fspath(source), variant=variant, **hub_kwargs).items()}
+    return {name: info for name, (_, info) in _locate(os.fspath(source), wanted, variant, **hub_kwargs).items()}
 
 
 Located = dict[str, tuple[RemoteFile, TensorInfo]]  # tensors on the Hub, each with the file that holds it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from not_hf.architecture.layers import computes
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.config import DonorConfig
 from not_hf.donor.averaging import BaseLike, Combination, base_layers, combined, combined_config
+from not_hf.errors import NotHFError
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
 
@@ -29,19 +31,29 @@ def average(
 
     Other arguments and errors as in `average_donors`.
     """
+    if holding := [organ.name for organ in organs if organ.saved]:
+        raise NotHFError(
+            f"organ {holding[0]!r} holds modules beside its layers, which are not combined in a model; "
+            "combine the donors with average_donors()"
+        )
     weights = combination.weights_of(len(organs), weights)
     config = combined_config([organ.config for organ in organs])
-    states = [nn.ModuleList(organ.layers).state_dict() for organ in organs]
+    states = [organ.state() for organ in organs]
     at_one = [
         {key: organ.at_scale_one(key, tensor) for key, tensor in state.items()}
         for organ, state in zip(organs, states, strict=True)
     ]
     layers_of_base = _layers_of_base(surgery, organs, combination, base) if combination.needs_base else None
     tensors = combined(at_one, weights, combination, layers_of_base)
-    layers = nn.ModuleList(copy.deepcopy(layer) for layer in organs[0].layers)
-    layers.load_state_dict(tensors)
-    layers.requires_grad_(False)
-    return Organ(name, config, config.check(), list(layers), active=False)
+    first = organs[0]
+    parameters = nn.ModuleList(first.layers).named_parameters()
+    memo: dict[int, Any] = {id(each): each for key, each in parameters if key in first.kept}  # stay the recipient's
+    layers = copy.deepcopy(nn.ModuleList(first.layers), memo)
+    layers.load_state_dict(tensors, strict=not first.kept)
+    averaged = Organ(name, config, config.check(), list(layers), active=False)
+    averaged.kept, averaged.replaced = first.kept, first.replaced
+    averaged.set_trainable(False)
+    return averaged
 
 
 def _layers_of_base(
@@ -51,7 +63,8 @@ def _layers_of_base(
     configs = [organ.config for organ in organs]
     if base is None and all(_is_base(surgery, config) for config in configs):
         layers = nn.ModuleList(surgery.base_layers[slice(*configs[0].span)])
-        state, expected = layers.state_dict(), nn.ModuleList(organs[0].layers).state_dict().keys()
+        state, expected = layers.state_dict(), organs[0].state().keys()
+        state = {name: tensor for name, tensor in state.items() if name not in organs[0].kept}
         is_plain = not is_partitioned(layers) and all(computes(each) and not each.is_meta for each in state.values())
         if is_plain and state.keys() == expected:  # neither quantized nor offloaded, and without LoRA
             return state

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
     GenerationMixin,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from not_hf.architecture.stack import head_class, saved_class
@@ -191,6 +192,14 @@ BY_ID = (
     TransplantedForSequenceClassification,
     TransplantedForTokenClassification,
 )
+
+
+def class_of(model: PreTrainedModel) -> type[Transplanted]:
+    """The class for a live recipient."""
+    for kind in (*BY_ID, TransplantedModel):
+        if isinstance(model, native_classes(kind.native_auto_class, model.config)):
+            return kind
+    return class_for(model.config)
 
 
 def class_for(config: PreTrainedConfig) -> type[Transplanted]:

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import TensorInfo
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.file_layout import saved_tensors, used_conversions
@@ -48,7 +47,7 @@ from not_hf.hub.checkpoint import hollow
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.partial_download import list_tensors
 from not_hf.recipient.heads import class_for
-from not_hf.recipient.loading import fit_organs
+from not_hf.recipient.loading import Training, fit_organs
 from not_hf.recipient.modeling import Transplanted
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
@@ -155,10 +154,12 @@ def hollow_merge(opened: OpenedMerge, folder: str | os.PathLike[str]) -> HollowM
 
     surgery = Surgery(base, commit_of(opened.base_where.get("revision")), opened.base_where.get("subfolder") or None)
     at_one = [replace(organ, scale=1.0) for organ in resolved.organs]
-    organs = fit_organs(base, surgery, at_one, donors, opened.fit.differences, False, False, shared.get("cache_dir"))
+    organs = fit_organs(base, surgery, at_one, donors, opened.fit.differences, Training(), shared.get("cache_dir"))
     of_organs = {}
     for found, organ, donor, files, loaded in zip(resolved.organs, organs, donors, opened.files, dtypes, strict=True):
         of_organs[organ.name] = _organ_tensors(found, organ, donor.stack.full_path, files, loaded)
+    kept = {organ.name: organ.kept for organ in organs}
+    places = {organ.name: organ.place.position for organ in organs}
     model = opened.kind._splice(base, surgery, organs)
     if resolved.generation_config is not None:
         model.generation_config = resolved.generation_config
@@ -171,7 +172,11 @@ def hollow_merge(opened: OpenedMerge, folder: str | os.PathLike[str]) -> HollowM
         if not (match := re.fullmatch(rf"{re.escape(path)}\.(\d+)\.(.+)", name)):
             return located[name]
         organ, n = opened.fit.stack[int(match[1])]
-        return located[f"{path}.{n}.{match[2]}"] if organ is None else of_organs[organ][f"{n}.{match[2]}"]
+        if organ is None:
+            return located[f"{path}.{n}.{match[2]}"]
+        if (key := f"{n}.{match[2]}") in kept[organ]:
+            return located[f"{path}.{places[organ] + n}.{match[2]}"]
+        return of_organs[organ][key]
 
     return HollowMerge(native, card, tensors, {name: source(name) for name in tensors})
 
@@ -190,6 +195,11 @@ def _base_headers(opened: OpenedMerge) -> dict[str, TensorInfo]:
         raise NotCopiedError("the recipient is quantized")
     if not any(organ.active for organ in opened.resolved.organs):
         raise NotCopiedError("no organ is active")
+    configs = [organ.spec.config for organ in opened.resolved.organs]
+    if any(each.modules_to_save or each.trainable_token_indices for each in configs):
+        raise NotCopiedError("an organ holds modules beside its layers")
+    if any(organ.mode == "replace" and organ.scale != 1 for organ in opened.resolved.organs):
+        raise NotCopiedError("an organ that replaces layers has another scale than 1")
     if getattr(config, "transformers_weights", None) or fetch_file(base, "adapter_config.json", **where):
         raise NotCopiedError("the recipient has other weights than model.safetensors, or adapters")
     try:
@@ -273,11 +283,11 @@ def _organ_tensors(
         for place in first_of_each_kind(organ.layers):
             _require_scalable(resolved, place, path, files)
     scaled = {name for name, _ in scaled_parameters(organ.layers)}
-    tensors = {}
-    for key, tensor in nn.ModuleList(organ.layers).state_dict().items():
+    tensors = dict[str, OrganTensor]()
+    for key, value in organ.state().items():
         name = f"{path}.{key}"
         scale = resolved.scale if key in scaled else 1.0
-        tensors[key] = OrganTensor(files[name], loaded[name], tensor.dtype, scale)
+        tensors[key] = OrganTensor(files[name], loaded[name], value.dtype, scale)
     damaged = [key for key, tensor in tensors.items() if not _stays_finite(tensor, tensor.loaded)]
     refuse(str(resolved.donor), [f"non-finite values in {path}.{key}" for key in damaged])
     for key, tensor in tensors.items():

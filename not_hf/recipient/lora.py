@@ -286,6 +286,10 @@ def _exportable(model: Recipient, donor_name: str, folder: str | os.PathLike[str
         raise NotHFError("the recipient is quantized; load it without quantization to compare its matrices")
     if os.path.exists(os.path.join(folder, CONFIG_NAME)):
         raise NotHFError(f"{folder} holds a model; choose another folder for the adapter")
+    if organ.saved:
+        raise NotHFError(
+            f"organ {name!r} holds {', '.join(organ.saved.paths)} beside its layers; LoRA has layers only"
+        )
     require_own_modules(surgery, organ)
     replaced = surgery.base_layers[organ.place.position :][: len(organ.layers)]
     ours, theirs = ([describe(layer) for layer in layers] for layers in (organ.layers, replaced))

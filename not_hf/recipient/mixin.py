@@ -13,16 +13,17 @@ from transformers import PreTrainedModel
 from not_hf.architecture.file_layout import forget_conversions
 from not_hf.architecture.master_weights import MasterWeights
 from not_hf.architecture.quantization import dequantized, is_quantized, quantization_name
-from not_hf.architecture.scaling import require_scalable, scale_problem
+from not_hf.architecture.scaling import scale_problem
 from not_hf.architecture.stack import layers_config
 from not_hf.cards.common import warn_once
 from not_hf.composition.layout import require_free_names
 from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.donor.averaging import BaseLike, Combination
+from not_hf.donor.saved_modules import Indices
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.averaging import average
-from not_hf.recipient.loading import fit_organs, read_donor
-from not_hf.recipient.organ import Organ
+from not_hf.recipient.loading import Training, fit_organs, read_donor
+from not_hf.recipient.organ import Organ, swap_differences
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.views import ModelWithOrgans
 from not_hf.recipient.without_donors import WithoutDonors
@@ -39,6 +40,8 @@ class Recipient(ModelWithOrgans):
         mode: str | None = None,
         is_trainable: bool = False,
         autocast_donor_dtype: bool = True,
+        modules_to_save: Sequence[str] | None = None,
+        trainable_token_indices: Indices | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         verify: bool = False,
@@ -53,8 +56,9 @@ class Recipient(ModelWithOrgans):
         surgery, cache_dir = self._surgery, hub_kwargs.get("cache_dir")
         source = OrganSource(donor_name, donor, revision, subfolder, position, mode)
         organ, donors, differences = read_donor(self, surgery, source, surgery.organs.values(), hub_kwargs, verify)
-        trained = (is_trainable, is_trainable and autocast_donor_dtype)
-        (loaded,) = fit_organs(self, surgery, [organ], donors, differences, *trained, cache_dir)
+        chosen = (modules_to_save, trainable_token_indices)
+        training = Training(is_trainable, is_trainable and autocast_donor_dtype, *chosen)
+        (loaded,) = fit_organs(self, surgery, [organ], donors, differences, training, cache_dir)
         surgery.change(self, lambda: surgery.add(loaded))
 
     def set_donor(self, donor_names: str | Sequence[str]) -> None:
@@ -78,28 +82,29 @@ class Recipient(ModelWithOrgans):
         return WithoutDonors(self, self._surgery)
 
     def set_donor_scale(self, donor_name: str, scale: float) -> None:
-        """Scale the contribution of an inserted organ's layers to the residual stream.
+        """Scale the contribution of an inserted organ's layers to the residual stream, or what replacement changes.
 
-        The output projections are scaled in place, so a scale costs nothing at run time and any scale can be merged.
-        Saving writes the unscaled weights, and the scale in the config.
+        The output projections of an inserted organ are multiplied. Weights that replace others become
+        `recipient + scale * (organ - recipient)`. Both happens in place, so a scale costs nothing at run time and any
+        scale can be merged. Saving writes the unscaled weights, and the scale in the config. Modules beside the layers
+        are not scaled. While a replacement has another scale than 1, it takes its memory twice.
 
         Args:
             donor_name: Name of a loaded organ, active or not.
-            scale: A finite number; 1 is the organ as trained, 0 a no-op.
+            scale: A finite number. 1 is the organ as trained, bit for bit; 0 a no-op, or the recipient bit for bit.
 
         Raises:
             NotHFError: There is no organ of that name, the scale is not finite, or the organ was trained at scale 0.
-            IncompatibleDonorError: The organ replaces layers.
-            UnsupportedArchitectureError: A norm after the output projections undoes the scale.
+            IncompatibleDonorError: The organ replaces layers that are quantized, offloaded or of another structure.
+            UnsupportedArchitectureError: A norm after the output projections undoes the scale of an inserted organ.
         """
         (name,) = self._named([donor_name])
         organ = self._surgery.organs[name]
-        if problem := scale_problem(scale, organ.config.mode):
-            error = IncompatibleDonorError if organ.config.mode != "insert" else NotHFError
-            raise error(f"organ {name!r}: {problem}")
+        if problem := scale_problem(scale):
+            raise NotHFError(f"organ {name!r}: {problem}")
         require_own_modules(self._surgery, organ)
         if scale != 1:
-            require_scalable(self._surgery.stack(self), organ.layers)
+            organ.require_scalable(self._surgery.stack(self))
         changes = self._surgery.changes
         changes.make(lambda: organ.rescale(float(scale), changes), lambda: None)  # undone within
 
@@ -131,9 +136,9 @@ class Recipient(ModelWithOrgans):
         source = OrganSource(name, donor, revision, subfolder, *place)
         others = [each for each in surgery.organs.values() if each is not old]
         organ, donors, _ = read_donor(self, surgery, source, others, hub_kwargs, verify)
-        options = (False, isinstance(old.layers[0], MasterWeights), hub_kwargs.get("cache_dir"))
-        (new,) = fit_organs(self, surgery, [organ], donors, [], *options)
-        if differences := surgery.swap_differences(old, new):
+        training = Training(old.saved.holds_rows_apart, isinstance(old.layers[0], MasterWeights))
+        (new,) = fit_organs(self, surgery, [organ], donors, [], training, hub_kwargs.get("cache_dir"))
+        if differences := swap_differences(surgery.base_config, old, new):
             raise IncompatibleDonorError(
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
             )
@@ -220,7 +225,15 @@ class Recipient(ModelWithOrgans):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in transformers; also updates `base_config`."""
+        """As in transformers; also updates `base_config`.
+
+        Raises:
+            NotHFError: Embeddings or head may be those of an organ.
+        """
+        if self._surgery.base_modules:
+            raise NotHFError(
+                "an organ holds modules of its own beside the layers; resize the recipient before organs are loaded"
+            )
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self._surgery.base_config.vocab_size = layers_config(self.config).vocab_size
         return embeddings

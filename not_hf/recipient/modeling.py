@@ -8,9 +8,10 @@ and `config.architectures` use.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, Unpack, cast
 
 import torch
@@ -19,17 +20,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.stack import require_head
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of, native_classes
-from not_hf.cards.common import warn_once
 from not_hf.cards.license import inherit_license
 from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.saved_modules import Indices, is_saved
 from not_hf.errors import NotHFError, reading_base
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
-from not_hf.recipient.loading import fit_organs, load_donors
+from not_hf.recipient.loading import Training, fit_organs, load_donors
 from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import save_organs
@@ -57,6 +58,8 @@ class Transplanted(Recipient):
         donor_subfolder: str | None = None,
         is_trainable: bool = False,
         autocast_donor_dtype: bool = True,
+        modules_to_save: Sequence[str] | None = None,
+        trainable_token_indices: Indices | None = None,
         scaffold: str = "full",
         verify: bool = False,
         config: PreTrainedConfig | None = None,
@@ -76,6 +79,9 @@ class Transplanted(Recipient):
             is_trainable: Make the organ's parameters trainable. All others are frozen.
             autocast_donor_dtype: Hold the weights of a trainable organ in float32 if the recipient is in float16 or
                 bfloat16, in which most updates would be rounded away. The organ computes in the recipient's dtype.
+            modules_to_save: Names of modules beside the layers that the organ holds, as in `DonorModel.from_base`,
+                besides those of its donor. They start as those of the recipient.
+            trainable_token_indices: Ids of tokens whose rows it holds, as in `DonorModel.from_base`.
             scaffold: `"minimal"` leaves out the recipient's own layers: only its embeddings, final norm and head are
                 loaded, to train an organ when the whole recipient does not fit in memory. The saved organ can be
                 loaded into the whole recipient. `"full"` loads the whole recipient.
@@ -117,8 +123,9 @@ class Transplanted(Recipient):
             commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
             surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
         cache_dir = resolved.shared.get("cache_dir")
-        trained = (is_trainable, is_trainable and autocast_donor_dtype)
-        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, *trained, cache_dir)
+        chosen = (modules_to_save, trainable_token_indices)
+        training = Training(is_trainable, is_trainable and autocast_donor_dtype, *chosen)
+        organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, training, cache_dir)
         model = cls._splice(base, surgery, organs)
         if resolved.generation_config is not None:
             model.generation_config = resolved.generation_config
@@ -164,11 +171,6 @@ class Transplanted(Recipient):
         options = {"is_main_process": is_main_process, "is_pushed": push_to_hub, **of_files, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
         keep_card_from_trainers()
-        if len(names) > 1 and os.path.basename(save_directory).startswith("checkpoint-"):  # a trainer's
-            warn_once(
-                f"checkpoints of several organs ({', '.join(names)}) cannot be restored by a trainer, neither to "
-                "resume nor as the best model; load them with TransplantedForCausalLM.from_pretrained(folder)"
-            )
         if push_to_hub:
             self.push_to_hub(repo_id, selected_donors=names, **of_files, **push_kwargs)
 
@@ -198,25 +200,32 @@ class Transplanted(Recipient):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> IncompatibleKeys:
-        """As in torch; also loads a checkpoint that `save_pretrained` wrote of the only organ, as `Trainer` does."""
-        if not state_dict or not all(key.startswith(f"{DonorModel.base_model_prefix}.") for key in state_dict):
+        """As in torch; also loads a trainer's checkpoint of the organs, as `Trainer` does to resume."""
+        states = _by_organ(state_dict, list(self._surgery.organs))
+        if states is None:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if len(self._surgery.organs) != 1:
-            raise NotHFError(
-                f"the checkpoint of an organ needs a model with exactly one organ, not {len(self._surgery.organs)}; "
-                "use load_donor"
-            )
-        (organ,) = self._surgery.organs.values()
-        loaded, missing = DonorModel.load_tensors(organ.spec, dict(state_dict), partial=not strict)
+        changes = [self._loading(self._surgery.organs[name], state, strict) for name, state in states.items()]
+
+        def copy_all() -> None:
+            for change in changes:
+                change()
+
+        self._surgery.at_scale_one(copy_all)
+        return IncompatibleKeys([], [])
+
+    def _loading(self, organ: Organ, state_dict: Mapping[str, Any], strict: bool) -> Callable[[], None]:
+        """Check the tensors of an organ's checkpoint, and return what copies them into it."""
+        spec = dataclasses.replace(organ.spec, config=organ.config)
+        loaded, missing = DonorModel.load_tensors(spec, dict(state_dict), partial=not strict)
 
         def copy_tensors() -> None:
             for n, (layer, source) in enumerate(zip(organ.layers, loaded.stack.layers, strict=True)):
                 place = f"{loaded.stack.full_path}.{n}."
                 tensors = {key: value for key, value in source.state_dict().items() if place + key not in missing}
                 layer.load_state_dict(tensors, strict=False)
+            organ.saved.load(loaded.state_dict())
 
-        self._surgery.at_scale_one(copy_tensors)
-        return IncompatibleKeys([], [])
+        return copy_tensors
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle the native class and extend it again, since the dynamic class cannot be imported by name."""
@@ -275,6 +284,31 @@ def _transplanted_class(kind: Any, native: Any) -> Any:
     kind = next(each for each in kind.__mro__ if "native_auto_class" in vars(each))
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
     return type(native.__name__, (kind, native), {**names, "config_class": native.config_class})
+
+
+def _by_organ(state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+    """Sort the tensors of a trainer's checkpoint by organ; `None` if it is none.
+
+    Raises:
+        NotHFError: It is of one organ, and the model has none or several.
+    """
+
+    def is_of_organ(key: str) -> bool:
+        return key.startswith(f"{DonorModel.base_model_prefix}.") or is_saved(key)
+
+    if state_dict and all(map(is_of_organ, state_dict)):
+        if len(names) != 1:
+            raise NotHFError(
+                f"the checkpoint of an organ needs a model with exactly one organ, not {len(names)}; use load_donor"
+            )
+        return {names[0]: dict(state_dict)}
+    states: dict[str, dict[str, Any]] = {}
+    for key, value in state_dict.items():
+        name, _, inner = key.partition(".")
+        if name not in names or not is_of_organ(inner):
+            return None
+        states.setdefault(name, {})[inner] = value
+    return states or None
 
 
 def _revive(kind: type[Transplanted], native: type) -> Transplanted:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from not_hf.architecture.layers import computes
 from not_hf.architecture.upstream import is_partitioned
@@ -23,10 +25,11 @@ from not_hf.composition.sources import composition_config, write_entry
 from not_hf.config import DonorConfig
 from not_hf.donor.delta import plan_delta
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.saved_modules import attach
 from not_hf.donor.saving import save_generation_config, write_donor
 from not_hf.donor.tokenizer import save_local_tokenizer
 from not_hf.donor.vocabulary import VOCABULARY
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, one_line
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
@@ -55,8 +58,11 @@ def organ_tensors(
         tensors |= {
             f"{prefix}.{n}.{key}": organ.at_scale_one(f"{n}.{key}", _whole(value))
             for key, value in (given or layer.state_dict()).items()
+            if f"{n}.{key}" not in organ.kept
         }
-    return tensors
+    stands = all(model.get_submodule(path) is module for path, module in organ.saved.modules.items())
+    in_model = state_dict if stands else None
+    return tensors | {key: _whole(value).detach() for key, value in organ.saved.tensors(in_model)}
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,6 +130,8 @@ def save_organs(
             config.digests = digests or None
             config.save_pretrained(draft)
             card.save(Path(draft, README))
+            if os.path.basename(folder).startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+                _save_for_trainers(states, draft, folder)
             if generation is not None:
                 save_generation_config(generation, draft)
             save_local_tokenizer(config.base_model_name_or_path, folder, draft)
@@ -134,6 +142,17 @@ def _cut_from(organ: Organ, shell: DonorModel) -> DonorConfig:
     own, base = organ.config, shell.config.base_model_name_or_path
     is_recipient = own.base_revision is None and own.base_model_name_or_path in (None, base)
     return shell.config if is_recipient else own
+
+
+def _save_for_trainers(
+    states: Mapping[str, Mapping[str, torch.Tensor]], draft: str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> None:
+    """Save the tensors of several organs in one file, too: trainers look for it when they resume or load the best."""
+    tensors = {f"{name}.{key}": value.contiguous() for name, state in states.items() for key, value in state.items()}
+    try:
+        save_file(tensors, Path(draft, SAFE_WEIGHTS_NAME), {"format": "pt"})
+    except SafetensorError as error:  # of its own kind, when the disk is full
+        raise OSError(f"{folder} cannot be written: {one_line(error, 200)}; free space, save again") from error
 
 
 def _generation_config(
@@ -153,8 +172,8 @@ def require_own_modules(surgery: Surgery, organ: Organ) -> None:
     """
     shell = _shell(surgery, organ)
     prefix = shell.stack.full_path
-    names = {f"{prefix}.{key}" for key in nn.ModuleList(organ.layers).state_dict()}
-    _require_own(organ.name, names, shell)
+    names = {f"{prefix}.{key}" for key in organ.state()}
+    _require_own(organ.name, names | dict(organ.saved.tensors()).keys(), shell)
 
 
 def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
@@ -175,9 +194,10 @@ def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> 
             assert values is not None  # checked when the organ was loaded
             values |= {key: getattr(surgery.base_config, key) for key in VOCABULARY if key in values}
     if dtype is None:
-        dtype = next(p.dtype for layer in organ.layers for p in layer.parameters() if p.is_floating_point())
+        dtype = next(parameter.dtype for parameter in organ.parameters() if parameter.is_floating_point())
     with torch.device("meta"):
         shell = DonorModel(config)
+    attach(shell, {name: tensor.detach().to("meta") for name, tensor in organ.saved.tensors()})
     for parameter in shell.parameters():
         parameter.data = parameter.data.to(dtype)
     return shell

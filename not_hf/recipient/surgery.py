@@ -29,9 +29,10 @@ from not_hf.architecture.stack import Stack, find_stack, layers_config, with_lay
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange, require_free_names
-from not_hf.errors import NotHFError, interval
+from not_hf.errors import NotHFError
 from not_hf.recipient.changes import Changes
 from not_hf.recipient.organ import Organ
+from not_hf.recipient.saved_modules import standing_modules
 
 PlacedLayer = tuple[nn.Module, LayerOrigin]
 
@@ -63,6 +64,7 @@ class Surgery:
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # the base's
         self.base_revision = base_revision  # commit, if known
         self.base_subfolder = base_subfolder
+        self.base_modules: dict[str, nn.Module] = {}  # by path, in whose place those of organs may stand
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.organs: dict[str, Organ] = {}
         self.changes = Changes()
@@ -94,13 +96,14 @@ class Surgery:
         """Return the layers of the stack with their origins, front to back, for organs (default: the active ones).
 
         Raises:
-            IncompatibleDonorError: Two organs overlap.
+            IncompatibleDonorError: Two organs overlap, or hold the same module.
         """
         chosen = {organ.name: organ for organ in (self._chosen() if organs is None else organs)}
+        self._standing(chosen.values())
         placed: list[PlacedLayer] = []
         for name, n in arrange(self.base_config.num_hidden_layers, [organ.place for organ in chosen.values()]):
             if name is not None:
-                placed.append((chosen[name].layers[n], (chosen[name].spec.organ, n)))
+                placed.append((chosen[name].layers[n], self._origin(chosen[name], n)))
             elif not self.is_scaffold:
                 placed.append((self.base_layers[n], (self.base_config, n)))
         return placed
@@ -120,19 +123,6 @@ class Surgery:
         """List the differences of those live layers from the layers of the native model."""
         return native_differences([describe(layer) for layer, _ in placed], self.twin(placed).descriptions)
 
-    def swap_differences(self, organ: Organ, other: Organ) -> list[str]:
-        """List the reasons why the weights of `other` cannot be copied into the tensors of `organ`."""
-        if organ.config.span != other.config.span:
-            return [f"it holds layers {interval(other.config.span)}, not {interval(organ.config.span)}"]
-        spliced, others = (
-            splice_config(self.base_config, [(each.spec.organ, n) for n in range(len(each.layers))])
-            for each in (organ, other)
-        )
-        differences = [f"{key} is {others[key]}, not {spliced[key]}" for key in spliced if others[key] != spliced[key]]
-        return differences + native_differences(
-            [describe(layer) for layer in other.layers], [describe(layer) for layer in organ.layers], there="here"
-        )
-
     def change(self, model: PreTrainedModel, change: Callable[[], None], flags: bool = False) -> None:
         """Change organs, their flags or the class of the model, then its stack; undo everything on failure.
 
@@ -147,12 +137,13 @@ class Surgery:
             self.apply(model)
 
         with self.changes.lock:  # what is undone leads back to the state after another thread's change
+            self.require_own_modules(model)
             self.changes.make(whole, self._undoing(model, flags))
 
     def _undoing(self, model: PreTrainedModel, flags: bool) -> Callable[[], None]:
         """Return a function that restores the model as it is now."""
         kind, organs, blocks = type(model), dict(self.organs), self.blocks
-        active = [(organ, organ.active) for organ in organs.values()]
+        states = [(organ, organ.active, organ.saved) for organ in organs.values()]
         kept = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
         parts = (model, *self.parked(model)) if flags else ()
         parameters = {p: p.requires_grad for part in parts for p in part.parameters()}
@@ -169,8 +160,8 @@ class Surgery:
             for key in _ATTRIBUTES - kept.keys():
                 vars(model).pop(key, None)
             self.organs, self.blocks = organs, blocks
-            for organ, is_active in active:
-                organ.active = is_active
+            for organ, is_active, saved in states:
+                organ.active, organ.saved = is_active, saved
             for layer, dtypes, values in masters:
                 hold_master_weights(layer, *dtypes)
                 for parameter, (data, grad) in values.items():
@@ -200,6 +191,11 @@ class Surgery:
         if not self.active:
             values = {key: copy.deepcopy(getattr(self.base_config, key)) for key in values}
         attributes = self._attributes(placed)
+        self._note_modules(model)
+        modules = self._standing(self._chosen())
+        if self.base_modules:
+            sizes = [organ.saved.vocab_size for organ in self._chosen() if organ.saved.vocab_size]
+            values["vocab_size"] = (sizes or [self.base_config.vocab_size])[0]
 
         stack = self.stack(model)
         config = stack.base_model.config
@@ -210,6 +206,12 @@ class Surgery:
         for key, value in values.items():
             setattr(config, key, value)
             setattr(layers_config(model.config), key, value)  # the same object, or what was copied
+        for path, module in modules.items():
+            module.train(model.training)
+            model.set_submodule(path, module)
+        for owner in (model, stack.base_model) if self.base_modules else ():
+            if "vocab_size" in vars(owner):
+                owner.vocab_size = values["vocab_size"]
         for (path, key), value in attributes.items():
             setattr(model.get_submodule(path), key, value)
         for n, (layer, _) in enumerate(placed):
@@ -220,6 +222,30 @@ class Surgery:
         self._shows_base = not self.active
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
+
+    def _origin(self, organ: Organ, n: int) -> LayerOrigin:
+        """Return the origin of an organ's layer; one that holds parts of layers is in those of the base."""
+        return (self.base_config, organ.place.position + n) if organ.kept else (organ.spec.organ, n)
+
+    def _standing(self, organs: Iterable[Organ]) -> dict[str, nn.Module]:
+        return standing_modules(self.base_modules, {organ.name: organ.saved for organ in organs})
+
+    def _note_modules(self, model: PreTrainedModel) -> None:
+        """Note the recipient's modules in whose place those of organs may stand, while they are in the model."""
+        for path in {path for organ in self.organs.values() for path in organ.saved.modules}:
+            self.base_modules.setdefault(path, model.get_submodule(path))
+
+    def require_own_modules(self, model: PreTrainedModel) -> None:
+        """Check that the modules beside the layers are those that organs and recipient have put there.
+
+        Raises:
+            NotHFError: Something else has replaced one.
+        """
+        for path, module in self._standing(self._chosen()).items():
+            if model.get_submodule(path) is not module:
+                raise NotHFError(
+                    f"{path} was replaced after organs were loaded; merge or unload adapters (LoRA) on it first"
+                )
 
     def _device_map(self, placed: list[PlacedLayer], path: str) -> dict[str, Any]:
         """Return accelerate's device map with the indices of that stack."""
@@ -246,6 +272,8 @@ class Surgery:
         """Restore the `requires_grad` flags of the base, or set all, whether organs are in its stack or not."""
         path = f"{self.stack(model).full_path}."
         outside = {name: p for name, p in model.named_parameters() if not name.startswith(path)}
+        for at, module in self.base_modules.items():
+            outside |= {f"{at}.{key}": parameter for key, parameter in module.named_parameters()}
         layers = {f"{path}{n}.{k}": p for n, layer in enumerate(self.base_layers) for k, p in layer.named_parameters()}
         for name, parameter in (outside | layers).items():
             flag = self.requires_grad.get(name, parameter.requires_grad)
@@ -276,7 +304,7 @@ class Surgery:
         for organ in self.organs.values():
             for name, tensor in organ.originals.items():
                 dtype = fn(tensor[:0]).dtype
-                if dtype != tensor.dtype and not is_finite(tensor.to(dtype) * organ.config.scale):
+                if dtype != tensor.dtype and not is_finite(organ.at_scale(name, tensor.to(dtype), organ.config.scale)):
                     raise NotHFError(
                         f"organ {organ.name!r}: at scale {organ.config.scale:g} weights overflow {dtype} ({name}); "
                         "use a smaller scale"
@@ -301,8 +329,10 @@ class Surgery:
         self.organs[organ.name] = organ
 
     def parked(self, model: PreTrainedModel) -> Iterator[nn.Module]:
-        """Yield the layers of the model that are not in the stack."""
+        """Yield layers of the model that are not in its stack, and modules in whose place others stand."""
         standing = {id(layer) for layer in self.stack(model).layers}
-        for layer in (*self.base_layers, *(layer for organ in self.organs.values() for layer in organ.layers)):
-            if id(layer) not in standing:
-                yield layer
+        standing |= {id(model.get_submodule(path)) for path in self.base_modules}
+        organs = (module for organ in self.organs.values() for module in organ.modules)
+        for module in (*self.base_layers, *self.base_modules.values(), *organs):
+            if id(module) not in standing:
+                yield module

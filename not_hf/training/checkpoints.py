@@ -1,17 +1,13 @@
-"""Checkpoints of a trainer: which are whole, and which can be restored."""
+"""Checkpoints of a trainer: which are whole."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-from not_hf.errors import NotHFError
-from not_hf.recipient.mixin import Recipient
 
 
 def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
@@ -30,17 +26,3 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     found = [each for each in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if each.name.split("-")[-1].isdigit()]
     found.sort(key=lambda each: int(each.name.split("-")[-1]), reverse=True)
     return next((str(each) for each in found if is_complete(each)), None)
-
-
-def require_restorable(model: Any) -> None:
-    """Check that a trainer can load a checkpoint into a model.
-
-    Raises:
-        NotHFError: The model has several organs; their checkpoint is a composition, without weights of its own.
-    """
-    if isinstance(model, Recipient) and len(model.donor_config) > 1:
-        raise NotHFError(
-            f"a trainer cannot restore a checkpoint of several organs ({', '.join(model.donor_config)}); leave out "
-            "load_best_model_at_end and resume_from_checkpoint, and load the checkpoint that you want with "
-            "TransplantedForCausalLM.from_pretrained(folder)"
-        )

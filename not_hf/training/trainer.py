@@ -24,7 +24,7 @@ from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import unite
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
-from not_hf.training.checkpoints import last_complete_checkpoint, require_restorable
+from not_hf.training.checkpoints import last_complete_checkpoint
 from not_hf.training.chunked_loss import IGNORE_INDEX, summed_loss
 from not_hf.training.optimizers import MuonWithAdamW
 from not_hf.training.prefix_cache import PrefixCache, prefix_folder
@@ -153,9 +153,6 @@ class DonorTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise NotHFError(f"no complete checkpoint in {self.args.output_dir}; leave out resume_from_checkpoint")
-        saves_all = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if (resume_from_checkpoint or self.args.load_best_model_at_end) and not saves_all:
-            require_restorable(self.model)
         self._stack = None  # weights below the organ may have changed since the last run
         trained = super().train(resume_from_checkpoint, *args, **kwargs)
         self.note_tokens()

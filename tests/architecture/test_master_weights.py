@@ -7,7 +7,8 @@ import pickle
 
 import torch
 
-from not_hf.architecture.master_weights import hold_master_weights, native_class, release_master_weights
+from not_hf.architecture.computed_weights import native_class, store_weights
+from not_hf.architecture.master_weights import hold_master_weights
 from testing.models import tiny_model
 
 
@@ -24,5 +25,5 @@ def test_a_layer_goes_by_its_native_name_and_becomes_native_again():
             native.__doc__,
         )
         assert (held.not_cast, held.computes_in) == ({"mlp.up_proj.weight"}, torch.bfloat16)
-    release_master_weights(layer)
+    store_weights(layer)
     assert type(layer) is native and vars(layer).keys() == attributes

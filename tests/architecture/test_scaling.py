@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from not_hf import (
     CorruptDonorError,
@@ -16,7 +17,7 @@ from not_hf import (
     TransplantedForCausalLM,
     compose,
 )
-from testing.donors import same, tiny_organ, transplanted, weights
+from testing.donors import moved, same, tiny_organ, transplanted, weights
 from testing.models import logits, tiny_model
 
 
@@ -33,7 +34,7 @@ def test_an_organ_that_writes_nothing_yet_can_be_scaled(token_ids):
         (float("nan"), "insert", NotHFError, "finite number, got nan"),
         ("0.5", "insert", NotHFError, "finite number, got '0.5'"),
         (True, "insert", NotHFError, "finite number, got True"),
-        (0.5, "replace", IncompatibleDonorError, "scale 0.5 is for inserted organs"),
+        (float("inf"), "replace", NotHFError, "finite number, got inf"),
     ],
 )
 def test_what_is_no_scale_is_refused(scale, mode, error, message, token_ids):
@@ -144,3 +145,67 @@ def test_a_cast_in_which_a_scaled_weight_overflows_is_refused(token_ids):
     with pytest.raises(NotHFError, match=r"weights overflow torch\.float16"):
         model.half()
     assert model.dtype == torch.float32 and torch.equal(logits(model, token_ids), before)
+
+
+REPLACED = {"position": 1, "mode": "replace"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replacement_moves_between_the_recipient_and_the_organ(dtype, token_ids, tmp_path):
+    base = tiny_model("llama").to(dtype)
+    before = logits(base, token_ids)
+    model = TransplantedForCausalLM.from_pretrained(base, tiny_organ(1), **REPLACED)
+    whole = logits(model, token_ids)
+    losses = []
+    for scale in (0, 0.25, 0.5, 1.5, -1, 1):
+        model.set_donor_scale("default", scale)
+        losses.append(logits(model, token_ids))
+    assert torch.equal(losses[0], before) and torch.equal(losses[-1], whole)
+    assert len({each.float().sum().item() for each in losses}) == len(losses)
+    model.set_donor_scale("default", 0.7)
+    scaled = logits(model, token_ids)
+    model.save_pretrained(tmp_path / "organ")
+    assert same(DonorModel.from_pretrained(tmp_path / "organ"), tiny_organ(1).to(dtype))
+    again = TransplantedForCausalLM.from_pretrained(tiny_model("llama").to(dtype), tmp_path / "organ")
+    assert again.donor_config["default"].scale == 0.7 and torch.equal(logits(again, token_ids), scaled)
+    native = again.merge_and_unload()
+    native.save_pretrained(tmp_path / "native")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=dtype)
+    assert same(reloaded, native) and torch.equal(logits(native, token_ids), scaled)
+
+
+def test_a_replacement_trained_at_a_scale(token_ids, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1), **REPLACED, is_trainable=True)
+    model.set_donor_scale("default", 0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(token_ids, labels=token_ids).loss.backward()
+    optimizer.step()
+    after = logits(model, token_ids)
+    model.save_pretrained(tmp_path)
+    again = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tmp_path)
+    torch.testing.assert_close(logits(again, token_ids), after, rtol=1e-4, atol=1e-5)
+    model.set_donor_scale("default", 0)
+    assert torch.equal(logits(model, token_ids), logits(tiny_model("llama"), token_ids))
+
+
+def test_parts_of_layers_have_a_scale_too(token_ids):
+    base = tiny_model("gemma3_text")  # whose norms undo the scale of an inserted organ
+    donor = moved(DonorModel.from_base(base, (1, 3), mode="replace", modules="outputs"), 1)
+    before = logits(base, token_ids)
+    model = TransplantedForCausalLM.from_pretrained(base, donor)
+    whole = logits(model, token_ids)
+    model.set_donor_scale("default", 0.5)
+    assert not torch.equal(logits(model, token_ids), whole)
+    model.set_donor_scale("default", 0)
+    assert torch.equal(logits(model, token_ids), before)
+    model.set_donor_scale("default", 1)
+    assert torch.equal(logits(model, token_ids), whole)
+
+
+def test_layers_of_another_structure_have_no_scale(token_ids):
+    base = tiny_model("qwen3_moe")  # sparse layers at 1 and 3
+    model = TransplantedForCausalLM.from_pretrained(
+        base, DonorModel.from_base(base, (1, 2)), mode="replace", position=0
+    )
+    with pytest.raises(IncompatibleDonorError, match=r"no scale but 1: the layers that it replaces are .*others"):
+        model.set_donor_scale("default", 0.5)

@@ -25,13 +25,14 @@ from typer.testing import CliRunner
 
 from local_hub import Hub
 from not_hf import (
+    DonorConfig,
     DonorModel,
     NotHFError,
     TransplantedForCausalLM,
 )
 from not_hf.cli import app
 from testing.commands import done, failed, invoke
-from testing.donors import organ
+from testing.donors import organ, same
 from testing.models import tiny_model, tiny_tokenizer
 
 COMMANDS = (
@@ -207,6 +208,12 @@ def test_extract(base, tmp_path):
     shown = done("extract", base, "--layers", "0:1", "--dtype", "float32", "--position", "4", "-o", out, "--force")
     assert (shown["layers"], shown["position"], shown["dtype"]) == ([0, 1], 4, "float32")
     assert len(DonorModel.from_pretrained(out).stack.layers) == 1
+    options = ("--mode", "replace", "--modules", "o_proj,down_proj", "-o", tmp_path / "parts")
+    assert done("extract", base, "--layers", "0:4", *options)["modules"] == ["o_proj", "down_proj"]
+    assert done("inspect", tmp_path / "parts")["config"]["modules"] == ["o_proj", "down_proj"]
+    assert "no layer has 'c_proj'" in failed(
+        "extract", base, "--layers", "0:4", "--mode", "replace", "--modules", "c_proj", "-o", tmp_path / "none"
+    )
 
 
 TRAINING = ("--block-length", "16", "--batch-size", "4", "--lr", "0.01", "--warmup", "0")
@@ -441,14 +448,21 @@ def test_a_damaged_organ_is_not_pushed(hub: Hub, donor, tmp_path):
     assert not HfApi().repo_exists("me/cli-damaged")
 
 
-def test_several_organs_in_one_folder(hub: Hub, base, donor, tmp_path):
+def test_several_organs_in_one_folder(hub: Hub, base, donor, words, tmp_path):
     model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="one")
     model.load_donor(donor, "two", position=0)
     model.save_pretrained(tmp_path / "both")
     assert [entry["name"] for entry in done("inspect", tmp_path / "both")["config"]["donors"]] == ["one", "two"]
     done("push", tmp_path / "both", "me/cli-both")
     assert "two/model.safetensors" in HfApi().list_repo_files("me/cli-both")
-    assert "several donors" in failed("train", tmp_path / "both", "--data", donor, "-o", tmp_path / "out")
+    arguments = ("--data", words, "--eval-data", words, "--max-steps", "4", *TRAINING)
+    trained = done("train", tmp_path / "both", *arguments, "-o", tmp_path / "out")
+    config, card = DonorConfig.from_pretrained(tmp_path / "out"), (tmp_path / "out" / "README.md").read_text()
+    assert config.metrics == trained["metrics"] and "held-out" not in card and "| perplexity |" in card
+    assert "| Size |" in card and not list((tmp_path / "out").glob("*.safetensors"))
+    for name in ("one", "two"):
+        before, after = (DonorModel.from_pretrained(tmp_path / each, subfolder=name) for each in ("both", "out"))
+        assert not same(before, after) and after.config.tokens_seen == trained["tokens_seen"]
     assert done("merge", tmp_path / "both", "-o", tmp_path / "merged")["num_layers"] == 8
 
 

@@ -147,7 +147,7 @@ def test_what_is_malformed_is_2(names, reason, base, kjv):
         ("BASE KJV,revision=nobranch", "nobranch"),
         ("BASE KJV,name=a/b", "must be a plain name"),
         ("BASE KJV,scale=inf", "finite number, got inf"),
-        ("BASE KJV,position=1,mode=replace,scale=0.5", "scale 0.5 is for inserted organs"),
+        ("BASE KJV,position=1,mode=replace,scale=nan", "finite number, got nan"),
         ("KJV --token hf_wrong", "401"),
     ],
 )

@@ -141,6 +141,26 @@ def test_tensors_for_which_a_change_is_no_smaller_are_whole(base, tmp_path):
     assert all(torch.equal(again[name], tensors[name]) for name in whole)
 
 
+@pytest.mark.parametrize("modules", ["outputs", "attention", ["up_proj", "input_layernorm"]], ids=str)
+def test_parts_of_layers(modules, base, tmp_path):
+    donor = trained(base, mode="replace", modules=modules)
+    donor.save_pretrained(tmp_path, delta="low_rank", rank=2)
+    assert close(DonorModel.from_pretrained(tmp_path, verify=True), donor)
+    assert check_donor(tmp_path, base) == []
+    merge_donor(tmp_path, tmp_path / "merged")
+    model = TransplantedForCausalLM.from_pretrained(tmp_path).merge_and_unload()
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), model)
+
+
+def test_what_stands_beside_the_layers_is_whole(base, tmp_path):
+    donor = trained(base, modules_to_save=["lm_head"], trainable_token_indices=[3, 5])
+    donor.save_pretrained(tmp_path, delta="low_rank", rank=2)
+    again = DonorModel.from_pretrained(tmp_path, verify=True)
+    assert close(again, donor) and again.config.modules_to_save == ["lm_head"]
+    head = [name for name in load_file(tmp_path / FILE) if "lm_head" in name]
+    assert head and not any(".delta" in name for name in head)
+
+
 def test_an_organ_that_began_as_a_no_op(base, tmp_path, token_ids):
     DonorModel.from_base(base, SPAN, init="identity").save_pretrained(tmp_path, delta="low_rank", rank=15)
     again = DonorModel.from_pretrained(tmp_path)
@@ -212,7 +232,7 @@ def test_on_the_hub(base_repo, cache, hub, tmp_path, token_ids):
     assert {file for file in HfApi().list_repo_files("me/delta-organ") if "safetensors" in file} == {FILE}
     config = DonorConfig.from_pretrained("me/delta-organ")
     assert config.delta["base_revision"] == HfApi().model_info(repo).sha
-    assert "also reads those layers of" in ModelCard.load("me/delta-organ").text
+    assert "of which loading also reads the same layers" in ModelCard.load("me/delta-organ").text
     shutil.rmtree(cache, ignore_errors=True)
     hub.requests.clear()
     assert close(DonorModel.from_pretrained("me/delta-organ"), donor)

@@ -59,10 +59,14 @@ def transplanted_class(base: PreTrainedModel) -> type[TransplantedForCausalLM | 
     return TransplantedForMaskedLM if is_encoder(base.config) else TransplantedForCausalLM
 
 
-def scaled_by_hand(donor: DonorModel, scale: float) -> DonorModel:
-    """A copy whose layers write `scale` times as much."""
+def scaled_by_hand(donor: DonorModel, scale: float, replaced: DonorModel | None = None) -> DonorModel:
+    """A copy whose layers write `scale` times as much; of layers in place of `replaced`, that far from these."""
     twin = copy.deepcopy(donor)
     with torch.no_grad():
+        if replaced is not None:
+            for parameter, start in zip(twin.parameters(), replaced.parameters(), strict=True):
+                parameter.copy_(start + scale * (parameter - start))
+            return twin
         for layer in twin.stack.layers:
             for _, parameter in output_projections(layer):
                 parameter.mul_(scale)

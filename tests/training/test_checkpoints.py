@@ -1,17 +1,17 @@
-"""Which checkpoints can be restored: those of several organs cannot, which is said before a training."""
+"""Checkpoints of several organs: a trainer resumes from them, and brings the best back."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from not_hf import DonorModel, DonorTrainer, NotHFError, TransplantedForCausalLM
-from testing.models import tiny_model
-from testing.training import made, rows
+from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM, expand
+from testing.models import TOKEN_IDS, logits, tiny_model
+from testing.training import losses, made, rows
 
-SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-BEST = {**SAVING, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+EPOCHS = {"num_train_epochs": 3, "save_strategy": "epoch", "learning_rate": 0.05}
 
 
 def two_organs() -> TransplantedForCausalLM:
@@ -22,27 +22,39 @@ def two_organs() -> TransplantedForCausalLM:
     return model
 
 
-def test_the_best_of_several_organs_is_refused_before_the_first_step(tmp_path):
-    trainer = made(two_organs(), tmp_path, eval_dataset=rows(2), **BEST)
-    with pytest.raises(NotHFError, match=r"several organs \(low, top\); leave out load_best_model_at_end") as raised:
-        trainer.train()
-    assert "\n" not in str(raised.value)
-    assert trainer.state.global_step == 0 and not list((tmp_path / "run").iterdir())
-    model = two_organs()
-    model.delete_donor("low")
-    made(model, tmp_path, eval_dataset=rows(2), **BEST).train()
+def same(one: TransplantedForCausalLM, other: TransplantedForCausalLM) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
-def test_a_training_of_several_organs_can_be_saved_and_says_that_it_cannot_be_resumed(cls, tmp_path, caplog):
-    made(two_organs(), tmp_path, cls=cls, **SAVING).train()
-    said = [record.getMessage() for record in caplog.records if "several organs" in record.getMessage()]
-    assert len(said) == 1 and "cannot be restored by a trainer" in said[0] and "from_pretrained" in said[0]
-    loaded = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tmp_path / "run/checkpoint-2")
-    assert loaded.active_donors == ["low", "top"]
-    if cls is DonorTrainer:
-        with pytest.raises(NotHFError, match="cannot restore"):
-            made(two_organs(), tmp_path, **SAVING).train(resume_from_checkpoint=True)
+@pytest.mark.parametrize("make", [two_organs, lambda: expand(tiny_model("llama"), 2, is_trainable=True)])
+def test_a_training_of_several_organs_goes_on_where_it_was(cls, make, tmp_path):
+    whole = made(make(), tmp_path / "whole", cls=cls, **EPOCHS)
+    whole.train()
+    checkpoint = str(tmp_path / "whole/run/checkpoint-3")
+    resumed = made(make(), tmp_path / "resumed", cls=cls, **EPOCHS)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert same(whole.model, resumed.model) and not same(whole.model, make())
+    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    loaded = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tmp_path / "whole/run/checkpoint-9")
+    assert torch.equal(logits(loaded, TOKEN_IDS), logits(whole.model.eval(), TOKEN_IDS))
+
+
+@pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
+def test_the_best_of_several_organs_comes_back(cls, tmp_path):
+    options = {**EPOCHS, "load_best_model_at_end": True, "eval_strategy": "epoch", "greater_is_better": True}
+    trainer = made(two_organs(), tmp_path, cls=cls, eval_dataset=rows(4), metric_for_best_model="loss", **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-3")  # the loss falls, and the greatest was asked for
+    loaded = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), best)
+    assert torch.equal(logits(loaded, TOKEN_IDS), logits(trainer.model.eval(), TOKEN_IDS))
+
+
+def test_what_is_saved_elsewhere_holds_each_tensor_once(tmp_path):
+    model = two_organs()
+    model.save_pretrained(tmp_path / "both")
+    assert not (tmp_path / "both/model.safetensors").exists()
 
 
 def test_a_trainer_pushes_several_organs_with_their_card(hub, tmp_path):

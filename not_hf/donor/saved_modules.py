@@ -1,0 +1,166 @@
+"""Modules beside the layers that a donor holds by explicit choice, whole or some of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from not_hf.architecture.outer_modules import find_outer_module, tied_modules
+from not_hf.architecture.stack import Stack, saved_class
+from not_hf.architecture.twin import meta_twin
+from not_hf.config import DonorConfig
+from not_hf.donor.cutting import LiveBase, StoredBase
+from not_hf.errors import NotHFError
+
+# How the names of their tensors begin in a donor's checkpoint; the module's name, and that in the module, follow
+WHOLE, ROWS = "modules_to_save", "token_rows"
+
+Indices = Sequence[int] | Mapping[str, Sequence[int]]
+
+Tensor = TypeVar("Tensor")
+
+
+def saved_name(kind: str, name: str, key: str) -> str:
+    """Return the name in a checkpoint of a tensor: its kind, its module as the config names it, its name there."""
+    return f"{kind}.{name}.{key}"
+
+
+def is_saved(name: str) -> bool:
+    """Whether a tensor of that name in a donor's checkpoint belongs to a module beside the layers."""
+    return name.startswith((f"{WHOLE}.", f"{ROWS}."))
+
+
+def saved_problems(config: DonorConfig, tensors: Mapping[str, Any], partial: bool = False) -> list[str]:
+    """Report missing, unexpected and mis-shaped tensors among those for which `is_saved`, as far as a config tells.
+
+    With `partial`, none are missing.
+    """
+    rows = {
+        saved_name(ROWS, name, "weight"): len(indices)
+        for name, indices in (config.trainable_token_indices or {}).items()
+    }
+    whole = [saved_name(WHOLE, name, "") for name in config.modules_to_save or []]
+    absent = [name for name in rows if name not in tensors]
+    absent += [f"{start}…" for start in whole if not any(name.startswith(start) for name in tensors)]
+    problems = [] if partial else [f"missing {name}" for name in absent]
+    expected = {
+        name for name in tensors if name.startswith(tuple(whole)) and _can_be_held(name, tensors)
+    } | rows.keys()
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    return problems + [
+        f"{name} has shape {tuple(tensors[name].shape)}, expected ({count}, hidden)"
+        for name, count in rows.items()
+        if name in tensors and (len(tensors[name].shape) != 2 or tensors[name].shape[0] != count)
+    ]
+
+
+def _can_be_held(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a module can have a tensor of that name, beside the others."""
+    steps = name.split(".")
+    is_taken = any(".".join(steps[:n]) in tensors for n in range(1, len(steps)))
+    return not is_taken and not any(hasattr(nn.Module, step) or not step.isidentifier() for step in steps[1:])
+
+
+def attach(donor: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Have a donor hold tensors, by the names that they have in its state dict."""
+    for name, tensor in tensors.items():
+        owner, (*path, leaf) = donor, name.split(".")
+        for step in path:
+            if step not in dict(owner.named_children()):
+                owner.add_module(step, nn.Module())
+            owner = owner.get_submodule(step)
+        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def held_by(donor: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a donor for which `is_saved`."""
+    return {name: tensor for name, tensor in donor.state_dict().items() if is_saved(name)}
+
+
+def choose_modules(
+    config: DonorConfig, stack: Stack, modules_to_save: Sequence[str] | None, token_indices: Indices | None
+) -> None:
+    """Enter into a donor's config the modules of a model that its organ is to hold, besides those that it has.
+
+    Args:
+        config: Is changed.
+        stack: That of the model.
+        modules_to_save: As in `DonorModel.from_base`, like `token_indices`.
+
+    Raises:
+        NotHFError: There is no such module, or it has no such rows.
+    """
+    rows = dict(config.trainable_token_indices or {})
+    if token_indices is not None and not isinstance(token_indices, Mapping):
+        token_indices = {_name_of_embeddings(stack): token_indices}
+    for name, indices in (token_indices or {}).items():
+        weight = getattr(stack.model.get_submodule(find_outer_module(stack, name)), "weight", None)
+        chosen = list(map(int, indices))
+        if not (isinstance(weight, nn.Parameter) and weight.ndim == 2) or not set(chosen) <= {*range(len(weight))}:
+            size = "no rows" if weight is None else f"{len(weight)} rows"
+            raise NotHFError(
+                f"trainable_token_indices {chosen!r:.100} are not rows of {name}, which has {size}; "
+                "call resize_token_embeddings(len(tokenizer)) first"
+            )
+        if getattr(stack.model.get_submodule(find_outer_module(stack, name)), "bias", None) is not None:
+            raise NotHFError(f"{name} has a bias beside its rows; use modules_to_save=[{name!r}]")
+        rows[name] = chosen
+    if isinstance(modules_to_save, str):
+        raise NotHFError(f"modules_to_save must be a list of names, got {modules_to_save!r}")
+    names = list(dict.fromkeys([*(config.modules_to_save or []), *(modules_to_save or [])]))
+    owners: dict[str, str] = {}
+    for name in (*names, *rows):
+        for path in tied_modules(stack, find_outer_module(stack, name)):
+            if path in owners:
+                raise NotHFError(f"{name} and {owners[path]} are or share {path}; name one of them")
+            owners[path] = name
+    config.modules_to_save, config.trainable_token_indices = names or None, rows or None
+    model: Any = stack.model
+    if names and model.get_output_embeddings() is None:
+        config.labels = [str(label) for _, label in sorted(model.config.id2label.items())]
+
+
+def cut_modules(base: LiveBase | StoredBase, config: DonorConfig) -> dict[str, Any]:
+    """Return the tensors of the base's modules that a config names, copied or as lazy views.
+
+    Raises:
+        NotHFError: A stored base has them under other names.
+    """
+    if not (config.modules_to_save or config.trainable_token_indices):
+        return {}
+    stack = base_stack(base)
+    stored = {} if isinstance(base, LiveBase) else base.outside()
+    found: dict[str, Any] = {}
+    for name in (*(config.modules_to_save or ()), *(config.trainable_token_indices or ())):
+        indices = (config.trainable_token_indices or {}).get(name)
+        paths = tied_modules(stack, find_outer_module(stack, name))
+        for key, tensor in stack.model.get_submodule(paths[0]).state_dict().items():
+            if isinstance(base, StoredBase):
+                tensor = _stored_tensor(base, stored, [f"{path}.{key}" for path in paths])
+            value = tensor[...] if indices is None else tensor[...][indices]
+            found[saved_name(WHOLE if indices is None else ROWS, name, key)] = value.detach().clone()
+    return found
+
+
+def base_stack(base: LiveBase | StoredBase) -> Stack:
+    """Return the stack of a base; that of a stored one is on the meta device."""
+    return base.stack if isinstance(base, LiveBase) else meta_twin(base.config, saved_class(base.config)).stack
+
+
+def _name_of_embeddings(stack: Stack) -> str:
+    embeddings = stack.base_model.get_input_embeddings()
+    path = next(path for path, module in stack.model.named_modules() if module is embeddings)
+    return path.rpartition(".")[2]
+
+
+def _stored_tensor(base: StoredBase, views: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """Find a tensor by the names that it may have in a model with a head; files may omit that of the base model."""
+    known = {name.removeprefix(f"{prefix}."): view for prefix in base.prefixes for name, view in views.items()}
+    for name in names:
+        for each in (name, *(name.removeprefix(f"{prefix}.") for prefix in base.prefixes)):
+            if each in views or each in known:
+                return views.get(each, known.get(each))
+    raise NotHFError(f"{base.name} has no tensor {names[0]}; load it, and cut from the live model")
