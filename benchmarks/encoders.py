@@ -35,7 +35,10 @@ import demo  # noqa: E402 (the texts, and the commit, versions and hardware, as 
 
 SIZES = {
     "full": {"width": 96, "vocab": 1024, "pretrain": 120, "steps": 30, "batch": 32, "rates": (3e-3,), "held": 8},
-    "quick": {"width": 32, "vocab": 512, "pretrain": 4, "steps": 2, "batch": 4, "rates": (1e-3,), "held": 2},
+    "quick": {
+        **{"width": 32, "vocab": 512, "pretrain": 4, "steps": 2, "batch": 4, "rates": (1e-3,), "held": 2},
+        "texts": 60,  # of each kind
+    },
 }
 SEQ, NUM_LAYERS, SPAN = 64, 6, (3, 5)
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>"]
@@ -76,6 +79,7 @@ def read_data(size: dict[str, Any]) -> dict[str, Rows]:
     """Rows of token ids by their use; every tenth text is held out, for choosing a rate and for testing in turn."""
     modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = {"code": [path.read_text("utf-8") for path in modules], "bible": demo.bible_chapters()}
+    texts = {name: all_[: size.get("texts")] for name, all_ in texts.items()}
     kept = {name: [text for n, text in enumerate(all_) if n % 10] for name, all_ in texts.items()}
     held = {name: all_[::10] for name, all_ in texts.items()}
     tokenizer = Tokenizer(models.BPE())

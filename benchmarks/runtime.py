@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    repeats = 1 if options.quick else 7
+    repeats, switches = (1, 3) if options.quick else (7, 35)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tiny = write(folder / "tiny", TINY, "float32")
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 }
                 for name, dtype in cases
             },
-            "switch": switch(write(folder / "deep", SMALL if options.quick else DEEP, "float32"), folder, repeats * 5),
+            "switch": switch(write(folder / "deep", SMALL if options.quick else DEEP, "float32"), folder, switches),
             "commit": demo.commit(),
             **demo.provenance(),
         }

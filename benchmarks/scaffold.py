@@ -84,6 +84,7 @@ def compare(
     }
     at_start = {"in_the_scaffold": demo.measure(models["alone"], tokenizer, texts)}
     seconds = train(models, blocks, size)
+    peaks = {scaffold: peak_of(scaffold, base, folder / "start") for scaffold in ("full", "minimal")}
     found: dict[str, Any] = {"untrained": at_start}
     for way, model in models.items():
         model.save_pretrained(folder / way)
@@ -92,7 +93,7 @@ def compare(
             "parameters": model.num_parameters(),
             "trained": model.get_nb_trainable_parameters()[0],
             "seconds_per_step": statistics.median(seconds[way]),
-            "peak_memory": peak_of(way, base, folder / "start"),
+            "peak_memory": peaks[WAYS[way][0]],
         }
         if WAYS[way][0] == "minimal":
             found[way]["in_the_scaffold"] = demo.measure(model, tokenizer, texts)
@@ -133,9 +134,9 @@ def train(models: dict[str, Any], blocks: Any, size: dict[str, Any]) -> dict[str
     return seconds
 
 
-def peak_of(way: str, base: Path, organ: Path) -> int:
+def peak_of(scaffold: str, base: Path, organ: Path) -> int:
     """Bytes by which a process grows that loads and trains."""
-    command = [sys.executable, __file__, "--peak", WAYS[way][0], str(base), str(organ)]
+    command = [sys.executable, __file__, "--peak", scaffold, str(base), str(organ)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

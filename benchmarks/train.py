@@ -60,7 +60,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "full": {**QUICK, "domains": ["kjv", "icd10", "french"], "seeds": 2, "steps": 32, "search": 16},
     "quick": QUICK,
     "long": {**QUICK, "steps": 320, "search": 32, "measures": 10, "held": 20},
-    "smoke": {**QUICK, "steps": 4, "search": 2, "batch": 2, "block": 32},
+    "smoke": {**QUICK, "steps": 4, "search": 2, "batch": 2, "block": 32, "held": 4, "rates": 2},
 }
 
 
@@ -171,9 +171,10 @@ def search(
 
     if not run.size["search"]:
         return {method: {"chosen": METHODS[method][1], "searched": {}} for method in methods}
-    pairs = [(method, rate) for method in methods for rate in METHODS[method]]
+    rates = {method: METHODS[method][: run.size.get("rates")] for method in methods}
+    pairs = [(method, rate) for method in methods for rate in rates[method]]
     losses = dict(zip(pairs, pool.map(lambda pair: try_out(*pair), pairs), strict=True))
-    found = {method: {rate: losses[method, rate] for rate in METHODS[method]} for method in methods}
+    found = {method: {rate: losses[method, rate] for rate in rates[method]} for method in methods}
     return {method: {"chosen": min(each, key=each.__getitem__), "searched": each} for method, each in found.items()}
 
 
@@ -293,12 +294,18 @@ def read_blocks(name: str, tokenizer: Any, block: int, most: int, part: str, see
 
     disable_progress_bars()
     places = {"choose": (1,), "test": (0,), "train": range(2, 10)}[part]
-    texts = Dataset.from_dict({"text": [text for n, text in enumerate(TEXTS[name]()) if n % 10 in places]})
+    texts = Dataset.from_dict({"text": [text for n, text in enumerate(documents(name)) if n % 10 in places]})
     texts = texts.shuffle(seed=seed)
     lengths = itertools.accumulate(map(len, texts["text"]))
     enough = next((n for n, chars in enumerate(lengths, 1) if chars > 8 * most * block), len(texts))
     texts = texts.select(range(enough))
     return torch.tensor(pack(texts, tokenizer, block)[:most]["input_ids"])
+
+
+@functools.cache
+def documents(name: str) -> list[str]:
+    """A text, read once in a process."""
+    return TEXTS[name]()
 
 
 def loss(model: Any, rows: Any) -> float:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from not_hf.architecture.parts import ALL, parts_problem
+from not_hf.architecture.part_names import ALL, parts_problem
 from not_hf.architecture.releases import make_config
 from not_hf.architecture.tables import DENSE_PREFIXES, PERIODS
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line, reading_repo, some

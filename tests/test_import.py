@@ -8,18 +8,19 @@ import textwrap
 
 import pytest
 
+from testing.processes import run_python
 
-def run(script: str, *options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
-    )
+
+def run(script: str) -> str:
+    done = run_python("-c", textwrap.dedent(script))
+    assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
 def test_import_is_as_cheap_as_that_of_transformers():
     """`-X importtime` prints cumulative microseconds; the package may add a second at most."""
-    cumulative = {}
-    for line in run("import not_hf", "-X", "importtime").splitlines():
+    command, cumulative = [sys.executable, "-X", "importtime", "-c", "import not_hf"], {}
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines():
         _, micro, name = line.removeprefix("import time:").split("|")
         cumulative[name.strip()] = micro.strip()
     assert int(cumulative["not_hf"]) < 1e6
@@ -52,6 +53,12 @@ def test_the_auto_classes_know_donors_in_any_order_of_imports(imports):
         """
     )
     assert out.split() == ["DonorTokenizer"]
+
+
+@pytest.mark.slow
+def test_prepared_processes_have_read_no_settings_of_the_hub():
+    readers = "{'accelerate', 'datasets', 'huggingface_hub', 'not_hf', 'peft', 'transformers'}"
+    assert run(f"import sys; print('torch' in sys.modules, {readers} & set(sys.modules))") == "True set()\n"
 
 
 @pytest.mark.slow

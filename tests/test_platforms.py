@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from not_hf import DonorModel
 from not_hf.hub import checkpoint, folder_lock
 from not_hf.hub.checkpoint import open_checkpoint
 from testing.donors import holds, organ, same
+from testing.processes import run_python
 
 HIDDEN = """
 import os, sys
@@ -46,8 +45,7 @@ print(not_hf.TransplantedForCausalLM.from_pretrained(folder).active_donors)
 
 @pytest.mark.slow
 def test_an_organ_lives_without_what_windows_lacks(base_folder, tmp_path):
-    command = [sys.executable, "-c", HIDDEN + LIFE, str(base_folder("llama")), str(tmp_path / "donor")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-c", HIDDEN + LIFE, base_folder("llama"), tmp_path / "donor")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['default']"
 

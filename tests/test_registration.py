@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from not_hf import (
     TransplantedForCausalLM,
 )
 from testing.models import logits, tiny_model
+from testing.processes import run_python
 from testing.releases import logged
 
 PROMPT = "w5 w6 w7 w8"
@@ -112,7 +111,7 @@ def test_pipeline_works_and_logs_no_warning(where, token_ids):
         print(out[0]["generated_text"])
         assert isinstance(pipe.model, not_hf.TransplantedForCausalLM)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = run_python("-c", textwrap.dedent(script))
     assert done.returncode == 0, done.stderr
     model = TransplantedForCausalLM.from_pretrained(where[1])
     tokenizer = AutoTokenizer.from_pretrained(where[0])

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
 from not_hf.architecture.layers import branch_of, output_projections
+from not_hf.architecture.part_names import ALL, BRANCHES, Modules
 from not_hf.errors import NotHFError, some
-
-Modules = str | list[str]  # "all", "outputs", "attention", "mlp", or names of modules
-
-ALL = "all"
-_BRANCHES = {"attention": ("attention", "mixer"), "mlp": ("mlp",)}
-KEYWORDS = (ALL, "outputs", *_BRANCHES)
-
-
-def parts_problem(modules: Any) -> str | None:
-    """Say why `modules` chooses no parts of layers; `None` if it does."""
-    if modules in KEYWORDS if isinstance(modules, str) else isinstance(modules, list) and modules:
-        names = [modules] if isinstance(modules, str) else modules
-        if all(isinstance(name, str) and name and all(map(str.isidentifier, name.split("."))) for name in names):
-            return None
-    return f"modules must be one of {KEYWORDS} or a list of names of modules in a layer, got {modules!r:.200}"
 
 
 def held_parameters(layers: Sequence[nn.Module], modules: Modules) -> list[list[str]]:
@@ -68,8 +53,8 @@ def _chosen(layer: nn.Module, module: str) -> set[str]:
     """Name the parameters that one word of `modules` chooses in a layer."""
     if module == "outputs":
         return {name for name, _ in output_projections(layer)}
-    if module in _BRANCHES:
-        return _of_branch(layer, _BRANCHES[module])
+    if module in BRANCHES:
+        return _of_branch(layer, BRANCHES[module])
     return {name for name, _ in layer.named_parameters() if module == ALL or _is_in(name, module)}
 
 

@@ -7,6 +7,7 @@ The oldest releases are those of `constraints-lowest.txt`. What is private in al
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,11 @@ class Commit(str):
     def resolved(self) -> str:
         """The hash, as a `ResolvedRevision` of huggingface_hub has it."""
         return str(self)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The argument of a model's `forward` that is its cache: some models of transformers 5.24 have renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def pin_revision(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -83,10 +84,14 @@ def warn_once(message: str) -> None:
 
 def render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
     """Render a card from a file in `templates/`, where `{% call block("name") %}` marks what later saves rewrite."""
-    path = str(Path(__file__).parent / "templates" / template)
     values |= {"block": _block, "shown": shown, "code": _code, "linked": _linked, "hub_id": hub_id}
     values |= {"install": INSTALL, "short_name": short_name}
-    return ModelCard.from_template(data, template_path=path, **values)
+    return ModelCard(_compiled(template).render(card_data=data.to_yaml(), **{**data.to_dict(), **values}))
+
+
+@functools.cache  # `ModelCard.from_template` would compile it at each save
+def _compiled(template: str) -> jinja2.Template:
+    return jinja2.Template((Path(__file__).parent / "templates" / template).read_text("utf-8"))
 
 
 def _block(name: str, caller: Callable[[], str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from not_hf.architecture.parts import ALL
+from not_hf.architecture.part_names import ALL
 from not_hf.architecture.stack import task_of
 from not_hf.cards.common import (
     ADAPTER_TAG,

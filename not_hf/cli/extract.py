@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from not_hf.architecture.parts import KEYWORDS
+from not_hf.architecture.part_names import KEYWORDS
 from not_hf.cli.app import Result, command, facts, output_folder
 from not_hf.cli.options import (
     CutMode,

@@ -14,7 +14,7 @@ from rich.table import Table
 from not_hf.cli.app import Result, command
 from not_hf.cli.loading import has_organ, load_model
 from not_hf.cli.options import Base, Model
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, UnsupportedArchitectureError
 
 
 @command('not-hf generate gpt2-kjv "In the beginning" --compare')
@@ -30,18 +30,23 @@ def generate(
     loaded, tokenizer = load_model(model, base)
     if compare and not has_organ(loaded):
         raise NotHFError(f"{model} has no organ to compare with and without; leave out --compare")
-    text = _continuation(loaded, tokenizer, prompt, max_new_tokens, chat)
+    inputs = _encoded(loaded, tokenizer, prompt, chat)
+    shared: dict[str, Any] = {}
+    if compare:
+        with contextlib.suppress(UnsupportedArchitectureError):  # then the prompt is read twice
+            shared["prefill"] = loaded.prefill(inputs["input_ids"], inputs["attention_mask"])
+    text = _continuation(loaded, tokenizer, inputs, max_new_tokens, **shared)
     document = {"model": model, "prompt": prompt, "text": text}
     if not compare:
         return Result(document, text if chat else prompt + text)
     with loaded.disable_donors():
-        document["text_without_organ"] = _continuation(loaded, tokenizer, prompt, max_new_tokens, chat)
+        document["text_without_organ"] = _continuation(loaded, tokenizer, inputs, max_new_tokens, **shared)
     table = Table("without the organ", "with the organ", title=prompt, title_justify="left")
     table.add_row(document["text_without_organ"], text)
     return Result(document, table)
 
 
-def _continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, chat: bool) -> str:
+def _encoded(model: Any, tokenizer: Any, prompt: str, chat: bool) -> Any:
     if chat:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -50,9 +55,14 @@ def _continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, 
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise NotHFError("the prompt is empty; give a text to continue")
+    return inputs.to(model.device)
+
+
+def _continuation(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, **options: Any) -> str:
     with _token_bar(max_new_tokens) as streamer:
         output = model.generate(
-            **inputs.to(model.device),
+            **inputs,
+            **options,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,  # greedy search ignores these three, and transformers would warn about them

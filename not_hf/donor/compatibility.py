@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import LayerDescription, computing_differences
-from not_hf.architecture.parts import ALL
+from not_hf.architecture.part_names import ALL
 from not_hf.architecture.splicing import require_counted, spliced_config
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.twin import meta_twin

@@ -18,7 +18,7 @@ from transformers.quantizers import AutoQuantizationConfig
 
 from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
-from not_hf.architecture.parts import ALL, Modules, parts_problem
+from not_hf.architecture.part_names import ALL, Modules, parts_problem
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import Stack, find_stack, layers_config, saved_class
 from not_hf.architecture.tables import STORED_NAMES, TEXT_PREFIXES

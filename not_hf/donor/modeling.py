@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from not_hf.architecture import upstream
 from not_hf.architecture.layers import silence
-from not_hf.architecture.parts import ALL, Modules
+from not_hf.architecture.part_names import ALL, Modules
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from not_hf.architecture import releases, upstream
 from not_hf.architecture.differences import config_differences, describe, inherit_attributes, same_modules
 from not_hf.architecture.layers import adopt
-from not_hf.architecture.parts import ALL, keep_parameters
+from not_hf.architecture.part_names import ALL
+from not_hf.architecture.parts import keep_parameters
 from not_hf.architecture.splicing import set_layer_index, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, head_class
 from not_hf.architecture.tables import NEUTRAL_EMBEDDING

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -24,17 +25,47 @@ from transformers import (
 
 from not_hf.architecture.stack import head_class, saved_class
 from not_hf.architecture.upstream import native_classes
+from not_hf.errors import NotHFError
 from not_hf.recipient.modeling import Transplanted
+from not_hf.recipient.prefill import Prefill, starting_from
 
 
 class Generating(Transplanted):
     """Base class of those that generate text."""
 
+    def prefill(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, depth: int | None = None
+    ) -> Prefill:
+        """Read a prompt with the layers below all organs, once for all of them.
+
+        `generate(..., prefill=...)` with the same inputs goes on from there, whichever organs are active then: tokens
+        and, on a CPU in float32, logits are those of `generate` without it, bit for bit.
+
+        Args:
+            input_ids: Tokens of the prompt, `(batch, seq)`.
+            attention_mask: 1 for tokens, 0 for padding, `(batch, seq)`.
+            depth: Number of layers to run. Default: those below the lowest position of the loaded organs.
+
+        Raises:
+            NotHFError: `depth` is out of range.
+            UnsupportedArchitectureError: The layers pass on more than hidden states, or have no cache of their own.
+        """
+        surgery = self._surgery
+        positions = [organ.place.position for organ in surgery.organs.values()]
+        lowest = min([*positions, surgery.base_config.num_hidden_layers])
+        depth = lowest if depth is None else depth
+        if not 0 <= depth <= lowest:
+            raise NotHFError(f"depth must be between 0 and {lowest}, the lowest position of an organ, got {depth!r}")
+        return Prefill.of(surgery.stack(self), depth, input_ids, attention_mask)
+
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
+    def generate(self, *args: Any, prefill: Prefill | None = None, **kwargs: Any) -> Any:  # noqa: D102 (wrapped)
         native: Any = super()
         with self._surgery.changes.watched():
-            return native.generate(*args, **kwargs)
+            if prefill is None:
+                return native.generate(*args, **kwargs)
+            prefill.require_current(self._surgery.stack(self))
+            return starting_from(self, prefill, functools.partial(native.generate, *args, **kwargs))
 
 
 class TransplantedForCausalLM(Generating):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from not_hf.architecture.devices import execution_device, follow
 from not_hf.architecture.differences import computing_differences
 from not_hf.architecture.layers import require_finite, settle
-from not_hf.architecture.parts import ALL
+from not_hf.architecture.part_names import ALL
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
 from not_hf.composition.check import validate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.averaging import average
 from not_hf.recipient.loading import Training, fit_organs, read_donor
 from not_hf.recipient.organ import Organ, swap_differences
+from not_hf.recipient.prefill import take_next
 from not_hf.recipient.saving import require_own_modules
 from not_hf.recipient.views import ModelWithOrgans
 from not_hf.recipient.without_donors import WithoutDonors
@@ -302,6 +304,8 @@ class Recipient(ModelWithOrgans):
         if torch.compiler.is_compiling() or "_surgery" not in vars(self):  # a compiled model may outlive its organs
             return nn.Module.__call__(self, *args, **kwargs)
         with self._surgery.changes.watched():
+            if (prefill := take_next(self)) is not None:
+                return prefill.run(functools.partial(nn.Module.__call__, self, *args), kwargs)
             return nn.Module.__call__(self, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -16,9 +16,9 @@ from huggingface_hub import cached_assets_path
 from torch import nn
 
 from not_hf.architecture.differences import fingerprint
+from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.splicing import spliced_config
 from not_hf.errors import NotHFError
-from not_hf.training.partial_forward import PartialForward
 from not_hf.training.prefix_folder import require_only_stores
 from not_hf.training.prefix_key import PrefixKey
 from not_hf.training.row_store import RowStore

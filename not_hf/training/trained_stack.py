@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.stack import Stack, find_stack
-from not_hf.training.partial_forward import PartialForward
 from not_hf.training.prefix_cache import PrefixCache
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 from transformers import logging as transformers_logging
 
 from not_hf import IncompatibleDonorError, NotHFError, TransplantedForCausalLM
 from not_hf.architecture.quantization import is_quantized
-from testing import EXAMPLES
+from testing import EXAMPLES, load_script
 from testing.donors import organ
 from testing.models import tiny_model
 
@@ -54,6 +58,26 @@ def base(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("wide")
     tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once() -> None:
+    """quanto compiles two short files on first use, each with all of torch's headers, and again in the next venv.
+
+    Here they are one file, which is compiled once on a machine, for these versions.
+    """
+    from optimum.quanto.library.extensions import get_extension  # imports all that it can quantize, a second
+
+    versions = "-".join(version(package) for package in ("torch", "optimum-quanto"))
+    folder = Path(get_default_build_root(), f"quanto-{versions}-{sys.implementation.cache_tag}")
+    folder.mkdir(parents=True, exist_ok=True)
+    extension = get_extension("quanto_cpp")
+    if (library := folder / "quanto_cpp.so").exists():
+        extension._lib = load_script(library)
+        return
+    (folder / "both.cpp").write_text("".join(f'#include "{source}"\n' for source in extension.sources))
+    extension.build_directory, extension.sources = str(folder), [str(folder / "both.cpp")]
+    extension.extra_cflags = ["-O0"]
 
 
 @pytest.fixture(params=QUANTIZERS)

@@ -3,8 +3,6 @@
 import logging
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
 from testing.cards import make_config
 from testing.models import NUM_LAYERS, tiny_model, tiny_tokenizer
+from testing.processes import run_python
 
 
 def python_blocks(text: str) -> list[str]:
@@ -207,7 +206,7 @@ def test_snippets_of_a_pushed_organ_run_anywhere(hub, base_repo, tmp_path, monke
     donor = DonorModel.from_base(base_repo("llama"), layers=(1, 3))
     donor.push_to_hub("me/card-snippets")
     by_itself, recipient = python_blocks(ModelCard.load("me/card-snippets").text)
-    done = subprocess.run([sys.executable, "-c", by_itself], cwd=tmp_path, capture_output=True, text=True)
+    done = run_python("-c", by_itself, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("In the beginning")
     monkeypatch.chdir(tmp_path)

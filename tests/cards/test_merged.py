@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from not_hf.cards.merged import merged_card
 from testing.commands import done, failed
 from testing.donors import tiny_organ
 from testing.models import tiny_model
+from testing.processes import run_python
 
 TAGS = ["merge", "neural-organ-transplantation", "arxiv:2601.13580"]
 
@@ -72,7 +71,7 @@ def test_merge_writes_a_card(recipient, organ, tmp_path):
     assert not re.search(r"\n{3,}|[{%]%|%}|\bNone\b", card.text)
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     code = f"import sys; sys.modules['not_hf'] = None\n{snippet}"  # it needs no not_hf
-    shown = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    shown = run_python("-c", code, cwd=out)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("In the beginning")
 

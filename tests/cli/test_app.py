@@ -34,6 +34,7 @@ from not_hf.cli import app
 from testing.commands import done, failed, invoke
 from testing.donors import organ, same
 from testing.models import tiny_model, tiny_tokenizer
+from testing.processes import run_python
 
 COMMANDS = (
     *("extract", "import", "train", "eval", "generate", "inspect", "check"),
@@ -103,8 +104,7 @@ def test_it_runs_as_a_program():
         shown = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True)
         assert shown.returncode == 0
         assert re.findall(r"^│ (\w+) ", shown.stdout, re.MULTILINE) == [*COMMANDS, *PASS_ON]
-    command = [sys.executable, *program, "push", "nowhere", "me/nothing"]
-    wrong = subprocess.run(command, capture_output=True, text=True)
+    wrong = run_python(*program, "push", "nowhere", "me/nothing")
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr == "error: no folder nowhere; give the folder of a donor\n"
 
@@ -318,8 +318,7 @@ def test_trackio(donor, words, tmp_path):
     shown = done("train", donor, "--data", words, "-o", tmp_path / "out", *arguments)
 
     def ask(*question: str) -> dict:
-        command = [sys.executable, "-m", "trackio.cli", *question, "--project", "huggingface", "--json"]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return json.loads(run_python("-m", "trackio.cli", *question, "--project", "huggingface", "--json").stdout)
 
     (run,) = ask("list", "runs")["runs"]
     (loss,) = ask("get", "metric", "--run", run, "--metric", "train/loss")["values"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +25,7 @@ from not_hf import (
 from testing.donors import organ
 from testing.hub import commit, entries, weights_asked_for
 from testing.models import logits, tiny_model
+from testing.processes import run_python
 from testing.releases import logged
 
 PROMPT = "w5 w6 w7 w8"
@@ -81,7 +80,7 @@ def test_a_pipeline_loads_it_and_logs_no_warning(where, one_by_one):
         print(out[0]["generated_text"])
         assert pipe.model.active_donors == ["c-kjv", "law"]
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = run_python("-c", textwrap.dedent(script))
     assert done.returncode == 0, done.stderr
     tokenizer = AutoTokenizer.from_pretrained(where)
     ids = tokenizer(PROMPT, return_tensors="pt")

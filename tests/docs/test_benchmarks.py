@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from testing import ROOT
+from testing.processes import run_python
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -20,10 +19,12 @@ pytestmark = [
 ]
 
 
-def quick(name: str, folder: Path, *options: str | Path, form: str = "--quick") -> tuple[str, dict]:
+def quick(
+    name: str, folder: Path, *options: str | Path, form: str = "--quick", warm: bool = False
+) -> tuple[str, dict]:
     """What a benchmark's small form prints, and its numbers."""
-    command = [sys.executable, BENCHMARKS / name, *form.split(), "--output", folder / "found.json", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [BENCHMARKS / name, *form.split(), "--output", folder / "found.json", *options]
+    done = run_python(*command, warm=warm)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "found.json").read_text())
 
@@ -49,6 +50,13 @@ def test_extract(tmp_path):
         assert merges[way]["memory_growth"] < 1.5 * bounds["largest_tensor"] + bounds["layer"] + 40e6
     assert merges["merge-memory"]["memory_growth"] > merges["merge-memory"]["merged_bytes"]
     assert found["model_bytes"] * 0.99 < merges["merge-hub"]["bytes_served"] < found["model_bytes"] * 1.02
+
+
+def test_prefill(tmp_path):
+    """A prompt that organs share is not read again; the benchmark asserts that the tokens are the same."""
+    printed, found = quick("prefill.py", tmp_path, warm=True)
+    assert "| organs from layer |" in printed
+    assert all(case["ratio"] < 1.3 * case["share_of_layers"] + 0.1 for case in found["cases"])
 
 
 def test_runtime(tmp_path):
@@ -89,7 +97,7 @@ def test_trace_load(tmp_path):
 
 def test_encoders(tmp_path):
     """Every method trains on both encoders; an organ trains fewer parameters than the whole model."""
-    _, found = quick("encoders.py", tmp_path)
+    _, found = quick("encoders.py", tmp_path, warm=True)
     for methods in found["encoders"].values():
         base, replace = methods["base"], methods["organ, replace"]
         assert replace["domain_at_start"] == base["domain"]
@@ -100,7 +108,7 @@ def test_encoders(tmp_path):
 
 def test_spans(tmp_path, demo_base):
     """Every span is trained from the same start and scored; each score chooses one of them."""
-    printed, found = quick("spans.py", tmp_path, "--cache", demo_base.parent)
+    printed, found = quick("spans.py", tmp_path, "--cache", demo_base.parent, warm=True)
     assert "| choose_span |" in printed
     text = found["texts"]["kjv"]
     spans = {tuple(span["layers"]): span for span in text["spans"]}
@@ -109,13 +117,14 @@ def test_spans(tmp_path, demo_base):
     assert text["scores"]["the earlier the better"]["chosen"] == [0, 2]
     for score in text["scores"].values():
         assert -1 <= score["spearman"] <= 1 and score["gain"] == spans[tuple(score["chosen"])]["gain"]
-    again, rescored = quick("spans.py", tmp_path, "--cache", demo_base.parent, "--gains", tmp_path / "found.json")
+    options = ("--cache", demo_base.parent, "--gains", tmp_path / "found.json")
+    again, rescored = quick("spans.py", tmp_path, *options, warm=True)
     assert again == printed and rescored["texts"]["kjv"]["spans"] == text["spans"]
 
 
 def test_scaffold(tmp_path, demo_base):
     """An organ trained alone is held with embeddings and head only, and goes into the whole base."""
-    printed, found = quick("scaffold.py", tmp_path, "--cache", demo_base.parent)
+    printed, found = quick("scaffold.py", tmp_path, "--cache", demo_base.parent, warm=True)
     assert "| layers | trained |" in printed
     (span,) = found["spans"].values()
     start, whole, alone = (span["organs"][way] for way in ("untrained", "in the recipient", "alone"))
@@ -127,7 +136,7 @@ def test_scaffold(tmp_path, demo_base):
 
 def test_train(tmp_path):
     """Each method is trained, measured on the way, and held against LoRA; the picture is drawn."""
-    printed, found = quick("train.py", tmp_path, form="--smoke")
+    printed, found = quick("train.py", tmp_path, form="--smoke", warm=True)
     assert "| organ, 3 upper layers |" in printed
     assert [run["method"] for run in found["runs"]] == [
         "LoRA, r = 16",
@@ -143,7 +152,7 @@ def test_train(tmp_path):
 
 def test_lora_export(tmp_path, demo_base):
     """At full rank the adapter is the organ; at rank 1 it, and the delta, lie between organ and base."""
-    printed, found = quick("lora_export.py", tmp_path, "--cache", demo_base.parent)
+    printed, found = quick("lora_export.py", tmp_path, "--cache", demo_base.parent, warm=True)
     base, organ, low, full, bare, delta, rounded = found["rows"]
     assert "| LoRA, rank 1 |" in printed and "| delta, rank 1 |" in printed
     assert full["domain"] == pytest.approx(organ["domain"], rel=1e-3) and full["same_tokens"] == found["prompts"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from local_hub import Hub
 from testing import EXAMPLES, load_script
+from testing.processes import run_python
 
 DEMO = EXAMPLES / "demo.py"
 VERSE = "And the king said unto the people, Behold, I have seen the work of thine hands, and it is good."
@@ -22,9 +20,7 @@ VERSE = "And the king said unto the people, Behold, I have seen the work of thin
 
 def run(*arguments: str | Path) -> str:
     """What the demo prints when it ends well."""
-    command = [sys.executable, DEMO, "--quick", "--steps", "30", "--lr", "1e-2", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(DEMO.parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run_python(DEMO, "--quick", "--steps", "30", "--lr", "1e-2", *arguments, COLUMNS="200")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

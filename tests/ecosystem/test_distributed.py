@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 
-from testing.launching import EXAMPLE, ON_CPU, TORCHRUN, accelerate, difference, train
+from testing.launching import ON_CPU, TORCHRUN, accelerate, difference, train
 from testing.releases import since
 
 MODES = {
-    "ddp-torchrun": ([*TORCHRUN, EXAMPLE], ["--cpu", "--cache-prefix"]),
-    "ddp": ([*accelerate("ddp.yaml"), EXAMPLE], ["--cpu"]),
-    "fsdp2": ([*accelerate("fsdp2.yaml"), ON_CPU, EXAMPLE], []),
+    "ddp-torchrun": (TORCHRUN, ["--cpu", "--cache-prefix"]),
+    "ddp": (accelerate("ddp.yaml"), ["--cpu"]),
+    "fsdp2": ([*accelerate("fsdp2.yaml"), ON_CPU], []),
 }
 
 
@@ -23,7 +23,7 @@ RESUMES_ON_CPU = since("transformers", "5.22", "DDP on the CPU does not resume: 
 def alone(base_folder, tmp_path_factory):
     """What one process with the same global batch makes, and the organ before the first step."""
     output = tmp_path_factory.mktemp("alone") / "run"
-    train([EXAMPLE], base_folder("llama"), output, "--cpu", batch_size=4)
+    train([], base_folder("llama"), output, "--cpu", batch_size=4)
     return output
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from not_hf import TransplantedForCausalLM
-from testing import EXAMPLES, ROOT
+from testing import EXAMPLES
 from testing.donors import organ
 from testing.models import tiny_tokenizer
+from testing.processes import run_python
 
 EXAMPLE = EXAMPLES / "lm_eval_harness.py"
 QUESTIONS = [
@@ -69,22 +68,10 @@ def accuracy(model) -> float:
 def test_scores_of_an_organ_by_its_id(base_repo, task, tmp_path):
     base, donor_id = base_repo("llama"), "me/evaluated"
     organ(base, 1).push_to_hub(donor_id)
-    command = [
-        sys.executable,
-        "-m",
-        "not_hf.cli",
-        "run",
-        "lm_eval",
-        "--model",
-        "hf",
-        "--device",
-        "cpu",
-        "--tasks",
-        "words",
-    ]
+    command = ["-m", "not_hf.cli", "run", "lm_eval", "--model", "hf", "--device", "cpu", "--tasks", "words"]
     command += ["--model_args", f"pretrained={donor_id},dtype=float32", "--include_path", str(task)]
     command += ["--log_samples", "--output_path", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr
 
     (samples,) = Path(tmp_path, "out").rglob("samples_words_*.jsonl")
@@ -145,8 +132,6 @@ def test_run_passes_on_what_follows_the_module(tmp_path):
     tool.write_text(
         "import sys, transformers; print(sys.argv[1:], transformers.AutoConfig.for_model('not_donor').mode)"
     )
-    command = [sys.executable, "-m", "not_hf.cli", "run", "a_tool", "--help", "-x", "1", "--json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    )
+    command = ["-m", "not_hf.cli", "run", "a_tool", "--help", "-x", "1", "--json"]
+    done = run_python(*command, cwd=tmp_path)
     assert done.stdout.strip() == "['--help', '-x', '1', '--json'] insert"

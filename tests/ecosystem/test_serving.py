@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from not_hf import TransplantedForCausalLM
 from testing.donors import organ
+from testing.processes import run_python, start_python
 from testing.releases import since
 
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -44,32 +45,33 @@ def served(request, base_folder, tmp_path_factory) -> Iterator[tuple[str, str, s
     tokenizer.chat_template = CHAT
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=6, do_sample=False)
-    command, name = [sys.executable, "-m", "not_hf.cli", "serve"], Path(folder).name
+    command, name = ["-m", "not_hf.cli", "serve"], Path(folder).name
     if request.param == "merged":
         model.merge_and_unload().save_pretrained(folder)
-        command, name = [sys.executable, "-m", "transformers.cli.transformers", "serve"], folder
+        command, name = ["-m", "transformers.cli.transformers", "serve"], folder
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     port = free_port()
     command += [folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     temporary = tmp_path_factory.mktemp("served")
-    environment = {**os.environ, "TMPDIR": str(temporary)}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    output = tmp_path_factory.mktemp("output")
+    server = start_python(*command, output=output, TMPDIR=str(temporary))
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_for(address, server)
+        wait_for(address, server, output)
         yield address, name, tokenizer.decode(out[0, ids.shape[1] :])
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.join(30)
+    assert server.exitcode is not None
     assert not list(temporary.glob("not-hf-serve-*"))  # nothing is left behind
 
 
-def wait_for(address: str, server: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(address: str, server: BaseProcess, output: Path, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        assert server.poll() is None, server.communicate()[0]
+        assert server.exitcode is None, (output / "stderr").read_text("utf-8")
         try:
             urllib.request.urlopen(f"{address}/health", timeout=5).close()
             return
@@ -107,8 +109,6 @@ def test_transformers_chat(served):
 
 
 def test_a_donor_that_cannot_be_merged_is_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "not_hf.cli", "serve", "me/nothing"], capture_output=True, text=True, timeout=120
-    )
+    done = run_python("-m", "not_hf.cli", "serve", "me/nothing")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: me/nothing") and done.stderr.count("\n") == 1

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -29,6 +26,7 @@ from not_hf.hub.partial_download import borrow_part, list_tensors
 from testing.commands import is_one_line
 from testing.cuts import FAULTS, SPAN, WIDE, cut, is_cut, nbytes, push, ranges, weights
 from testing.models import tiny_model, tiny_tokenizer
+from testing.processes import run_python
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -229,7 +227,7 @@ def test_xet_repos_are_cut_by_ranges_too(model, tmp_path):
             DonorModel.from_base("me/xet-base", (3, 6)).save_pretrained(sys.argv[2])
     """
     with Hub(tmp_path / "hub", xet=True) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": DEFAULT_TOKEN, "HF_HUB_DISABLE_XET": "0"}
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": DEFAULT_TOKEN, "HF_HUB_DISABLE_XET": "0"}
         for step, place in (("push", folder), ("cut", tmp_path / "organ")):
             hub.requests.clear()
             if step == "cut":
@@ -242,10 +240,8 @@ def test_xet_repos_are_cut_by_ranges_too(model, tmp_path):
                     return passing.pop() if passing and seen and "range" in headers else None
 
                 hub.fault = failing
-            command = [sys.executable, "-c", textwrap.dedent(script), step, str(place)]
-            done = subprocess.run(
-                command, env={**environment, "HF_HOME": str(tmp_path / step)}, capture_output=True, text=True
-            )
+            home = str(tmp_path / step)
+            done = run_python("-c", textwrap.dedent(script), step, place, HF_HOME=home, **environment)
             assert done.returncode == 0, done.stderr
             if step == "push":
                 assert any(record.path.startswith("/cas/v1/xorbs") for record in hub.requests)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from not_hf import CorruptDonorError, DonorConfig, DonorModel, TransplantedForCa
 from testing.commands import invoke
 from testing.donors import organ, same, with_organs
 from testing.models import tiny_model, tiny_tokenizer
+from testing.processes import run_python
 
 pytestmark = pytest.mark.xdist_group("pull")  # what is on the Hub is pushed once
 
@@ -282,13 +281,7 @@ print(write("w5 w6", max_new_tokens=3, do_sample=False)[0]["generated_text"])
 
 
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-c", script, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import socket
-import subprocess
-import sys
 import threading
 import traceback
 from collections.abc import Callable
 from functools import partialmethod
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from not_hf.hub.atomic_write import DRAFT
 from testing.commands import failed, invoke
 from testing.donors import holds, organ, same, with_organs
 from testing.models import tiny_model
+from testing.processes import forked
 
 T = TransplantedForCausalLM.from_pretrained
 
@@ -276,11 +276,8 @@ def test_a_card_that_cannot_be_read_is_not_overwritten(hub, base, api, repo_id, 
     assert "Written by hand." in card(repo_id).text
 
 
-PUSH = """
-import sys
-from not_hf import DonorModel
-DonorModel.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2], revision=sys.argv[3] or None)
-"""
+def push(folder: Path, repo_id: str, revision: str) -> None:
+    DonorModel.from_pretrained(folder).push_to_hub(repo_id, revision=revision or None)
 
 
 @pytest.mark.slow
@@ -303,10 +300,10 @@ def test_a_process_killed_while_it_uploads_changes_nothing(hub, base, stage, rev
         return Fault(status=500)
 
     hub.fault = hold
-    process = subprocess.Popen([sys.executable, "-c", PUSH, str(tmp_path), repo_id, revision])
+    process = forked(push, tmp_path, repo_id, revision)
     assert reached.wait(60)
     process.kill()
-    process.wait()
+    process.join()
     killed.set()
     hub.fault = None
     after = state(repo_id)

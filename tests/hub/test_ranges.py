@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -26,6 +23,7 @@ from not_hf.hub.ranges import Part, Piece, RemoteFile, coalesce, gather
 from testing.commands import is_one_line
 from testing.cuts import FAULTS, SPAN, WIDE, cut, is_cut, nbytes, push, ranges, weights
 from testing.models import tiny_model
+from testing.processes import run_python, start_python
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -98,7 +96,7 @@ def test_a_download_that_broke_off_goes_on(repo, hub, model, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("repo", ["single"], indirect=True)
-def test_a_killed_process_goes_on(repo, hub, model, tmp_path):
+def test_a_killed_process_goes_on(repo, hub, model, tmp_path, monkeypatch):
     """SIGKILL in the middle, then a new process."""
     script = f"""if True:
         from not_hf import DonorModel
@@ -106,20 +104,20 @@ def test_a_killed_process_goes_on(repo, hub, model, tmp_path):
         ranges.MIN_PART = 1 << 18  # more and smaller parts
         DonorModel.from_base({repo!r}, {SPAN})
     """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     for name in ("HF_HUB_CACHE", "HF_ASSETS_CACHE"):
-        environment.pop(name, None)
+        monkeypatch.delenv(name, raising=False)
+    home = str(tmp_path / "home")
     seen = ranges(hub, Fault(delay=0.4), lambda n: n >= 4)
-    with subprocess.Popen([sys.executable, "-c", script], env=environment) as process:
-        while len(seen) < 12 and process.poll() is None:
-            time.sleep(0.02)
-        process.kill()
-    assert process.returncode < 0
+    process = start_python("-c", script, output=tmp_path, HF_HOME=home)
+    while len(seen) < 12 and process.exitcode is None:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode < 0
     assert len(list((tmp_path / "home").rglob("*.partial/*"))) > 2  # a draft and at least two parts
     hub.fault = None
     hub.requests.clear()
-    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    done = run_python("-c", script, HF_HOME=home, HF_HUB_DISABLE_PROGRESS_BARS="0")
     assert done.returncode == 0
     assert re.search(rf"{repo} layers-3-6: +100%.*6\.\d\dM/6\.\d\dM .*B/s", done.stderr)  # a bar in bytes
     assert sum(record.bytes for record in weights(hub)) < 0.9 * nbytes(cut(repo))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from testing.lifecycle import SETUPS, Tester
 from testing.models import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, TOKEN_IDS, in_matrix
+from testing.processes import run_python
 
 EVERY = (*ARCHITECTURES, *ENCODERS)
 FEW = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert")  # these in every set-up
@@ -74,7 +73,8 @@ def test_merged_models_load_without_not_hf(tmp_path):
         folder = tmp_path / ("encoders" if model_type in ENCODERS else "decoders") / model_type
         tester.fresh().merge_and_unload().save_pretrained(folder)
     torch.save(TOKEN_IDS, tmp_path / "ids.pt")
-    subprocess.run([sys.executable, "-c", _WITHOUT_NOT_HF, str(tmp_path)], check=True)
+    done = run_python("-c", _WITHOUT_NOT_HF, tmp_path)
+    assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt")
     wrong = [each for each, tester in testers.items() if not torch.equal(found[each], tester.expected(tester.places))]
     assert found.keys() == testers.keys() and not wrong

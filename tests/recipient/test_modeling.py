@@ -6,7 +6,6 @@ import copy
 import inspect
 import io
 import json
-import multiprocessing
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from not_hf import DonorModel, TransplantedForCausalLM
 from testing.donors import organ, transplanted
 from testing.launching import answer
 from testing.models import enable_checkpointing, logits, tiny_model
+from testing.processes import prepared_context
 
 MODEL_TYPES = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "opt")
 every = pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -212,7 +212,7 @@ def test_a_whole_model_goes_through_torch_save(token_ids):
 @pytest.mark.slow
 def test_a_model_goes_to_another_process(token_ids):
     model = with_organ()
-    context = multiprocessing.get_context("spawn")
+    context = prepared_context()
     queue = context.Queue()
     process = context.Process(target=answer, args=(model, token_ids, queue))
     process.start()

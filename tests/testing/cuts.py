@@ -44,7 +44,7 @@ FAULTS = {
     "the whole file": Fault(ignore_range=True),
     "another range": Fault(shift_range=64, honest=True),
     "another file": Fault(etag="0" * 40),
-    "slow": Fault(delay=1.5),
+    "slow": Fault(delay=0.8),
 }
 
 

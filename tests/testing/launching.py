@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from not_hf import TransplantedForCausalLM
 from testing import EXAMPLES, ROOT
+from testing.processes import run_python
 
 EXAMPLE = str(EXAMPLES / "train_distributed.py")
 ON_CPU = str(ROOT / "tests" / "testing" / "cpu_as_accelerator.py")
@@ -33,7 +33,6 @@ def train(launcher: Sequence[str], base: Path, output: Path, *options: str, batc
     arguments = ["--base", base, "--layers", "1", "3", "--text", text, "--output", output, "--batch-size", batch_size]
     arguments += ["--block-length", "16", "--steps", "4", "--save-steps", "2", "--learning-rate", "5e-3", *options]
     environment = {
-        **os.environ,
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
@@ -41,8 +40,8 @@ def train(launcher: Sequence[str], base: Path, output: Path, *options: str, batc
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    command = [*launcher, EXAMPLE, *map(str, arguments)]
+    done = run_python(*command, cwd=ROOT, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from not_hf.training.row_store import RowStore
+from testing.processes import forked
 
 SHAPE = (5, 8)
 
@@ -98,18 +98,16 @@ def test_stores_unused_for_longest_make_room(tmp_path):
 
 @pytest.mark.slow
 def test_several_processes_write_into_one_store(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; import test_row_store as t\n"
-        "store = t.RowStore(Path(sys.argv[1]), 10**7)\n"
-        "for n in range(int(sys.argv[2]), 60, 2): store.write(t.key(n), t.row(n))\n"
-        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    writers = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a"), str(start)], env=environment)
-        for start in range(2)
-    ]
-    assert [writer.wait(60) for writer in writers] == [-9, -9]
+    def write(start: int) -> None:
+        store = RowStore(tmp_path / "a", 10**7)
+        for n in range(start, 60, 2):
+            store.write(key(n), row(n))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    writers = [forked(write, start) for start in range(2)]
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [-9, -9]
     assert found(tmp_path / "a", 60) == [True] * 60
 
 

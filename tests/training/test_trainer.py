@@ -6,11 +6,9 @@ import ast
 import copy
 import functools
 import math
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.training.checkpoints import last_complete_checkpoint
 from not_hf.training.trainer import DonorTrainer
 from testing.models import CHECKPOINTING, in_matrix, tiny_model, tiny_tokenizer
+from testing.processes import forked
 from testing.releases import since
 from testing.training import losses, made, organ, recipient, rows, trained
 
@@ -455,47 +454,49 @@ def test_an_error_in_a_step_leaves_the_model_as_it_was(tmp_path):
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in before)
 
 
-# The process that the next test kills: every save of it is slow enough to be hit in the middle.
-_KILLED = """
-import sys, time
-from pathlib import Path
-import test_trainer as t
-from transformers import TrainerCallback
-
 class Slow(TrainerCallback):
+    """Tells of each step, and makes every save slow enough to be hit in the middle."""
+
+    def __init__(self, told: Connection) -> None:
+        self.told = told
+
     def on_step_end(self, args, state, control, **kwargs):
-        print("step", state.global_step, flush=True)
+        self.told.send(state.global_step)
         time.sleep(0.05)
 
-folder = Path(sys.argv[1])
-trainer = t.made(t.recipient("gpt2"), folder, cache_prefix=True, callbacks=[Slow()], **t.KILLED)
-trainer.train(resume_from_checkpoint=t.last_complete_checkpoint(folder / "run"))
-trainer.save_model(folder / "organ")
-"""
+
+def go_on(folder: Path, told: Connection) -> None:
+    """What the process does that the next test kills."""
+    trainer = made(recipient("gpt2"), folder, cache_prefix=True, callbacks=[Slow(told)], **KILLED)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder / "run"))
+    trainer.save_model(folder / "organ")
+
+
 KILLED = {"num_train_epochs": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3, "seed": 3}
 
 
 @pytest.mark.slow
 def test_killed_anywhere_and_resumed_gives_the_same_organ(tmp_path):
     """A process killed at several moments, checkpoints half written among them; with dropout in the organ."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, "-c", _KILLED, str(tmp_path / "killed")]
+    steps, told = multiprocessing.Pipe(duplex=False)
     for delay in (0.0, 0.06, 0.13):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        steps = 0
-        for line in process.stdout:
-            steps += line.startswith("step")
-            if steps == 3:
-                time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                break
-        assert process.wait(60) == -9
+        process = forked(go_on, tmp_path / "killed", told)
+        for _ in range(3):
+            assert steps.poll(60)
+            steps.recv()
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+        while steps.poll():  # those of the delay
+            steps.recv()
     newest = max((tmp_path / "killed/run").glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
     state = newest / "trainer_state.json"
     state.write_text(state.read_text()[:40] if state.exists() else "{")  # the last one as if cut short
     assert last_complete_checkpoint(tmp_path / "killed/run") != str(newest)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = forked(go_on, tmp_path / "killed", told)
+    process.join(60)
+    assert process.exitcode == 0
     trainer = made(recipient("gpt2"), tmp_path / "whole", cache_prefix=True, **KILLED)
     trainer.train()
     expected = organ(trainer.model)

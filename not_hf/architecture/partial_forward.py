@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from not_hf.architecture.layers import eval_mode
+from not_hf.architecture.releases import cache_argument
 from not_hf.architecture.stack import Stack
 from not_hf.architecture.upstream import swapped_layers
 from not_hf.errors import UnsupportedArchitectureError
@@ -59,16 +60,22 @@ class PartialForward:
         self._probe()
 
     @torch.no_grad()
-    def run_to(self, n: int, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def run_to(self, n: int, inputs: Mapping[str, Any], cache: Cache | None = None) -> torch.Tensor:
         """Compute the hidden states at the entry of a layer, without gradients.
 
         Args:
-            n: Number of the layer; less than the number of layers.
+            n: Number of the layer; the number of layers: behind the last one.
             inputs: Arguments of the model's `forward`, without labels.
+            cache: Is filled by the layers below.
 
         Returns:
             Hidden states, `(batch, seq, hidden)`.
         """
+        options = {cache_argument(self.model): cache, "use_cache": cache is not None}
+        if n == len(self.stack.layers):
+            with self.capturing_last() as last:
+                self.model(**inputs, **options)
+            return last[0]
         found: list[torch.Tensor] = []
 
         def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -77,7 +84,7 @@ class PartialForward:
 
         handle = self.stack.layers[n].register_forward_pre_hook(capture, with_kwargs=True)
         try:
-            self.model(**inputs, use_cache=False)
+            self.model(**inputs, **options)
         except _EntryReached:
             pass
         finally:

@@ -1,0 +1,139 @@
+"""A prompt that several organs share: below the first layer that organs touch, it is read once."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from not_hf.architecture.partial_forward import PartialForward
+from not_hf.architecture.stack import Stack
+from not_hf.architecture.upstream import tensor_state
+from not_hf.errors import NotHFError, UnsupportedArchitectureError
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What a model computes of a prompt below a layer; made by `model.prefill`, used by `model.generate`.
+
+    Args:
+        input_ids: Tokens of the prompt, `(batch, seq)`.
+        attention_mask: 1 for tokens, 0 for padding, `(batch, seq)`.
+        depth: Number of layers that have run.
+        hidden: Hidden states behind them, `(batch, seq, hidden)`; `None` at depth 0.
+        cache: Keys and values, and states, of these layers.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    depth: int
+    hidden: torch.Tensor | None
+    cache: DynamicCache
+    _forward: PartialForward | None
+    _below: _Below
+
+    @classmethod
+    def of(cls, stack: Stack, depth: int, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> Prefill:
+        """Read a prompt with the first layers of a model. Arguments and errors as in `Recipient.prefill`."""
+        model: PreTrainedModel = stack.model  # type: ignore[assignment]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        cache, below = DynamicCache(config=model.config.get_text_config(decoder=True)), _Below.of(stack, depth)
+        if depth == 0:
+            return cls(input_ids, mask, 0, None, cache, None, below)
+        forward, inputs = PartialForward(stack), {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "position_ids" in inspect.signature(model.forward).parameters:  # as `generate` counts them
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        hidden = forward.run_to(depth, inputs, cache)
+        if len(cache.layers) < depth:
+            raise UnsupportedArchitectureError(
+                f"model_type {model.config.model_type!r} has no cache that can be shared"
+            )
+        return cls(input_ids, mask, depth, hidden, cache, forward, below)
+
+    def require_current(self, stack: Stack) -> None:
+        """Check that the model still computes what it did below the depth.
+
+        Raises:
+            NotHFError: It does not.
+        """
+        if self._forward is not None and self._forward.model is not stack.model:
+            raise NotHFError("the prefill is of another model; call prefill() of this one")
+        if _Below.of(stack, self.depth) != self._below:
+            raise NotHFError(
+                f"the prefill holds what {self.depth} layers computed, and organs or weights among them, or the "
+                "embeddings, have changed since; call prefill() again, with depth= below what changes"
+            )
+
+    def run(self, call: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the first forward pass of `generate`, from the depth on.
+
+        Args:
+            call: The forward pass of the model.
+            kwargs: Its arguments.
+
+        Raises:
+            NotHFError: They are of another prompt, or have a cache of another kind.
+        """
+        ids = kwargs.get("input_ids")
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        times = 0 if ids is None else len(ids) // len(self.input_ids)  # beams, or several answers
+        mask = kwargs.get("attention_mask")
+        for given, own in ((ids, self.input_ids), (mask, self.attention_mask)):
+            if given is not None and given.ndim == 2 and torch.equal(given, own.repeat_interleave(times, 0)):
+                continue
+            if given is not None or own is self.input_ids:
+                raise NotHFError("generate() was given another prompt than prefill(); give both the same inputs")
+        if self._forward is None or self.hidden is None:
+            return call(**kwargs)
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise NotHFError(f"a prefill needs a DynamicCache, not a {type(cache).__name__}; leave out the argument")
+        with self._forward.running_from(self.depth, self.hidden.repeat_interleave(times, 0)):
+            output = call(**kwargs)
+        if cache is not None:
+            read = copy.deepcopy(self.cache)
+            if times > 1:
+                read.batch_repeat_interleave(times)
+            cache.layers[: self.depth] = read.layers[: self.depth]
+        return output
+
+
+@dataclass(frozen=True)
+class _Below:
+    """What hidden states at a depth depend on: modules, and the state of their tensors."""
+
+    modules: tuple[nn.Module, ...]
+    tensors: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, stack: Stack, depth: int) -> _Below:
+        modules = (stack.base_model.get_input_embeddings(), *list(stack.layers)[:depth])
+        return cls(modules, tuple(tensor_state(each) for module in modules for each in module.parameters()))
+
+
+# The prefill with which the forward pass that comes next in this context starts
+_next: ContextVar[tuple[PreTrainedModel, Prefill] | None] = ContextVar("_next", default=None)
+
+
+def starting_from(model: PreTrainedModel, prefill: Prefill, generate: Callable[[], Any]) -> Any:
+    """Call `generate` so that the first forward pass of `model` in it starts from a prefill."""
+    token = _next.set((model, prefill))
+    try:
+        return generate()
+    finally:
+        _next.reset(token)
+
+
+def take_next(model: PreTrainedModel) -> Prefill | None:
+    """Return the prefill with which the next forward pass of a model starts, once; `None` if there is none."""
+    found = _next.get()
+    if found is None or found[0] is not model:
+        return None
+    _next.set(None)
+    return found[1]

@@ -1,0 +1,116 @@
+"""A prompt that several organs share: what lies below all of them is computed once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf.architecture.releases import CACHES_FOLLOW_STATES
+from testing.donors import moved
+from testing.models import TOKEN_IDS, exact_logits, tiny_model
+
+TYPES = [
+    "llama",
+    "gpt2",
+    "mistral",
+    "qwen2",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "opt",
+]
+TYPES += ["gpt_neox", "bloom", "falcon", "olmo2", *(("qwen3_next", "bamba", "lfm2") if CACHES_FOLLOW_STATES else ())]
+HOW = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+MASK = torch.ones_like(TOKEN_IDS).index_put((torch.tensor([0, 0]), torch.tensor([0, 1])), torch.tensor(0))
+
+
+def model_of(model_type: str) -> TransplantedForCausalLM:
+    base = tiny_model(model_type)
+    low, high = (moved(DonorModel.from_base(base, span, mode="replace"), n) for n, span in enumerate(((2, 4), (3, 4))))
+    model = TransplantedForCausalLM.from_pretrained(base, low, donor_name="low")
+    model.set_donor([])
+    model.load_donor(high, "high")
+    return model
+
+
+def same(ours, theirs) -> bool:
+    equal = all(torch.equal(p, q) for p, q in zip(ours.logits, theirs.logits, strict=True))
+    return equal and torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("options", [{}, {"attention_mask": MASK}, {"num_beams": 2}])
+def test_every_choice_of_organs_goes_on_from_one_prefill(model_type, options):
+    if "num_beams" in options and model_type in ("qwen3_next", "bamba", "lfm2"):
+        pytest.skip("not every cache with states is reordered by transformers")
+    model, mask = model_of(model_type), options.get("attention_mask", torch.ones_like(TOKEN_IDS))
+    inputs = {"input_ids": TOKEN_IDS, "attention_mask": mask}
+    prefill = model.prefill(**inputs)
+    assert prefill.depth == 2 and prefill.hidden.shape == (*TOKEN_IDS.shape, model.config.hidden_size)
+    found = []
+    for names in ("low", "high", []):
+        model.set_donor(names)
+        fresh = model.generate(**{**inputs, **options}, **HOW)
+        for _ in range(2):  # it can be used again
+            assert same(model.generate(**{**inputs, **options}, **HOW, prefill=prefill), fresh)
+        found.append(fresh.logits[0])
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+def test_the_layers_below_are_not_run_again():
+    model = model_of("llama")
+    prefill = model.prefill(TOKEN_IDS)
+    rows: list[tuple[int, int]] = []
+    for n, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda layer, args, n=n: rows.append((n, args[0].shape[1])))
+    model.generate(TOKEN_IDS, max_new_tokens=1, prefill=prefill, do_sample=False)
+    assert rows == [(2, TOKEN_IDS.shape[1]), (3, TOKEN_IDS.shape[1])]
+
+
+def test_nothing_and_everything_can_be_shared():
+    model = model_of("llama")
+    fresh = model.generate(TOKEN_IDS, **HOW)
+    for depth in (0, 1, 2):
+        assert same(model.generate(TOKEN_IDS, **HOW, prefill=model.prefill(TOKEN_IDS, depth=depth)), fresh)
+    model.delete_donor("low")
+    model.delete_donor("high")
+    prefill = model.prefill(TOKEN_IDS)
+    assert prefill.depth == model.config.num_hidden_layers
+    assert same(model.generate(TOKEN_IDS, **HOW, prefill=prefill), model.generate(TOKEN_IDS, **HOW))
+    with pytest.raises(NotHFError, match="depth must be between 0 and 4"):
+        model.prefill(TOKEN_IDS, depth=5)
+
+
+def test_what_has_changed_is_refused():
+    model = model_of("llama")
+    prefill, before = model.prefill(TOKEN_IDS), exact_logits(model, TOKEN_IDS)
+    with pytest.raises(NotHFError, match="another prompt"):
+        model.generate(TOKEN_IDS[:, 1:], **HOW, prefill=prefill)
+    with pytest.raises(NotHFError, match="another prompt"):
+        model.generate(TOKEN_IDS, attention_mask=MASK, **HOW, prefill=prefill)
+    with pytest.raises(NotHFError, match="another model"):
+        model_of("llama").generate(TOKEN_IDS, **HOW, prefill=prefill)
+    with pytest.raises(NotHFError, match="needs a DynamicCache, not a StaticCache"):
+        model.generate(TOKEN_IDS, **HOW, cache_implementation="static", prefill=prefill)
+    assert torch.equal(exact_logits(model, TOKEN_IDS), before)  # nothing waits for the next call
+    model.load_donor(moved(DonorModel.from_base(tiny_model("llama"), (0, 1)), 7), "bottom", position=1)
+    with pytest.raises(NotHFError, match=r"2 layers computed.*have changed since"):
+        model.generate(TOKEN_IDS, **HOW, prefill=prefill)
+    model.set_donor("low")
+    assert same(model.generate(TOKEN_IDS, **HOW, prefill=prefill), model.generate(TOKEN_IDS, **HOW))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(NotHFError, match="have changed since"):
+        model.generate(TOKEN_IDS, **HOW, prefill=prefill)
+    donor = DonorModel.from_base(tiny_model("llama"), (3, 4), mode="replace", modules_to_save=["embed_tokens"])
+    other = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor, donor_name="embeds")
+    prefill = other.prefill(TOKEN_IDS)
+    other.set_donor([])
+    assert isinstance(other.get_input_embeddings(), nn.Embedding)
+    with pytest.raises(NotHFError, match="or the embeddings, have changed since"):
+        other.generate(TOKEN_IDS, **HOW, prefill=prefill)
