@@ -31,6 +31,7 @@ STAND_INS = {
     "max_steps=500": "max_steps=4, use_cpu=True",
     "save_steps=250": "save_steps=2",
     "logging_steps=10": "logging_steps=1",
+    "rank=64": "rank=4",
     "num_train_epochs=3": "num_train_epochs=0.1, use_cpu=True",
 }
 
