@@ -46,10 +46,13 @@ if TYPE_CHECKING:
     from not_hf.training.progress import ProgressLine
     from not_hf.training.span_choice import choose_span
     from not_hf.training.trainer import DonorTrainer
+    from not_hf.training.trl_trainers import DonorDPOTrainer, DonorSFTTrainer
 
 _LAZY = {
     "DonorConfig": "not_hf.config",
+    "DonorDPOTrainer": "not_hf.training.trl_trainers",
     "DonorModel": "not_hf.donor.modeling",
+    "DonorSFTTrainer": "not_hf.training.trl_trainers",
     "DonorTrainer": "not_hf.training.trainer",
     "LoraMatrix": "not_hf.recipient.lora",
     "MuonWithAdamW": "not_hf.training.optimizers",
@@ -89,7 +92,9 @@ _LAZY = {
 __all__ = [
     "CorruptDonorError",
     "DonorConfig",
+    "DonorDPOTrainer",
     "DonorModel",
+    "DonorSFTTrainer",
     "DonorTrainer",
     "IncompatibleDonorError",
     "LoraMatrix",

@@ -195,9 +195,6 @@ class DonorTrainer(DonorTrainerMixin):
             batch: Inputs without labels.
             hidden: Hidden states at the organ's entry, if they are known.
         """
-        native: Any = self._native
-        with native.disable_donors():
-            shared = list(stack.forward.stack.layers)[: stack.entry] == stack.layers[: stack.entry]
-            with stack.starting_at(hidden if shared else None), stack.forward.capturing_last() as last:
-                native(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
+        with self._without_donors(stack, hidden), stack.forward.capturing_last() as last:
+            self._native(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         return last[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -40,6 +42,7 @@ class DonorTrainerMixin(Trainer):
     """
 
     _of_whole_models: tuple[str, ...] = ("cache_prefix",)  # options that need the whole model on one device
+    _measures_perplexity = True  # exp(loss) is a perplexity
     _beside_inputs: tuple[str, ...] = ("labels", "shift_labels")  # of a batch; hidden states do not depend on them
 
     def __init__(
@@ -103,7 +106,7 @@ class DonorTrainerMixin(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given."""
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if eval_dataset is None or isinstance(eval_dataset, str):
+        if self._measures_perplexity and (eval_dataset is None or isinstance(eval_dataset, str)):
             self._record.add_evaluation(self.state.global_step, metrics)
             self.note_tokens()
         return metrics
@@ -155,6 +158,20 @@ class DonorTrainerMixin(Trainer):
         """
         with stack.starting_at(hidden):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    @contextlib.contextmanager
+    def _without_donors(self, stack: TrainedStack, hidden: torch.Tensor | None) -> Iterator[None]:
+        """Make forward passes in the block those of the base, from the entry on if the layers below it are the same.
+
+        Args:
+            stack: Layers of the model.
+            hidden: Hidden states at the organ's entry, if they are known.
+        """
+        native: Any = self._native
+        with native.disable_donors():
+            shared = list(stack.forward.stack.layers)[: stack.entry] == stack.layers[: stack.entry]
+            with stack.starting_at(hidden if shared else None):
+                yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`; updates `tokens_seen` and `metrics` in the organs' configs."""
