@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from not_hf.recipient.lora import LoraMatrix, from_lora, to_lora
     from not_hf.recipient.merging import merge_donor
     from not_hf.recipient.reference import reference_model
+    from not_hf.training.chat import tokenize_chat
     from not_hf.training.curve import TrainingCurve, plot_training_curve
     from not_hf.training.data import load_text, pack
     from not_hf.training.isolation import require_isolation
@@ -87,6 +88,7 @@ _LAZY = {
     "reference_model": "not_hf.recipient.reference",
     "require_isolation": "not_hf.training.isolation",
     "to_lora": "not_hf.recipient.lora",
+    "tokenize_chat": "not_hf.training.chat",
 }
 
 __all__ = [
@@ -133,6 +135,7 @@ __all__ = [
     "reference_model",
     "require_isolation",
     "to_lora",
+    "tokenize_chat",
 ]
 
 register_config()
