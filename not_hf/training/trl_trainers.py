@@ -143,7 +143,6 @@ class DonorDPOTrainer(DonorTrainerMixin, DPOTrainer):
         2
     """
 
-    _measures_perplexity = False
     _beside_inputs = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(

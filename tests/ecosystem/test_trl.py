@@ -97,8 +97,9 @@ def cached_sft(cls, folder: Path, data: Dataset = TEXTS, model=None, options=Non
         (TEXTS, {"packing": True, "packing_strategy": "wrapped"}),
         (CHATS, {"assistant_only_loss": True}),
         (TEXTS, {"gradient_accumulation_steps": 2, "loss_type": "dft"}),
+        (TEXTS, {"bf16": True}),
     ],
-    ids=["texts", "packed", "wrapped", "chats", "dft"],
+    ids=["texts", "packed", "wrapped", "chats", "dft", "bf16"],
 )
 def test_sft_with_the_cache_gives_sft_s_organ(data, options, tmp_path):
     plain, ours = (cached_sft(cls, tmp_path, data, options=options) for cls in (SFTTrainer, DonorSFTTrainer))
