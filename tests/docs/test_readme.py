@@ -18,8 +18,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 import not_hf
 from not_hf import DonorModel, load_text, pack
 from testing import ROOT
-from testing.models import VOCAB, tiny_tokenizer
+from testing.models import tiny_tokenizer
 from testing.releases import CACHES_TRL
+from testing.shapes import VOCAB
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WRITTEN_FOR_PEOPLE = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")]

@@ -32,9 +32,10 @@ from testing.commands import invoke, is_one_line
 from testing.cuts import nbytes
 from testing.cuts import weights as served
 from testing.donors import edit_json, moved, organ, same, weights
-from testing.models import ARCHITECTURES, tiny_model
 from testing.models import exact_logits as logits
+from testing.models import tiny_model
 from testing.releases import dequantizes_fp8
+from testing.shapes import ARCHITECTURES
 from testing.wrappers import wrapper
 
 SPAN = (1, 3)
