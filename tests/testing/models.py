@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from not_hf.architecture.stack import head_class
-from testing.shapes import ANY, WHOLE, ARCHITECTURES, ENCODERS, OTHERS, REFUSED, SPECIAL, VOCAB
+from testing.shapes import ANY, ARCHITECTURES, ENCODERS, OTHERS, REFUSED, SPECIAL, VOCAB, WHOLE
 
 TOKEN_IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))  # (batch, seq), no padding
 
