@@ -103,7 +103,7 @@ bench-spans: $(READY) ## scores of spans against what training them gives (optio
 bench-train: $(READY) ## organs against LoRA, full fine-tuning and expansion, hours (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/train.py --output benchmarks/results/train.json $(BENCH_ARGS)
 
-bench-lora: $(READY) ## an organ saved as LoRA adapters of several ranks (options: BENCH_ARGS=--quick)
+bench-lora: $(READY) ## an organ saved as LoRA adapters and delta files of several ranks (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/lora_export.py --output benchmarks/results/lora_export.json $(BENCH_ARGS)
 
 bench-prefill: $(READY) ## time to the first token after another organ is chosen (options: BENCH_ARGS=--quick)

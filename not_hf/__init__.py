@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from not_hf.recipient.lora import LoraMatrix, from_lora, to_lora
     from not_hf.recipient.merging import merge_donor
     from not_hf.recipient.reference import reference_model
+    from not_hf.training.chat import tokenize_chat
     from not_hf.training.curve import TrainingCurve, plot_training_curve
     from not_hf.training.data import load_text, pack
     from not_hf.training.isolation import require_isolation
@@ -47,10 +48,13 @@ if TYPE_CHECKING:
     from not_hf.training.progress import ProgressLine
     from not_hf.training.span_choice import choose_span
     from not_hf.training.trainer import DonorTrainer
+    from not_hf.training.trl_trainers import DonorDPOTrainer, DonorSFTTrainer
 
 _LAZY = {
     "DonorConfig": "not_hf.config",
+    "DonorDPOTrainer": "not_hf.training.trl_trainers",
     "DonorModel": "not_hf.donor.modeling",
+    "DonorSFTTrainer": "not_hf.training.trl_trainers",
     "DonorTrainer": "not_hf.training.trainer",
     "LoraMatrix": "not_hf.recipient.lora",
     "MuonWithAdamW": "not_hf.training.optimizers",
@@ -86,12 +90,15 @@ _LAZY = {
     "require_isolation": "not_hf.training.isolation",
     "sweep_positions": "not_hf.evaluation.position_sweep",
     "to_lora": "not_hf.recipient.lora",
+    "tokenize_chat": "not_hf.training.chat",
 }
 
 __all__ = [
     "CorruptDonorError",
     "DonorConfig",
+    "DonorDPOTrainer",
     "DonorModel",
+    "DonorSFTTrainer",
     "DonorTrainer",
     "IncompatibleDonorError",
     "LoraMatrix",
@@ -131,6 +138,7 @@ __all__ = [
     "require_isolation",
     "sweep_positions",
     "to_lora",
+    "tokenize_chat",
 ]
 
 register_config()

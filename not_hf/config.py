@@ -26,6 +26,7 @@ from not_hf.version import __version__
 
 MODES = ("insert", "replace")
 INITS = ("copy", "identity")
+DELTA = "delta"  # variant of the weight files that hold changes of the base's layers, see `donor.delta`
 
 # What a donor does not choose: how attention and experts are computed, and how weights are packed.
 _CHOICES = ("attn_implementation", "experts_implementation", "quantization_config")
@@ -72,6 +73,7 @@ class DonorConfig(PreTrainedConfig):
         not_hf_version: Version of not_hf that cut the donor.
         fingerprint: SHA-256 of the part of the base's config that concerns its layers.
         donors: Entries of a composition, one per organ; `None` for a donor.
+        delta: How the weights are stored as a change of the base's layers, see `donor.delta`; `None`: whole.
         digests: Digests of the weights beside this config, by file: SHA-256 over names, dtypes, shapes and bytes of
             the tensors. `None` for a donor in memory.
 
@@ -111,6 +113,7 @@ class DonorConfig(PreTrainedConfig):
     not_hf_version: str | None = None
     fingerprint: str | None = None
     donors: list[dict[str, Any]] | None = None
+    delta: dict[str, Any] | None = None
     digests: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -178,6 +181,11 @@ class DonorConfig(PreTrainedConfig):
         """`layers` as a tuple `(i, j)`, half open."""
         i, j = self.layers or (0, 0)
         return i, j
+
+    @property
+    def weights_variant(self) -> str | None:
+        """The variant of the weight files that hold the donor; `None` for whole ones."""
+        return None if self.delta is None else DELTA
 
     @property
     def num_organ_layers(self) -> int:

@@ -38,7 +38,8 @@ from huggingface_hub import HfApi, constants, repocard
 
 from not_hf.cards.common import warn_once
 from not_hf.training.data import pack
-from testing.models import FAST, TOKEN_IDS, tiny_model, tiny_tokenizer
+from testing.models import TOKEN_IDS, tiny_model, tiny_tokenizer
+from testing.shapes import FAST
 
 _session = repocard.get_session
 

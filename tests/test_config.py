@@ -17,7 +17,8 @@ from not_hf.donor.loading import refuse
 from not_hf.limits import MAX_CONFIG, MAX_DEPTH, MAX_LAYERS
 from testing.commands import is_one_line
 from testing.donors import edit_json, same
-from testing.models import ARCHITECTURES, tiny_model
+from testing.models import tiny_model
+from testing.shapes import ARCHITECTURES
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,7 @@ def donor_card(
     facts |= {
         "parts": parts_of_layers(config),
         "beside": beside_layers(config),
+        "delta": describe_delta(config),
         "conditions": dict(_conditions(config.metrics or {})),
         "curve": CURVE if has_curve else None,
     }
@@ -118,6 +119,16 @@ def beside_layers(config: DonorConfig) -> str:
     rows = config.trainable_token_indices or {}
     named = [f"`{name}`" for name in config.modules_to_save or []]
     return ", ".join(named + [f"{len(indices)} rows of `{name}`" for name, indices in rows.items()])
+
+
+def describe_delta(config: DonorConfig) -> str | None:
+    """Describe how a donor is stored as a change of the base's layers; `None` if it is whole."""
+    if config.delta is None:
+        return None
+    how = f"rank {config.delta.get('rank')}" if config.delta.get("kind") == "low_rank" else "in bfloat16"
+    lost = config.delta.get("lost")
+    left_out = f"; {lost:.2%} of the change is left out" if isinstance(lost, float) else ""
+    return f"as a change of the base's layers, {how}{left_out}"
 
 
 def hub_datasets(config: DonorConfig) -> list[str]:

@@ -11,7 +11,12 @@ MEASURED_ON = "measured_on"  # key beside a number: the text that it was measure
 
 
 def perplexities(logs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield name and perplexity of each evaluation set in a trainer's log; an only set (`eval_loss`) has no name."""
+    """Yield name and perplexity of each evaluation set in a trainer's log; an only set (`eval_loss`) has no name.
+
+    Losses beside rewards are those of preferences (TRL's `DPOTrainer`), which are not of tokens.
+    """
+    if any("rewards/" in key for key in logs):
+        return
     for key, loss in logs.items():
         if match := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
             yield match[1] or "", math.exp(loss) if loss < 700 else math.inf  # above, exp overflows

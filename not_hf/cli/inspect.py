@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,7 +29,9 @@ def inspect(
     token: Token = None,
 ) -> Result:
     """Show what a donor repo holds, without reading its weights."""
+    from not_hf.cards.donor import describe_delta
     from not_hf.composition.check import recipient_problems, survey
+    from not_hf.donor.delta import assembled
     from not_hf.hub.headers import size_of
 
     config, organs = survey(donor, **given(revision=revision, subfolder=subfolder, token=token))
@@ -48,13 +51,17 @@ def inspect(
         "id": donor,
         "config": config.to_dict(),
         "fingerprint": config.fingerprint,
-        "num_parameters": sum(tensor["num_parameters"] for tensor in tensors),
+        "num_parameters": sum(
+            math.prod(tensor.shape)
+            for organ in organs
+            for tensor in assembled(organ.tensors, organ.organ.spec.config).values()
+        ),
         "size": sum(tensor["size"] for tensor in tensors),
         "tensors": tensors,
         "digests": {organ.organ.name: organ.organ.spec.config.digests for organ in organs},
         "unreadable": [organ.unreadable for organ in organs if organ.unreadable],
     }
-    views: list[RenderableType] = [_provenance(donor, config, data)]
+    views: list[RenderableType] = [_provenance(donor, config, data, describe_delta(config))]
     views += [_table(title, rows) for title, rows in (("Organs", config.donors), ("Tensors", tensors)) if rows]
     views += data["unreadable"]
     if recipient:
@@ -64,7 +71,7 @@ def inspect(
     return Result(data, Group(*views))
 
 
-def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
+def _provenance(donor: str, config: DonorConfig, data: dict[str, Any], stored: str | None) -> Table:
     return facts(
         donor,
         {
@@ -74,6 +81,7 @@ def _provenance(donor: str, config: DonorConfig, data: dict[str, Any]) -> Table:
             **({} if config.donors else _place(config)),
             "parameters": data["num_parameters"],
             "size": megabytes(data["size"]),
+            "stored": stored,
             "modules to save": ", ".join(config.modules_to_save or []) or None,
             "token rows": {name: len(ids) for name, ids in (config.trainable_token_indices or {}).items()} or None,
             "labels": ", ".join(config.labels or []) or None,

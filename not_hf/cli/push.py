@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,11 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch; created if missing.", show_default="main")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     token: Token = None,
+    delta: Annotated[
+        Literal["low_rank", "bfloat16"] | None,
+        typer.Option(help="Push only how the layers differ from the base's, in fewer bytes.", show_default=False),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of --delta low_rank.", show_default="64")] = None,
     commit_message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload organ",
 ) -> Result:
     """Share a donor: check it strictly, then upload its folder, with its card, as one commit."""
@@ -28,6 +33,8 @@ def push(
         folder,
         repo_id,
         ignore=[CHECKPOINTS],
+        delta=delta,
+        rank=rank,
         private=private or None,
         revision=revision,
         create_pr=create_pr,

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from not_hf.errors import NotHFError
 
 if TYPE_CHECKING:
     from not_hf import DonorConfig
+    from not_hf.training.examples import TrainingData
 
 
 @command("not-hf train organ --data kjv.txt --eval-data held-out.txt -o gpt2-kjv")
@@ -36,7 +37,17 @@ def train(
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Read the text while training; needs --max-steps.")
     ] = False,
-    block_length: Annotated[int, typer.Option(min=2, help="Tokens per example.")] = 512,
+    replay_data: Annotated[
+        str | None,
+        typer.Option(
+            help="General text or conversations, as --data, mixed in against forgetting.", show_default=False
+        ),
+    ] = None,
+    replay_fraction: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of examples from --replay-data.", show_default="0.2"),
+    ] = None,
+    block_length: Annotated[int, typer.Option(min=2, help="Tokens per example; of conversations, at most.")] = 512,
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the text.")] = 1.0,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Number of steps; overrides --epochs.", show_default=False)
@@ -88,14 +99,17 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
     force: Force = False,
 ) -> Result:
-    """Train an organ on text, with everything else frozen, and save it as a donor with its card.
+    """Train an organ on text or conversations, with everything else frozen, and save it as a donor with its card.
 
+    Conversations, in a column "messages", go through the tokenizer's chat template; the assistant's turns are learned.
     Checkpoints are in OUTPUT/checkpoints during training, and are deleted at the end.
     """
     if patience and not (eval_data and eval_steps):
         raise typer.BadParameter("needs --eval-data and --eval-steps", param_hint="--patience")
     if eval_steps and not (eval_data or control_data):
         raise typer.BadParameter("needs --eval-data or --control-data", param_hint="--eval-steps")
+    if replay_fraction is not None and not (replay_data and 0 < replay_fraction < 1):
+        raise typer.BadParameter("needs --replay-data and a share between 0 and 1", param_hint="--replay-fraction")
     if streaming and max_steps is None:
         raise typer.BadParameter("needs --max-steps: the length of a stream is unknown", param_hint="--streaming")
     with output_folder(output, force or resume, can_resume=True), _saying_how_to_resume(output):
@@ -103,26 +117,27 @@ def train(
         import transformers
         from transformers import AutoTokenizer, TrainingArguments
 
-        from not_hf import (
-            DonorConfig,
-            DonorTrainer,
-            ProgressLine,
-            TrainingCurve,
-            load_text,
-            pack,
-        )
+        from not_hf import DonorConfig, DonorTrainer, ProgressLine, TrainingCurve
         from not_hf.recipient.heads import writing_class
+        from not_hf.training.examples import TrainingData, collator, mix_replay
 
         DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
         tokenizer = AutoTokenizer.from_pretrained(base or donor)
         texts: Any = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
         how: dict[str, Any] = {"column": column, "sample_by": sample_by}
-        evaluated: Any = {
-            name: load_text(source, split=part, **how) for name, (source, part) in texts.items() if source
+        evaluated = {
+            name: TrainingData.load(source, split=part, **how) for name, (source, part) in texts.items() if source
         }
-        eval_blocks = {name: pack(text, tokenizer, block_length) for name, text in evaluated.items() if eval_steps}
-        blocks = pack(load_text(data, split=split, streaming=streaming, **how), tokenizer, block_length)
+        sources = {"data": TrainingData.load(data, split=split, streaming=streaming, **how)}
+        if replay_data:
+            sources["replay"] = TrainingData.load(replay_data, streaming=streaming, **how)
+        collate = collator(tokenizer, any(each.is_chat for each in (*evaluated.values(), *sources.values())))
+        eval_blocks = {name: each.examples(tokenizer, block_length) for name, each in evaluated.items() if eval_steps}
+        blocks: Any = sources["data"].examples(tokenizer, block_length)
+        if replay_data:
+            replay = sources["replay"].examples(tokenizer, block_length)
+            blocks = mix_replay(blocks, replay, replay_fraction or 0.2, seed)
         if streaming:
             blocks = blocks.shuffle(seed=seed, buffer_size=1000)  # blocks of a Dataset are shuffled by the Trainer
         model: Any = writing_class(base or donor).from_pretrained(
@@ -148,6 +163,7 @@ def train(
             load_best_model_at_end=bool(patience),
             metric_for_best_model="eval_held-out_loss" if patience else None,
             save_total_limit=2,
+            include_num_input_tokens_seen="all" if collate is transformers.default_data_collator else "non_padding",
             **given(report_to=report_to),
             **_checkpointing(gradient_checkpointing),
         )
@@ -159,7 +175,7 @@ def train(
             arguments,
             train_dataset=blocks,
             eval_dataset=eval_blocks or None,
-            data_collator=transformers.default_data_collator,
+            data_collator=collate,
             callbacks=callbacks,
             cache_prefix=cache_prefix,
             optimizer=None if optimizer == "adamw" else optimizer,
@@ -169,11 +185,11 @@ def train(
         trained = trainer.train(resume_from_checkpoint=checkpoint)
 
         trainer.note_tokens()
-        _save(model, output, data, domain)
+        _save(model, output, [data, *([replay_data] if replay_data else [])], domain)
         tokens_seen = max(each.tokens_seen for each in model.donor_config.values())
         del model, trainer
         if evaluated:
-            _measure(output, base, {name: (texts[name][0], rows["text"]) for name, rows in evaluated.items()})
+            _measure(output, base, {name: (texts[name][0], rows) for name, rows in evaluated.items()}, block_length)
         _clean_up(output)
     config = DonorConfig.from_pretrained(output)
     document = {
@@ -206,14 +222,14 @@ def _view(document: dict[str, Any], block_length: int | None) -> dict[str, Any]:
     return rows
 
 
-def _save(model: Any, folder: Path, data: str, domain: str | None) -> None:
+def _save(model: Any, folder: Path, data: list[str], domain: str | None) -> None:
     """Save organs in the dtypes of their donors, whatever dtype they were trained in, and record the text."""
     from not_hf.cards.donor import CURVE
 
     configs: list[DonorConfig] = list(model.donor_config.values())
     for config in configs:
         config.domain = domain or config.domain
-        config.datasets = list(dict.fromkeys([*(config.datasets or []), _public_name(data)]))
+        config.datasets = list(dict.fromkeys([*(config.datasets or []), *map(_public_name, data)]))
         config.metrics = None  # those of an earlier training no longer hold
     if (curve := folder / CHECKPOINTS / CURVE).exists():
         shutil.copy(curve, folder)  # now, for the card
@@ -223,24 +239,29 @@ def _save(model: Any, folder: Path, data: str, domain: str | None) -> None:
     model.save_pretrained(folder)
 
 
-def _measure(folder: Path, base: str | None, texts: Mapping[str, tuple[str, Iterable[str]]]) -> None:
+def _measure(folder: Path, base: str | None, texts: Mapping[str, tuple[str, TrainingData]], length: int) -> None:
     """Measure perplexity of what was saved, as it will be loaded by others, and write it into its config and card.
 
     Args:
         folder: Of the donor.
         base: The recipient, if not the donor's base.
         texts: Source and rows of each text, by what it is: `"held-out"` or `"control"`.
+        length: Tokens of a conversation that are measured, at most.
     """
     from not_hf import DonorConfig, DonorModel
     from not_hf.cards.common import README
     from not_hf.cards.donor import updated_card
     from not_hf.composition.check import survey
+    from not_hf.evaluation.chat_perplexity import measure_chat
     from not_hf.hub.headers import size_of
 
     model, tokenizer = load_model(str(folder), base)
     metrics = {}
     for name, (source, rows) in texts.items():
-        found = measure(model, tokenizer, rows)
+        if rows.is_chat:
+            found = measure_chat(model, rows.examples(tokenizer, length)) | {"window": length}
+        else:
+            found = measure(model, tokenizer, rows.rows["text"])
         on = {"text": _public_name(source), "num_tokens": found["num_tokens"], "window": found["window"]}
         key = "perplexity" if name == "held-out" else f"{name}_perplexity"
         metrics[key] = {"before": found["before"], "after": found["after"], "measured_on": on}

@@ -21,6 +21,7 @@ from not_hf.composition.sources import DEFAULT_NAME, OrganSource
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor import compatibility
 from not_hf.donor.compatibility import Mismatches
+from not_hf.donor.delta import assembled
 from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import is_saved, saved_problems
@@ -113,8 +114,13 @@ def examine(organs: Sequence[ResolvedOrgan], recipient: PreTrainedConfig, loaded
 def header_problems(spec: OrganSpec, headers: Mapping[str, TensorInfo]) -> list[str]:
     """Report missing, unexpected, mis-shaped, empty and non-floating-point tensors, from `list_tensors`."""
     saved = {name: each for name, each in headers.items() if is_saved(name)}
-    problems = tensor_problems(headers) + expert_problems(headers) + saved_problems(spec.config, saved)
-    hollow = {name: torch.empty(each.shape, dtype=dtype_of(each), device="meta") for name, each in headers.items()}
+    problems = tensor_problems(headers) + saved_problems(spec.config, saved)
+    try:
+        tensors = assembled(headers, spec.config)
+    except CorruptDonorError as error:
+        return [*problems, str(error)]
+    problems += expert_problems(tensors)
+    hollow = {name: torch.empty(each.shape, dtype=dtype_of(each), device="meta") for name, each in tensors.items()}
     try:
         with without_progress_bar():
             _, info = DonorModel.fill(spec, hollow, source="the checkpoint", device_map="meta")
@@ -148,7 +154,8 @@ def survey(
     for organ in resolved:
         where = {**hub_kwargs, "revision": organ.revision, "subfolder": organ.subfolder or ""}
         try:
-            organs.append(SurveyedOrgan(organ, list_tensors(str(organ.donor), **where)))
+            found = list_tensors(str(organ.donor), organ.spec.config.weights_variant, **where)
+            organs.append(SurveyedOrgan(organ, found))
         except CorruptDonorError as error:
             organs.append(SurveyedOrgan(organ, {}, str(error)))
     return root, organs
@@ -235,6 +242,8 @@ def _local_digest_problem(organ: ResolvedOrgan, hub_kwargs: Mapping[str, Any]) -
     """Compare an organ's tensors with their digest, if they are on this machine."""
     where = {**hub_kwargs, "revision": organ.revision, "subfolder": organ.subfolder or "", "local_files_only": True}
     try:
-        return digest_problem(open_checkpoint(str(organ.donor), **where), organ.spec.config.digests)
+        variant = organ.spec.config.weights_variant
+        tensors = open_checkpoint(str(organ.donor), variant=variant, **where)
+        return digest_problem(tensors, organ.spec.config.digests, variant)
     except OSError:  # not in the cache
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from not_hf.composition.layout import StackEntry, require_distinct
 from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
 from not_hf.composition.sources import OrganSource, composition_config, write_entry
 from not_hf.config import DonorConfig
+from not_hf.donor.delta import assembled
 from not_hf.donor.loading import refuse
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.tokenizer import save_local_tokenizer
@@ -115,7 +117,7 @@ class Plan:
         copied = {organ.name: organ.source for organ in self.organs if embed or organ.source.is_local}
         for place in (Path(folder), *(Path(folder, name) for name in copied)):
             require_donor_folder(place)
-        files = {name: self._files(source) for name, source in copied.items()}
+        files = {organ.name: self._files(organ) for organ in self.organs if organ.name in copied}
         config = self.config(embed)
         num_parameters = sum(organ.num_parameters for organ in self.organs)
         card = updated_card(folder, config, num_parameters, sum(organ.size for organ in self.organs))
@@ -133,12 +135,13 @@ class Plan:
             card.save(Path(draft, README))
             save_local_tokenizer(self.base, folder, draft)
 
-    def _files(self, source: OrganSource) -> dict[str, str]:
+    def _files(self, organ: PlannedOrgan) -> dict[str, str]:
         """Fetch the files of a donor, and return their local paths by name."""
+        source, variant = organ.source, organ.config.weights_variant
         donor = str(source.donor)
         where: dict[str, Any] = {**self.hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
-        open_checkpoint(donor, **where)  # raises if a file is incomplete
-        files = checkpoint_files(donor, **where)
+        open_checkpoint(donor, variant=variant, **where)  # raises if a file is incomplete
+        files = checkpoint_files(donor, variant, **where)
         for name in (CONFIG_NAME, README):
             path = fetch_file(donor, name, **where)
             files |= {name: path} if path else {}
@@ -205,9 +208,10 @@ def _planned(organ: ResolvedOrgan, hub_kwargs: Mapping[str, Any]) -> PlannedOrga
     """Check the headers of an organ's files, and fill in its place and size."""
     donor, config = str(organ.donor), copy.copy(organ.spec.config)
     config.position, config.mode, config.scale = int(organ.place.position), organ.mode, organ.scale
-    tensors = list_tensors(donor, **hub_kwargs, revision=organ.revision, subfolder=organ.subfolder or "")
+    where = {**hub_kwargs, "revision": organ.revision, "subfolder": organ.subfolder or ""}
+    tensors = list_tensors(donor, config.weights_variant, **where)
     refuse(donor, header_problems(organ.spec, tensors))
-    num_parameters = sum(tensor.parameter_count for tensor in tensors.values())
+    num_parameters = sum(math.prod(tensor.shape) for tensor in assembled(tensors, config).values())
     return PlannedOrgan(organ, config, num_parameters, sum(map(size_of, tensors.values())))
 
 

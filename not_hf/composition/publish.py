@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from huggingface_hub import CommitInfo
 
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import inherit_license
-from not_hf.composition.resolve import resolve_donor
+from not_hf.composition.resolve import ResolvedOrgan, resolve_donor
 from not_hf.composition.sources import OrganSource
+from not_hf.config import DELTA
+from not_hf.donor.delta import plan_delta, write_delta
 from not_hf.donor.loading import refuse
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.saving import digests_of
 from not_hf.errors import NotHFError
 from not_hf.hub.atomic_write import DRAFT
 from not_hf.hub.consistent_read import require_same_save, saved_digests
 from not_hf.hub.digest import digest_problems
+from not_hf.hub.headers import size_of
+from not_hf.hub.partial_download import list_tensors
 from not_hf.hub.push import PushOptions, push_folder
 
 
 def push_donor(
-    folder: str | os.PathLike[str], repo_id: str, ignore: Sequence[str] = (), **options: Unpack[PushOptions]
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    ignore: Sequence[str] = (),
+    delta: str | None = None,
+    rank: int | None = None,
+    **options: Unpack[PushOptions],
 ) -> CommitInfo:
     """Check the folder of a donor or composition strictly, then push it with an updated card as one commit.
 
@@ -35,10 +46,12 @@ def push_donor(
         folder: Folder of the donor. Organs that a composition lists from elsewhere must be on the Hub.
         repo_id: As in `push_to_hub`.
         ignore: Patterns of file names to leave out, besides names that begin with a dot and Trainer's checkpoints.
+        delta: Push a delta, as in `DonorModel.save_pretrained`; the folder keeps its whole tensors.
+        rank: Rank of its products.
         **options: As in `push_to_hub`.
 
     Raises:
-        NotHFError: The folder is not a donor, or lists an organ from another folder.
+        NotHFError: The folder is not a donor, or lists an organ from another folder, or no delta can be made of it.
         CorruptDonorError: An organ is damaged.
         OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
 
@@ -63,7 +76,11 @@ def push_donor(
             raise NotHFError(
                 f"organ {organ.name!r} is in {organ.donor}, a folder of this machine; copy it into {folder}"
             )
-    num_parameters, size = _measured(folder, inside)
+    planned = plan_delta(delta, rank, config, is_pushed=True)
+    if planned is not None and (config.donors is not None or config.delta is not None):
+        kind = "a composition, whose organs are pushed one by one as" if config.delta is None else "already"
+        raise NotHFError(f"{folder} is {kind} a delta; leave out delta")
+    num_parameters, size = _measured(folder, inside, token)
     if len(inside) < len(organs):  # the sizes of organs in other repos are unknown
         num_parameters = size = None
     stated = config.license
@@ -76,20 +93,27 @@ def push_donor(
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
         require_same_save(target, None, config.digests)
         for organ in inside:
-            copy = os.path.join(target, organ.subfolder or "")
-            refuse(os.path.join(folder, organ.subfolder or ""), digest_problems(copy, saved_digests(copy)))
+            place = os.path.join(target, organ.subfolder or "")
+            refuse(os.path.join(folder, organ.subfolder or ""), digest_problems(place, saved_digests(place)))
         if config.license != stated:
             config.save_pretrained(target)
         card.save(readme)
+        if planned is not None:
+            smaller = copy.copy(config)
+            smaller.delta, new_size = write_delta(target, planned, config, token=token)
+            smaller.digests = digests_of(target, target, DELTA)
+            smaller.save_pretrained(target)
+            updated_card(folder, smaller, num_parameters, new_size, repo_id, published=readme).save(readme)
 
     return push_folder(save, repo_id, **options)
 
 
-def _measured(folder: Path, inside: Sequence[OrganSource]) -> tuple[int | None, int | None]:
-    """Load the organs in a folder to check them; returns their number of parameters and bytes."""
+def _measured(folder: Path, inside: Sequence[ResolvedOrgan], token: Any) -> tuple[int | None, int | None]:
+    """Load the organs in a folder to check them; returns their number of parameters and the bytes of their files."""
     num_parameters = size = 0
-    for source in inside:
-        donor = DonorModel.from_pretrained(folder, subfolder=source.subfolder or "")
-        num_parameters += donor.num_parameters()
-        size += sum(parameter.numel() * parameter.element_size() for parameter in donor.parameters())
+    for organ in inside:
+        where = {"subfolder": organ.subfolder or "", "token": token}
+        num_parameters += DonorModel.from_pretrained(folder, **where).num_parameters()
+        tensors = list_tensors(folder, organ.spec.config.weights_variant, **where)
+        size += sum(map(size_of, tensors.values()))
     return num_parameters, size

@@ -29,7 +29,7 @@ def open_tensors(
         source: Folder or Hub ID.
         config: Config that was read there, or another one for these tensors, which then has no digests.
         hub_kwargs: With a pinned revision.
-        variant: As in `open_checkpoint`, like the errors.
+        variant: As in `open_checkpoint`, like the errors; `None`: what the config says.
         verify: Compare the tensors with their digest.
 
     Raises:
@@ -37,6 +37,7 @@ def open_tensors(
             differs.
         NotHFError: There is no digest to verify.
     """
+    variant = variant or config.weights_variant
     subfolder, file = hub_kwargs.get("subfolder"), file_names(variant)[0]
     digests = config.digests or saved_digests(source, subfolder)
     tensors = open_checkpoint(source, variant=variant, **hub_kwargs)

@@ -19,6 +19,7 @@ from not_hf.architecture.part_names import ALL, Modules
 from not_hf.cards.license import inherit_license
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
+from not_hf.donor.delta import plan_delta, with_base
 from not_hf.donor.filled import FilledModel
 from not_hf.donor.loading import open_tensors
 from not_hf.donor.saved_modules import Indices, base_stack, choose_modules, cut_modules
@@ -238,9 +239,10 @@ class DonorModel(FilledModel):
             verify: As in `from_pretrained`.
         """
         views = open_tensors(source, spec.config, hub_kwargs, variant, verify)
-        organ, missing = cls.load_tensors(spec, views, dtype, *model_args, source=source, **kwargs)
+        tensors = with_base(source, views, spec.config, hub_kwargs)
+        organ, missing = cls.load_tensors(spec, tensors, dtype, *model_args, source=source, **kwargs)
         organ.config.name_or_path = source
-        organ.config.digests = None  # its tensors may change
+        organ.config.digests = organ.config.delta = None  # its tensors may change
         return organ, missing
 
     def save_pretrained(  # type: ignore[override]
@@ -250,6 +252,8 @@ class DonorModel(FilledModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
+        delta: str | None = None,
+        rank: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Save `config.json`, `model.safetensors`, the card and, for a local base, its tokenizer.
@@ -260,30 +264,42 @@ class DonorModel(FilledModel):
             state_dict: Tensors to save instead of the donor's own, by the same names.
             push_to_hub: Also push to `repo_id` (default: the folder's name).
             max_shard_size: Size above which the weights are sharded.
+            delta: Store the change of the base's layers, and read it together with them: `"low_rank"`, each matrix as
+                a product of that `rank` (default: 64); or `"bfloat16"`, rounded.
+            rank: Rank of the products.
             **kwargs: As in `PreTrainedModel.save_pretrained` and `push_to_hub`.
 
         Raises:
             CorruptDonorError: A tensor is empty, on the meta device or not finite; nothing is written.
+            NotHFError: No delta can be made, or it would be no smaller.
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
-        write_donor(self, save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
+        kwargs |= {"max_shard_size": max_shard_size, "delta": plan_delta(delta, rank, self.config, push_to_hub)}
+        write_donor(self, save_directory, is_main_process, state_dict, **kwargs)
         if push_to_hub:
-            self.push_to_hub(repo_id, max_shard_size=max_shard_size, **push_kwargs)
+            self.push_to_hub(repo_id, max_shard_size=max_shard_size, delta=delta, rank=rank, **push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, *, max_shard_size: int | str = "5GB", **options: Unpack[PushOptions]
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str = "5GB",
+        delta: str | None = None,
+        rank: int | None = None,
+        **options: Unpack[PushOptions],
     ) -> CommitInfo:
-        """Push the donor and its card to the Hub as one commit. Arguments as in `PreTrainedModel.push_to_hub`.
+        """Push the donor and its card as one commit. Arguments as in `save_pretrained` and transformers.
 
         Raises:
             NotHFError: The repo holds another kind of model.
             OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
         """
-        inherit_license(self.config, revision=self.config.base_revision, token=options.get("token"))
+        planned, token = plan_delta(delta, rank, self.config, is_pushed=True), options.get("token")
+        inherit_license(self.config, revision=self.config.base_revision, token=token)
 
         def save(folder: str, repo_id: str) -> None:
-            write_donor(self, folder, repo_id=repo_id, max_shard_size=max_shard_size)
+            write_donor(self, folder, repo_id=repo_id, delta=planned, token=token, max_shard_size=max_shard_size)
 
         return push_folder(save, repo_id, self.model_tags, **options)
 

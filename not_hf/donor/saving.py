@@ -16,11 +16,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from not_hf.architecture.layers import is_finite
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
+from not_hf.config import DELTA
+from not_hf.donor.delta import Delta, write_delta
 from not_hf.donor.loading import refuse
 from not_hf.donor.saved_modules import is_saved, saved_problems
 from not_hf.donor.stripped import StrippedModel
 from not_hf.donor.tokenizer import save_local_tokenizer
-from not_hf.errors import CorruptDonorError, one_line
+from not_hf.errors import CorruptDonorError, NotHFError, one_line
 from not_hf.hub.atomic_write import replacing, require_donor_folder
 from not_hf.hub.checkpoint import file_names, open_checkpoint
 from not_hf.hub.consistent_read import saved_digests
@@ -35,6 +37,8 @@ def write_donor(
     repo_id: str | None = None,
     draft: str | None = None,
     generation_config: GenerationConfig | None = None,
+    delta: Delta | None = None,
+    token: bool | str | None = None,
     **kwargs: Any,
 ) -> dict[str, str] | None:
     """Write the folder of a donor, with the digest of its tensors in the config.
@@ -47,6 +51,8 @@ def write_donor(
         repo_id: The donor's repo, for the card.
         draft: Folder to write to instead, without a tokenizer; the caller moves it to `folder`.
         generation_config: Also saved, if given.
+        delta: How to store a change of the base's layers, from `plan_delta`.
+        token: Of the Hub, to read them.
         **kwargs: For `PreTrainedModel.save_pretrained`.
 
     Returns:
@@ -54,8 +60,8 @@ def write_donor(
 
     Raises:
         CorruptDonorError: A tensor is missing, empty, on the meta device or not finite; nothing is written.
-        NotHFError: The folder holds another model.
-        OSError: The folder cannot be written; it is as it was.
+        NotHFError: The folder holds another model, or a delta cannot be made.
+        OSError: The folder cannot be written, or the base not read; the folder is as it was.
     """
     tensors = donor.state_dict() if tensors is None else tensors
     beside = {name: tensor for name, tensor in tensors.items() if is_saved(name)}
@@ -67,10 +73,11 @@ def write_donor(
             f"cannot save tensors with NaN or infinity: {', '.join(broken[:5])}; check whether training diverged"
         )
     require_donor_folder(folder)
+    if delta is not None and (variant := kwargs.get("variant")):
+        raise NotHFError(f"a delta is not a variant of the whole tensors; leave out variant={variant!r}, or delta")
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
     with contextlib.nullcontext(draft) if draft else replacing(folder, is_main_process) as place:
-        card = updated_card(folder, donor.config, num_parameters, size, repo_id)
         try:
             PreTrainedModel.save_pretrained(donor, place, is_main_process, dict(tensors), **kwargs)
         except SafetensorError as error:  # of its own kind, when the disk is full
@@ -78,7 +85,11 @@ def write_donor(
         if not is_main_process:
             return None
         config = copy.copy(donor.config)
-        config.digests = _digests(folder, place, kwargs.get("variant"))
+        config.delta = None
+        if delta is not None:
+            config.delta, size = write_delta(place, delta, config, token=token)
+        config.digests = digests_of(folder, place, kwargs.get("variant") or config.weights_variant)
+        card = updated_card(folder, config, num_parameters, size, repo_id)
         config.save_pretrained(place)
         card.save(os.path.join(place, README))
         if generation_config is not None:
@@ -93,11 +104,14 @@ def save_generation_config(config: GenerationConfig, folder: str | os.PathLike[s
     config.to_json_file(os.path.join(folder, GENERATION_CONFIG_NAME))
 
 
-def _digests(folder: str | os.PathLike[str], draft: str, variant: str | None) -> dict[str, str] | None:
+def digests_of(
+    folder: str | os.PathLike[str], draft: str | os.PathLike[str], variant: str | None
+) -> dict[str, str] | None:
     """Compute the digest of the tensors in a draft; the digests of other variants in `folder` stay."""
-    found = {key: value for key, value in (saved_digests(folder) or {}).items() if "/" not in key}
+    replaced = {file_names(each)[0] for each in ((None, DELTA) if variant in (None, DELTA) else (variant,))}
+    saved = saved_digests(folder) or {}
+    found = {key: value for key, value in saved.items() if key not in replaced and "/" not in key}
     file = file_names(variant)[0]
-    found.pop(file, None)
     if any(name.endswith(".safetensors") for name in os.listdir(draft)):  # not as distributed checkpoint
         found[file] = digest(open_checkpoint(draft, variant=variant))
     return found or None

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from transformers.utils import CONFIG_NAME
 
-from not_hf.config import DonorConfig
+from not_hf.config import DELTA, DonorConfig
 from not_hf.errors import NotHFError
 from not_hf.hub.folder_lock import locked
 
@@ -179,7 +179,13 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _checkpoint(path: str) -> tuple[str, str | None] | None:
-    """Folder and variant of the checkpoint that a file belongs to; `None` if it is not a weight file."""
+    """Folder and variant of the checkpoint that a file belongs to; `None` if it is not a weight file.
+
+    A delta stands in the place of a whole checkpoint, so it counts as one.
+    """
     folder, name = _split(path)
     match = _WEIGHTS.fullmatch(name)
-    return None if match is None else (folder, match[1] or match[3])
+    if match is None:
+        return None
+    variant = match[1] or match[3]
+    return folder, None if variant == f".{DELTA}" else variant

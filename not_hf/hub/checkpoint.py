@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import TensorInfo
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from not_hf.architecture.upstream import fetch_file
@@ -109,7 +108,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def hollow(tensors: Mapping[str, View | TensorInfo]) -> dict[str, torch.Tensor]:
+def hollow(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Tensors like those in files, on the meta device; `KeyError` if one has a dtype that torch lacks."""
     return {
         name: torch.empty(each.shape, dtype=torch_dtype(each.dtype), device="meta") for name, each in tensors.items()
@@ -150,17 +149,17 @@ def open_checkpoint(
     return views
 
 
-def checkpoint_files(source: str | os.PathLike[str], **hub_kwargs: Any) -> dict[str, str]:
+def checkpoint_files(source: str | os.PathLike[str], variant: str | None = None, **hub_kwargs: Any) -> dict[str, str]:
     """Paths of a checkpoint's files on this machine by name, its index included. From the Hub all are fetched.
 
     Raises:
         OSError: As in `open_checkpoint`.
         CorruptDonorError: The index cannot be read.
     """
-    whole, index = file_names()
+    whole, index = file_names(variant)
     names = [whole]
     if fetch_file(source, whole, **hub_kwargs) is None:
-        names = [index, *read_shards(source, **hub_kwargs)]
+        names = [index, *read_shards(source, variant=variant, **hub_kwargs)]
     return {name: path for name in names if (path := fetch_file(source, name, **hub_kwargs))}
 
 

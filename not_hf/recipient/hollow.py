@@ -39,10 +39,11 @@ from not_hf.composition.resolve import Resolved, ResolvedOrgan, resolve
 from not_hf.composition.sources import DEFAULT_NAME, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.cutting import plain_config
+from not_hf.donor.delta import FileTensor, with_base
 from not_hf.donor.loading import open_tensors, refuse
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError, one_line
-from not_hf.hub.checkpoint import View, hollow
+from not_hf.hub.checkpoint import hollow
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.partial_download import list_tensors
 from not_hf.recipient.heads import class_for
@@ -60,7 +61,7 @@ class NotCopiedError(Exception):
 class OrganTensor:
     """A tensor in a donor's files, and what becomes of it in a recipient."""
 
-    view: View
+    view: FileTensor
     loaded: torch.dtype  # of the donor
     dtype: torch.dtype  # in the recipient
     scale: float = 1.0
@@ -78,7 +79,7 @@ class OpenedMerge:
 
     resolved: Resolved
     fit: Fit
-    files: list[dict[str, View]]  # of each organ
+    files: list[dict[str, FileTensor]]  # of each organ
 
     @property
     def kind(self) -> type[Transplanted]:
@@ -129,11 +130,7 @@ def open_merge(
     def read() -> OpenedMerge:
         resolved = resolve(first, donor, OrganSource(DEFAULT_NAME, ""), None, hub_kwargs)
         fit = validate(resolved.organs, resolved.base_config)
-        files = [
-            open_tensors(str(organ.donor), organ.spec.config, _where(organ, resolved.shared))
-            for organ in resolved.organs
-        ]
-        return OpenedMerge(resolved, fit, files)
+        return OpenedMerge(resolved, fit, [_open(organ, resolved.shared) for organ in resolved.organs])
 
     return read_steadily(first if donor is None else donor, read)
 
@@ -184,8 +181,11 @@ def hollow_merge(opened: OpenedMerge, folder: str | os.PathLike[str]) -> HollowM
     return HollowMerge(native, card, tensors, {name: source(name) for name in tensors})
 
 
-def _where(organ: ResolvedOrgan, shared: Mapping[str, Any]) -> dict[str, Any]:
-    return {**shared, "revision": organ.revision, "subfolder": organ.subfolder or ""}
+def _open(organ: ResolvedOrgan, shared: Mapping[str, Any]) -> dict[str, FileTensor]:
+    """Open the files of an organ, and of the layers that they are a change of, if so."""
+    where = {**shared, "revision": organ.revision, "subfolder": organ.subfolder or ""}
+    donor, config = str(organ.donor), organ.spec.config
+    return with_base(donor, open_tensors(donor, config, where), config, where)
 
 
 def _base_headers(opened: OpenedMerge) -> dict[str, TensorInfo]:
@@ -212,7 +212,9 @@ def _base_headers(opened: OpenedMerge) -> dict[str, TensorInfo]:
     return headers
 
 
-def _hollow_donor(organ: ResolvedOrgan, files: Mapping[str, View], attn_implementation: str | None) -> DonorModel:
+def _hollow_donor(
+    organ: ResolvedOrgan, files: Mapping[str, FileTensor], attn_implementation: str | None
+) -> DonorModel:
     """Build a donor on the meta device, as strictly as it is loaded."""
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "device_map": "meta"}
     with without_progress_bar():
@@ -264,7 +266,11 @@ def _locate(base: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> dict[st
 
 
 def _organ_tensors(
-    resolved: ResolvedOrgan, organ: Organ, path: str, files: Mapping[str, View], loaded: Mapping[str, torch.dtype]
+    resolved: ResolvedOrgan,
+    organ: Organ,
+    path: str,
+    files: Mapping[str, FileTensor],
+    loaded: Mapping[str, torch.dtype],
 ) -> dict[str, OrganTensor]:
     """Locate the tensors of an organ in a donor's files, by layer and name in it, and check their values.
 
@@ -300,7 +306,7 @@ def _stays_finite(tensor: OrganTensor, dtype: torch.dtype) -> bool:
     return all(map(is_finite, replace(tensor, dtype=dtype, scale=1.0).values()))
 
 
-def _require_scalable(organ: ResolvedOrgan, n: int, path: str, files: Mapping[str, View]) -> None:
+def _require_scalable(organ: ResolvedOrgan, n: int, path: str, files: Mapping[str, FileTensor]) -> None:
     """`require_scalable` on layer `n` of an organ, the only one that is loaded for it."""
     config: DonorConfig = copy.deepcopy(organ.spec.config)
     place = config.span[0] + n

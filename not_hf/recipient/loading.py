@@ -152,7 +152,7 @@ def _fit_organ(
     spec, repo = resolved.spec, None if isinstance(resolved.donor, DonorModel) else str(resolved.donor)
     config = copy.deepcopy(spec.config)
     config.position, config.mode, config.scale = int(resolved.place.position), resolved.mode, 1.0
-    config.digests = None  # the organ's tensors may change
+    config.digests = config.delta = None  # the organ's tensors may change
     stack = surgery.stack(model)
     if training.chooses_modules:
         choose_modules(config, stack, training.modules_to_save, training.trainable_token_indices)

@@ -21,6 +21,7 @@ from not_hf.architecture.differences import describe, native_differences
 from not_hf.architecture.quantization import is_quantized
 from not_hf.cards.common import README, warn_once
 from not_hf.donor.cutting import StoredBase, layer_pattern, open_base
+from not_hf.donor.delta import low_rank
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import (
     CorruptDonorError,
@@ -184,7 +185,7 @@ def from_lora(
     here, first = donor.stack.full_path, numbers[0]
     names = {key: f"{here}.{int(match[1]) - first}.{match[2]}" for key, match in found.items() if match is not None}
     state = {names[key]: tensor for key, tensor in weights.items()}
-    low_rank = {key: tensor for key, tensor in state.items() if ".lora_" in key}
+    factors = {key: tensor for key, tensor in state.items() if ".lora_" in key}
     targets = {
         names[key].partition(".lora_")[0]: key.removeprefix(_PEFT).partition(".lora_")[0]
         for key in weights
@@ -200,13 +201,13 @@ def from_lora(
         pattern_of |= resolved
     config.target_modules, config.modules_to_save = set(targets), None
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    whole = {key: tensor for key, tensor in state.items() if key not in low_rank}
+    whole = {key: tensor for key, tensor in state.items() if key not in factors}
     try:
         if unknown := whole.keys() - donor.state_dict().keys():
             raise ValueError(f"it has no place for {some(sorted(unknown))}")
         donor.load_state_dict(whole, strict=False)
         inject_adapter_in_model(config, donor)
-        result: Any = set_peft_model_state_dict(donor, low_rank)
+        result: Any = set_peft_model_state_dict(donor, factors)
         if unknown := result.unexpected_keys:
             raise ValueError(f"it has no place for {some(sorted(unknown))}")
         for path, module in list(donor.named_modules()):
@@ -251,7 +252,7 @@ def _adapter(surgery: Surgery, organ: Organ, stack: str, rank: int, with_norms: 
         if isinstance(ours, nn.Linear | Conv1D):
             is_conv = is_conv or isinstance(ours, Conv1D)
             change = changes["weight"].T if isinstance(ours, Conv1D) else changes["weight"]  # (out, in)
-            down, up, error = _low_rank(change, rank)
+            down, up, error = low_rank(change, rank)
             dtype = ours.weight.dtype
             tensors |= {f"{name}.lora_A.weight": down.to(dtype), f"{name}.lora_B.weight": up.to(dtype)}
             biases |= {name: changes["bias"].to(dtype)} if "bias" in changes else {}
@@ -309,15 +310,6 @@ def _changed(surgery: Surgery, organ: Organ, stack: str) -> Iterator[tuple[str, 
 
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
-
-
-def _low_rank(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Split a matrix `(out, in)` into `(rank, in)` and `(out, rank)`, and measure what their product loses."""
-    left, values, right = torch.linalg.svd(change, full_matrices=False)
-    kept, padding = values[:rank].sqrt(), (0, 0, 0, max(0, rank - len(values)))
-    down = nn.functional.pad(kept[:, None] * right[:rank], padding)
-    up = nn.functional.pad((left[:, :rank] * kept).T, padding).T
-    return down, up, float(values[rank:].norm() / values.norm())
 
 
 def _card(base: str, rank: int, matrices: list[LoraMatrix]) -> ModelCard:

@@ -151,6 +151,8 @@ class Transplanted(Recipient):
         dtype: torch.dtype | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
+        delta: str | None = None,
+        rank: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Save organs only: one as a donor, several as a composition with a subfolder each.
@@ -160,15 +162,17 @@ class Transplanted(Recipient):
             selected_donors: Names of the organs to save; default: all.
             state_dict: Tensors of the whole model, if already gathered (as by `Trainer`).
             dtype: dtype of the files. `None`: that of each organ, which is float32 for one that is trained.
+            delta: Store changes of the layers that each organ was cut from; `rank` is as there, too.
         """
         names = self._selected(selected_donors)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
-        options = {"is_main_process": is_main_process, "dtype": dtype, "max_shard_size": max_shard_size, **kwargs}
+        of_files: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "delta": delta, "rank": rank}
+        options = {"is_main_process": is_main_process, "is_pushed": push_to_hub, **of_files, **kwargs}
         save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
         keep_card_from_trainers()
         if push_to_hub:
-            self.push_to_hub(repo_id, selected_donors=names, dtype=dtype, max_shard_size=max_shard_size, **push_kwargs)
+            self.push_to_hub(repo_id, selected_donors=names, **of_files, **push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -177,6 +181,8 @@ class Transplanted(Recipient):
         selected_donors: Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
+        delta: str | None = None,
+        rank: int | None = None,
         **options: Unpack[PushOptions],
     ) -> CommitInfo:
         """Push organs and cards as one commit. Arguments as in `save_pretrained` and `DonorModel.push_to_hub`."""
@@ -185,7 +191,8 @@ class Transplanted(Recipient):
             inherit_license(config, revision=config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
-            of_files: dict[str, Any] = {"dtype": dtype, "repo_id": repo_id, "max_shard_size": max_shard_size}
+            of_files: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "delta": delta, "rank": rank}
+            of_files |= {"repo_id": repo_id, "is_pushed": True, "token": options.get("token")}
             save_organs(self, self._surgery, names, folder, **of_files)
 
         return push_folder(save, repo_id, self.model_tags, **options)

@@ -22,6 +22,8 @@ from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License
 from not_hf.composition.sources import composition_config, write_entry
+from not_hf.config import DonorConfig
+from not_hf.donor.delta import plan_delta
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import attach
 from not_hf.donor.saving import save_generation_config, write_donor
@@ -78,14 +80,20 @@ def save_organs(
     repo_id: str | None = None,
     is_main_process: bool = True,
     dtype: torch.dtype | None = None,
+    delta: str | None = None,
+    rank: int | None = None,
+    is_pushed: bool = False,
     **kwargs: Any,
 ) -> None:
     """Save one organ as a donor, several as a composition. Arguments as in `organ_tensors` and `write_donor`.
 
     Args:
         dtype: dtype of the files; `None`: that of each organ.
+        delta: As in `plan_delta`, like `rank` and `is_pushed`.
     """
     shells = {name: _shell(surgery, surgery.organs[name], dtype) for name in names}
+    origins = {name: _cut_from(surgery.organs[name], shell) for name, shell in shells.items()}
+    deltas = {name: plan_delta(delta, rank, config, is_pushed) for name, config in origins.items()}
     states = {name: organ_tensors(model, surgery, name, state_dict) for name in names}
     if dtype is not None:
         states = {
@@ -96,7 +104,7 @@ def save_organs(
         _require_own(name, states[name], shell)
     generation = _generation_config(model, surgery, folder)
     if len(names) == 1:
-        kwargs |= {"repo_id": repo_id, "generation_config": generation}
+        kwargs |= {"repo_id": repo_id, "generation_config": generation, "delta": deltas[names[0]]}
         write_donor(shells[names[0]], folder, is_main_process, states[names[0]], **kwargs)
         return
     require_donor_folder(folder)
@@ -109,14 +117,16 @@ def save_organs(
     num_parameters = sum(tensor.numel() for tensor in tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     with replacing(folder, is_main_process) as draft:
-        card = updated_card(folder, config, num_parameters, size, repo_id)
         digests: dict[str, str] = {}
         for name, shell in shells.items():
             place = os.path.join(folder, name)
-            options = {"draft": os.path.join(draft, name), **kwargs}
+            options = {"draft": os.path.join(draft, name), "delta": deltas[name], **kwargs}
             written = write_donor(shell, place, is_main_process, states[name], **options) or {}
             digests |= {f"{name}/{file}": value for file, value in written.items()}
         if is_main_process:
+            if delta is not None:
+                size = sum(file.stat().st_size for file in Path(draft).glob("*/*.safetensors"))
+            card = updated_card(folder, config, num_parameters, size, repo_id)
             config.digests = digests or None
             config.save_pretrained(draft)
             card.save(Path(draft, README))
@@ -125,6 +135,13 @@ def save_organs(
             if generation is not None:
                 save_generation_config(generation, draft)
             save_local_tokenizer(config.base_model_name_or_path, folder, draft)
+
+
+def _cut_from(organ: Organ, shell: DonorModel) -> DonorConfig:
+    """Return the config that says more of what an organ was cut from: its own, or that which names the recipient."""
+    own, base = organ.config, shell.config.base_model_name_or_path
+    is_recipient = own.base_revision is None and own.base_model_name_or_path in (None, base)
+    return shell.config if is_recipient else own
 
 
 def _save_for_trainers(

@@ -81,6 +81,23 @@ def load_text(
         >>> load_text(file)["text"][:]
         ['In the beginning', 'was the word']
     """
+    rows = load_rows(
+        source, split=split, streaming=streaming, name=name, revision=revision, token=token, sample_by=sample_by
+    )
+    return text_rows(rows, column, os.fspath(source))
+
+
+def load_rows(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    streaming: bool = False,
+    name: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    sample_by: SampleBy | None = None,
+) -> Any:
+    """Load a dataset with all its columns; arguments and errors are those of `load_text`."""
     source = os.path.expanduser(source)
     how: dict[str, Any] = {"split": split, "streaming": streaming, "token": token}
     if streaming and "[" in split:
@@ -107,6 +124,17 @@ def load_text(
             *(source, width, rows),
         )
         dataset = dataset if sample_by else load("paragraph")
+    return dataset
+
+
+def text_rows(dataset: Any, column: str, source: str) -> Dataset | IterableDataset:
+    """Reduce a dataset to the column `text`, and to the rows that hold some.
+
+    Args:
+        dataset: Rows of any columns.
+        column: Column that holds the text.
+        source: Where it comes from, for an error.
+    """
     dataset = _only_column(dataset, column, source)
     if column != "text":
         dataset = dataset.rename_column(column, "text")

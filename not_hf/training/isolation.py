@@ -75,7 +75,11 @@ def _leaks(model: PreTrainedModel, data_collator: Callable[[list], Any], **optio
         positions = [position for length in lengths for position in range(length)]
         labels = [token if position else -100 for token, position in zip(ids, positions, strict=True)]
         blocks.append({"input_ids": ids, "labels": labels, "position_ids": positions})
-    batch = {name: tensor.to(model.device) for name, tensor in data_collator(blocks).items() if name != "labels"}
+    batch = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in data_collator(blocks).items()
+        if name != "labels"
+    }
     input_ids = batch.pop("input_ids")
     if input_ids.numel() != sum(map(sum, _LENGTHS)):  # padded
         return True

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from not_hf.training.prefix_key import PrefixKey
 from not_hf.training.row_store import RowStore
 
 logger = logging.getLogger(__name__)
+
+Place = tuple[int, slice]  # of tokens in a batch: their row, and from where to where in it
+# Inputs that follow from where documents begin and end in their row
+_BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 def prefix_folder(folder: str | os.PathLike[str] | None) -> Path:
@@ -69,6 +74,8 @@ class PrefixCache:
         max_bytes: Limit for all subfolders together.
         dtype: To store hidden states in; `None`: as computed, without rounding.
         mixed_precision: The autocast setting of the training; part of the key.
+        by_document: Batches are one row of documents that do not attend to each other, each with `position_ids` from 0
+            on; store each document by itself, whatever others stand in its row.
 
     Raises:
         NotHFError: No layer lies below a trainable one. `hidden` raises it when something in `below` is trainable.
@@ -84,6 +91,7 @@ class PrefixCache:
         max_bytes: int,
         dtype: torch.dtype | None,
         mixed_precision: str,
+        by_document: bool = False,
     ) -> None:
         if entry in (0, len(forward.stack.layers)):
             which = "the first layer" if entry == 0 else "no layer"
@@ -93,6 +101,7 @@ class PrefixCache:
             )
         self.forward, self.entry, self.folder, self.max_bytes = forward, entry, folder, max_bytes
         self._below, self._given_dtype = below, dtype
+        self._keyed = document_keys if by_document else row_keys
         about = _settings(forward.model, entry, dtype, mixed_precision)
         self._model_key = PrefixKey(forward.model, below, around, about)
         self._is_off = self._has_warned = False
@@ -117,19 +126,21 @@ class PrefixCache:
         if store is None:
             return None
         ids = inputs["input_ids"]  # (batch, seq)
-        keys, lengths = row_keys(inputs)
+        keys, places = self._keyed(inputs)
         if all(key in store.rows for key in keys):
             width = self.forward.stack.base_model.config.hidden_size
-            rows = [store.rows.read(key, (n, width), store.dtype) for key, n in zip(keys, lengths, strict=True)]
+            batch = torch.zeros(*ids.shape, width, dtype=store.dtype)
+            rows = [
+                store.rows.read(key, batch[place].shape, store.dtype) for key, place in zip(keys, places, strict=True)
+            ]
             found = [row for row in rows if row is not None]  # a damaged one is computed again
             if len(found) == len(rows):
-                batch = torch.zeros(*ids.shape, width, dtype=store.dtype)
-                for into, row in zip(batch, found, strict=True):
-                    into[: len(row)] = row
+                for place, row in zip(places, found, strict=True):
+                    batch[place] = row
                 return batch.to(ids.device, store.computed)
         hidden = self.forward.run_to(self.entry, inputs).to(store.dtype)
-        for key, length, row in zip(keys, lengths, hidden, strict=True):
-            store.rows.write(key, row[:length])
+        for key, place in zip(keys, places, strict=True):
+            store.rows.write(key, hidden[place])
         return hidden.to(store.computed)
 
     def _has_more_than_tokens(self, inputs: Mapping[str, Any]) -> bool:
@@ -174,8 +185,8 @@ class PrefixCache:
                 )
 
 
-def row_keys(inputs: Mapping[str, Any]) -> tuple[list[bytes], list[int]]:
-    """Compute the key of each row of a batch, and its number of tokens without padding on the right.
+def row_keys(inputs: Mapping[str, Any]) -> tuple[list[bytes], list[Place]]:
+    """Compute the key of each row of a batch, and where its tokens stand, without padding on the right.
 
     A key is a digest of everything the model is given for the row. An input that has no entry per row counts for all.
 
@@ -195,15 +206,41 @@ def row_keys(inputs: Mapping[str, Any]) -> tuple[list[bytes], list[int]]:
     values |= {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
     keys = []
     for row, length in enumerate(lengths):
-        digest = hashlib.blake2b(digest_size=32)
-        for name, value in sorted(values.items()):
-            if isinstance(value, torch.Tensor):
-                if value.ndim and len(value) == len(ids):
-                    value = value[row, :length] if value.shape == ids.shape else value[row]
-                value = (tuple(value.shape), str(value.dtype), value.contiguous().numpy().tobytes())
-            digest.update(repr((name, value)).encode())
-        keys.append(digest.digest())
-    return keys, lengths
+        own = {}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(ids):
+                value = value[row, :length] if value.shape == ids.shape else value[row]
+            own[name] = value
+        keys.append(_digest(own))
+    return keys, [(row, slice(0, length)) for row, length in enumerate(lengths)]
+
+
+def document_keys(inputs: Mapping[str, Any]) -> tuple[list[bytes], list[Place]]:
+    """Compute the key of each document of a batch of one row, and where its tokens stand.
+
+    Args:
+        inputs: A batch as the model takes it, without labels; `input_ids` and `position_ids` are `(1, seq)`.
+    """
+    values = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    shape, positions = values["input_ids"].shape, values["position_ids"]
+    starts = (positions[0] == 0).nonzero().flatten().tolist()
+    keys, places = [], []
+    for start, stop in pairwise([*starts, shape[1]]):
+        own = {name: value for name, value in values.items() if name not in _BORDERS}
+        of_tokens = {name for name, value in own.items() if isinstance(value, torch.Tensor) and value.shape == shape}
+        keys.append(_digest({name: own[name][0, start:stop] if name in of_tokens else own[name] for name in own}))
+        places.append((0, slice(start, stop)))
+    return keys, places
+
+
+def _digest(values: Mapping[str, Any]) -> bytes:
+    """Digest what the model is given for one row or document."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name, value in sorted(values.items()):
+        if isinstance(value, torch.Tensor):
+            value = (tuple(value.shape), str(value.dtype), value.contiguous().numpy().tobytes())
+        digest.update(repr((name, value)).encode())
+    return digest.digest()
 
 
 def _settings(model: Any, entry: int, dtype: torch.dtype | None, mixed_precision: str) -> dict[str, Any]:

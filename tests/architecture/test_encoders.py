@@ -26,7 +26,8 @@ from not_hf import (
 )
 from testing import EXAMPLES
 from testing.donors import SPAN, organ, same
-from testing.models import ENCODERS, logits, tiny_model, tiny_tokenizer
+from testing.models import logits, tiny_model, tiny_tokenizer
+from testing.shapes import ENCODERS
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)

@@ -16,7 +16,8 @@ from not_hf.architecture.splicing import own_values, splice_config, spliced_conf
 from testing.cuts import weights
 from testing.donors import organ, same
 from testing.generation import generate
-from testing.models import exact_logits, in_matrix, tiny_config, tiny_model
+from testing.models import exact_logits, tiny_config, tiny_model
+from testing.shapes import in_matrix
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ALTERNATING = {"layer_types": [SLIDING, FULL] * 2}

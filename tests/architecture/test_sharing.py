@@ -20,7 +20,8 @@ from not_hf.architecture.sharing import first_sharing, source_of
 from not_hf.architecture.splicing import place_attributes, splice_config
 from testing.donors import organ, same
 from testing.generation import generate
-from testing.models import exact_logits, in_matrix, tiny_config, tiny_model
+from testing.models import exact_logits, tiny_config, tiny_model
+from testing.shapes import in_matrix
 from testing.training import trained
 
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -8,8 +8,9 @@ from transformers import AutoModel
 from not_hf import DonorModel, UnsupportedArchitectureError, check_compatibility
 from not_hf.architecture.stack import head_class
 from testing.donors import SPAN
-from testing.models import REFUSED, tiny_config, tiny_model
+from testing.models import tiny_config, tiny_model
 from testing.releases import since
+from testing.shapes import REFUSED
 
 REFUSALS = {
     "mistral_large4_text": "shares keys and values between layers that it numbers",

@@ -13,8 +13,9 @@ from not_hf.cards.donor import donor_card
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
 from testing.cards import make_config
-from testing.models import NUM_LAYERS, tiny_model, tiny_tokenizer
+from testing.models import tiny_model, tiny_tokenizer
 from testing.processes import run_python
+from testing.shapes import NUM_LAYERS
 
 
 def python_blocks(text: str) -> list[str]:

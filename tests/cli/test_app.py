@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -36,6 +37,7 @@ from testing.commands import done, failed, invoke
 from testing.donors import organ, same
 from testing.models import tiny_model, tiny_tokenizer
 from testing.processes import run_python
+from testing.training import CHAT_TEMPLATE, chat
 
 COMMANDS = (
     *("extract", "import", "train", "eval", "sweep", "generate", "inspect", "check"),
@@ -127,6 +129,8 @@ def test_help_needs_no_slow_import():
         "train DONOR -o OUT",
         "train DONOR --data TEXT --streaming -o OUT",
         "train DONOR --data TEXT --block-length 1 -o OUT",
+        "train DONOR --data TEXT --replay-fraction 0.1 -o OUT",
+        "train DONOR --data TEXT --replay-data TEXT --replay-fraction 1 -o OUT",
         "eval DONOR",
         "sweep BASE DONOR --data TEXT",
         "sweep BASE DONOR --data TEXT --positions 1-3 -o OUT",
@@ -293,6 +297,48 @@ def test_train_and_eval(base, donor, words, tmp_path):
     only = done("eval", donor, "--base", base, "--data", words, "--no-without-organ")
     assert only["perplexity"] > measured["perplexity"]
     assert only["perplexity_without_organ"] is None
+
+
+@pytest.fixture
+def chats(base, tmp_path) -> Path:
+    """Eight conversations of 8 tokens, 3 of them the assistant's, for a base whose tokenizer has a chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "base")
+    for file in base.iterdir():
+        if not (tmp_path / "base" / file.name).exists():
+            shutil.copy(file, tmp_path / "base")
+    file = tmp_path / "chat.jsonl"
+    turns = [chat(f"w{n + 10} w{n + 11}", f"w{n + 30} w9") for n in range(8)]
+    file.write_text("\n".join(json.dumps({"id": n, "messages": each}) for n, each in enumerate(turns)))
+    return file
+
+
+def test_conversations_with_replay(chats, donor, words, tmp_path):
+    options = ("--base", tmp_path / "base", "--epochs", "2", "--replay-data", words, "--cache-prefix", *TRAINING)
+    measuring = ("--eval-data", chats, "--control-data", words)
+    shown = done("train", donor, "--data", chats, "-o", tmp_path / "out", *options, *measuring)
+    assert shown["steps"] == 2 * math.ceil((8 + 2) / 4)  # a fifth of the examples are replay
+    assert shown["tokens_seen"] == 2 * (8 * 8 + 2 * 16)  # without padding
+    config = DonorModel.from_pretrained(tmp_path / "out").config
+    assert config.datasets == ["chat.jsonl", "words.txt"]
+    found = config.metrics["perplexity"]
+    assert found["after"] < found["before"]
+    assert found["measured_on"] == {"text": "chat.jsonl", "num_tokens": 8 * 3, "window": 16}
+    assert config.metrics["control_perplexity"]["measured_on"]["num_tokens"] == 312
+
+
+@pytest.mark.slow
+def test_streamed_conversations_with_replay(chats, donor, words, tmp_path):
+    options = ("--base", tmp_path / "base", "--streaming", "--max-steps", "3", *TRAINING)
+    more = ("--replay-data", words, "--replay-fraction", "0.5", "--eval-data", chats, "--eval-steps", "2")
+    shown = done("train", donor, "--data", chats, "-o", tmp_path / "out", *options, *more)
+    assert shown["steps"] == 3 and shown["metrics"]["perplexity"]["measured_on"]["num_tokens"] == 24
+
+
+def test_conversations_need_a_chat_template(chats, donor, tmp_path):
+    assert "no chat template" in failed("train", donor, "--data", chats, "-o", tmp_path / "out", *TRAINING)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -151,10 +151,13 @@ def test_train(tmp_path):
 
 
 def test_lora_export(tmp_path, demo_base):
-    """At full rank the adapter is the organ; at rank 1 it lies between it and the base."""
+    """At full rank the adapter is the organ; at rank 1 it, and the delta, lie between organ and base."""
     printed, found = quick("lora_export.py", tmp_path, "--cache", demo_base.parent, warm=True)
-    base, organ, low, full, bare = found["rows"]
-    assert "| rank 1 |" in printed
+    base, organ, low, full, bare, delta, rounded = found["rows"]
+    assert "| LoRA, rank 1 |" in printed and "| delta, rank 1 |" in printed
     assert full["domain"] == pytest.approx(organ["domain"], rel=1e-3) and full["same_tokens"] == found["prompts"]
     assert organ["domain"] < low["domain"] < base["domain"]
     assert low["bytes"] < bare["bytes"] < full["bytes"] and low["error"] > 0.1 > full["error"]
+    assert delta["domain"] == pytest.approx(low["domain"], rel=1e-3) and delta["lost"] > 0.1 > rounded["lost"]
+    assert rounded["domain"] == pytest.approx(organ["domain"], rel=1e-3)
+    assert delta["bytes"] < rounded["bytes"] < 0.51 * organ["bytes"]

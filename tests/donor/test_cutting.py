@@ -24,8 +24,9 @@ from not_hf import (
 )
 from not_hf.architecture.stack import find_stack
 from testing.donors import SPAN, moved, same, tiny_organ, transplanted, transplanted_class
-from testing.models import ARCHITECTURES, ENCODERS, PRE_NORM, tiny_model
 from testing.models import exact_logits as logits
+from testing.models import tiny_model
+from testing.shapes import ARCHITECTURES, ENCODERS, PRE_NORM
 
 EVERY = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in (*ARCHITECTURES, *ENCODERS)]
 every = pytest.mark.parametrize("model_type", EVERY)

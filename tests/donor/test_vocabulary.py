@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM, check_compatibility
 from testing.donors import organ, same
-from testing.models import VOCAB, logits, tiny_model, tiny_tokenizer
+from testing.models import logits, tiny_model, tiny_tokenizer
+from testing.shapes import VOCAB
 
 T = TransplantedForCausalLM.from_pretrained
 MORE = VOCAB + 5

@@ -14,8 +14,9 @@ from transformers import CompileConfig
 from not_hf import TransplantedForCausalLM
 from testing import EXAMPLES
 from testing.donors import organ, transplanted
-from testing.models import in_matrix, logits, tiny_model
+from testing.models import logits, tiny_model
 from testing.releases import since
+from testing.shapes import in_matrix
 
 EXAMPLE = EXAMPLES / "fast_generation.py"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import runpy
 import sys
 from pathlib import Path
@@ -14,11 +16,21 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from not_hf import DonorModel, NotHFError, TransplantedForCausalLM, reference_model
+from not_hf import (
+    DonorDPOTrainer,
+    DonorModel,
+    DonorSFTTrainer,
+    NotHFError,
+    TransplantedForCausalLM,
+    reference_model,
+)
 from testing import EXAMPLES
 from testing.donors import organ, same
 from testing.models import tiny_model, tiny_tokenizer
+from testing.processes import run_python
 from testing.releases import since
+from testing.training import losses, recipient
+from testing.training import organ as weights
 
 PAIRS = Dataset.from_dict({"prompt": ["w3 w4 w5"] * 8, "chosen": [" w6 w7"] * 8, "rejected": [" w9 w11"] * 8})
 COMMON = {
@@ -43,6 +55,205 @@ def dpo(model, reference, folder: Path) -> DPOTrainer:
     return DPOTrainer(
         model=model, ref_model=reference, args=args, train_dataset=PAIRS, processing_class=tiny_tokenizer()
     )
+
+
+CACHED = since("trl", "1.16", "the cache follows the batches of this release")
+TEXTS = Dataset.from_dict({"text": [" ".join(f"w{7 * n % 80 + m + 3}" for m in range(4 + n)) for n in range(8)]})
+# the turns of the assistant are marked, so that `assistant_only_loss` finds them
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}w5 {% generation %}{{ m.content }} </s>{% endgeneration %} "
+    "{% else %}w4 {{ m.content }} </s> {% endif %}{% endfor %}"
+)
+CHATS = Dataset.from_dict(
+    {
+        "messages": [
+            [{"role": "user", "content": f"w{n + 10} w{n + 11}"}, {"role": "assistant", "content": f"w{n + 30} w9"}]
+            for n in range(8)
+        ]
+    }
+)
+
+
+def cached_sft(cls, folder: Path, data: Dataset = TEXTS, model=None, options=None, **more) -> SFTTrainer:
+    """Two epochs; batches of one width, so that rounding does not depend on their rows."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = TEMPLATE
+    common = {key: value for key, value in COMMON.items() if key != "max_steps"} | {"save_strategy": "no"}
+    common |= {"num_train_epochs": 2, "max_length": 16, "pad_to_multiple_of": 16, **(options or {})}
+    if cls is DonorSFTTrainer:
+        more |= {"cache_prefix": True, "prefix_dir": folder / "prefixes"}
+    args = SFTConfig(output_dir=str(folder / cls.__name__), **common)
+    model = recipient() if model is None else model
+    return cls(model, args, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **more)
+
+
+@CACHED
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (TEXTS, {}),
+        (TEXTS, {"packing": True, "per_device_train_batch_size": 1, "pad_to_multiple_of": None}),
+        (TEXTS, {"packing": True, "packing_strategy": "wrapped"}),
+        (CHATS, {"assistant_only_loss": True}),
+        (TEXTS, {"gradient_accumulation_steps": 2, "loss_type": "dft"}),
+        (TEXTS, {"bf16": True}),
+    ],
+    ids=["texts", "packed", "wrapped", "chats", "dft", "bf16"],
+)
+def test_sft_with_the_cache_gives_sft_s_organ(data, options, tmp_path):
+    plain, ours = (cached_sft(cls, tmp_path, data, options=options) for cls in (SFTTrainer, DonorSFTTrainer))
+    for trainer in (plain, ours):
+        trainer.train()
+    assert losses(ours) == losses(plain) and len(losses(ours)) > 2
+    expected = weights(plain.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(ours.model).items())
+    for ours_logged, logged in zip(ours.state.log_history, plain.state.log_history, strict=True):
+        for metric in ("entropy", "mean_token_accuracy", "num_tokens"):
+            assert ours_logged.get(metric) == logged.get(metric)
+    store = ours._stack.prefix.store.rows
+    assert store.hits >= len(store) > 0 and store.misses == 0  # all of the second epoch
+    hits = store.hits
+    assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-5)
+    assert store.hits > hits
+
+
+@CACHED
+@pytest.mark.slow
+def test_packed_documents_are_found_beside_others(tmp_path):
+    options = {"packing": True, "num_train_epochs": 3, "seed": 1, "pad_to_multiple_of": None}
+    plain, ours = (cached_sft(cls, tmp_path, options=options) for cls in (SFTTrainer, DonorSFTTrainer))
+    for trainer in (plain, ours):
+        trainer.train()
+    assert losses(ours) == pytest.approx(losses(plain), abs=1e-4)
+    store = ours._stack.prefix.store.rows
+    assert len(store) == len(TEXTS) and store.hits == 2 * len(TEXTS)
+
+
+@CACHED
+@pytest.mark.slow
+def test_packing_needs_a_model_that_keeps_documents_apart(tmp_path):
+    with pytest.raises(NotHFError, match="does not keep them apart; use packing=False"):
+        cached_sft(DonorSFTTrainer, tmp_path, model=recipient("bloom"), options={"packing": True})
+
+
+@CACHED
+@pytest.mark.slow
+def test_sft_writes_what_the_organ_has_seen(tmp_path):
+    ours = cached_sft(DonorSFTTrainer, tmp_path)
+    ours.train()
+    ours.evaluate()
+    ours.save_model(tmp_path / "organ")
+    config = DonorModel.from_pretrained(tmp_path / "organ").config
+    assert config.tokens_seen == 2 * len(TEXTS) * 16 and config.metrics["perplexity"]["after"] > 1
+
+
+def dpo_pairs() -> Dataset:
+    """Of one length, so that all batches are of one width."""
+    rows = [{"prompt": f"w{n + 3} w4", "chosen": f" w{n + 20} w7", "rejected": f" w{n + 40} w9"} for n in range(8)]
+    return Dataset.from_list(rows)
+
+
+@CACHED
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("span", "options"),
+    [
+        ({}, {}),
+        ({"mode": "insert", "position": 3}, {"loss_type": ["sigmoid", "sft"], "gradient_accumulation_steps": 2}),
+        ({}, {"precompute_ref_log_probs": True}),
+    ],
+    ids=["replaced", "inserted", "precomputed"],
+)
+def test_dpo_with_the_cache_gives_dpo_s_organ(span, options, tmp_path, monkeypatch):
+    trainers = []
+    for cls in (DPOTrainer, DonorDPOTrainer):
+        common = {key: value for key, value in COMMON.items() if key != "max_steps"} | {"save_strategy": "no"}
+        args = DPOConfig(output_dir=str(tmp_path / cls.__name__), **common, num_train_epochs=2, **options)
+        model = recipient(**span)
+        with torch.no_grad():
+            for parameter in weights(model):
+                model.get_parameter(parameter).mul_(1.1)  # no longer the reference
+        cache = cls is DonorDPOTrainer
+        more = {"cache_prefix": True, "prefix_dir": tmp_path / "prefixes"} if cache else {}
+        reference = None if cache else reference_model(model)
+        pairs = dpo_pairs()
+        trainer = cls(
+            model, reference, args, train_dataset=pairs, eval_dataset=pairs, processing_class=tiny_tokenizer(), **more
+        )
+        trainer.train()
+        trainers.append(trainer)
+    plain, ours = trainers
+    assert losses(ours) == losses(plain) and len(losses(ours)) > 2
+    expected = weights(plain.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(ours.model).items())
+    for ours_logged, logged in zip(ours.state.log_history, plain.state.log_history, strict=True):
+        for metric in ("logps/chosen", "logits/rejected", "rewards/margins", "mean_token_accuracy"):
+            assert ours_logged.get(metric) == logged.get(metric)
+    store = ours._stack.prefix.store.rows
+    assert len(store) == store.hits == 2 * 8
+    assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert store.hits == 2 * 8 * 2 and ours.model.donor_config["default"].metrics is None
+    assert ours.model.active_donors == ["default"]
+
+
+@CACHED
+@pytest.mark.slow
+def test_the_reference_skips_the_prefix_too(tmp_path, monkeypatch):
+    args = DPOConfig(output_dir=str(tmp_path), **{**COMMON, "max_steps": -1, "num_train_epochs": 3})
+    model, passes = recipient(), []
+    trainer = DonorDPOTrainer(
+        model,
+        args=args,
+        train_dataset=dpo_pairs(),
+        processing_class=tiny_tokenizer(),
+        cache_prefix=True,
+        prefix_dir=tmp_path / "prefixes",
+    )
+    layer, first = type(model.model.layers[0]), model.model.layers[0]
+    forward = layer.forward
+
+    @functools.wraps(forward)
+    def counting(self, hidden, *args, **kwargs):
+        if self is first and hidden.shape[0] > 1:  # not those of the probes
+            passes.append(hidden.shape[0])
+        return forward(self, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", counting)
+    trainer.train()
+    assert passes == [4] * 4  # the batches of the first epoch, for model and reference together
+
+
+@CACHED
+@pytest.mark.slow
+def test_dpo_of_an_adapter_or_against_another_model(base_folder, tmp_path):
+    """The reference is then what `DPOTrainer` takes, or what was given."""
+    for number, own in enumerate((False, True)):
+        found = []
+        for cls in (DPOTrainer, DonorDPOTrainer):
+            args = DPOConfig(output_dir=str(tmp_path / cls.__name__), **{**COMMON, "max_steps": -1})
+            lora = LoraConfig(target_modules=["q_proj"], layers_to_transform=[2], r=4)
+            more = {} if cls is DPOTrainer else {"cache_prefix": True, "prefix_dir": tmp_path / f"prefixes{number}"}
+            more |= {"ref_model": tiny_model("llama")} if own else {"peft_config": lora}
+            torch.manual_seed(0)
+            trainer = cls(recipient(), args=args, train_dataset=dpo_pairs(), processing_class=tiny_tokenizer(), **more)
+            trainer.train()
+            found.append(losses(trainer))
+        assert found[0] == found[1] and len(found[0]) > 2
+
+
+def test_without_trl_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    names = runpy.run_path(sys.modules[DonorSFTTrainer.__module__].__file__)
+    for name in ("DonorSFTTrainer", "DonorDPOTrainer"):
+        with pytest.raises(ImportError, match=rf"{name} needs TRL; pip install not_hf\[trl\]"):
+            names[name](recipient())
+
+
+@pytest.mark.slow
+def test_trl_is_imported_when_it_is_asked_for():
+    script = "import sys, not_hf, not_hf.training.trainer; print('trl' in sys.modules)"
+    assert run_python("-c", script).stdout == "False\n"
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from not_hf.architecture.stack import find_stack
 from not_hf.evaluation import swept_places
 from not_hf.evaluation.bootstrap import nll_intervals
 from testing.donors import moved, organ
-from testing.models import TOKEN_IDS, in_matrix, logits, tiny_model, tiny_tokenizer
+from testing.models import TOKEN_IDS, logits, tiny_model, tiny_tokenizer
+from testing.shapes import in_matrix
 
 TEXT = [" ".join(f"w{3 + (7 * n + n // 3) % 88}" for n in range(70)), "w5 w6 w7"]
 HOW = {"tokenizer": tiny_tokenizer(), "max_length": 32}

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 # Kinds of files, and how many of 100 inputs are of each; the slower ones are fewer
-NAMES = {"donor": 2, "composition": 1, "weights": 4, "pickle": 8, "config": 15, "card": 10, "index": 20, "header": 40}
+NAMES = {
+    **{"donor": 2, "composition": 1, "weights": 4, "delta": 2, "delta-weights": 3, "pickle": 8},
+    **{"config": 15, "card": 10, "index": 20, "header": 35},
+}
 _MEMORY = 6 * 2**30  # address space of a process: far more than an input may take, so that the machine survives it
 
 

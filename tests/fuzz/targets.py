@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from testing.cards import make_config, markup
 from testing.models import tiny_config, tiny_model
 
 SPAN = (1, 3)
+DELTA = "model.delta.safetensors"
 MODEL_TYPES = ("llama", "gpt2", "gpt_neo", "gemma3_text", "qwen3_moe", "mixtral")
 LOCALLY = {"local_files_only": True}  # the network is another matter
 
@@ -51,11 +54,10 @@ def make_targets(folder: Path) -> dict[str, Target]:
     DonorModel.from_pretrained(folder / "llama").save_pretrained(folder / "weights")
     config = folder / "weights" / "config.json"  # without digests, which every change of the weights would contradict
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "digests"}))
+    DonorModel.from_base(folder / "base-llama", SPAN).save_pretrained(folder / "delta", delta="low_rank", rank=2)
+    delta = {key: value for key, value in _config_of(folder / "delta").items() if key != "digests"}
     index = json.loads((folder / "sharded" / "model.safetensors.index.json").read_text())
-    weights = (folder / "weights" / "model.safetensors").read_bytes()
-    length = int.from_bytes(weights[:8], "little")
-    header = json.loads(weights[8 : 8 + length])
-    files = inputs.safetensors_files([header], len(weights) - 8 - length)
+    files = _like(folder / "weights" / "model.safetensors")
     card = (folder / "llama" / "README.md").read_bytes()
     return {
         "config": Target(inputs.json_files(configs), _run_config(folder)),
@@ -64,6 +66,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
         "index": Target(inputs.json_files([index]), _run_index(folder)),
         "header": Target(files, _run_header(folder), runs_code=False),
         "weights": Target(files, _run_weights(folder), runs_code=False),
+        "delta": Target(inputs.json_files([delta, delta["delta"]], most=2), _run_delta(folder, delta)),
+        "delta-weights": Target(_like(folder / "delta" / DELTA), _run_delta_weights(folder, delta), runs_code=False),
         "pickle": Target(inputs.pickle_files(_pickles()), _run_pickle(folder), runs_code=False),
         "card": Target(inputs.card_files([card]), _run_card(folder), runs_code=False),
     }
@@ -71,6 +75,13 @@ def make_targets(folder: Path) -> dict[str, Target]:
 
 def _config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
+
+
+def _like(file: Path) -> st.SearchStrategy[bytes]:
+    """Files like a sound one."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return inputs.safetensors_files([json.loads(content[8 : 8 + length])], len(content) - 8 - length)
 
 
 def _pickles() -> list[bytes]:
@@ -157,6 +168,35 @@ def _run_weights(folder: Path) -> Callable[[bytes], Any]:
         (place / "model.safetensors").write_bytes(content)
         refuse("donor", check_donor(place, recipient, **LOCALLY))
         DonorModel.from_pretrained(place)
+
+    return run
+
+
+def _run_delta(folder: Path, sound: dict[str, Any]) -> Callable[[bytes], Any]:
+    place = folder / "delta-config"
+    shutil.copytree(folder / "delta", place)
+
+    def run(content: bytes) -> None:
+        with contextlib.suppress(ValueError):
+            if isinstance(values := json.loads(content), dict) and "model_type" not in values:  # of the delta alone
+                content = json.dumps(sound | {"delta": values}).encode()
+        (place / "config.json").write_bytes(content)
+        config = DonorConfig.from_pretrained(place)
+        config.check()
+        assert markup(donor_card(config, 1, 2).text) == []
+        DonorModel.from_pretrained(place, **LOCALLY)
+
+    return run
+
+
+def _run_delta_weights(folder: Path, sound: dict[str, Any]) -> Callable[[bytes], Any]:
+    place, recipient = folder / "delta", tiny_config("llama")
+    (place / "config.json").write_text(json.dumps(sound))
+
+    def run(content: bytes) -> None:
+        (place / DELTA).write_bytes(content)
+        refuse("donor", check_donor(place, recipient, **LOCALLY))
+        DonorModel.from_pretrained(place, **LOCALLY)
 
     return run
 

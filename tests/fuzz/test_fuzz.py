@@ -20,6 +20,8 @@ INPUTS = {
     "index": 200,
     "header": 200,
     "weights": 60,
+    "delta": 40,
+    "delta-weights": 60,
     "pickle": 60,
     "card": 80,
 }

@@ -26,7 +26,8 @@ import not_hf
 from not_hf import DonorModel, NotHFError, UnsupportedArchitectureError
 from not_hf.architecture.upstream import native_classes
 from testing.donors import moved, organ, same
-from testing.models import HEADED, TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
+from testing.models import TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
+from testing.shapes import HEADED
 
 HEADS = {
     name: getattr(not_hf, name)

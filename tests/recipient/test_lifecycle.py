@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from testing.lifecycle import SETUPS, Tester
-from testing.models import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, TOKEN_IDS, in_matrix
+from testing.models import TOKEN_IDS
 from testing.processes import run_python
+from testing.shapes import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, in_matrix
 
 EVERY = (*ARCHITECTURES, *ENCODERS)
 FEW = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert")  # these in every set-up

@@ -33,8 +33,9 @@ from not_hf.architecture.stack import is_encoder
 from testing.checkpoints import write_fp8
 from testing.cuts import weights
 from testing.donors import edit_json, moved, organ
-from testing.models import ARCHITECTURES, tiny_model, tiny_tokenizer
+from testing.models import tiny_model, tiny_tokenizer
 from testing.releases import dequantizes_fp8
+from testing.shapes import ARCHITECTURES
 from testing.wrappers import wrapper
 
 SHARD = "20KB"

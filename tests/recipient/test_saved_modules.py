@@ -33,7 +33,8 @@ from not_hf import (
     merge_donor,
 )
 from testing.donors import moved, organ
-from testing.models import TOKEN_IDS, VOCAB, tiny_config, tiny_model, tiny_tokenizer
+from testing.models import TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
+from testing.shapes import VOCAB
 from testing.training import made, rows
 
 NEW = [VOCAB, VOCAB + 1]

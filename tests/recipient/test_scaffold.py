@@ -37,9 +37,10 @@ from not_hf.architecture.stack import find_stack, head_class, is_encoder
 from not_hf.training.trainer import DonorTrainer
 from testing.checkpoints import write_fp8, write_mxfp4
 from testing.donors import organ, same, scaled_by_hand
-from testing.models import ARCHITECTURES, CHECKPOINTING, ENCODERS, tiny_config, tiny_model, tiny_tokenizer
+from testing.models import CHECKPOINTING, tiny_config, tiny_model, tiny_tokenizer
 from testing.models import exact_logits as logits
 from testing.releases import dequantizes_fp8
+from testing.shapes import ARCHITECTURES, ENCODERS
 
 T = TransplantedForCausalLM.from_pretrained
 GENERATE = {"do_sample": False, "max_new_tokens": 6}

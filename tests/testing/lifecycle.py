@@ -39,8 +39,9 @@ from testing.generation import (
     padded,
     static_cache_works,
 )
-from testing.models import TOKEN_IDS, VOCAB, enable_checkpointing, tiny_model
+from testing.models import TOKEN_IDS, enable_checkpointing, tiny_model
 from testing.models import exact_logits as logits
+from testing.shapes import VOCAB
 
 Place = tuple[int, int, str]  # seed, position, mode
 

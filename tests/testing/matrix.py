@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable
 
 from testing import ROOT
-from testing.models import ARCHITECTURES, ENCODERS, HEADED, OTHER_STATEFUL, OTHERS, STATEFUL
+from testing.shapes import ARCHITECTURES, ENCODERS, HEADED, OTHER_STATEFUL, OTHERS, STATEFUL
 from testing.wrappers import WRAPPERS
 
 FEWER = "disabling, merging, saving and cached generation, without training"

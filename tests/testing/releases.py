@@ -19,6 +19,8 @@ def since(package: str, release: str, reason: str) -> pytest.MarkDecorator:
     )
 
 
+CACHES_TRL = Version(version("trl")) >= Version("1.16")  # whose batches the prefix cache follows
+
 dequantizes_fp8 = since("transformers", "5.22", "it needs Triton to dequantize FP8")
 
 

@@ -11,6 +11,12 @@ from transformers import Trainer, TrainingArguments
 from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM
 from testing.models import tiny_model
 
+# w4 begins a user's turn, w5 the assistant's; without {% generation %}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ ('w5 ' if m.role == 'assistant' else 'w4 ') + m.content + ' </s> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}w5 {% endif %}"
+)
+
 
 def rows(count: int = 10, length: int = 16, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
@@ -61,3 +67,8 @@ def trained(
     trainer = made(model, folder, *args, **options)
     trainer.train()
     return losses(trainer), organ(model)
+
+
+def chat(*contents: str, first: str = "user") -> list[dict[str, str]]:
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from not_hf.architecture.releases import CACHES_FOLLOW_STATES
-from testing.models import ARCHITECTURES, LLAMA, NUM_LAYERS, SPECIAL
+from testing.shapes import ARCHITECTURES, LLAMA, NUM_LAYERS, SPECIAL
 
 TOKEN = 95  # stands for an image, or a part of one
 _TEXT = {**SPECIAL, **LLAMA, "max_position_embeddings": 128}

@@ -25,7 +25,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM, UnsupportedArchitectureError
 from not_hf.training.data import pack
 from not_hf.training.isolation import require_isolation
-from testing.models import ARCHITECTURES, ENCODERS, OTHERS, tiny_model, tiny_tokenizer
+from testing.models import tiny_model, tiny_tokenizer
+from testing.shapes import ARCHITECTURES, ENCODERS, OTHERS
 
 LENGTHS = (7, 10, 4, 10, 12, 4, 8, 7)  # of documents, EOS included; the first four fill a block, and so do the others
 BLOCK = 31

@@ -25,9 +25,10 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.training.checkpoints import last_complete_checkpoint
 from not_hf.training.trainer import DonorTrainer
-from testing.models import CHECKPOINTING, in_matrix, tiny_model, tiny_tokenizer
+from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
 from testing.processes import forked
 from testing.releases import since
+from testing.shapes import in_matrix
 from testing.training import losses, made, organ, recipient, rows, trained
 
 OPT_DRAWS = since("transformers", "5.22", "opt draws a random number for each layer, used or not")

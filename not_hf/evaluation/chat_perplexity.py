@@ -1,0 +1,39 @@
+"""Perplexity of the assistant's turns in conversations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from not_hf.architecture.layers import eval_mode
+
+
+def measure_chat(model: Any, examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Measure a transplanted model on examples of `tokenize_chat`.
+
+    Returns:
+        `num_tokens` that have a label, and their perplexity `after` the transplant and `before` it: without the organ.
+    """
+    after, num_tokens = _perplexity(model, examples)
+    with model.disable_donors():
+        before, _ = _perplexity(model, examples)
+    return {"before": before, "after": after, "num_tokens": num_tokens}
+
+
+@torch.no_grad()
+def _perplexity(model: PreTrainedModel, examples: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
+    """Return the perplexity of all tokens that have a label, and their number."""
+    total, count = 0.0, 0
+    with eval_mode(model):
+        for example in examples:
+            ids, labels = (torch.tensor([example[key]], device=model.device) for key in ("input_ids", "labels"))
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # (seq - 1, vocab)
+            wanted = labels[0, 1:].long()
+            total += functional.cross_entropy(logits, wanted, reduction="sum").item()
+            count += int((wanted != -100).sum())
+    return math.exp(total / count), count

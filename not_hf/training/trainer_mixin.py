@@ -1,0 +1,221 @@
+"""The engine of `DonorTrainer`, for any trainer: hidden states at the entry of the organ are computed once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from not_hf.architecture.stack import find_stack
+from not_hf.architecture.upstream import is_partitioned
+from not_hf.cards.common import unite
+from not_hf.errors import NotHFError
+from not_hf.recipient.mixin import Recipient
+from not_hf.training.checkpoints import last_complete_checkpoint
+from not_hf.training.optimizers import MuonWithAdamW
+from not_hf.training.prefix_cache import PrefixCache, prefix_folder
+from not_hf.training.record import TrainingRecord, trained_organs
+from not_hf.training.trained_stack import TrainedStack
+
+MAX_PREFIX_BYTES = 32 * 2**30
+
+
+class DonorTrainerMixin(Trainer):
+    """What a trainer of organs does, whatever its loss: name it before the trainer's class.
+
+    Args:
+        *trainer_args: Passed to the trainer.
+        cache_prefix: As in `DonorTrainer`, like those that follow.
+        prefix_dir: Folder of the cache.
+        max_prefix_bytes: Its limit.
+        prefix_dtype: dtype of its rows.
+        optimizer: `None` or `"muon"`.
+        **trainer_kwargs: Passed to the trainer.
+    """
+
+    _of_whole_models: tuple[str, ...] = ("cache_prefix",)  # options that need the whole model on one device
+    _measures_perplexity = True  # exp(loss) is a perplexity
+    _beside_inputs: tuple[str, ...] = ("labels", "shift_labels")  # of a batch; hidden states do not depend on them
+
+    def __init__(
+        self,
+        *trainer_args: Any,
+        cache_prefix: bool = False,
+        prefix_dir: str | os.PathLike[str] | None = None,
+        max_prefix_bytes: int = MAX_PREFIX_BYTES,
+        prefix_dtype: torch.dtype | None = None,
+        optimizer: str | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        if optimizer not in (None, "muon"):
+            raise NotHFError(
+                f"optimizer must be None or 'muon', got {optimizer!r}; choose others by TrainingArguments(optim=...)"
+            )
+        if max_prefix_bytes < 0:
+            raise NotHFError(f"max_prefix_bytes must be 0 or more, got {max_prefix_bytes}")
+        prefixes = prefix_folder(prefix_dir) if cache_prefix else None
+        super().__init__(*trainer_args, **trainer_kwargs)
+        if optimizer == "muon":
+            args = self.args
+            options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+            options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            self.optimizer_cls_and_kwargs = (cast(Any, MuonWithAdamW), options)
+        self.cache_prefix = cache_prefix
+        self._prefix_options: dict[str, Any] = {
+            "folder": prefixes,
+            "max_bytes": max_prefix_bytes,
+            "dtype": prefix_dtype,
+            "mixed_precision": str(self.accelerator.mixed_precision),
+        }
+        find_stack(self._native)  # raises now rather than in the first step
+        if self.args.include_num_input_tokens_seen == "no":
+            self.args.include_num_input_tokens_seen = "all"  # for `tokens_seen` in the organs' configs
+        self._record = TrainingRecord(self._native)
+        self._stack: TrainedStack | None = None
+
+    @property
+    def _native(self) -> PreTrainedModel:
+        """The model without PEFT's wrapper."""
+        model: Any = self.model
+        native = model if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", lambda: None)()
+        if not isinstance(native, PreTrainedModel):
+            raise NotHFError(f"{type(self).__name__} needs a model of transformers, got {type(model).__name__}")
+        if native.get_output_embeddings() is None:
+            raise NotHFError(f"{type(self).__name__} needs a language model, got {type(native).__name__}; use Trainer")
+        return native
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer`. `resume_from_checkpoint=True` resumes from the last complete checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise NotHFError(f"no complete checkpoint in {self.args.output_dir}; leave out resume_from_checkpoint")
+        self._stack = None  # weights below the organ may have changed since the last run
+        trained = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.note_tokens()
+        return trained
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if self._measures_perplexity and (eval_dataset is None or isinstance(eval_dataset, str)):
+            self._record.add_evaluation(self.state.global_step, metrics)
+            self.note_tokens()
+        return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in `Trainer`."""
+        if not self.is_in_train and self._stack is not None and self._stack.prefix is not None:
+            self._stack.prefix.forget()  # weights below the organ may have been changed through `.data`
+        return super().evaluation_loop(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As in the trainer, starting at the organ's entry where hidden states are cached."""
+        if self.args.n_gpu > 1 or is_split_up(self._native):
+            if any(getattr(self, name) for name in self._of_whole_models):
+                raise NotHFError(
+                    f"{' and '.join(self._of_whole_models)} can only be used with the whole model on one device in "
+                    "each process; leave that out with FSDP, ZeRO-3, offloading and DataParallel"
+                )
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        stack = self._current_stack()
+        batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
+        hidden = None if stack.prefix is None else stack.prefix.hidden(batch)
+        return self._loss_from(hidden, stack, model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss_from(
+        self,
+        hidden: torch.Tensor | None,
+        stack: TrainedStack,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> Any:
+        """Compute the trainer's loss.
+
+        Args:
+            hidden: Hidden states at the organ's entry, `(batch, seq, hidden)`; `None` if they are not known.
+            stack: Layers of the model.
+            model: The model as wrapped for training.
+            inputs: A batch.
+            return_outputs: Return the model's outputs too.
+            num_items_in_batch: Tokens to divide the sum by; `None`: those of this batch.
+        """
+        with stack.starting_at(hidden):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    @contextlib.contextmanager
+    def _without_donors(self, stack: TrainedStack, hidden: torch.Tensor | None) -> Iterator[None]:
+        """Make forward passes in the block those of the base, from the entry on if the layers below it are the same.
+
+        Args:
+            stack: Layers of the model.
+            hidden: Hidden states at the organ's entry, if they are known.
+        """
+        native: Any = self._native
+        with native.disable_donors():
+            shared = list(stack.forward.stack.layers)[: stack.entry] == stack.layers[: stack.entry]
+            with stack.starting_at(hidden if shared else None):
+                yield
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; updates `tokens_seen` and `metrics` in the organs' configs."""
+        self.note_tokens()
+        super().save_model(output_dir, _internal_call)
+
+    def note_tokens(self) -> None:
+        """Write into the organs' configs how many tokens they were trained on, and what was measured of them.
+
+        Tokens include those of earlier trainings.
+        """
+        state = self.state
+        is_best = self.args.load_best_model_at_end and not self.is_in_train and state.best_model_checkpoint
+        step = state.best_global_step if is_best else state.global_step
+        self._record.note_tokens(self._native, state)
+        if step:
+            self._record.note_evaluations(self._native, step)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; `dataset`, `language` and `tags` go into the organ's card, which is completed."""
+        for config in trained_organs(self._native).values():
+            config.datasets = unite(config.datasets, kwargs.get("dataset_tags") or kwargs.get("dataset")) or None
+        return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer` for models without organs; the card of an organ is saved with it, and completed here."""
+        if isinstance(self.model, Recipient) or not isinstance(self._native, Recipient):
+            super().create_model_card(*args, **kwargs)
+
+    def _current_stack(self) -> TrainedStack:
+        """Describe the model's layers, anew if they have changed, and keep frozen modules in eval mode."""
+        native, stack = self._native, self._stack
+        if stack is None or not stack.is_current(native):
+            stack = TrainedStack.of(native)
+        if native.training:
+            for module in stack.frozen:
+                module.eval()
+        if self.cache_prefix and stack.prefix is None and (native.training or 0 < stack.entry < len(stack.layers)):
+            prefix = PrefixCache(stack.forward, stack.entry, stack.below, stack.around, **self._prefix_options)
+            stack = dataclasses.replace(stack, prefix=prefix)
+        self._stack = stack
+        return stack
+
+
+def is_split_up(module: nn.Module) -> bool:
+    """Whether a module's parameters are sharded over processes (FSDP2, ZeRO-3) or offloaded."""
+    return is_partitioned(module) or any(isinstance(p, DTensor) or p.is_meta for p in module.parameters())
