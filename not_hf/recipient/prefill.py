@@ -83,6 +83,8 @@ class Prefill:
         """
         ids = kwargs.get("input_ids")
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise NotHFError(f"a prefill needs a DynamicCache, not a {type(cache).__name__}; leave out the argument")
         times = 0 if ids is None else len(ids) // len(self.input_ids)  # beams, or several answers
         mask = kwargs.get("attention_mask")
         for given, own in ((ids, self.input_ids), (mask, self.attention_mask)):
@@ -92,8 +94,6 @@ class Prefill:
                 raise NotHFError("generate() was given another prompt than prefill(); give both the same inputs")
         if self._forward is None or self.hidden is None:
             return call(**kwargs)
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise NotHFError(f"a prefill needs a DynamicCache, not a {type(cache).__name__}; leave out the argument")
         with self._forward.running_from(self.depth, self.hidden.repeat_interleave(times, 0)):
             output = call(**kwargs)
         if cache is not None:

@@ -6,6 +6,7 @@ Losses and organs are those of the plain `Trainer`, in less time and memory.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
 from not_hf.training.chunked_loss import IGNORE_INDEX, summed_loss
 from not_hf.training.trained_stack import TrainedStack, is_trainable
-from not_hf.training.trainer_mixin import DonorTrainerMixin
+from not_hf.training.trainer_mixin import MAX_PREFIX_BYTES, DonorTrainerMixin
 
 _MAX_LOGITS = 2**24  # in memory at once; 64 MiB in float32
 _LAST_TOKEN = torch.tensor([-1])  # `logits_to_keep=1` lets the last layers of Gemma 4 run on that token alone
@@ -82,12 +83,23 @@ class DonorTrainer(DonorTrainerMixin):
     _of_whole_models = ("cache_prefix", "kl_weight")
 
     def __init__(
-        self, *trainer_args: Any, head_chunk: int | None = None, kl_weight: float = 0.0, **trainer_kwargs: Any
+        self,
+        *trainer_args: Any,
+        cache_prefix: bool = False,
+        prefix_dir: str | os.PathLike[str] | None = None,
+        max_prefix_bytes: int = MAX_PREFIX_BYTES,
+        prefix_dtype: torch.dtype | None = None,
+        head_chunk: int | None = None,
+        optimizer: str | None = None,
+        kl_weight: float = 0.0,
+        **trainer_kwargs: Any,
     ) -> None:
         for name, value in {"kl_weight": kl_weight, "head_chunk": head_chunk or 0}.items():
             if value < 0:
                 raise NotHFError(f"{name} must be 0 or more, got {value}")
-        super().__init__(*trainer_args, **trainer_kwargs)
+        cache: dict[str, Any] = {"cache_prefix": cache_prefix, "prefix_dir": prefix_dir, "prefix_dtype": prefix_dtype}
+        cache["max_prefix_bytes"] = max_prefix_bytes
+        super().__init__(*trainer_args, **cache, optimizer=optimizer, **trainer_kwargs)
         self.head_chunk, self.kl_weight = head_chunk, kl_weight
         if kl_weight and (not isinstance(self._native, Recipient) or self._native._surgery.is_scaffold):
             raise NotHFError(

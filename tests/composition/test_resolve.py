@@ -229,11 +229,6 @@ BROKEN: dict[str, tuple[Sequence, type, str]] = {
         CorruptDonorError,
         "donors: 3,000 entries; at most 128 are read",
     ),
-    "a scale of a replacement": (
-        (first, second(scale=0.5)),
-        IncompatibleDonorError,
-        "'law': scale 0.5 is for",
-    ),
     "negative position": (
         (first, second(position=-1)),
         IncompatibleDonorError,

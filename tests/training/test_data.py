@@ -156,7 +156,7 @@ def test_load_text_says_what_is_wrong(folder, tmp_path, streaming):
 
     with pytest.raises(NotHFError, match="no column 'text'; choose one of 'verse', 'number'"):
         load(folder / "verses.jsonl")
-    with pytest.raises(NotHFError, match=r"column 'number' of .* must hold strings, got int64"):
+    with pytest.raises(NotHFError, match=r"column 'number' of .* must hold strings, got int"):
         load(folder / "verses.jsonl", column="number")
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*gone\.txt"):
         load(folder / "gone.txt")
