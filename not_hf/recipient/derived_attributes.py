@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -26,21 +26,24 @@ class DerivedAttributes:
         }
         self._of_base: Attributes = {}
 
-    def of(self, stack: str, twins: Callable[[], tuple[Twin, Twin]]) -> tuple[Attributes, list[Attributes]]:
-        """Return the attributes of a model with a stack.
+    def __contains__(self, stack: str) -> bool:
+        """Whether the attributes of a model with a stack are known."""
+        return stack in self._by_stack
+
+    def note(self, stack: str, base: Twin, here: Twin) -> None:
+        """Find the attributes of a model with a stack.
 
         Args:
             stack: Tells one stack from another; empty for the base's.
-            twins: Returns the twins of the base and of the model with that stack.
-
-        Returns:
-            Those of the modules outside the stack that any stack so far has changed, and `place_attributes` by layer.
+            base: The twin of the base.
+            here: That of the model with the stack.
         """
-        if stack not in self._by_stack:
-            base, here = twins()
-            old, new = base.outer_attributes, here.outer_attributes
-            changed = {key: new[key] for key in old.keys() & new.keys() if old[key] != new[key]}
-            self._by_stack[stack] = changed, [place_attributes(layer) for layer in here.stack.layers]
-            self._of_base.update({key: old[key] for key in changed})
+        old, new = base.outer_attributes, here.outer_attributes
+        changed = {key: new[key] for key in old.keys() & new.keys() if old[key] != new[key]}
+        self._by_stack[stack] = changed, [place_attributes(layer) for layer in here.stack.layers]
+        self._of_base.update({key: old[key] for key in changed})
+
+    def of(self, stack: str) -> tuple[Attributes, list[Attributes]]:
+        """Return those of the modules outside a stack that any so far has changed, and `place_attributes` by layer."""
         changed, of_places = self._by_stack[stack]
         return {**self._of_base, **changed}, of_places

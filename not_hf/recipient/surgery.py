@@ -192,7 +192,9 @@ class Surgery:
         else:
             values = own_values(self.base_config, values)
         signature = repr(values) if self.active else ""
-        attributes, of_places = self._derived.of(signature, lambda: (self.base_twin(), self.twin(placed)))
+        if signature not in self._derived:
+            self._derived.note(signature, self.base_twin(), self.twin(placed))
+        attributes, of_places = self._derived.of(signature)
         self._note_modules(model)
         modules = self._standing(self._chosen())
         if self.base_modules:
