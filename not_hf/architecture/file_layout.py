@@ -29,10 +29,16 @@ def used_conversions(model: nn.Module) -> list[Any]:
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """The tensors that `save_pretrained` writes, in its order; `None` if it changes names or the layout of some."""
+    """The tensors that `save_pretrained` writes, in its order; `None` if it changes names or the layout of some.
+
+    `None` also for a model on the meta device in which an older release finds tensors that are no parameters.
+    """
     ignored = model._keys_to_ignore_on_save or ()
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    state = remove_tied_weights_from_state_dict(state, model)
+    try:
+        state = remove_tied_weights_from_state_dict(state, model)
+    except AttributeError:  # it looks for a parameter of that name
+        return None
     written: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
     is_same = written.keys() == state.keys() and all(written[name] is tensor for name, tensor in state.items())
     return written if is_same else None

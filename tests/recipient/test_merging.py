@@ -87,7 +87,7 @@ def test_the_files_are_those_of_a_merge_in_memory(model_type, tmp_path):
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
     assert merged.num_layers == 6 and merged.architecture == type(tiny_model(model_type)).__name__
-    if model_type != "gpt_neox":  # releases of transformers differ
+    if model_type not in ("gpt_neox", "gemma4_text"):  # releases of transformers differ
         has_experts = any("experts" in name for name, _ in tiny_model(model_type).named_modules())
         assert merged.built_because is None or has_experts
 
