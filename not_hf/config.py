@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from not_hf.architecture.part_names import ALL, parts_problem
+from not_hf.architecture.part_names import ALL, is_path, parts_problem
 from not_hf.architecture.releases import make_config
 from not_hf.architecture.tables import DENSE_PREFIXES, PERIODS
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, one_line, reading_repo, some
@@ -265,9 +265,7 @@ class DonorConfig(PreTrainedConfig):
             raise CorruptDonorError("donor config: parts of layers need mode 'replace' and init 'copy'")
         rows = self.trainable_token_indices or {}
         names = [*(self.modules_to_save or []), *rows]
-        if len(set(names)) < len(names) or not all(
-            part.isidentifier() for part in ".".join(names).split(".") if names
-        ):
+        if len(set(names)) < len(names) or not all(map(is_path, names)):
             raise CorruptDonorError(
                 f"donor config modules_to_save and trainable_token_indices must name modules, each once: {some(names)}"
             )

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -195,6 +195,18 @@ def end_progress_bars() -> None:
     if tqdm := sys.modules.get("tqdm"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
             bar.close()
+
+
+@contextlib.contextmanager
+def saying_how_to_resume(lines: Callable[[], Iterable[str]]) -> Iterator[None]:
+    """On Ctrl-C in the block, say what was saved and how to go on, in these lines; the exit code is 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        end_progress_bars()
+        for line in lines():
+            typer.echo(line, err=True)
+        raise typer.Exit(130) from None
 
 
 def _message(error: Exception) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from not_hf.cli.app import SWEEP, Result, command, end_progress_bars, output_folder
+from not_hf.cli.app import SWEEP, Result, command, output_folder, saying_how_to_resume
 from not_hf.cli.loading import load_model
 from not_hf.cli.options import Column, Data, Donor, Force, Model, Output, SampleBy, Split
 from not_hf.errors import NotHFError
@@ -48,7 +46,7 @@ def sweep(
             f"{output} holds a sweep; measure what it lacks with --resume, choose another --output, "
             "or start over with --force"
         )
-    with output_folder(output, force or resume), _saying_how_to_resume(output):
+    with output_folder(output, force or resume), saying_how_to_resume(lambda: _how_to_resume(output)):
         from not_hf import load_text, sweep_positions
 
         texts = load_text(data, split=split, column=column, sample_by=sample_by)["text"]
@@ -83,16 +81,11 @@ def sweep(
     return Result(document, table)
 
 
-@contextlib.contextmanager
-def _saying_how_to_resume(output: Path) -> Iterator[None]:
-    """On Ctrl-C in the block, say how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        end_progress_bars()
-        if (output / SWEEP).exists():
-            typer.echo(f"interrupted; {output} holds what was measured. Add --resume to measure the rest", err=True)
-        raise typer.Exit(130) from None
+def _how_to_resume(output: Path) -> list[str]:
+    """Say after Ctrl-C how to go on."""
+    if not (output / SWEEP).exists():
+        return []
+    return [f"interrupted; {output} holds what was measured. Add --resume to measure the rest"]
 
 
 def _positions(text: str) -> list[int]:

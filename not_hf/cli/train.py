@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from not_hf.cli.app import CHECKPOINTS, Result, command, end_progress_bars, facts, output_folder
+from not_hf.cli.app import CHECKPOINTS, Result, command, facts, output_folder, saying_how_to_resume
 from not_hf.cli.eval import measure
 from not_hf.cli.loading import load_model
 from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, SampleBy, Split, given
@@ -112,7 +111,7 @@ def train(
         raise typer.BadParameter("needs --replay-data and a share between 0 and 1", param_hint="--replay-fraction")
     if streaming and max_steps is None:
         raise typer.BadParameter("needs --max-steps: the length of a stream is unknown", param_hint="--streaming")
-    with output_folder(output, force or resume, can_resume=True), _saying_how_to_resume(output):
+    with output_folder(output, force or resume, can_resume=True), saying_how_to_resume(lambda: _how_to_resume(output)):
         import torch
         import transformers
         from transformers import AutoTokenizer, TrainingArguments
@@ -293,22 +292,18 @@ def _checkpoint(folder: Path, resume: bool) -> str | None:
     return checkpoint
 
 
-@contextlib.contextmanager
-def _saying_how_to_resume(output: Path) -> Iterator[None]:
-    """On Ctrl-C in the block, say what was saved, and the command that continues from there."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from not_hf.training.checkpoints import last_complete_checkpoint
+def _how_to_resume(output: Path) -> list[str]:
+    """Say after Ctrl-C what was saved, and the command that continues from there."""
+    from not_hf.training.checkpoints import last_complete_checkpoint
 
-        end_progress_bars()
-        if checkpoint := last_complete_checkpoint(output / CHECKPOINTS):
-            arguments = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]
-            typer.echo(f"interrupted; the training is saved in {checkpoint}. To continue it:", err=True)
-            typer.echo(shlex.join(["not-hf", *arguments, "--resume"]), err=True)
-        else:
-            typer.echo("interrupted before the first checkpoint (--save-steps); nothing was saved", err=True)
-        raise typer.Exit(130) from None
+    checkpoint = last_complete_checkpoint(output / CHECKPOINTS)
+    if checkpoint is None:
+        return ["interrupted before the first checkpoint (--save-steps); nothing was saved"]
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]
+    return [
+        f"interrupted; the training is saved in {checkpoint}. To continue it:",
+        shlex.join(["not-hf", *arguments, "--resume"]),
+    ]
 
 
 def _clean_up(folder: Path) -> None:

@@ -97,7 +97,8 @@ def choose_modules(
     if token_indices is not None and not isinstance(token_indices, Mapping):
         token_indices = {_name_of_embeddings(stack): token_indices}
     for name, indices in (token_indices or {}).items():
-        weight = getattr(stack.model.get_submodule(find_outer_module(stack, name)), "weight", None)
+        module = stack.model.get_submodule(find_outer_module(stack, name))
+        weight = getattr(module, "weight", None)
         chosen = list(map(int, indices))
         if not (isinstance(weight, nn.Parameter) and weight.ndim == 2) or not set(chosen) <= {*range(len(weight))}:
             size = "no rows" if weight is None else f"{len(weight)} rows"
@@ -105,7 +106,7 @@ def choose_modules(
                 f"trainable_token_indices {chosen!r:.100} are not rows of {name}, which has {size}; "
                 "call resize_token_embeddings(len(tokenizer)) first"
             )
-        if getattr(stack.model.get_submodule(find_outer_module(stack, name)), "bias", None) is not None:
+        if getattr(module, "bias", None) is not None:
             raise NotHFError(f"{name} has a bias beside its rows; use modules_to_save=[{name!r}]")
         rows[name] = chosen
     if isinstance(modules_to_save, str):

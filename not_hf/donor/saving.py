@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -22,8 +21,8 @@ from not_hf.donor.loading import refuse
 from not_hf.donor.saved_modules import is_saved, saved_problems
 from not_hf.donor.stripped import StrippedModel
 from not_hf.donor.tokenizer import save_local_tokenizer
-from not_hf.errors import CorruptDonorError, NotHFError, one_line
-from not_hf.hub.atomic_write import replacing, require_donor_folder
+from not_hf.errors import CorruptDonorError, NotHFError
+from not_hf.hub.atomic_write import full_disk_is_oserror, replacing, require_donor_folder
 from not_hf.hub.checkpoint import file_names, open_checkpoint
 from not_hf.hub.consistent_read import saved_digests
 from not_hf.hub.digest import digest
@@ -78,10 +77,8 @@ def write_donor(
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
     with contextlib.nullcontext(draft) if draft else replacing(folder, is_main_process) as place:
-        try:
+        with full_disk_is_oserror(folder):
             PreTrainedModel.save_pretrained(donor, place, is_main_process, dict(tensors), **kwargs)
-        except SafetensorError as error:  # of its own kind, when the disk is full
-            raise OSError(f"{folder} cannot be written: {one_line(error, 200)}; free space, save again") from error
         if not is_main_process:
             return None
         config = copy.copy(donor.config)

@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from not_hf.errors import NotHFError
+from not_hf.training.figure import add_grid, new_figure, scale_perplexities
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 
 def draw(
@@ -24,12 +24,9 @@ def draw(
     Raises:
         NotHFError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ModuleNotFoundError as error:
-        raise NotHFError("plot needs matplotlib; pip install not_hf[plot]") from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4, "plot")
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
     axes.axhline(
         base["perplexity"], color="0.35", linestyle="--", linewidth=1, label=_label("without the organ", base)
@@ -46,27 +43,14 @@ def draw(
     where = (best["position"], best["perplexity"])
     label = _label(f"best: {best['mode']} at {best['position']}", best)
     axes.plot(*where, color="black", marker="*", markersize=12, linestyle="none", label=label)
-    _scale(axes, [base["perplexity"], *(row["perplexity"] for row in rows)])
+    scale_perplexities(axes, [base["perplexity"], *(row["perplexity"] for row in rows)])
     axes.set_xlabel("position")
     axes.set_ylabel("perplexity, with its 95 % interval")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize="small")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    add_grid(axes)
     figure.savefig(path, dpi=150)
 
 
 def _label(name: str, row: Mapping[str, Any]) -> str:
     return f"{name}, {row['perplexity']:,.2f}"
-
-
-def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """Use a log scale where the values are far apart."""
-    from matplotlib.ticker import LogFormatter, LogLocator
-
-    finite = [value for value in values if math.isfinite(value)]
-    if finite and max(finite) > 3 * min(finite):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
-        axes.minorticks_off()

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from not_hf.errors import NotHFError
 from not_hf.evaluation.perplexity import perplexity
 from not_hf.recipient.mixin import Recipient
+from not_hf.training.figure import add_grid, new_figure
 
 SCALES = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
 
@@ -66,11 +67,7 @@ class ScaleChoice:
         Raises:
             NotHFError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise NotHFError("plot needs matplotlib; pip install not_hf[plot]") from error
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = new_figure(6, 4, "plot")
         axes = figure.subplots()
         key = "control_perplexity" if self.num_control_tokens else "scale"
         places, values = [row[key] for row in self.rows], [row["perplexity"] for row in self.rows]
@@ -80,8 +77,7 @@ class ScaleChoice:
         axes.set_xlabel("perplexity of the control text" if self.num_control_tokens else "scale")
         axes.set_ylabel("perplexity of the domain")
         axes.set_title(f"scales of organ {self.donor_name!r}", loc="left", fontsize="medium")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        add_grid(axes)
         figure.savefig(path, dpi=150)
 
 

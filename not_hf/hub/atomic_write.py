@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from not_hf.config import DELTA, DonorConfig
-from not_hf.errors import NotHFError
+from not_hf.errors import NotHFError, one_line
 from not_hf.hub.folder_lock import locked
 
 # Prefix of the temporary folders; Trainer does not upload names that begin with _
@@ -23,6 +24,15 @@ DRAFT = "_not_hf-draft-"
 _REPLACED = f"{DRAFT}replaced-"
 # Names of weight files; group 1 or 3 is the variant
 _WEIGHTS = re.compile(r"model(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.\w+)?\.json")
+
+
+@contextlib.contextmanager
+def full_disk_is_oserror(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise `OSError` where safetensors raises an error of its own kind, since it cannot write a file of `folder`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {one_line(error, 200)}; free space, save again") from error
 
 
 @contextlib.contextmanager

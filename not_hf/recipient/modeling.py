@@ -296,19 +296,20 @@ def _by_organ(state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     def is_of_organ(key: str) -> bool:
         return key.startswith(f"{DonorModel.base_model_prefix}.") or is_saved(key)
 
-    if state_dict and all(map(is_of_organ, state_dict)):
-        if len(names) != 1:
-            raise NotHFError(
-                f"the checkpoint of an organ needs a model with exactly one organ, not {len(names)}; use load_donor"
-            )
-        return {names[0]: dict(state_dict)}
     states: dict[str, dict[str, Any]] = {}
     for key, value in state_dict.items():
         name, _, inner = key.partition(".")
-        if name not in names or not is_of_organ(inner):
-            return None
-        states.setdefault(name, {})[inner] = value
-    return states or None
+        if name in names and is_of_organ(inner):
+            states.setdefault(name, {})[inner] = value
+    if state_dict and sum(map(len, states.values())) == len(state_dict):
+        return states
+    if not state_dict or not all(map(is_of_organ, state_dict)):
+        return None
+    if len(names) != 1:
+        raise NotHFError(
+            f"the checkpoint of an organ needs a model with exactly one organ, not {len(names)}; use load_donor"
+        )
+    return {names[0]: dict(state_dict)}
 
 
 def _revive(kind: type[Transplanted], native: type) -> Transplanted:

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -109,12 +109,14 @@ class _Below:
     """What hidden states at a depth depend on: modules, and the state of their tensors."""
 
     modules: tuple[nn.Module, ...]
-    tensors: tuple[tuple[int, int, int], ...]
+    states: tuple[tuple[int, int, int], ...]
+    tensors: tuple[torch.Tensor, ...] = field(compare=False)  # so that no other one takes a state
 
     @classmethod
     def of(cls, stack: Stack, depth: int) -> _Below:
         modules = (stack.base_model.get_input_embeddings(), *list(stack.layers)[:depth])
-        return cls(modules, tuple(tensor_state(each) for module in modules for each in module.parameters()))
+        tensors = tuple(each for module in modules for each in (*module.parameters(), *module.buffers()))
+        return cls(modules, tuple(map(tensor_state, tensors)), tensors)
 
 
 # The prefill with which the forward pass that comes next in this context starts

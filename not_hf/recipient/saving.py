@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -29,8 +28,8 @@ from not_hf.donor.saved_modules import attach
 from not_hf.donor.saving import save_generation_config, write_donor
 from not_hf.donor.tokenizer import save_local_tokenizer
 from not_hf.donor.vocabulary import VOCABULARY
-from not_hf.errors import NotHFError, one_line
-from not_hf.hub.atomic_write import replacing, require_donor_folder
+from not_hf.errors import NotHFError
+from not_hf.hub.atomic_write import full_disk_is_oserror, replacing, require_donor_folder
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.surgery import Surgery
 
@@ -149,10 +148,8 @@ def _save_for_trainers(
 ) -> None:
     """Save the tensors of several organs in one file, too: trainers look for it when they resume or load the best."""
     tensors = {f"{name}.{key}": value.contiguous() for name, state in states.items() for key, value in state.items()}
-    try:
+    with full_disk_is_oserror(folder):
         save_file(tensors, Path(draft, SAFE_WEIGHTS_NAME), {"format": "pt"})
-    except SafetensorError as error:  # of its own kind, when the disk is full
-        raise OSError(f"{folder} cannot be written: {one_line(error, 200)}; free space, save again") from error
 
 
 def _generation_config(

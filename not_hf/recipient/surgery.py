@@ -138,7 +138,7 @@ class Surgery:
             self.apply(model)
 
         with self.changes.lock:  # what is undone leads back to the state after another thread's change
-            self.require_own_modules(model)
+            self._require_standing(model)
             self.changes.make(whole, self._undoing(model, flags))
 
     def _undoing(self, model: PreTrainedModel, flags: bool) -> Callable[[], None]:
@@ -211,8 +211,9 @@ class Surgery:
             setattr(config, key, value)
             setattr(layers_config(model.config), key, value)  # the same object, or what was copied
         for path, module in modules.items():
-            module.train(model.training)
-            model.set_submodule(path, module)
+            if model.get_submodule(path) is not module:
+                module.train(model.training)
+                model.set_submodule(path, module)
         for owner in (model, stack.base_model) if self.base_modules else ():
             if "vocab_size" in vars(owner):
                 owner.vocab_size = values["vocab_size"]
@@ -239,7 +240,7 @@ class Surgery:
         for path in {path for organ in self.organs.values() for path in organ.saved.modules}:
             self.base_modules.setdefault(path, model.get_submodule(path))
 
-    def require_own_modules(self, model: PreTrainedModel) -> None:
+    def _require_standing(self, model: PreTrainedModel) -> None:
         """Check that the modules beside the layers are those that organs and recipient have put there.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from not_hf.cards.donor import CURVE
 from not_hf.cards.metrics import perplexities
 from not_hf.errors import NotHFError
+from not_hf.training.figure import add_grid, new_figure, scale_perplexities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,12 +96,6 @@ def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: str | os
 
 
 def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
-    except ModuleNotFoundError as error:
-        raise NotHFError("plot_training_curve needs matplotlib; pip install not_hf[plot]") from error
-
     training = [logs for logs in log_history if "loss" in logs]
     evaluations = [logs for logs in log_history if any(perplexities(logs))]
     panels = [logs for logs in (training, evaluations) if logs]
@@ -113,7 +107,7 @@ def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
     counted = all("num_input_tokens_seen" in logs for logs in (*training, *evaluations))
     unit = "num_input_tokens_seen" if counted else "step"
 
-    figure = Figure(figsize=(7, 1.2 + 2.4 * len(panels)), layout="constrained")
+    figure = new_figure(7, 1.2 + 2.4 * len(panels), "plot_training_curve")
     axes = list(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0])
     if training:
         dots = {"marker": "o", "markersize": 3} if len(training) == 1 else {}  # a line through one point is invisible
@@ -122,9 +116,10 @@ def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
         axes[0].set_ylabel("training loss (nats per token)")
     if evaluations:
         _draw_perplexities(axes[-1], evaluations, unit)
+    from matplotlib.ticker import EngFormatter
+
     for panel in axes:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+        add_grid(panel)
     axes[-1].set_xlabel("tokens" if counted else "steps")
     axes[-1].xaxis.set_major_formatter(EngFormatter(sep=" " if counted else ""))
     if counted and (clock := [logs for logs in log_history if unit in logs and "train_runtime" in logs]):
@@ -133,9 +128,7 @@ def _draw(log_history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _draw_perplexities(panel: Axes, evaluations: Sequence[Mapping[str, Any]], unit: str) -> None:
-    """Draw a line for each evaluation set; on a log scale where the values are far apart."""
-    from matplotlib.ticker import LogFormatter, LogLocator
-
+    """Draw a line for each evaluation set."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for logs in evaluations:
         for name, value in perplexities(logs):
@@ -145,12 +138,7 @@ def _draw_perplexities(panel: Axes, evaluations: Sequence[Mapping[str, Any]], un
         before = f"{first:,.2f} → " if start == 0 else ""  # measured before the first step
         label = f"{name or 'held-out'}: {before}{last:,.2f}"
         panel.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3, linewidth=1.5)
-    values = [value for points in curves.values() for _, value in points if math.isfinite(value)]
-    if values and max(values) > 3 * min(values):
-        panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
-        panel.minorticks_off()
+    scale_perplexities(panel, [value for points in curves.values() for _, value in points])
     panel.set_ylabel("perplexity")
     panel.legend(frameon=False, fontsize="small")
 

@@ -357,3 +357,12 @@ def test_a_donor_without_values_of_its_modules_takes_the_recipients_and_is_not_s
     assert not (tmp_path / "organ").exists()
     model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), fresh)
     assert torch.equal(model.lm_head.weight, base.lm_head.weight)
+
+
+def test_a_module_that_stands_keeps_its_mode():
+    base = tiny_model("llama")
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1, modules_to_save=["lm_head"]), donor_name="a")
+    model.train()
+    model.lm_head.eval()
+    model.load_donor(organ(tiny_model("llama"), 2, (3, 4)), "b")
+    assert not model.lm_head.training and model.model.layers[0].training

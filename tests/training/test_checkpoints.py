@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import Trainer
 
 from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM, expand
@@ -49,6 +50,22 @@ def test_the_best_of_several_organs_comes_back(cls, tmp_path):
     assert best.endswith("checkpoint-3")  # the loss falls, and the greatest was asked for
     loaded = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), best)
     assert torch.equal(logits(loaded, TOKEN_IDS), logits(trainer.model.eval(), TOKEN_IDS))
+
+
+def test_names_of_organs_do_not_confuse_their_checkpoint(tmp_path):
+    model = two_organs()
+    surgery = model._surgery
+    surgery.organs = dict(zip(("organ", "token_rows"), surgery.organs.values(), strict=True))
+    for name, organ in surgery.organs.items():
+        organ.name = name
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    before = logits(model.eval(), TOKEN_IDS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    model.load_state_dict(load_file(tmp_path / "checkpoint-1" / "model.safetensors"), False)
+    assert torch.equal(logits(model, TOKEN_IDS), before)
 
 
 def test_what_is_saved_elsewhere_holds_each_tensor_once(tmp_path):
