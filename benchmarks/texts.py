@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +44,29 @@ TEXTS: dict[str, Callable[[], list[str]]] = {
     "french": lambda: summaries("fr-fr"),
     "english": lambda: summaries("en-us"),
 }
+
+
+@functools.cache
+def documents(name: str) -> list[str]:
+    """A text, read once in a process."""
+    return TEXTS[name]()
+
+
+def read_blocks(name: str, tokenizer: Any, block: int, most: int, part: str, seed: int = 0) -> Any:
+    """Token ids, `(rows, block)`, of a part of a text: of ten documents one is to choose by and one to test with.
+
+    Documents are drawn by the seed and packed, then the rows are shuffled by it.
+    """
+    import torch
+    from datasets import Dataset, disable_progress_bars
+
+    from not_hf import pack
+
+    disable_progress_bars()
+    places = {"choose": (1,), "test": (0,), "train": range(2, 10)}[part]
+    texts = Dataset.from_dict({"text": [text for n, text in enumerate(documents(name)) if n % 10 in places]})
+    texts = texts.shuffle(seed=seed)
+    lengths = itertools.accumulate(map(len, texts["text"]))
+    enough = next((n for n, chars in enumerate(lengths, 1) if chars > 8 * most * block), len(texts))
+    rows = torch.tensor(pack(texts.select(range(enough)), tokenizer, block)[:most]["input_ids"])
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]

@@ -1,181 +1,190 @@
-"""Training an organ against LoRA, full fine-tuning and block expansion: same tokens, same machine, same run.
+"""Learning from fresh text: organs against LoRA and full fine-tuning at equal time, each with its own best settings.
 
-    python benchmarks/train.py            # three domains, two seeds: hours on two cores (make bench-train)
-    python benchmarks/train.py --quick    # one domain, one seed, ten minutes
-    python benchmarks/train.py --long     # ten times the tokens: one domain, one seed, LoRA and two ways of organs
+    python benchmarks/train.py            # three texts, three seeds: hours on two cores (make bench-train)
+    python benchmarks/train.py --quick    # one text, one seed, three methods: ten minutes
+    python benchmarks/train.py --long     # ten times the tokens: one text, one seed
+    python benchmarks/train.py --replay   # every fourth row is general text
     python benchmarks/train.py --smoke    # a small random model, for the test suite
 
-Every method first searches its learning rate on the first domain, with other held-out text than it is measured on.
-Then, for each domain and seed, LoRA of rank 16 makes one pass over the training blocks; every other method makes as
-many steps as fit into the seconds that took, going over the same blocks again where it is faster. Held-out perplexity
-of the domain and of a general text (English encyclopedia) is taken on the way, and its time left out. Each run is a
-process of its own; a seed's runs go turn and turn about, and seeds side by side, with an equal share of the cores.
-Reported: tokens/s, peak memory, file size, both perplexities at the end, and the share of LoRA's seconds after which a
-method is first where LoRA ends.
+LoRA of rank 16 makes 32 steps of 4 × 128 tokens; every other method as many as the processor seconds of those allow,
+by the cost of a step, which is measured first. No row is seen twice. Learning rates and batch sizes are searched for
+each text with half the steps, on text set aside. After training, the weights are moved to
+base + scale · (trained − base), for every method; the scale is chosen on text set aside, too.
+
+Measured: the loss on 8,192 held-out tokens of the text and of a general one (English encyclopedia), and the loss on
+each training row before the step that learns from it: all methods see the same rows in the same order, so their
+differences are paired, and less noisy. Each run is a process of its own with one thread. What is in the output file is
+not run again, so that a run that was broken off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from extract import memory, reset_peak
-from texts import ROOT, TEXTS
+from methods import METHODS, REFERENCE, fit, prepare, row_losses, seconds_per_step
+from record import Record, demo
+from report import compare, draw, tables
+from texts import TEXTS, read_blocks
 
-sys.path[:0] = [str(ROOT / "examples")]
-
-REFERENCE = "LoRA, r = 16"
-# learning rates that are tried, so many that none is best at an end
-METHODS: dict[str, tuple[float, ...]] = {
-    REFERENCE: (1e-3, 2e-3, 4e-3),
-    "LoRA, r = 64": (5e-4, 1e-3, 2e-3),
-    "full": (5e-5, 1e-4, 2e-4, 4e-4),
-    "expansion": (5e-4, 1e-3, 2e-3, 4e-3),
-    "organ, 3 upper layers": (2.5e-4, 5e-4, 1e-3, 2e-3),
-    "organ, 3 last layers": (2.5e-4, 5e-4, 1e-3, 2e-3),
-    "organ, 8 middle layers": (2e-4, 4e-4, 8e-4),
-    "8 spread organs": (5e-4, 1e-3, 2e-3, 4e-3),
-}
-SHORT: dict[str, list[str]] = {  # sizes that do not try all methods
-    "quick": [REFERENCE, "organ, 3 upper layers", "organ, 8 middle layers"],
-    "long": [REFERENCE, "organ, 8 middle layers", "8 spread organs"],
-    "smoke": [REFERENCE, "organ, 3 upper layers", "8 spread organs"],
-}
-QUICK = {"domains": ["kjv"], "seeds": 1, "steps": 24, "search": 0, "batch": 4, "block": 128, "measures": 4, "held": 10}
-SIZES: dict[str, dict[str, Any]] = {
-    "full": {**QUICK, "domains": ["kjv", "icd10", "french"], "seeds": 2, "steps": 32, "search": 16},
-    "quick": QUICK,
-    "long": {**QUICK, "steps": 320, "search": 32, "measures": 10, "held": 20},
-    "smoke": {**QUICK, "steps": 4, "search": 2, "batch": 2, "block": 32, "held": 4, "rates": 2},
+CONTROL = "english"
+MAIN = [REFERENCE, "organ, outputs of all layers"]
+FULL: dict[str, Any] = {
+    "domains": ["kjv", "icd10", "french"], "methods": list(METHODS)[:8], "seeds": 3, "steps": 32, "search": 16,
+    "block": 128, "choose": 16, "test": 64, "scales": [0.7, 1.0], "replay": 0, "pool": 320,
+}  # fmt: skip
+QUICK = {**FULL, "domains": ["kjv"], "seeds": 1, "methods": [*MAIN, "organ, all layers"], "search": 0, "steps": 16}
+FORMS: dict[str, dict[str, Any]] = {
+    "full": FULL,
+    "quick": {**QUICK, "choose": 4, "test": 16},
+    "long": {**QUICK, "steps": 320, "search": 32, "pool": 1536},
+    "replay": {**FULL, "methods": MAIN, "seeds": 1, "search": 0, "replay": 4},
+    "smoke": {**QUICK, "steps": 4, "block": 32, "pool": 24, "choose": 2, "test": 4},
 }
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Search rates, train, compare, print the tables, write the numbers and the picture."""
-    parser = argparse.ArgumentParser(description="Organs against other ways of fine-tuning.")
-    parser.add_argument("--quick", action="store_true", help="one domain, one seed, ten minutes")
-    parser.add_argument("--long", action="store_true", help="ten times the tokens; one domain and seed, three methods")
-    parser.add_argument("--smoke", action="store_true", help="a small random model, for the test suite")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; in the other forms two or three")
-    parser.add_argument("--domains", nargs="+", choices=[name for name in TEXTS if name != "english"])
-    parser.add_argument("--rates", type=Path, help="JSON file of an earlier run, to search no rate again")
-    parser.add_argument("--output", type=Path, help="JSON file for the numbers; the picture goes beside it")
+    """Search settings, train, compare, print the tables, write the numbers and the pictures."""
+    parser = argparse.ArgumentParser(description="Organs against other ways of fine-tuning on fresh text.")
+    forms = parser.add_mutually_exclusive_group()
+    for form in list(FORMS)[1:]:
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="beside LoRA of rank 16")
+    parser.add_argument("--domains", nargs="+", choices=[name for name in TEXTS if name != CONTROL])
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
+    parser.add_argument("--output", type=Path, help="JSON file of the runs, read and written; pictures go beside it")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
+    parser.add_argument("--base", help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a process of its own
     options = parser.parse_args(arguments)
     if options.run:
-        print(json.dumps(train_once(**json.loads(options.run))))
+        print(json.dumps(run_once(options.base, **json.loads(options.run))))
         return {}
-    import demo  # the commit, versions and hardware, as in its own results
+    given = {name: value for name in ("domains", "seeds") if (value := getattr(options, name))}
+    size = {**FORMS[options.form], **given}
+    methods = [REFERENCE, *(name for name in options.methods or size["methods"] if name != REFERENCE)]
+    smoke = options.form == "smoke"
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
+        base = small_base(Path(scratch)) if smoke else demo.unpack_base(options.cache)
+        record = Record(__file__, str(base), options.output, run_once if smoke else None)
+        run = functools.partial(record, **{name: size[name] for name in ("block", "pool", "replay")})
+        wanted = [(domain, method) for domain in size["domains"] for method in methods]
+        chosen = dict(zip(wanted, pool.map(lambda pair: search(run, size, *pair), wanted), strict=True))
+        costs = {name: cost(run, name, chosen[size["domains"][0], name], size) for name in methods}
+        pool.map(lambda domain: measure_base(run, size, domain), size["domains"])
+        steps = {name: max(2, round(size["steps"] * costs[REFERENCE]["row"] / costs[name]["row"])) for name in methods}
 
-    name = next((form for form in SHORT if getattr(options, form)), "full")
-    size, commit = SIZES[name], demo.commit()
-    methods = options.methods or SHORT.get(name) or list(METHODS)
-    methods = [REFERENCE, *(method for method in methods if method != REFERENCE)]
-    domains = options.domains or size["domains"]
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(size["seeds"]) as pool:
-        base = small_base(Path(scratch)) if options.smoke else demo.unpack_base(options.cache)
-        run = Runner(str(base), size, in_process=options.smoke)
-        known = json.loads(options.rates.read_text())["rates"] if options.rates else {}
-        rates = search(run, pool, methods, domains[0], known)
-        steps = dict(zip(methods, pool.map(functools.partial(run.probe, domain=domains[0]), methods), strict=True))
-        result: dict[str, Any] = {"size": {**size, "name": name}, "rates": rates, "step_seconds": steps, "runs": []}
+        def train(seed: int, domain: str, method: str) -> dict[str, Any]:
+            rate, batch = chosen[domain, method]
+            given = {"rate": rate, "batch": batch, "steps": steps[method] * 4 // batch}
+            held = {"choose": size["choose"], "test": size["test"]}
+            return run(method=method, domain=domain, seed=seed, **given, held=held, scales=size["scales"])
 
-        writing = threading.Lock()
-
-        def series(domain: str, seed: int) -> None:
-            """All methods in turn, as long as LoRA took."""
-            seconds = 0.0
-            for method in methods:
-                found = run(method, domain, seed, rates[method]["chosen"], run.fitting(seconds, steps[method]))
-                seconds = seconds or found["seconds"]
-                with writing:
-                    result["runs"].append(found)
-                    print(line(found), file=sys.stderr, flush=True)
-                    if options.output:
-                        options.output.write_text(json.dumps(result, indent=1) + "\n")
-
-        for domain in domains:
-            list(pool.map(functools.partial(series, domain), range(size["seeds"])))
-            result |= {"commit": commit, **demo.provenance()}
-    result["runs"].sort(key=lambda run: (domains.index(run["domain"]), methods.index(run["method"]), run["seed"]))
-    compare(result["runs"])
-    print(tables(result))
+        runs = list(pool.map(lambda each: train(*each), [(n, *pair) for n in range(size["seeds"]) for pair in wanted]))
+        bases = {domain: measure_base(run, size, domain) for domain in size["domains"]}
+    found = compare(runs, bases, costs)
+    record.save(form=options.form, costs=costs, comparison=found)
+    print(tables(found))
     if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result["runs"], options.output.with_suffix(".png"))
-    return result
+        draw(found, options.output.with_suffix(".png"))
+    return {"comparison": found, "costs": costs}
 
 
-class Runner:
-    """Starts runs, each in a process of its own that has an equal share of the cores."""
+def search(run: Any, size: dict[str, Any], domain: str, method: str) -> tuple[float, int]:
+    """The learning rate and batch size with the least loss on text set aside, at the better scale."""
+    settings = METHODS[method].settings
+    if not size["search"]:
+        return settings[len(settings) // 2]
 
-    def __init__(self, base: str, size: dict[str, Any], in_process: bool) -> None:
-        self.base, self.size, self.in_process = base, size, in_process
+    def loss(setting: tuple[float, int]) -> float:
+        rate, batch = setting
+        steps, held = size["search"] * 4 // batch, {"choose": size["choose"]}
+        given = {"rate": rate, "batch": batch, "steps": steps, "held": held, "scales": size["scales"]}
+        found = run(method=method, domain=domain, seed=100, **given)
+        return min(math.fsum(each["domain"]) for each in found["held"]["choose"].values())
 
-    def __call__(
-        self, method: str, domain: str, seed: int, rate: float, steps: int, epoch: int | None = None, **options: Any
-    ) -> dict[str, Any]:
-        """One run; `options` are those of `train_once`."""
-        given = {"base": self.base, "method": method, "domain": domain, "seed": seed, "rate": rate, "steps": steps}
-        given |= {key: self.size[key] for key in ("batch", "block", "measures", "held")}
-        given |= {"epoch": epoch or self.size["steps"], **options}
-        if self.in_process:
-            return train_once(**given)
-        command = [sys.executable, __file__, "--run", json.dumps(given)]
-        threads = str(max(1, (os.cpu_count() or 1) // self.size["seeds"]))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"{method} on {domain} failed:\n{done.stderr}")
-        return json.loads(done.stdout.splitlines()[-1])
-
-    def probe(self, method: str, domain: str) -> dict[str, float]:
-        """Seconds of a step, on blocks that are new and on those that were seen before."""
-        at = self(method, domain, 0, 1e-4, 8, epoch=4, measures=0)["step_ends"]
-        steps = [later - earlier for earlier, later in itertools.pairwise(at)]  # without the first, which sets up
-        return {"new": statistics.median(steps[:3]), "seen": statistics.median(steps[3:])}
-
-    def fitting(self, seconds: float, step: dict[str, float]) -> int:
-        """Steps that fit into `seconds`; 0: one pass over the blocks."""
-        once = self.size["steps"]
-        new = once if not seconds else min(once, seconds / step["new"])
-        seen = max(0.0, seconds - new * step["new"]) / step["seen"]
-        return max(2, round(new + seen))
+    return min(settings, key=loss)
 
 
-def search(
-    run: Runner, pool: ThreadPoolExecutor, methods: list[str], domain: str, known: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """For each method the rate with the least loss on text set aside for choosing; `known`: what was found before."""
+def cost(run: Any, method: str, setting: tuple[float, int], size: dict[str, Any]) -> dict[str, float]:
+    """Processor seconds of a row of training, and peak memory in bytes, with gradient checkpointing and without."""
+    rate, batch = setting
+    given = {"method": method, "domain": size["domains"][0], "seed": 0, "rate": rate, "batch": batch, "scales": []}
+    plain = run(**given, steps=9 * 4 // batch if size["search"] else 4, held={})
+    saving = run(**given, steps=3, held={}, gradient_checkpointing=True)
+    return {
+        "row": seconds_per_step(plain["ends"]) / batch,
+        "row_checkpointing": seconds_per_step(saving["ends"]) / batch,
+        "peak": plain["peak"],
+        "peak_checkpointing": saving["peak"],
+    }
 
-    def try_out(method: str, rate: float) -> float:
-        if str(rate) in (before := known.get(method, {}).get("searched", {})):
-            return before[str(rate)]
-        steps = run.size["search"]
-        return run(method, domain, 0, rate, steps, measures=1, part="choose")["curve"][-1]["domain"]
 
-    if not run.size["search"]:
-        return {method: {"chosen": METHODS[method][1], "searched": {}} for method in methods}
-    rates = {method: METHODS[method][: run.size.get("rates")] for method in methods}
-    pairs = [(method, rate) for method in methods for rate in rates[method]]
-    losses = dict(zip(pairs, pool.map(lambda pair: try_out(*pair), pairs), strict=True))
-    found = {method: {rate: losses[method, rate] for rate in rates[method]} for method in methods}
-    return {method: {"chosen": min(each, key=each.__getitem__), "searched": each} for method, each in found.items()}
+def measure_base(run: Any, size: dict[str, Any], domain: str) -> dict[str, Any]:
+    """The losses of the base."""
+    return run(method=None, domain=domain, held={"choose": size["choose"], "test": size["test"]}, scales=[0])
+
+
+def run_once(
+    base: str, method: str | None, domain: str, block: int, pool: int, replay: int, held: dict[str, int],
+    scales: list[float], seed: int = 0, rate: float = 0.0, batch: int = 1, steps: int = 0,
+    gradient_checkpointing: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Train, then measure at each scale.
+
+    Args:
+        method: Name of the method; `None` measures the base.
+        pool: Rows that are read to be trained on, of which the first are used.
+        held: Rows of each part of the text that losses are taken on; those of `test` of the control, too.
+        replay: Each row of that number is of the control; 0: none.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    read = functools.partial(read_blocks, tokenizer=tokenizer, block=block)
+    rows = read(domain, most=pool, part="train", seed=seed)[: steps * batch]
+    if replay:
+        general = read(CONTROL, most=-(-len(rows) // replay), part="train", seed=seed)
+        rows[replay - 1 :: replay] = general[: len(rows[replay - 1 :: replay])]
+    held_rows = {part: {"domain": read(domain, most=most, part=part)} for part, most in held.items()}
+    if "test" in held:
+        held_rows["test"]["control"] = read(CONTROL, most=held["test"], part="test")
+    before = reset_peak()  # all that is imported is there; weights count, mapped ones as far as they are read
+    torch.manual_seed(seed)
+    found: dict[str, Any] = {}
+    if method is None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    else:
+        prepared = prepare(method, base)
+        model = prepared.model
+        given = {"rate": rate, "batch": batch, "steps": steps, "seed": seed}
+        found = fit(prepared, rows, **given, gradient_checkpointing=gradient_checkpointing)
+        found |= {"peak": memory("VmHWM") - before, "file_bytes": size_of(model)}
+    losses: dict[str, dict[str, dict[str, list[float]]]] = {part: {} for part in held}
+    for scale in scales:
+        if method is not None:
+            prepared.set_scale(scale)
+        for part, texts in held_rows.items():
+            losses[part][f"{scale:g}"] = {name: row_losses(model, rows) for name, rows in texts.items()}
+    return {**found, "held": losses}
+
+
+def size_of(model: Any) -> int:
+    """Bytes of the safetensors files that a model is saved in."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
 
 
 def small_base(folder: Path) -> Path:
@@ -190,272 +199,10 @@ def small_base(folder: Path) -> Path:
     tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"vocab_size": len(alphabet) + 1, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 10}
+    shape = {"vocab_size": len(alphabet) + 1, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
     LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).save_pretrained(folder)
     return folder
 
 
-# ---------------------------------------------------------------- one run
-
-
-def train_once(
-    base: str, method: str, domain: str, seed: int, rate: float, steps: int, batch: int, block: int, epoch: int,
-    measures: int, held: int, part: str = "test",
-) -> dict[str, Any]:  # fmt: skip
-    """Train, measuring on the way.
-
-    Args:
-        epoch: Steps in which all training blocks are seen once.
-        measures: How often losses are taken, beside the start.
-        held: Blocks of the domain and of the control they are taken on.
-        part: The held-out text: what rates are chosen by, or what is reported.
-    """
-    import torch
-    from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, default_data_collator
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    blocks = {
-        "train": read_blocks(domain, tokenizer, block, epoch * batch, part="train", seed=seed),
-        "domain": read_blocks(domain, tokenizer, block, held, part=part),
-        "control": read_blocks("english", tokenizer, block, held, part="test"),
-    }
-    before = reset_peak()  # all that is imported is there; weights count, mapped ones as far as they are read
-    torch.manual_seed(seed)
-    model, trainer_class, options = prepare(method, base)
-    curve: list[dict[str, float]] = []
-    step_ends: list[float] = []
-
-    class Measure(TrainerCallback):
-        """Notes losses, and when they were reached; what measuring takes does not count."""
-
-        def __init__(self) -> None:
-            self.start, self.spent = 0.0, 0.0
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if measures > 1:
-                self.note(0)
-            self.start, self.spent = time.perf_counter(), 0.0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            step = state.global_step
-            step_ends.append(time.perf_counter() - self.start - self.spent)
-            if (step * measures) // steps > ((step - 1) * measures) // steps:
-                self.note(step)
-
-        def note(self, step: int) -> None:
-            begun = time.perf_counter()
-            losses = {name: loss(model, blocks[name]) for name in ("domain", "control") if measures}
-            curve.append({"step": step, "seconds": step_ends[-1] if step else 0.0, **losses})
-            self.spent += time.perf_counter() - begun
-
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=rate,
-            warmup_steps=max(1, steps // 10),
-            lr_scheduler_type="linear",
-            weight_decay=0.0,
-            seed=seed,
-            data_seed=seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            logging_steps=steps,
-        )
-        if "prefix_dir" in options:
-            options["prefix_dir"] = Path(folder, "prefixes")
-        rows = [{"input_ids": row, "labels": row} for row in blocks["train"]]
-        trainer = trainer_class(model, arguments, default_data_collator, rows, callbacks=[Measure()], **options)
-        trainer.train()
-        peak = memory("VmHWM") - before
-        model.save_pretrained(Path(folder, "saved"))
-        size = sum(file.stat().st_size for file in Path(folder, "saved").rglob("*.safetensors"))
-    seconds = step_ends[-1]
-    each = [later - earlier for earlier, later in itertools.pairwise(step_ends)]
-    each = each[epoch:] or each  # on blocks that were seen before, if there are such steps
-    return {
-        "method": method, "domain": domain, "seed": seed, "rate": rate, "steps": steps, "seconds": seconds,
-        "seconds_per_step": statistics.median(each), "step_ends": step_ends,
-        "tokens_per_second": steps * batch * block / seconds,
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "file_bytes": size, "peak_bytes": peak, "curve": curve,
-    }  # fmt: skip
-
-
-def read_blocks(name: str, tokenizer: Any, block: int, most: int, part: str, seed: int = 0) -> Any:
-    """Token ids, `(rows, block)`, of a part of a text: of ten documents one is to choose by and one to test with."""
-    import torch
-    from datasets import Dataset, disable_progress_bars
-
-    from not_hf import pack
-
-    disable_progress_bars()
-    places = {"choose": (1,), "test": (0,), "train": range(2, 10)}[part]
-    texts = Dataset.from_dict({"text": [text for n, text in enumerate(documents(name)) if n % 10 in places]})
-    texts = texts.shuffle(seed=seed)
-    lengths = itertools.accumulate(map(len, texts["text"]))
-    enough = next((n for n, chars in enumerate(lengths, 1) if chars > 8 * most * block), len(texts))
-    texts = texts.select(range(enough))
-    return torch.tensor(pack(texts, tokenizer, block)[:most]["input_ids"])
-
-
-@functools.cache
-def documents(name: str) -> list[str]:
-    """A text, read once in a process."""
-    return TEXTS[name]()
-
-
-def loss(model: Any, rows: Any) -> float:
-    """Mean loss per token in nats, in evaluation mode and without caches."""
-    import torch
-
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        sums = [float(model(input_ids=part, labels=part, use_cache=False).loss) * len(part) for part in rows.split(2)]
-    model.train(training)
-    return math.fsum(sums) / len(rows)
-
-
-def prepare(method: str, base: str) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, the trainer's class and its options."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Trainer
-
-    from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    total = model.config.num_hidden_layers
-    if method.startswith("LoRA"):
-        rank = int(method.split()[-1])
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")), Trainer, {}
-    if method == "full":
-        return model, Trainer, {}
-    cached = {"cache_prefix": True, "prefix_dir": None}
-    places = {
-        "expansion": [total * part // 4 - 1 for part in (2, 3, 4)],  # LLaMA-Pro (arXiv 2401.02415)
-        "8 spread organs": [total * part // 8 for part in range(8)],
-    }
-    if method in places:  # silent copies of single layers, each inserted beside its original
-        donors = [DonorModel.from_base(model, (n, n + 1), mode="insert", init="identity") for n in places[method]]
-        model = TransplantedForCausalLM.from_pretrained(model, donors[0], donor_name="organ0", is_trainable=True)
-        for n, donor in enumerate(donors[1:], 1):
-            model.load_donor(donor, f"organ{n}", is_trainable=True)
-        return (model, Trainer, {}) if method == "expansion" else (model, DonorTrainer, cached)
-    spans = {
-        "3 upper": (total - 6, total - 3),
-        "3 last": (total - 3, total),
-        "8 middle": (round(total * 8 / 30), round(total * 16 / 30)),
-    }
-    span = next(span for name, span in spans.items() if name in method)
-    donor = DonorModel.from_base(model, span, mode="replace")
-    model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
-    return model, DonorTrainer, cached
-
-
-# ---------------------------------------------------------------- comparing
-
-
-def compare(runs: list[dict[str, Any]]) -> None:
-    """Say of each run how it stands to LoRA's on the same domain and seed."""
-    references = {(run["domain"], run["seed"]): run for run in runs if run["method"] == REFERENCE}
-    for run in runs:
-        reference = references[run["domain"], run["seed"]]
-        goal = reference["curve"][-1]["domain"]
-        run["time_to_reference"] = time_to(run["curve"], goal) / reference["seconds"]  # inf: never
-        run["steps_per_second_ratio"] = reference["seconds_per_step"] / run["seconds_per_step"]
-        run["seconds_ratio"] = run["seconds"] / reference["seconds"]
-        run["memory_ratio"] = run["peak_bytes"] / reference["peak_bytes"]
-        run["time_to_reference"] = None if math.isinf(run["time_to_reference"]) else run["time_to_reference"]
-
-
-def time_to(curve: list[dict[str, float]], goal: float) -> float:
-    """Seconds after which the domain's loss is first at `goal`, linear between measures; infinite if never."""
-    for earlier, later in itertools.pairwise(curve):
-        if later["domain"] <= goal:
-            share = (earlier["domain"] - goal) / max(earlier["domain"] - later["domain"], 1e-12)
-            return earlier["seconds"] + min(1.0, max(0.0, share)) * (later["seconds"] - earlier["seconds"])
-    return math.inf
-
-
-def line(run: dict[str, Any]) -> str:
-    """One run in a line."""
-    first, last = run["curve"][0], run["curve"][-1]
-    changes = (f"{name} {math.exp(first[name]):.2f} -> {math.exp(last[name]):.2f}" for name in ("domain", "control"))
-    what = f"{run['domain']} seed {run['seed']} {run['method']}, {run['rate']}"
-    return f"{what}: {run['steps']} steps, {run['seconds']:.0f} s; {', '.join(changes)}"
-
-
-def tables(result: dict[str, Any]) -> str:
-    """The numbers as Markdown; of several seeds the mean, with the smallest and the largest behind it."""
-    runs, lines = result["runs"], []
-    for domain in dict.fromkeys(run["domain"] for run in runs):
-        here = [run for run in runs if run["domain"] == domain]
-        start = here[0]["curve"][0]
-        lines += [
-            f"{domain}: perplexity of the base {math.exp(start['domain']):.2f}, "
-            f"of the control {math.exp(start['control']):.2f}",
-            "",
-            "| method | rate | trained | file, MB | steps | time ÷ LoRA's | tokens/s | steps/s ÷ LoRA's "
-            "| peak memory ÷ LoRA's | domain | control | time to LoRA's end ÷ LoRA's time |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for method in dict.fromkeys(run["method"] for run in here):
-            mine = [run for run in here if run["method"] == method]
-
-            def mean(value: Callable[[dict[str, Any]], float], form: str, mine: list[Any] = mine) -> str:
-                values = [value(run) for run in mine]
-                spread = f" ({min(values):{form}}–{max(values):{form}})" if len(values) > 1 else ""
-                return f"{statistics.mean(values):{form}}{spread}"
-
-            times = [run["time_to_reference"] for run in mine]
-            reached = " and ".join("not reached" if each is None else f"{each:.2f}" for each in times)
-            lines.append(
-                f"| {method} | {mine[0]['rate']:g} | {mine[0]['trained'] / 1e6:.1f} M "
-                f"| {mine[0]['file_bytes'] / 1e6:.1f} "
-                f"| {mean(lambda run: run['steps'], '.0f')} "
-                f"| {mean(lambda run: run['seconds_ratio'], '.2f')} "
-                f"| {mean(lambda run: run['tokens_per_second'], '.0f')} "
-                f"| {mean(lambda run: run['steps_per_second_ratio'], '.2f')} "
-                f"| {mean(lambda run: run['memory_ratio'], '.2f')} "
-                f"| {mean(lambda run: math.exp(run['curve'][-1]['domain']), '.2f')} "
-                f"| {mean(lambda run: math.exp(run['curve'][-1]['control']), '.2f')} | {reached} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Domain and control perplexity against seconds of training, a column for each domain."""
-    from matplotlib.figure import Figure
-
-    domains = list(dict.fromkeys(run["domain"] for run in runs))
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    figure = Figure(figsize=(4.2 * len(domains) + 1.8, 6), layout="constrained")
-    axes = figure.subplots(2, len(domains), sharex="col", squeeze=False)
-    for column, domain in enumerate(domains):
-        for row, name in enumerate(("domain", "control")):
-            panel = axes[row][column]
-            for run in runs:
-                if run["domain"] == domain:
-                    points = [(each["seconds"], math.exp(each[name])) for each in run["curve"]]
-                    color = f"C{methods.index(run['method'])}"
-                    label = run["method"] if run["seed"] == 0 and not (row or column) else None
-                    panel.plot(*zip(*points, strict=True), color=color, marker=".", linewidth=1.2, label=label)
-            panel.set_ylabel("perplexity")
-            panel.set_title(
-                domain if name == "domain" else f"control (English), trained on {domain}", fontsize="medium"
-            )
-            panel.grid(alpha=0.25)
-            panel.spines[["top", "right"]].set_visible(False)
-        axes[-1][column].set_xlabel("seconds of training")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
-    figure.savefig(path, dpi=130)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(0 if main() is not None else 1)

@@ -1,0 +1,224 @@
+"""Ways of fine-tuning that the benchmarks hold against each other, and one training run of one of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Setting = tuple[float, int]  # learning rate, rows per batch
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained, and how.
+
+    Args:
+        settings: Learning rates and batch sizes that are tried, so many that no rate at an end is best.
+        lora: Options of PEFT's `LoraConfig`, or `None`.
+        span: Part of the stack that an organ, or LoRA, covers: 0 is the first layer, 1 the end.
+        modules: Parts of the layers that an organ holds.
+        donor_trainer: Trained by `DonorTrainer`, which computes the loss in chunks.
+        cached: The outputs of the layers below are computed once for each row.
+        plus: LoRA+: how much faster `B` learns than `A`.
+    """
+
+    settings: tuple[Setting, ...]
+    lora: dict[str, Any] | None = None
+    span: tuple[float, float] = (0, 1)
+    modules: str = "all"
+    donor_trainer: bool = False
+    cached: bool = False
+    plus: float | None = None
+
+
+def lora(rank: int, *rates: float, **options: Any) -> dict[str, Any]:
+    """LoRA on all linear layers, with `lora_alpha` twice the rank."""
+    return {"lora": {"r": rank, "lora_alpha": 2 * rank, **options}, "settings": tuple((rate, 4) for rate in rates)}
+
+
+REFERENCE = "LoRA, r = 16"
+UPPER = (0.5, 1.0)
+METHODS: dict[str, Method] = {
+    REFERENCE: Method(**lora(16, 1e-3, 2e-3, 4e-3)),
+    "LoRA, r = 64": Method(**lora(64, 5e-4, 1e-3, 2e-3)),
+    "rsLoRA, r = 64": Method(**lora(64, 1e-4, 2e-4, 4e-4, use_rslora=True)),
+    "LoRA+, r = 16": Method(**lora(16, 2.5e-4, 5e-4, 1e-3), plus=8),
+    "LoRA, r = 16, loss in chunks": Method(**lora(16, 1e-3, 2e-3, 4e-3), donor_trainer=True),
+    "LoRA, r = 16, upper half, cache": Method(
+        **lora(16, 1e-3, 2e-3, 4e-3), span=UPPER, donor_trainer=True, cached=True
+    ),
+    "full": Method(((5e-5, 4), (1e-4, 4), (2e-4, 4))),
+    "organ, all layers": Method(((7.5e-5, 4), (1.5e-4, 4), (3e-4, 4)), donor_trainer=True),
+    "organ, outputs of all layers": Method(((1.5e-4, 4), (3e-4, 4), (6e-4, 4)), modules="outputs", donor_trainer=True),
+    "organ, upper half, cache": Method(((1e-4, 4), (2e-4, 4), (4e-4, 4)), span=UPPER, donor_trainer=True, cached=True),
+    "organ, upper third, cache": Method(
+        ((2e-4, 4), (4e-4, 4), (8e-4, 4)), span=(2 / 3, 1), donor_trainer=True, cached=True
+    ),
+}
+
+
+@dataclass
+class Prepared:
+    """A model that is ready to be trained by a method; `name` is that of its organ or adapter."""
+
+    model: Any
+    method: Method
+    base: str
+    name: str = "default"
+
+    def set_scale(self, scale: float) -> None:
+        """Move the weights to base + scale · (trained − base)."""
+        import torch
+        from peft.tuners.lora import LoraLayer
+        from transformers import AutoModelForCausalLM
+
+        if self.method.lora is not None:
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer):
+                    module.set_scale(self.name, scale)
+        elif self.method.donor_trainer:
+            self.model.set_donor_scale(self.name, scale)
+        else:
+            if not hasattr(self, "_ends"):
+                start = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+                trained = [each.detach().clone() for each in self.model.parameters()]
+                self._ends = list(zip(start.parameters(), trained, strict=True))
+            with torch.no_grad():
+                for parameter, (begin, end) in zip(self.model.parameters(), self._ends, strict=True):
+                    parameter.copy_(torch.lerp(begin, end, scale))
+
+
+def prepare(name: str, base: str) -> Prepared:
+    """Load the base and put in what the method trains."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from not_hf import DonorModel, TransplantedForCausalLM
+
+    method = METHODS[name]
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    begin, end = (round(part * model.config.num_hidden_layers) for part in method.span)
+    if method.lora is not None:
+        layer = model.get_decoder().layers[0]
+        linear = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, torch.nn.Linear)}
+        config = LoraConfig(target_modules=linear, layers_to_transform=list(range(begin, end)), **method.lora)
+        return Prepared(get_peft_model(model, config), method, base)
+    if method.donor_trainer:
+        donor = DonorModel.from_base(model, (begin, end), mode="replace", modules=method.modules)
+        model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
+    return Prepared(model, method, base)
+
+
+def fit(
+    prepared: Prepared, rows: Any, *, rate: float, batch: int, steps: int, seed: int, decay: bool = True,
+    gradient_checkpointing: bool = False, every: int = 0, measure: Callable[[int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train on rows in their order, over and over; without dropout and weight decay, with AdamW.
+
+    Args:
+        rows: Token ids, `(rows, block)`.
+        decay: The rate falls to 0 in a line; else it stays after the warm-up.
+        every: Steps between two calls of `measure`, whose time does not count.
+
+    Returns:
+        Processor seconds at the end of each step, the loss of each step's rows before it (nats per token), and the
+        number of trained parameters.
+    """
+    from torch.utils.data import SequentialSampler
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+    from not_hf import DonorTrainer
+
+    method, ends, losses, clock = prepared.method, [], [], {"start": 0.0, "measuring": 0.0}
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            clock["start"] = time.process_time()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now = time.process_time()
+            ends.append(now - clock["start"] - clock["measuring"])
+            if every and measure and state.global_step % every == 0:
+                measure(state.global_step)
+                clock["measuring"] += time.process_time() - now
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    parent: type[Trainer] = DonorTrainer if method.donor_trainer else Trainer
+
+    class InOrder(parent):  # type: ignore[misc, valid-type]
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            if method.plus:
+                import torch
+                from peft.optimizers import create_loraplus_optimizer
+
+                self.optimizer = create_loraplus_optimizer(
+                    prepared.model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=method.plus, weight_decay=0.0
+                )
+                return self.optimizer
+            return super().create_optimizer(*args, **kwargs)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=rate,
+            warmup_steps=max(1, min(steps // 10, 8)),
+            lr_scheduler_type="linear" if decay else "constant_with_warmup",
+            weight_decay=0.0,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            logging_steps=1,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        options = {"cache_prefix": True, "prefix_dir": Path(folder, "prefixes")} if method.cached else {}
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = InOrder(prepared.model, arguments, default_data_collator, data, callbacks=[Clock()], **options)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return {
+        "ends": [round(each, 3) for each in ends],
+        "losses": [round(each, 5) for each in losses],
+        "trained": sum(each.numel() for each in prepared.model.parameters() if each.requires_grad),
+    }
+
+
+def seconds_per_step(ends: list[float], skip: int = 1) -> float:
+    """Median processor seconds of a step; the first ones set up."""
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(ends[skip - 1 :]))
+
+
+def row_losses(model: Any, rows: Any) -> list[float]:
+    """Mean loss of each row (nats per token), in evaluation mode and without caches."""
+    import torch
+    from torch.nn import functional
+
+    training, found = model.training, []
+    model.eval()
+    with torch.no_grad():
+        for part in rows.split(4):
+            logits = model(input_ids=part, use_cache=False).logits[:, :-1].transpose(1, 2)  # (rows, vocab, block - 1)
+            found += functional.cross_entropy(logits, part[:, 1:], reduction="none").mean(1).tolist()
+    model.train(training)
+    return [round(each, 5) for each in found]
+
+
+def mean(values: list[float]) -> float:
+    """The arithmetic mean."""
+    return math.fsum(values) / len(values)

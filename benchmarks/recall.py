@@ -1,0 +1,257 @@
+"""Learning facts by heart: text that is seen many times, organs with a prefix cache against LoRA.
+
+    python benchmarks/recall.py            # three sizes of text, three seeds of one: hours (make bench-recall)
+    python benchmarks/recall.py --quick    # one size, two methods: ten minutes
+    python benchmarks/recall.py --smoke    # a small random model, for the test suite
+
+Medical codes with their meanings (ICD-10-CM), drawn by lot, are packed into rows and seen over and over, with a
+constant learning rate that is searched on other codes. After each epoch, and not counted in the time, each code is
+given and its meaning asked for: by the line's own beginning, and at the end in two other ways. Right is what greedy
+decoding would write token by token, to the line's end. The control is the loss on a general text. Time is processor
+seconds of training; each run is a process of its own with one thread. What is in the output file is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from methods import METHODS, REFERENCE, fit, mean, prepare, row_losses, seconds_per_step
+from record import Record, demo
+from texts import documents, read_blocks
+from train import small_base
+
+CONFINED = "LoRA, r = 16, upper half, cache"
+ORGANS = ["organ, upper half, cache", "organ, upper third, cache"]
+WAYS = {"line": "\n{code}", "code means": "The ICD-10-CM code {code} means:", "question": "What is {code}? It is"}
+FULL: dict[str, Any] = {
+    "methods": [REFERENCE, CONFINED, *ORGANS], "facts": [40, 80, 160], "main": 80, "seeds": 3, "epochs": 16,
+    "search": 8, "block": 128, "control": 16,
+}  # fmt: skip
+SMALL = {**FULL, "methods": [REFERENCE, ORGANS[0]], "facts": [40], "main": 40, "seeds": 1, "search": 0}
+FORMS: dict[str, dict[str, Any]] = {
+    "full": FULL,
+    "quick": SMALL,
+    "smoke": {**SMALL, "facts": [6], "main": 6, "epochs": 2, "block": 32, "control": 2},
+}
+SHARES = (0.5, 0.9)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Search rates, teach, ask, print the table, write the numbers and the picture."""
+    parser = argparse.ArgumentParser(description="Organs against LoRA on text that is seen many times.")
+    forms = parser.add_mutually_exclusive_group()
+    for form in list(FORMS)[1:]:
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="beside LoRA of rank 16")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file of the runs, read and written; a picture goes beside it"
+    )
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
+    parser.add_argument("--base", help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a process of its own
+    options = parser.parse_args(arguments)
+    if options.run:
+        print(json.dumps(run_once(options.base, **json.loads(options.run))))
+        return {}
+    size, smoke = FORMS[options.form], options.form == "smoke"
+    methods = [REFERENCE, *(name for name in options.methods or size["methods"] if name != REFERENCE)]
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
+        base = small_base(Path(scratch)) if smoke else demo.unpack_base(options.cache)
+        record = Record(__file__, str(base), options.output, run_once if smoke else None)
+        run = functools.partial(record, block=size["block"], control=size["control"])
+        rates = dict(zip(methods, pool.map(lambda name: search(run, size, name), methods), strict=True))
+        places = [(size["main"], seed) for seed in range(size["seeds"])]
+        places += [(facts, 0) for facts in size["facts"] if facts != size["main"]]
+
+        def teach(method: str, facts: int, seed: int) -> dict[str, Any]:
+            return run(method=method, facts=facts, seed=seed, rate=rates[method], epochs=size["epochs"])
+
+        runs = list(pool.map(lambda each: teach(*each), [(name, *place) for place in places for name in methods]))
+    found = compare(runs)
+    record.save(form=options.form, comparison=found)
+    print(table(found))
+    if options.output:
+        draw(runs, options.output.with_suffix(".png"))
+    return {"comparison": found}
+
+
+def search(run: Any, size: dict[str, Any], method: str) -> float:
+    """The rate after which most of other codes' meanings are known, or else with the least loss."""
+    rates = [rate for rate, _ in METHODS[method].settings]
+    if not size["search"]:
+        return rates[1]
+
+    def worth(rate: float) -> tuple[float, float]:
+        found = run(method=method, facts=size["main"], seed=100, rate=rate, epochs=size["search"])
+        return found["measures"][-1]["known"], -mean(found["losses"][-8:])
+
+    return max(rates, key=worth)
+
+
+def run_once(
+    base: str, method: str, facts: int, seed: int, rate: float, epochs: int, block: int, control: int
+) -> dict[str, Any]:
+    """Teach codes, asking for them on the way, and at the end for as many that were not taught."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    codes = [line.split(" ", 1) for text in documents("icd10") for line in text.splitlines() if line[0] != "-"]
+    drawn = random.Random(seed).sample(codes, 2 * facts)
+    taught, others = drawn[:facts], drawn[facts:]
+    text = "".join(f"\n{code} {meaning}" for code, meaning in taught) + "\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = [ids[n : n + block] for n in range(0, len(ids), block)]
+    rows[-1] = ids[-block:]  # all rows are of one length; the last one overlaps
+    general = read_blocks("english", tokenizer, block, control, part="test")
+    torch.manual_seed(seed)
+    prepared = prepare(method, base)
+    measures: list[dict[str, float]] = [{"step": 0, "seconds": 0.0, "known": 0.0}]
+    batch = min(4, len(rows))
+    per_epoch = -(-len(rows) // batch)
+
+    def measure(step: int) -> None:
+        measures.append({"step": step, "known": recall(prepared.model, tokenizer, taught, WAYS["line"])})
+
+    given = {"rate": rate, "batch": batch, "steps": epochs * per_epoch, "seed": seed, "decay": False}
+    found = fit(prepared, torch.tensor(rows), **given, every=per_epoch, measure=measure)
+    for each in measures[1:]:
+        each["seconds"] = found["ends"][each["step"] - 1]
+    return {
+        **found,
+        "tokens": len(ids),
+        "measures": measures,
+        "known": {way: recall(prepared.model, tokenizer, taught, form) for way, form in WAYS.items()},
+        "others": recall(prepared.model, tokenizer, others, WAYS["line"]),
+        "control": mean(row_losses(prepared.model, general)),
+    }
+
+
+def recall(model: Any, tokenizer: Any, facts: list[list[str]], form: str) -> float:
+    """Share of the facts whose meaning greedy decoding would write, to the end of the line.
+
+    It would if each token of the meaning is the likeliest one after the prompt and the tokens before it.
+    """
+    import torch
+
+    encoded = [
+        [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (form.format(code=code), f" {meaning}\n")]
+        for code, meaning in facts
+    ]
+    encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    training, right = model.training, 0
+    model.eval()
+    for part in (encoded[n : n + 16] for n in range(0, len(encoded), 16)):
+        rows = [torch.tensor(prompt + answer) for prompt, answer in part]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where no token looks
+        with torch.no_grad():
+            likeliest = model(input_ids=padded, use_cache=False).logits.argmax(-1).tolist()
+        for (prompt, answer), each in zip(part, likeliest, strict=True):
+            right += each[len(prompt) - 1 : len(prompt) + len(answer) - 1] == answer
+    model.train(training)
+    return right / len(facts)
+
+
+def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each run the seconds until shares of the facts are known, and until LoRA's best recall is reached."""
+    references = {place(run): run for run in runs if run["given"]["method"] == REFERENCE}
+    return [describe(run, references[place(run)]) for run in runs]
+
+
+def place(run: dict[str, Any]) -> tuple[int, int]:
+    """What a run shares with those that it is compared with."""
+    return run["given"]["facts"], run["given"]["seed"]
+
+
+def describe(run: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """The comparison of one run."""
+    best = max(each["known"] for each in reference["measures"])
+    goals = {"best": best, **{f"{share:g}": share for share in SHARES}}
+    return {
+        **{name: run["given"][name] for name in ("method", "facts", "seed", "rate")},
+        **{name: run[name] for name in ("tokens", "known", "others", "control")},
+        "best_of_reference": best,
+        "seconds_per_step": seconds_per_step(run["ends"], len(run["ends"]) // 2),
+        "seconds": {name: time_to(run["measures"], share) for name, share in goals.items()},
+        "seconds_of_reference": {name: time_to(reference["measures"], share) for name, share in goals.items()},
+    }
+
+
+def time_to(measures: list[dict[str, float]], share: float) -> float | None:
+    """Processor seconds until that share is known, linear between measures."""
+    for earlier, later in itertools.pairwise(measures):
+        if later["known"] >= share:
+            part = (share - earlier["known"]) / max(later["known"] - earlier["known"], 1e-12)
+            return earlier["seconds"] + part * (later["seconds"] - earlier["seconds"])
+    return None
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The comparison as Markdown; of several seeds the median, with the smallest and the largest behind it."""
+    shares = " | ".join(f"to {share:.0%}, s" for share in SHARES)
+    lines = [
+        f"| facts | method | rate | s/step | {shares} | to LoRA's best, s | ÷ LoRA's | known at the end "
+        "| … code means | … question | others | control |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for facts, method in dict.fromkeys((each["facts"], each["method"]) for each in found):
+        mine = [each for each in found if (each["facts"], each["method"]) == (facts, method)]
+
+        def middle(value: Any, form: str, mine: list[Any] = mine) -> str:
+            values = sorted(math.inf if (each := value(run)) is None else each for run in mine)
+            spread = f" ({values[0]:{form}}–{values[-1]:{form}})" if len(values) > 1 else ""
+            return f"{statistics.median(values):{form}}{spread}".replace("inf", "not reached")
+
+        def ratio(run: dict[str, Any]) -> float | None:
+            seconds = run["seconds"]["best"]
+            return seconds and seconds / run["seconds_of_reference"]["best"]
+
+        cells = [str(facts), method, f"{mine[0]['rate']:g}", middle(lambda run: run["seconds_per_step"], ".2f")]
+        for goal in (*(f"{share:g}" for share in SHARES), "best"):
+            cells.append(middle(lambda run, goal=goal: run["seconds"][goal], ".0f"))
+        cells.append(middle(ratio, ".2f"))
+        cells += [middle(lambda run, way=way: run["known"][way], ".0%") for way in WAYS]
+        cells += [middle(lambda run: run["others"], ".0%"), middle(lambda run: math.exp(run["control"]), ".2f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Share of the facts known over seconds of training, a panel for each size of text."""
+    from matplotlib.figure import Figure
+
+    sizes = sorted({run["given"]["facts"] for run in runs})
+    methods = list(dict.fromkeys(run["given"]["method"] for run in runs))
+    figure = Figure(figsize=(4.2 * len(sizes) + 0.8, 4.4), layout="constrained")
+    for panel, facts in zip(figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0], sizes, strict=True):
+        for run in runs:
+            given = run["given"]
+            if given["facts"] == facts:
+                points = [(each["seconds"], each["known"]) for each in run["measures"]]
+                label = given["method"] if given["seed"] == 0 and facts == sizes[0] else None
+                color = f"C{methods.index(given['method'])}"
+                panel.plot(*zip(*points, strict=True), color=color, marker=".", linewidth=1, label=label)
+        panel.set_xlabel("processor seconds of training")
+        panel.set_title(f"{facts} codes", loc="left", fontsize="medium")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("share of the meanings known")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() is not None else 1)

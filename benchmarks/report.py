@@ -1,0 +1,169 @@
+"""What the runs of `train.py` say: differences to LoRA, tables and pictures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from methods import REFERENCE, mean
+
+Curve = Callable[[float], float]
+
+
+def compare(runs: list[dict[str, Any]], bases: dict[str, Any], costs: dict[str, Any]) -> list[dict[str, Any]]:
+    """One dict for each run: its losses (nats per token) at the chosen scale, and how it stands to LoRA's."""
+    references = {place(run): run for run in runs if run["given"]["method"] == REFERENCE}
+    return [describe(run, references[place(run)], bases[run["given"]["domain"]], costs) for run in runs]
+
+
+def place(run: dict[str, Any]) -> tuple[str, int]:
+    """What a run shares with those that it is compared with."""
+    return run["given"]["domain"], run["given"]["seed"]
+
+
+def describe(
+    run: dict[str, Any], reference: dict[str, Any], base: dict[str, Any], costs: dict[str, Any]
+) -> dict[str, Any]:
+    """The comparison of one run."""
+    given, test = run["given"], run["held"]["test"]
+    scale, reference_scale = chosen_scale(run), chosen_scale(reference)
+    other = reference["held"]["test"][reference_scale]
+    cost, cost_of_reference = costs[given["method"]], costs[REFERENCE]
+    groups, groups_of_reference = per_group(run), per_group(reference)
+    half = len(groups_of_reference) // 2
+    found = {
+        **{name: given[name] for name in ("method", "domain", "seed", "rate", "batch", "steps")},
+        **{name: run[name] for name in ("trained", "file_bytes")},
+        "cost_ratio": cost["row"] / cost_of_reference["row"],
+        "memory_ratio": cost["peak"] / cost_of_reference["peak"],
+        "memory_ratio_checkpointing": cost["peak_checkpointing"] / cost_of_reference["peak_checkpointing"],
+        "fresh": paired(groups[half:], groups_of_reference[half:]),
+        "scale": float(scale),
+        "paired": {name: paired(test[scale][name], other[name]) for name in ("domain", "control")},
+        "base": {name: mean(values) for name, values in base["held"]["test"]["0"].items()},
+        "losses": {key: {name: mean(values) for name, values in each.items()} for key, each in test.items()},
+    }
+    curves = [curves_of(each, base) for each in (run, reference)]
+    found["equal"] = at_equal_domain(*curves)
+    return found
+
+
+def chosen_scale(run: dict[str, Any]) -> str:
+    """The scale with the least loss on text set aside."""
+    return min(run["held"]["choose"], key=lambda scale: math.fsum(run["held"]["choose"][scale]["domain"]))
+
+
+def per_group(run: dict[str, Any], size: int = 4) -> list[float]:
+    """Losses of the training rows before they were learned from, each the mean of four rows, in their order."""
+    steps = size // run["given"]["batch"]
+    return [mean(run["losses"][n : n + steps]) for n in range(0, len(run["losses"]), steps)]
+
+
+def paired(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Mean difference of the losses of the same rows, and its standard error."""
+    differences = [a - b for a, b in zip(mine, others, strict=False)]  # one of two runs may have made more steps
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return {"mean": mean(differences), "error": error}
+
+
+def curves_of(run: dict[str, Any], base: dict[str, Any]) -> dict[str, Curve]:
+    """Losses over the scale, for domain and control: the polynomial through the base and what was measured."""
+    import numpy as np
+
+    measured = {"0": base["held"]["test"]["0"], **run["held"]["test"]}
+    scales = [float(scale) for scale in measured]
+    losses = {name: [mean(each[name]) for each in measured.values()] for name in ("domain", "control")}
+    return {name: np.polynomial.Polynomial.fit(scales, each, len(scales) - 1) for name, each in losses.items()}
+
+
+def at_equal_domain(mine: dict[str, Curve], reference: dict[str, Curve]) -> dict[str, float]:
+    """Both methods scaled down to the domain loss that both reach: their losses there on the control."""
+    scales = [n / 100 for n in range(101)]
+    goal = max(min(curves["domain"](scale) for scale in scales) for curves in (mine, reference))
+
+    def control(curves: dict[str, Curve]) -> float:
+        first = next(scale for scale in scales if curves["domain"](scale) <= goal + 1e-9)
+        return float(curves["control"](first))
+
+    return {"domain": float(goal), "control": control(mine), "control_of_reference": control(reference)}
+
+
+def tables(found: list[dict[str, Any]]) -> str:
+    """The comparison as Markdown; of several seeds the median, with the smallest and the largest behind it."""
+    lines = []
+    for domain in dict.fromkeys(each["domain"] for each in found):
+        here = [each for each in found if each["domain"] == domain]
+        base = here[0]["base"]
+        lines += [
+            f"{domain}: perplexity of the base {math.exp(base['domain']):.2f}, "
+            f"of the control {math.exp(base['control']):.2f}",
+            "",
+            "| method | rate, rows | steps | s/step | memory | file, MB | loss on fresh rows − LoRA's | scale "
+            "| domain | control | domain at 1 | control at 1 | control at equal domain: method, LoRA |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for method in dict.fromkeys(each["method"] for each in here):
+            lines.append(table_row([each for each in here if each["method"] == method]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def table_row(mine: list[dict[str, Any]]) -> str:
+    """The runs of a method on a text."""
+
+    def middle(value: Callable[[dict[str, Any]], float]) -> str:
+        values = sorted(value(each) for each in mine)
+        spread = f" ({values[0]:.2f}–{values[-1]:.2f})" if len(values) > 1 else ""
+        return f"{statistics.median(values):.2f}{spread}"
+
+    def perplexity(name: str, scale: str | None = None) -> str:
+        return middle(lambda each: math.exp(each["losses"][scale or f"{each['scale']:g}"][name]))
+
+    first = mine[0]
+    errors = [each["fresh"]["error"] for each in mine]
+    fresh = mean([each["fresh"]["mean"] for each in mine])
+    cells = [
+        first["method"],
+        f"{first['rate']:g}, {first['batch']}",
+        f"{first['steps']}",
+        f"{first['cost_ratio']:.2f}",
+        f"{first['memory_ratio']:.2f}",
+        f"{first['file_bytes'] / 1e6:.1f}",
+        f"{fresh:+.4f} ± {math.hypot(*errors) / len(errors):.4f}",
+        ", ".join(f"{each['scale']:g}" for each in mine),
+        perplexity("domain"),
+        perplexity("control"),
+        perplexity("domain", "1"),
+        perplexity("control", "1"),
+        f"{middle(lambda each: math.exp(each['equal']['control']))}, "
+        f"{middle(lambda each: math.exp(each['equal']['control_of_reference']))}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity of the domain over that of the control along the scale, a panel for each text."""
+    from matplotlib.figure import Figure
+
+    domains = list(dict.fromkeys(each["domain"] for each in found))
+    methods = list(dict.fromkeys(each["method"] for each in found))
+    figure = Figure(figsize=(4.4 * len(domains) + 0.8, 5), layout="constrained")
+    for panel, domain in zip(figure.subplots(1, len(domains), squeeze=False)[0], domains, strict=True):
+        for each in found:
+            if each["domain"] != domain:
+                continue
+            losses = sorted({"0": each["base"], **each["losses"]}.items(), key=lambda item: float(item[0]))
+            points = [(math.exp(loss["control"]), math.exp(loss["domain"])) for _, loss in losses]
+            label = each["method"] if each["seed"] == 0 and domain == domains[0] else None
+            color = f"C{methods.index(each['method'])}"
+            panel.plot(*zip(*points, strict=True), color=color, marker=".", linewidth=1, label=label)
+        panel.set_xlabel("perplexity of the control")
+        panel.set_ylabel("perplexity of the domain")
+        panel.set_title(domain, loc="left", fontsize="medium")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=130)
