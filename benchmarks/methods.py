@@ -7,7 +7,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,35 +32,42 @@ class Method:
     settings: tuple[Setting, ...]
     lora: dict[str, Any] | None = None
     span: tuple[float, float] = (0, 1)
-    modules: str = "all"
+    modules: str | tuple[str, ...] = "all"
     donor_trainer: bool = False
     cached: bool = False
     plus: float | None = None
 
 
-def lora(rank: int, *rates: float, **options: Any) -> dict[str, Any]:
+def lora(rank: int, **options: Any) -> dict[str, Any]:
     """LoRA on all linear layers, with `lora_alpha` twice the rank."""
-    return {"lora": {"r": rank, "lora_alpha": 2 * rank, **options}, "settings": tuple((rate, 4) for rate in rates)}
+    return {"r": rank, "lora_alpha": 2 * rank, **options}
+
+
+def rates(*values: float, batch: int = 2) -> tuple[Setting, ...]:
+    """Learning rates at one batch size."""
+    return tuple((value, batch) for value in values)
 
 
 REFERENCE = "LoRA, r = 16"
-UPPER = (0.5, 1.0)
+LOWER, UPPER = (0.0, 0.5), (0.5, 1.0)
+CACHED = {"donor_trainer": True, "cached": True}
 METHODS: dict[str, Method] = {
-    REFERENCE: Method(**lora(16, 1e-3, 2e-3, 4e-3)),
-    "LoRA, r = 64": Method(**lora(64, 5e-4, 1e-3, 2e-3)),
-    "rsLoRA, r = 64": Method(**lora(64, 1e-4, 2e-4, 4e-4, use_rslora=True)),
-    "LoRA+, r = 16": Method(**lora(16, 2.5e-4, 5e-4, 1e-3), plus=8),
-    "LoRA, r = 16, loss in chunks": Method(**lora(16, 1e-3, 2e-3, 4e-3), donor_trainer=True),
-    "LoRA, r = 16, upper half, cache": Method(
-        **lora(16, 1e-3, 2e-3, 4e-3), span=UPPER, donor_trainer=True, cached=True
+    REFERENCE: Method(rates(5e-4, 1e-3, 2e-3), lora(16)),
+    "LoRA, r = 64": Method(rates(2.5e-4, 5e-4, 1e-3), lora(64)),
+    "rsLoRA, r = 64": Method(rates(6e-5, 1.2e-4, 2.5e-4), lora(64, use_rslora=True)),
+    "LoRA+, r = 16": Method(rates(1.2e-4, 2.5e-4, 5e-4), lora(16), plus=8),
+    "LoRA, r = 16, loss in chunks": Method(rates(5e-4, 1e-3, 2e-3), lora(16), donor_trainer=True),
+    "LoRA, r = 16, upper half, cache": Method(rates(1e-3, 2e-3, 4e-3), lora(16), UPPER, **CACHED),
+    "full": Method(rates(3e-5, 6e-5, 1.2e-4)),
+    "organ, all layers": Method(rates(5e-5, 1e-4, 2e-4), donor_trainer=True),
+    "organ, outputs": Method(rates(1.4e-4, 2e-4, 3e-4), modules="outputs", donor_trainer=True),
+    "organ, outputs, values and up": Method(
+        rates(1e-4, 1.4e-4, 2e-4), modules=("v_proj", "o_proj", "up_proj", "down_proj"), donor_trainer=True
     ),
-    "full": Method(((5e-5, 4), (1e-4, 4), (2e-4, 4))),
-    "organ, all layers": Method(((7.5e-5, 4), (1.5e-4, 4), (3e-4, 4)), donor_trainer=True),
-    "organ, outputs of all layers": Method(((1.5e-4, 4), (3e-4, 4), (6e-4, 4)), modules="outputs", donor_trainer=True),
-    "organ, upper half, cache": Method(((1e-4, 4), (2e-4, 4), (4e-4, 4)), span=UPPER, donor_trainer=True, cached=True),
-    "organ, upper third, cache": Method(
-        ((2e-4, 4), (4e-4, 4), (8e-4, 4)), span=(2 / 3, 1), donor_trainer=True, cached=True
-    ),
+    "organ, outputs of the lower half": Method(rates(2e-4), span=LOWER, modules="outputs", donor_trainer=True),
+    "organ, outputs of the upper half": Method(rates(2e-4), span=UPPER, modules="outputs", donor_trainer=True),
+    "organ, upper half, cache": Method(rates(1e-4, 2e-4, 4e-4), span=UPPER, **CACHED),
+    "organ, upper third, cache": Method(rates(2e-4, 4e-4, 8e-4), span=(2 / 3, 1), **CACHED),
 }
 
 
@@ -112,28 +119,30 @@ def prepare(name: str, base: str) -> Prepared:
         config = LoraConfig(target_modules=linear, layers_to_transform=list(range(begin, end)), **method.lora)
         return Prepared(get_peft_model(model, config), method, base)
     if method.donor_trainer:
-        donor = DonorModel.from_base(model, (begin, end), mode="replace", modules=method.modules)
+        modules = method.modules if isinstance(method.modules, str) else list(method.modules)
+        donor = DonorModel.from_base(model, (begin, end), mode="replace", modules=modules)
         model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
     return Prepared(model, method, base)
 
 
 def fit(
-    prepared: Prepared, rows: Any, *, rate: float, batch: int, steps: int, seed: int, decay: bool = True,
-    gradient_checkpointing: bool = False, every: int = 0, measure: Callable[[int], None] | None = None,
+    prepared: Prepared, rows: Sequence[tuple[list[int], list[int]]], *, rate: float, batch: int, steps: int, seed: int,
+    decay: bool = True, gradient_checkpointing: bool = False, every: int = 0,
+    measure: Callable[[int], bool] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train on rows in their order, over and over; without dropout and weight decay, with AdamW.
 
     Args:
-        rows: Token ids, `(rows, block)`.
+        rows: Token ids and labels of each row.
         decay: The rate falls to 0 in a line; else it stays after the warm-up.
-        every: Steps between two calls of `measure`, whose time does not count.
+        every: Steps between two calls of `measure`, whose time does not count, and which says whether to stop.
 
     Returns:
         Processor seconds at the end of each step, the loss of each step's rows before it (nats per token), and the
         number of trained parameters.
     """
     from torch.utils.data import SequentialSampler
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     from not_hf import DonorTrainer
 
@@ -147,7 +156,7 @@ def fit(
             now = time.process_time()
             ends.append(now - clock["start"] - clock["measuring"])
             if every and measure and state.global_step % every == 0:
-                measure(state.global_step)
+                control.should_training_stop |= measure(state.global_step)
                 clock["measuring"] += time.process_time() - now
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
@@ -186,10 +195,10 @@ def fit(
             use_cpu=True,
             logging_steps=1,
             gradient_checkpointing=gradient_checkpointing,
+            remove_unused_columns=False,
         )
         options = {"cache_prefix": True, "prefix_dir": Path(folder, "prefixes")} if method.cached else {}
-        data = [{"input_ids": row, "labels": row} for row in rows]
-        trainer = InOrder(prepared.model, arguments, default_data_collator, data, callbacks=[Clock()], **options)
+        trainer = InOrder(prepared.model, arguments, padded, list(rows), callbacks=[Clock()], **options)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return {
@@ -197,6 +206,17 @@ def fit(
         "losses": [round(each, 5) for each in losses],
         "trained": sum(each.numel() for each in prepared.model.parameters() if each.requires_grad),
     }
+
+
+def padded(rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    """A batch of rows, padded on the right."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids, labels = ([torch.tensor(row[n]) for row in rows] for n in (0, 1))
+    mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask, "labels": labels}
 
 
 def seconds_per_step(ends: list[float], skip: int = 1) -> float:

@@ -8,14 +8,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import REFERENCE, mean
+from methods import REFERENCE, mean, seconds_per_step
+
+COLUMNS = (
+    "method", "rate, rows", "steps", "time per row", "memory, MB", "with checkpointing", "file, MB",
+    "loss on fresh rows − LoRA's", "scale", "domain", "control", "domain at 1", "control at 1",
+    "control at equal domain: method, LoRA",
+)  # fmt: skip
 
 Curve = Callable[[float], float]
 
 
-def compare(runs: list[dict[str, Any]], bases: dict[str, Any], costs: dict[str, Any]) -> list[dict[str, Any]]:
-    """One dict for each run: its losses (nats per token) at the chosen scale, and how it stands to LoRA's."""
+def compare(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One dict for each run: its losses (nats per token), costs, and how it stands to LoRA's."""
+    runs = [run for run in record if run["given"]["method"] and "test" in run["given"]["held"]]
+    bases = {run["given"]["domain"]: run for run in record if run["given"]["method"] is None}
     references = {place(run): run for run in runs if run["given"]["method"] == REFERENCE}
+    costs: dict[tuple[str, int], dict[str, Any]] = {}
+    for run in record:
+        if not run["given"]["held"]:  # made to measure costs
+            of = costs.setdefault((run["given"]["method"], run["given"]["batch"]), {})
+            of["saving" if run["given"].get("gradient_checkpointing") else "plain"] = run
     return [describe(run, references[place(run)], bases[run["given"]["domain"]], costs) for run in runs]
 
 
@@ -25,21 +38,21 @@ def place(run: dict[str, Any]) -> tuple[str, int]:
 
 
 def describe(
-    run: dict[str, Any], reference: dict[str, Any], base: dict[str, Any], costs: dict[str, Any]
+    run: dict[str, Any], reference: dict[str, Any], base: dict[str, Any], costs: dict[tuple[str, int], dict[str, Any]]
 ) -> dict[str, Any]:
     """The comparison of one run."""
     given, test = run["given"], run["held"]["test"]
     scale, reference_scale = chosen_scale(run), chosen_scale(reference)
     other = reference["held"]["test"][reference_scale]
-    cost, cost_of_reference = costs[given["method"]], costs[REFERENCE]
+    cost, cost_of_reference = costs[given["method"], given["batch"]], costs[REFERENCE, 4]
+    seconds, seconds_of_reference = (seconds_per_step(each["plain"]["ends"], 2) for each in (cost, cost_of_reference))
     groups, groups_of_reference = per_group(run), per_group(reference)
-    half = len(groups_of_reference) // 2
+    half = min(len(groups), len(groups_of_reference)) // 2
     found = {
         **{name: given[name] for name in ("method", "domain", "seed", "rate", "batch", "steps")},
         **{name: run[name] for name in ("trained", "file_bytes")},
-        "cost_ratio": cost["row"] / cost_of_reference["row"],
-        "memory_ratio": cost["peak"] / cost_of_reference["peak"],
-        "memory_ratio_checkpointing": cost["peak_checkpointing"] / cost_of_reference["peak_checkpointing"],
+        "row_cost_ratio": seconds / given["batch"] / (seconds_of_reference / 4),
+        **{f"peak_bytes_{way}": each["peak"] for way, each in cost.items()},
         "fresh": paired(groups[half:], groups_of_reference[half:]),
         "scale": float(scale),
         "paired": {name: paired(test[scale][name], other[name]) for name in ("domain", "control")},
@@ -101,9 +114,8 @@ def tables(found: list[dict[str, Any]]) -> str:
             f"{domain}: perplexity of the base {math.exp(base['domain']):.2f}, "
             f"of the control {math.exp(base['control']):.2f}",
             "",
-            "| method | rate, rows | steps | s/step | memory | file, MB | loss on fresh rows − LoRA's | scale "
-            "| domain | control | domain at 1 | control at 1 | control at equal domain: method, LoRA |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            f"| {' | '.join(COLUMNS)} |",
+            f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
         ]
         for method in dict.fromkeys(each["method"] for each in here):
             lines.append(table_row([each for each in here if each["method"] == method]))
@@ -129,8 +141,9 @@ def table_row(mine: list[dict[str, Any]]) -> str:
         first["method"],
         f"{first['rate']:g}, {first['batch']}",
         f"{first['steps']}",
-        f"{first['cost_ratio']:.2f}",
-        f"{first['memory_ratio']:.2f}",
+        f"{first['row_cost_ratio']:.2f}",
+        f"{first['peak_bytes_plain'] / 1e6:.0f}",
+        f"{first['peak_bytes_saving'] / 1e6:.0f}",
         f"{first['file_bytes'] / 1e6:.1f}",
         f"{fresh:+.4f} ± {math.hypot(*errors) / len(errors):.4f}",
         ", ".join(f"{each['scale']:g}" for each in mine),

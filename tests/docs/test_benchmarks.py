@@ -135,19 +135,37 @@ def test_scaffold(tmp_path, demo_base):
 
 
 def test_train(tmp_path):
-    """Each method is trained, measured on the way, and held against LoRA; the picture is drawn."""
+    """Each method is held against LoRA on the same rows; a second call trains nothing again."""
     printed, found = quick("train.py", tmp_path, form="--smoke", warm=True)
-    assert "| organ, 3 upper layers |" in printed
-    assert [run["method"] for run in found["runs"]] == [
-        "LoRA, r = 16",
-        "organ, 3 upper layers",
-        "8 spread organs",
-    ]
-    for run in found["runs"]:
-        assert run["curve"][-1]["domain"] < run["curve"][0]["domain"]
-        assert run["seconds"] > 0 and run["trained"] > 0 and run["file_bytes"] > 4 * run["trained"]
-    assert found["runs"][0]["time_to_reference"] == 1
+    assert "| organ, outputs |" in printed
+    reference, *others = found["comparison"]
+    assert reference["fresh"] == {"mean": 0, "error": 0} and reference["peak_bytes_saving"] > 0
+    assert {each["method"] for each in others} == {"organ, outputs", "organ, all layers"}
+    for each in found["comparison"]:
+        assert each["losses"][f"{each['scale']:g}"]["domain"] < each["base"]["domain"]
+        assert each["trained"] > 0 and each["file_bytes"] > 4 * each["trained"]
     assert (tmp_path / "found.png").stat().st_size > 10_000
+    again, same = quick("train.py", tmp_path, form="--smoke", warm=True)
+    assert again == printed and same["runs"] == found["runs"]
+
+
+def test_recall(tmp_path):
+    """Codes are taught and asked for, on the way and at the end."""
+    printed, found = quick("recall.py", tmp_path, form="--smoke", warm=True)
+    assert "| organ, upper half, cache |" in printed
+    for run in found["runs"]:
+        assert [each["step"] for each in run["measures"]] == [0, len(run["ends"]) // 2, len(run["ends"])]
+        assert run["losses"][-1] < run["losses"][0]
+
+
+def test_two_domains(tmp_path):
+    """Both texts are learned, and what was learned of each is put into one model."""
+    printed, found = quick("two_domains.py", tmp_path, form="--smoke", warm=True)
+    assert "| organs of the same layers: both, 1 |" in printed
+    for run in found["runs"]:
+        losses = run["losses"]
+        assert losses["kjv alone"]["kjv"] < losses["base"]["kjv"]
+        assert losses["both, 1"] != losses["both, 0.5"] != losses["base"]
 
 
 def test_lora_export(tmp_path, demo_base):
