@@ -49,6 +49,7 @@ FORMS: dict[str, dict[str, Any]] = {
 SHARES = (0.5, 0.9)
 ENOUGH = 0.98  # share of the facts after which training stops
 BATCH = 16
+SEARCH_SEED = 100
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="beside LoRA of rank 16")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
+    parser.add_argument("--report", action="store_true", help="train nothing: table and picture of the runs so far")
     parser.add_argument(
         "--output", type=Path, help="JSON file of the runs, read and written; a picture goes beside it"
     )
@@ -74,21 +76,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
         base = small_base(Path(scratch)) if smoke else demo.unpack_base(options.cache)
         record = Record(__file__, str(base), options.output, run_once if smoke else None)
-        run = functools.partial(record, block=size["block"], control=size["control"])
-        rates = dict(zip(methods, pool.map(lambda name: search(run, size, name), methods), strict=True))
-        places = [(size["main"], seed) for seed in range(size["seeds"])]
-        places += [(facts, 0) for facts in size["facts"] if facts != size["main"]]
-
-        def teach(method: str, facts: int, seed: int) -> dict[str, Any]:
-            return run(method=method, facts=facts, seed=seed, rate=rates[method], epochs=size["epochs"])
-
-        runs = list(pool.map(lambda each: teach(*each), [(name, *place) for place in places for name in methods]))
+        if not options.report:
+            run_all(functools.partial(record, block=size["block"], control=size["control"]), size, methods, pool)
+    runs = [run for run in record.runs.values() if run["given"]["seed"] != SEARCH_SEED]
     found = compare(runs)
     record.save(form=options.form, comparison=found)
     print(table(found))
     if options.output:
         draw(runs, options.output.with_suffix(".png"))
     return {"comparison": found}
+
+
+def run_all(run: Any, size: dict[str, Any], methods: list[str], pool: ThreadPoolExecutor) -> None:
+    """Search rates, then teach: first every seed at the main size."""
+    rates = dict(zip(methods, pool.map(lambda name: search(run, size, name), methods), strict=True))
+    places = [(size["main"], seed) for seed in range(size["seeds"])]
+    places += [(facts, 0) for facts in size["facts"] if facts != size["main"]]
+
+    def teach(method: str, facts: int, seed: int) -> None:
+        run(method=method, facts=facts, seed=seed, rate=rates[method], epochs=size["epochs"])
+
+    list(pool.map(lambda each: teach(*each), [(name, *place) for place in places for name in methods]))
 
 
 def search(run: Any, size: dict[str, Any], method: str) -> float:
@@ -98,7 +106,7 @@ def search(run: Any, size: dict[str, Any], method: str) -> float:
         return rates[1]
 
     def worth(rate: float) -> tuple[float, float]:
-        found = run(method=method, facts=min(size["facts"]), seed=100, rate=rate, epochs=size["search"])
+        found = run(method=method, facts=min(size["facts"]), seed=SEARCH_SEED, rate=rate, epochs=size["search"])
         best = max(each["known"] for each in found["measures"])
         return best, -found["ends"][-1]
 

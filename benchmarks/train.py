@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--domains", nargs="+", choices=[name for name in TEXTS if name != CONTROL])
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
-    parser.add_argument("--output", type=Path, help="JSON file of the runs, read and written; pictures go beside it")
+    parser.add_argument("--report", action="store_true", help="train nothing: tables and picture of the runs so far")
+    parser.add_argument("--output", type=Path, help="JSON file of the runs, read and written; its picture beside it")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
     parser.add_argument("--base", help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a process of its own
@@ -75,32 +76,37 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print(json.dumps(run_once(options.base, **json.loads(options.run))))
         return {}
     given = {name: value for name in ("domains", "seeds") if (value := getattr(options, name))}
-    size = {**FORMS[options.form], **given}
+    size, smoke = {**FORMS[options.form], **given}, options.form == "smoke"
     methods = [REFERENCE, *(name for name in options.methods or size["methods"] if name != REFERENCE)]
-    smoke = options.form == "smoke"
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
         base = small_base(Path(scratch)) if smoke else demo.unpack_base(options.cache)
         record = Record(__file__, str(base), options.output, run_once if smoke else None)
-        run = functools.partial(record, **{name: size[name] for name in ("block", "pool", "replay")})
-        costs = {setting: cost(run, *setting) for setting in settings_of(methods)}
-        pairs = [(domain, method) for domain in size["domains"] for method in methods]
-        chosen = dict(zip(pairs, pool.map(lambda pair: search(run, size, *pair), pairs), strict=True))
-
-        def train(seed: int, domain: str, method: str) -> None:
-            rate, batch = chosen[domain, method]
-            share = costs[REFERENCE, 4]["row"] / costs[method, batch]["row"]
-            given = {"rate": rate, "batch": batch, "steps": max(2, round(size["steps"] * share) * 4 // batch)}
-            held = {"choose": size["choose"], "test": size["test"]}
-            run(method=method, domain=domain, seed=seed, **given, held=held, scales=size["scales"])
-
-        list(pool.map(lambda domain: measure_base(run, size, domain), size["domains"]))
-        list(pool.map(lambda each: train(*each), [(seed, *pair) for seed in range(size["seeds"]) for pair in pairs]))
+        if not options.report:
+            shape = {name: size[name] for name in ("block", "pool", "replay")}
+            run_all(functools.partial(record, **shape), size, methods, pool)
     found = compare(list(record.runs.values()))
     record.save(form=options.form, comparison=found)
     print(tables(found))
     if options.output:
         draw(found, options.output.with_suffix(".png"))
     return {"comparison": found}
+
+
+def run_all(run: Any, size: dict[str, Any], methods: list[str], pool: ThreadPoolExecutor) -> None:
+    """Measure costs, search settings, train; seed by seed."""
+    costs = {setting: cost(run, *setting) for setting in settings_of(methods)}
+    pairs = [(domain, method) for domain in size["domains"] for method in methods]
+    chosen = dict(zip(pairs, pool.map(lambda pair: search(run, size, *pair), pairs), strict=True))
+
+    def train(seed: int, domain: str, method: str) -> None:
+        rate, batch = chosen[domain, method]
+        share = costs[REFERENCE, 4]["row"] / costs[method, batch]["row"]
+        given = {"rate": rate, "batch": batch, "steps": max(2, round(size["steps"] * share) * 4 // batch)}
+        held = {"choose": size["choose"], "test": size["test"]}
+        run(method=method, domain=domain, seed=seed, **given, held=held, scales=size["scales"])
+
+    list(pool.map(lambda domain: measure_base(run, size, domain), size["domains"]))
+    list(pool.map(lambda each: train(*each), [(seed, *pair) for seed in range(size["seeds"]) for pair in pairs]))
 
 
 def settings_of(methods: list[str]) -> list[tuple[str, int]]:
