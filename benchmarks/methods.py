@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
     "LoRA, r = 16, upper half, cache": Method(rates(1e-3, 2e-3, 4e-3), lora(16), UPPER, **CACHED),
     "full": Method(rates(3e-5, 6e-5, 1.2e-4)),
     "organ, all layers": Method(rates(5e-5, 1e-4, 2e-4), donor_trainer=True),
-    "organ, outputs": Method(rates(1.4e-4, 2e-4, 3e-4), modules="outputs", donor_trainer=True),
+    "organ, outputs": Method(rates(2e-4, 3e-4, 4.5e-4), modules="outputs", donor_trainer=True),
     "organ, outputs, values and up": Method(
         rates(1e-4, 1.4e-4, 2e-4), modules=("v_proj", "o_proj", "up_proj", "down_proj"), donor_trainer=True
     ),
