@@ -20,14 +20,7 @@ from not_hf.config import MODES
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 from not_hf.evaluation.bootstrap import nll_intervals
-from not_hf.evaluation.perplexity import (
-    batches_of,
-    check_lengths,
-    encode,
-    load_for_texts,
-    load_model,
-    perplexity_of,
-)
+from not_hf.evaluation.perplexity import load_for_texts, load_model, perplexity_of
 from not_hf.evaluation.position_plot import draw
 from not_hf.evaluation.sweep_record import (
     complete,
@@ -39,6 +32,7 @@ from not_hf.evaluation.sweep_record import (
     write_record,
 )
 from not_hf.evaluation.swept_places import BASE, Nats, PlaceRunner, legal_places, taking_organs
+from not_hf.evaluation.windows import batches_of, check_lengths, context_of, encode
 from not_hf.recipient.mixin import Recipient
 
 _PERPLEXITIES = ("perplexity", "low", "high")
@@ -158,7 +152,7 @@ def sweep_positions(
         raise UnsupportedArchitectureError(f"{type(live).__name__} does not predict the next token; use a causal LM")
     if isinstance(live, Recipient):
         live._surgery.require_layers("sweep_positions")
-    max_length, stride = check_lengths(live, max_length, stride, batch_size)
+    max_length, stride = check_lengths(context_of(live.config), max_length, stride, batch_size)
     batches = batches_of(texts, max_length, stride, batch_size)
     organ = donor if isinstance(donor, DonorModel) else DonorModel.from_pretrained(donor)
     name = "sweep"
@@ -225,7 +219,7 @@ def _model_and_texts(
     if all(isinstance(row, str) for row in rows):
         source: Any = model if isinstance(model, nn.Module) else os.fspath(model)
         loaded, tokenizer = load_for_texts(source, None, tokenizer, None)
-        return loaded, encode(["\n".join(rows)], tokenizer, add_start_token)
+        return loaded, encode(["\n".join(rows)], tokenizer, add_start_token)[0]
     if not all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
         raise NotHFError("data must be texts, or rows with input_ids; give dataset['text'], or use not_hf.pack")
     texts = [[int(token) for token in row["input_ids"]] for row in rows]

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError
-from not_hf.evaluation.perplexity import Window
 from not_hf.evaluation.swept_places import BASE, Nats
+from not_hf.evaluation.windows import Window
 
 _FILE = "sweep.json"
 _SECONDS = 30  # between two saves of an unfinished sweep

@@ -22,7 +22,7 @@ from not_hf.composition.sources import OrganSource
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import held_by
 from not_hf.errors import IncompatibleDonorError, NotHFError, UnsupportedArchitectureError
-from not_hf.evaluation.perplexity import Window, nll_of
+from not_hf.evaluation.windows import Window, nll_of
 from not_hf.recipient.heads import class_of
 from not_hf.recipient.mixin import Recipient
 
