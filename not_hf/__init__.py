@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from not_hf.donor.compatibility import check_compatibility
     from not_hf.donor.importing import import_checkpoint
     from not_hf.donor.modeling import DonorModel
+    from not_hf.evaluation.comparison import compare_perplexity
     from not_hf.evaluation.perplexity import perplexity
     from not_hf.evaluation.position_sweep import sweep_positions
     from not_hf.evaluation.scale_choice import choose_scale
@@ -74,6 +75,7 @@ _LAZY = {
     "check_donor": "not_hf.composition.check",
     "choose_scale": "not_hf.evaluation.scale_choice",
     "choose_span": "not_hf.training.span_choice",
+    "compare_perplexity": "not_hf.evaluation.comparison",
     "compose": "not_hf.composition.plan",
     "expand": "not_hf.recipient.expansion",
     "from_lora": "not_hf.recipient.lora",
@@ -122,6 +124,7 @@ __all__ = [
     "check_donor",
     "choose_scale",
     "choose_span",
+    "compare_perplexity",
     "compose",
     "expand",
     "from_lora",

@@ -24,8 +24,9 @@ def organ_metrics(
     """
     metrics = {}
     for kind in KINDS:
-        numbers = {when: each[kind] for when, each in found.items() if kind in each}
-        ends = {when: each.get(INTERVAL, {}).get(kind) for when, each in found.items()}
+        results = {when: found[when] for when in ("before", "after") if kind in found.get(when, ())}
+        numbers = {when: each[kind] for when, each in results.items()}
+        ends = {when: each.get(INTERVAL, {}).get(kind) for when, each in results.items()}
         intervals = {INTERVAL: {when: list(each) for when, each in ends.items() if each}}
         if numbers:
             metrics[prefix + kind] = numbers | intervals | {MEASURED_ON: dict(measured_on)}

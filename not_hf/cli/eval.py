@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,21 +47,30 @@ def evaluate(
     for when in ("before", "after"):
         if when in found:
             table.add_row(names[when], *(_shown(found[when], kind) for kind in _KINDS))
-    if before:
-        table.add_row("change", *(f"{100 * (after[kind] / before[kind] - 1):+.1f} %" for kind in _KINDS))
+    if "change" in found:
+        table.add_row("change", *_changes(found["change"]))
     document = {
         "model": model,
         "data": data,
         **{key: after[key] for key in ("num_tokens", "num_bytes", *_KINDS, "confidence_interval")},
         "perplexity_without_organ": before and before["perplexity"],
         "without_organ": before and {key: before[key] for key in (*_KINDS, "confidence_interval")},
+        "change": found.get("change"),
     }
     return Result(document, table)
 
 
-def _shown(found: dict[str, Any], kind: str) -> str:
+def _shown(found: dict[str, Any], kind: str, write: Callable[[float], str] = "{:,.3f}".format) -> str:
+    """Show a number and, if there is one, its interval."""
     ends = found["confidence_interval"][kind]
-    return f"{found[kind]:,.3f}" + (f" ({ends.low:,.3f} – {ends.high:,.3f})" if ends else "")
+    return write(found[kind]) + (f" ({write(ends.low)} – {write(ends.high)})" if ends else "")
+
+
+def _changes(change: dict[str, Any]) -> Iterator[str]:
+    """Show what changes by the organ: of perplexity in per cent."""
+    yield _shown(change, "perplexity_ratio", lambda ratio: f"{100 * (ratio - 1):+.1f} %")
+    for kind in _KINDS[1:]:
+        yield _shown(change, f"{kind}_difference", "{:+.3f}".format)
 
 
 def measure(
@@ -70,9 +79,10 @@ def measure(
     """Measure the perplexity of texts as one stream.
 
     Returns:
-        The results of `perplexity`: `after` the transplant and, if wanted, `before` it, without the organ.
+        The results of `perplexity`: `after` the transplant; and, if wanted, `before` it, without the organ, and the
+        `change`, as by `compare_perplexity`.
     """
-    from not_hf import perplexity
+    from not_hf import compare_perplexity, perplexity
 
     window = window_of(model)
     how: dict[str, Any] = {
@@ -81,18 +91,13 @@ def measure(
         "stride": window // 2,
         "batch_size": 1 if model.device.type == "cpu" else 16,  # a CPU is busy with one, and the progress bar moves
     }
-
-    def score() -> dict[str, Any]:
-        found = perplexity.compute(predictions=[stream], model=model, tokenizer=tokenizer, **how)
-        assert found is not None  # it is None on other processes than the main one
-        return found
-
-    stream = "\n".join(texts)
-    found = {"after": score()}
+    stream = ["\n".join(texts)]
     if without_organ:
-        with model.disable_donors():
-            found["before"] = score()
-    return found
+        change = compare_perplexity(None, model, stream, tokenizer=tokenizer, **how)
+        return {"before": change.pop("model_a"), "after": change.pop("model_b"), "change": change}
+    after = perplexity.compute(predictions=stream, model=model, tokenizer=tokenizer, **how)
+    assert after is not None  # it is None on other processes than the main one
+    return {"after": after}
 
 
 def window_of(model: Any) -> int:

@@ -124,12 +124,7 @@ class Perplexity(evaluate.Metric):
     ) -> dict[str, Any] | None:
         """Compute the perplexity of texts, including those passed to `add` and `add_batch`."""
         if predictions is not None:
-            if isinstance(predictions, str):
-                raise NotHFError("predictions must be a list of texts, got a string; give predictions=[text]")
-            predictions = list(predictions) or None
-            for text in predictions or ():
-                if not isinstance(text, str):
-                    raise NotHFError(f"predictions must be a list of str, got a {type(text).__name__} in it")
+            predictions = check_texts(predictions, "predictions") or None
         if predictions is None and self.writer is None:
             raise NotHFError("no texts to score; give predictions=[text, ...]")
         return super().compute(predictions=predictions, references=references, **kwargs)
@@ -221,6 +216,17 @@ def summarize(scores: Scores, confidence_level: float, seed: int) -> dict[str, A
     }
 
 
+def check_texts(texts: Iterable[str], name: str) -> list[str]:
+    """Check that an argument of this name holds texts, if anything, and return them as a list."""
+    if isinstance(texts, str):
+        raise NotHFError(f"{name} must be a list of texts, got a string; give {name}=[text]")
+    rows = list(texts)
+    for text in rows:
+        if not isinstance(text, str):
+            raise NotHFError(f"{name} must be a list of str, got a {type(text).__name__} in it")
+    return rows
+
+
 def load_for_texts(
     model: PreTrainedModel | str | None,
     model_id: str | None,
@@ -231,22 +237,32 @@ def load_for_texts(
     source = model if model_id is None else model_id
     if source is None or (model is not None and model_id is not None):
         raise NotHFError("give either model= (a model, an ID or a folder) or model_id= (an ID or a folder)")
-    loaded: Any = source
+    tokenizer = load_tokenizer(source, tokenizer)
+    return load_model(source, device), tokenizer
+
+
+def load_tokenizer(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | str | None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, loaded if given by ID or folder; default for a model by ID or folder: its own."""
+    if tokenizer is None and isinstance(model, torch.nn.Module):
+        raise NotHFError("a live model needs its tokenizer; pass tokenizer=")
+    source: Any = model if tokenizer is None else tokenizer
+    return source if isinstance(source, PreTrainedTokenizerBase) else AutoTokenizer.from_pretrained(source)
+
+
+def load_model(source: PreTrainedModel | str, device: str | None = None) -> PreTrainedModel:
+    """Load a model that writes text, or a donor, from a Hub ID or folder onto a device; default CUDA if available.
+
+    A live model is returned as it is.
+
+    Raises:
+        NotHFError: A live model is on another device.
+    """
     if isinstance(source, torch.nn.Module):
-        if tokenizer is None:
-            raise NotHFError("a live model needs its tokenizer; pass tokenizer=")
         if device is not None and _device(device).type != source.device.type:
             raise NotHFError(f"the model is on {source.device}, not {device}; move it with model.to({device!r}) first")
-    else:
-        tokenizer = source if tokenizer is None else tokenizer
-        loaded = load_model(source, device)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    return loaded, tokenizer
-
-
-def load_model(source: str, device: str | None = None) -> PreTrainedModel:
-    """Load a model that writes text, or a donor, from a Hub ID or folder onto a device; default CUDA if available."""
+        return source
     native: Any = writing_class(source).native_auto_class
     return cast(PreTrainedModel, native.from_pretrained(source).to(_device(device)))
 
