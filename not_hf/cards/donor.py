@@ -169,7 +169,7 @@ def _intervals(ends: Any) -> str:
     words = [
         f"{'–'.join(f'{end:.4g}' for end in ends[when])} {when}"
         for when in ("before", "after")
-        if is_of(ends.get(when), list[float]) and len(ends[when]) == 2
+        if isinstance(ends.get(when), list | tuple) and len(ends[when]) == 2 and is_of([*ends[when]], list[float])
     ]
     return f"; 95 % interval {', '.join(words)}" if words else ""
 

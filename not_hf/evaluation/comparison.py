@@ -90,8 +90,10 @@ def compare_perplexity(
     if not rows:
         raise NotHFError("no texts to score; give texts=[text, ...]")
     sources = [model_b if model_a is None else model_a, model_b]
-    own = [tokenizer if isinstance(each, nn.Module) else None for each in sources]
-    pair = tokenizer if isinstance(tokenizer, tuple) else own
+    if isinstance(tokenizer, tuple):
+        pair = [*tokenizer]
+    else:
+        pair = [tokenizer if isinstance(each, nn.Module) else None for each in sources]
     tokenizers = [load_tokenizer(*each) for each in zip(sources, pair, strict=True)]
     max_length, stride = check_lengths(min(map(_context, sources)), max_length, stride, batch_size)
     (ids_a, ends_a), (ids_b, ends_b) = (encode(rows, each, add_start_token) for each in tokenizers)
