@@ -92,8 +92,12 @@ def push_donor(
     def save(target: str, repo_id: str) -> None:
         readme = Path(target, README)  # the published card, if any
         card = updated_card(folder, config, num_parameters, size, repo_id, published=readme)
-        ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", "checkpoint-*", *ignore)
-        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=lambda *inside: ignored(*inside) - {EVAL_RESULTS})
+        ignored, hidden = shutil.ignore_patterns(f"{DRAFT}*", "checkpoint-*", *ignore), shutil.ignore_patterns(".*")
+
+        def left_out(place: str, names: list[str]) -> set[str]:
+            return ignored(place, names) | (hidden(place, names) - {EVAL_RESULTS})
+
+        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=left_out)
         require_same_save(target, None, config.digests)
         for organ in inside:
             place = os.path.join(target, organ.subfolder or "")
