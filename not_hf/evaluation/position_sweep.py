@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.stack import is_encoder
+from not_hf.cards.common import hub_id
 from not_hf.composition.sources import DonorLike
 from not_hf.config import MODES
 from not_hf.donor.modeling import DonorModel
@@ -72,6 +73,20 @@ class PositionSweep:
         windows = {"num_tokens": self.window_tokens, "nats": self.nats}
         measured = {"num_tokens": self.num_tokens, "base": self.base, "rows": self.rows, "skipped": self.skipped}
         write_record(folder, {**self.about, **measured, "windows": windows})
+
+    def record(self, donor: DonorModel) -> None:
+        """Note the best position in the config of the donor, for `from_pretrained(…, position="best")`; then save it.
+
+        Raises:
+            NotHFError: The sweep was of another organ.
+        """
+        if not isinstance(donor, DonorModel):
+            raise NotHFError(f"record needs a DonorModel, got {donor!r:.200}; load and save it")
+        if donor_digest(donor) != self.about["donor_digest"]:
+            raise NotHFError("the sweep was of another organ; record it in the donor that was swept")
+        measured = {key: self.best[key] for key in ("position", "mode", "perplexity")}
+        where = {"model": hub_id(self.about["model"]), "num_tokens": self.num_tokens}
+        donor.config.best_position = {**measured, "perplexity_without_organ": self.base["perplexity"], **where}
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw perplexity over position with its interval, the base as a line, and the best position marked.
