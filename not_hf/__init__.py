@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from not_hf.evaluation.comparison import compare_perplexity
     from not_hf.evaluation.perplexity import perplexity
     from not_hf.evaluation.position_sweep import sweep_positions
+    from not_hf.evaluation.position_training import train_positions
     from not_hf.evaluation.scale_choice import choose_scale
     from not_hf.hub.search import list_donors
     from not_hf.recipient.expansion import expand
@@ -93,6 +94,7 @@ _LAZY = {
     "sweep_positions": "not_hf.evaluation.position_sweep",
     "to_lora": "not_hf.recipient.lora",
     "tokenize_chat": "not_hf.training.chat",
+    "train_positions": "not_hf.evaluation.position_training",
 }
 
 __all__ = [
@@ -142,6 +144,7 @@ __all__ = [
     "sweep_positions",
     "to_lora",
     "tokenize_chat",
+    "train_positions",
 ]
 
 register_config()

@@ -197,7 +197,7 @@ class PlaceRunner:
         held: list[dict[int, torch.Tensor]] = [{} for _ in chunk]
         for (where, batch), hidden in zip(chunk, held, strict=True):
             found = self._score(batch, hidden, None, entries if self.shares_base else ())
-            _require_same(nats[BASE][where], found)
+            require_same(nats[BASE][where], found)
             nats[BASE][where] = found
         for place in left:
             passed = [entry for entry in entries if entry <= place.entry]
@@ -259,7 +259,7 @@ def _without_warnings() -> Iterator[None]:
         package.setLevel(level)
 
 
-def _require_same(before: NDArray[np.float64], now: Sequence[float]) -> None:
+def require_same(before: NDArray[np.float64], now: Sequence[float]) -> None:
     """Check that what was measured before, if anything, is measured again."""
     known = ~np.isnan(before)
     if not np.allclose(before[known], np.asarray(now)[known], rtol=1e-3, atol=1e-3):
