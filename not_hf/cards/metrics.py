@@ -27,9 +27,10 @@ def organ_metrics(
         results = {when: found[when] for when in ("before", "after") if kind in found.get(when, ())}
         numbers = {when: each[kind] for when, each in results.items()}
         ends = {when: each.get(INTERVAL, {}).get(kind) for when, each in results.items()}
-        intervals = {INTERVAL: {when: list(each) for when, each in ends.items() if each}}
+        intervals = {when: list(each) for when, each in ends.items() if each}
         if numbers:
-            metrics[prefix + kind] = numbers | intervals | {MEASURED_ON: dict(measured_on)}
+            beside: dict[str, Any] = {INTERVAL: intervals} if intervals else {}
+            metrics[prefix + kind] = numbers | beside | {MEASURED_ON: dict(measured_on)}
     return metrics
 
 

@@ -32,8 +32,7 @@ def evaluate(
 ) -> Result:
     """Measure perplexity on text, with the organ and without it. The rows of the text are scored as one stream.
 
-    Intervals hold with 95 % confidence, over windows of the text. Bits per byte compare models with different
-    tokenizers.
+    In brackets are 95 % intervals, over windows of the text. Bits per byte compare models with different tokenizers.
     """
     from not_hf import load_text
 
@@ -42,7 +41,7 @@ def evaluate(
     found = measure(loaded, tokenizer, texts, without_organ and has_organ(loaded))
     after, before = found["after"], found.get("before")
     names = {"before": "without the organ", "after": "with the organ" if has_organ(loaded) else model}
-    title = f"{model} on {data}: value, and 95 % interval"
+    title = f"{model} on {data}, with 95 % intervals"
     table = Table("", *(kind.replace("_", " ") for kind in _KINDS), title=title, title_justify="left")
     for when in ("before", "after"):
         if when in found:

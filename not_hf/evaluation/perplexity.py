@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.layers import eval_mode
 from not_hf.errors import NotHFError
-from not_hf.evaluation.bootstrap import ConfidenceInterval, check_level, nll_intervals
-from not_hf.evaluation.windows import Floats, Window, batches_of, check_lengths, context_of, encode, nll_of
+from not_hf.evaluation.bootstrap import ConfidenceInterval, Floats, check_level, nll_intervals
+from not_hf.evaluation.windows import Window, batches_of, check_lengths, context_of, encode, nll_of
 from not_hf.recipient.heads import writing_class
 
 _DESCRIPTION = """

@@ -76,7 +76,9 @@ class PositionSweep:
             NotHFError: The sweep was of another organ.
         """
         if not isinstance(donor, DonorModel):
-            raise NotHFError(f"record needs a DonorModel, got {donor!r:.200}; load and save it")
+            raise NotHFError(
+                f"record needs a DonorModel, got {donor!r:.200}; load it with DonorModel.from_pretrained, then save it"
+            )
         if donor_digest(donor) != self.about["donor_digest"]:
             raise NotHFError("the sweep was of another organ; record it in the donor that was swept")
         measured = {key: self.best[key] for key in ("position", "mode", "perplexity")}
@@ -173,7 +175,7 @@ def sweep_positions(
         nats |= read_record(folder, about, len(tokens))
 
     def result(keys: Iterable[str]) -> PositionSweep:
-        return summarize(nats, keys, tokens, skipped, about)
+        return make_sweep(nats, keys, tokens, skipped, about)
 
     def save() -> None:
         if folder is not None:
@@ -204,7 +206,7 @@ def require_positions(positions: Iterable[int] | None, modes: Sequence[str]) -> 
     return wanted
 
 
-def summarize(
+def make_sweep(
     nats: Nats, keys: Iterable[str], tokens: list[int], skipped: list[dict[str, Any]], about: dict[str, Any]
 ) -> PositionSweep:
     """Compute the numbers of the base and of the places with these keys."""

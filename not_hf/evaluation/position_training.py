@@ -18,7 +18,7 @@ from not_hf.architecture.layers import eval_mode
 from not_hf.composition.sources import DonorLike
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import IncompatibleDonorError
-from not_hf.evaluation.position_sweep import PositionSweep, require_positions, summarize
+from not_hf.evaluation.position_sweep import PositionSweep, make_sweep, require_positions
 from not_hf.evaluation.sweep_record import complete, donor_digest, read_record
 from not_hf.evaluation.swept_places import BASE, SweptPlace, legal_places, require_same, taking_organs
 from not_hf.evaluation.swept_text import SweptText
@@ -93,10 +93,11 @@ def train_positions(
     wanted = require_positions(list(positions), modes) or []
     lengths = (max_length, stride, batch_size)
     text = SweptText.of(model, data, tokenizer, add_start_token, *lengths, caller="train_positions")
-    organ = _load(donor)
+    name = os.fspath(donor) if isinstance(donor, str | os.PathLike) else None
+    organ: Any = donor if name is None else DonorModel.from_pretrained(name)
     places, skipped = _places(text, organ, wanted, modes)
     about: dict[str, Any] = {
-        "donor": donor if isinstance(donor, str) else None,
+        "donor": name,
         "donor_digest": donor_digest(organ) if isinstance(organ, DonorModel) else None,
         "training_digest": _digest(train_dataset, args, trainer_kwargs),
         **text.about,
@@ -107,8 +108,8 @@ def train_positions(
     if folder is not None:
         nats |= read_record(folder, about, len(tokens))
 
-    def result() -> PositionSweep:
-        return summarize(nats, complete(nats), tokens, skipped, about)
+    def result(keys: Iterable[str]) -> PositionSweep:
+        return make_sweep(nats, keys, tokens, skipped, about)
 
     with _frozen(text, _at(organ, places[0]), places[0]) as recipient:
         base = text.score()
@@ -120,14 +121,8 @@ def train_positions(
                     _train(recipient, args, train_dataset, trainer_kwargs)
                     nats[place.key] = np.array(text.score())
                 if folder is not None:
-                    result().save(folder)
-    return result()
-
-
-def _load(donor: DonorLike | Callable[[int, str], DonorModel]) -> DonorModel | Callable[[int, str], DonorModel]:
-    if isinstance(donor, DonorModel) or not isinstance(donor, str | os.PathLike):
-        return donor
-    return DonorModel.from_pretrained(donor)
+                    result(complete(nats)).save(folder)
+    return result([*(place.key for place in places), *complete(nats)])
 
 
 def _at(organ: DonorModel | Callable[[int, str], DonorModel], place: SweptPlace) -> DonorModel:

@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.errors import NotHFError
-
-Floats = NDArray[np.float64]
+from not_hf.evaluation.bootstrap import Floats
 
 
 def context_of(config: PreTrainedConfig) -> float:

@@ -92,7 +92,8 @@ def test_one_window_has_no_interval_and_results_are_saved(model, tmp_path):
     found = compare_perplexity(None, model, ["w5 w6 w7"], **HOW)
     assert found["confidence_interval"] == dict.fromkeys(KINDS) and found["perplexity_ratio"] > 0
     found = compare_perplexity(None, model, TEXTS, **HOW)
-    saved = json.loads(evaluate.save(tmp_path / "found.json", **found).read_text())
+    evaluate.save(tmp_path / "found.json", **found)
+    saved = json.loads((tmp_path / "found.json").read_text())
     assert saved["confidence_interval"]["perplexity_ratio"] == list(found["confidence_interval"]["perplexity_ratio"])
     assert saved["model_a"]["perplexity"] == found["model_a"]["perplexity"]
 

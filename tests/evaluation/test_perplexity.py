@@ -187,7 +187,8 @@ def test_intervals_hold_the_number_and_need_two_windows(gpt2, tokenizer):
 
 def test_results_are_saved_by_evaluate(gpt2, tokenizer, tmp_path):
     found = perplexity.compute(predictions=TEXTS, model=gpt2, tokenizer=tokenizer)
-    saved = json.loads(evaluate.save(tmp_path / "found.json", **found, model="gpt2").read_text())
+    evaluate.save(tmp_path / "found.json", **found, model="gpt2")
+    saved = json.loads((tmp_path / "found.json").read_text())
     assert saved["confidence_interval"]["perplexity"] == list(found["confidence_interval"]["perplexity"])
     assert {key: saved[key] for key in KEYS - {"confidence_interval"}} == {
         key: found[key] for key in KEYS - {"confidence_interval"}
