@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from not_hf.donor.compatibility import check_compatibility
     from not_hf.donor.importing import import_checkpoint
     from not_hf.donor.modeling import DonorModel
+    from not_hf.evaluation.comparison import compare_perplexity
     from not_hf.evaluation.perplexity import perplexity
     from not_hf.evaluation.position_sweep import sweep_positions
+    from not_hf.evaluation.position_training import train_positions
     from not_hf.evaluation.scale_choice import choose_scale
     from not_hf.hub.search import list_donors
     from not_hf.recipient.expansion import expand
@@ -74,6 +76,7 @@ _LAZY = {
     "check_donor": "not_hf.composition.check",
     "choose_scale": "not_hf.evaluation.scale_choice",
     "choose_span": "not_hf.training.span_choice",
+    "compare_perplexity": "not_hf.evaluation.comparison",
     "compose": "not_hf.composition.plan",
     "expand": "not_hf.recipient.expansion",
     "from_lora": "not_hf.recipient.lora",
@@ -91,6 +94,7 @@ _LAZY = {
     "sweep_positions": "not_hf.evaluation.position_sweep",
     "to_lora": "not_hf.recipient.lora",
     "tokenize_chat": "not_hf.training.chat",
+    "train_positions": "not_hf.evaluation.position_training",
 }
 
 __all__ = [
@@ -122,6 +126,7 @@ __all__ = [
     "check_donor",
     "choose_scale",
     "choose_span",
+    "compare_perplexity",
     "compose",
     "expand",
     "from_lora",
@@ -139,6 +144,7 @@ __all__ = [
     "sweep_positions",
     "to_lora",
     "tokenize_chat",
+    "train_positions",
 ]
 
 register_config()

@@ -54,6 +54,7 @@ class DonorConfig(PreTrainedConfig):
         layers: Half-open span `[i, j]` of the base's layers.
         position: Position of the organ among the recipient's own layers.
         mode: `"insert"` (before layer `position`) or `"replace"` (layers `position … position + k`).
+        best_position: Where a sweep found it best (`PositionSweep.record`): `position`, `mode` and what was measured.
         scale: Factor of an inserted organ's contribution to the residual stream, or of what a replacement changes; the
             weights are unscaled.
         init: `"copy"` (layers as cut) or `"identity"` (an inserted organ starts as an exact no-op).
@@ -95,6 +96,7 @@ class DonorConfig(PreTrainedConfig):
     layers: list[int] | None = None
     position: int | None = None
     mode: str = "insert"
+    best_position: dict[str, Any] | None = None
     scale: float = 1.0
     init: str = "copy"
     modules: str | list[str] = ALL

@@ -26,8 +26,9 @@ from not_hf.cards.common import (
     updated,
 )
 from not_hf.cards.license import License
-from not_hf.cards.metrics import MEASURED_ON
+from not_hf.cards.metrics import INTERVAL, KINDS, MEASURED_ON
 from not_hf.config import DonorConfig
+from not_hf.limits import is_of
 
 CURVE = "training_curve.png"  # the plot that `TrainingCurve` writes
 _DATA_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".gz", ".zst")
@@ -157,7 +158,20 @@ def _conditions(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator
         )
         tokens = "" if count is None else f"{count:,} tokens of "
         windows = "" if window is None else f", {window:,} tokens at a time"
-        yield _name(path), f"{tokens}{value.get('text') or 'a text without a name'}{windows}"
+        text = f"{tokens}{value.get('text') or 'a text without a name'}{windows}"
+        yield _name(path), text + _intervals(metrics.get(INTERVAL))
+
+
+def _intervals(ends: Any) -> str:
+    """Put the intervals of a number, if its metrics have them, into words."""
+    if not isinstance(ends, dict):
+        return ""
+    words = [
+        f"{'–'.join(f'{end:.4g}' for end in ends[when])} {when}"
+        for when in ("before", "after")
+        if isinstance(ends.get(when), list | tuple) and len(ends[when]) == 2 and is_of([*ends[when]], list[float])
+    ]
+    return f"; 95 % interval {', '.join(words)}" if words else ""
 
 
 def _name(path: tuple[str, ...]) -> str:
@@ -174,13 +188,13 @@ def _numbers(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
 
 def _eval_result(name: str, value: float, task: str, domain: str | None) -> EvalResult:
     words = name.split()
-    is_perplexity = "perplexity" in words
-    text = " ".join(word for word in words if word != "perplexity") if is_perplexity else ""  # the evaluation text
+    kind = next((kind for kind in KINDS if set(kind.split("_")) <= set(words)), "")
+    text = " ".join(word for word in words if word not in kind.split("_")) if kind else ""  # the evaluation text
     return EvalResult(
         task_type=task,
         dataset_type=text.replace(" ", "-") or "evaluation",  # a model-index groups results by it
         dataset_name=(text == "domain" and domain) or text or "evaluation",
-        metric_type="perplexity" if is_perplexity else "_".join(words),
+        metric_type=kind or "_".join(words),
         metric_name=name,
         metric_value=value,
     )

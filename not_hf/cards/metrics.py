@@ -1,4 +1,4 @@
-"""What a trainer measured, as an organ's `metrics` hold it."""
+"""What was measured of an organ, as its `metrics` hold it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,30 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MEASURED_ON = "measured_on"  # key beside a number: the text that it was measured on, its tokens and the window
+INTERVAL = "confidence_interval"  # key beside a number: the ends of its 95 % interval, by "before" and "after"
+KINDS = ("perplexity", "bits_per_byte")  # of numbers; nats per token would say what perplexity says
+
+
+def organ_metrics(
+    found: Mapping[str, Mapping[str, Any]], measured_on: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Return results of `perplexity` as `metrics`.
+
+    Args:
+        found: Those `"after"` the transplant and `"before"` it.
+        measured_on: The text, its tokens and the window.
+        prefix: Of the numbers' names.
+    """
+    metrics = {}
+    for kind in KINDS:
+        results = {when: found[when] for when in ("before", "after") if kind in found.get(when, ())}
+        numbers = {when: each[kind] for when, each in results.items()}
+        ends = {when: each.get(INTERVAL, {}).get(kind) for when, each in results.items()}
+        intervals = {when: list(each) for when, each in ends.items() if each}
+        if numbers:
+            beside: dict[str, Any] = {INTERVAL: intervals} if intervals else {}
+            metrics[prefix + kind] = numbers | beside | {MEASURED_ON: dict(measured_on)}
+    return metrics
 
 
 def perplexities(logs: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

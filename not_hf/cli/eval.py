@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +14,8 @@ from not_hf.cli.options import Base, Column, Data, Model, SampleBy, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_KINDS = ("perplexity", "nats_per_token", "bits_per_byte")
 
 
 @command("not-hf eval gpt2-kjv --data held-out.txt", name="eval")
@@ -28,57 +30,77 @@ def evaluate(
         bool, typer.Option("--without-organ/--no-without-organ", help="Also measure without the organ.")
     ] = True,
 ) -> Result:
-    """Measure perplexity on text, with the organ and without it. The rows of the text are scored as one stream."""
+    """Measure perplexity on text, with the organ and without it. The rows of the text are scored as one stream.
+
+    In brackets are 95 % intervals, over windows of the text. Bits per byte compare models with different tokenizers.
+    """
     from not_hf import load_text
 
     texts = load_text(data, split=split, column=column, sample_by=sample_by)["text"]
     loaded, tokenizer = load_model(model, base)
     found = measure(loaded, tokenizer, texts, without_organ and has_organ(loaded))
-    table = Table("", "perplexity", title=f"{model} on {data}", title_justify="left")
-    for name, key in (("without the organ", "before"), ("with the organ", "after")):
-        if key in found:
-            table.add_row(name if has_organ(loaded) else model, f"{found[key]:,.3f}")
-    if "before" in found:
-        table.add_row("change", f"{100 * (found['after'] / found['before'] - 1):+.1f} %")
+    after, before = found["after"], found.get("before")
+    names = {"before": "without the organ", "after": "with the organ" if has_organ(loaded) else model}
+    title = f"{model} on {data}, with 95 % intervals"
+    table = Table("", *(kind.replace("_", " ") for kind in _KINDS), title=title, title_justify="left")
+    for when in ("before", "after"):
+        if when in found:
+            table.add_row(names[when], *(_shown(found[when], kind) for kind in _KINDS))
+    if "change" in found:
+        table.add_row("change", *_changes(found["change"]))
     document = {
         "model": model,
         "data": data,
-        "num_tokens": found["num_tokens"],
-        "perplexity": found["after"],
-        "perplexity_without_organ": found.get("before"),
+        **{key: after[key] for key in ("num_tokens", "num_bytes", *_KINDS, "confidence_interval")},
+        "perplexity_without_organ": before and before["perplexity"],
+        "without_organ": before and {key: before[key] for key in (*_KINDS, "confidence_interval")},
+        "change": found.get("change"),
     }
     return Result(document, table)
 
 
+def _shown(found: dict[str, Any], kind: str, write: Callable[[float], str] = "{:,.3f}".format) -> str:
+    """Show a number and, if there is one, its interval."""
+    ends = found["confidence_interval"][kind]
+    return write(found[kind]) + (f" ({write(ends.low)} – {write(ends.high)})" if ends else "")
+
+
+def _changes(change: dict[str, Any]) -> Iterator[str]:
+    """Show what changes by the organ: of perplexity in per cent."""
+    yield _shown(change, "perplexity_ratio", lambda ratio: f"{100 * (ratio - 1):+.1f} %")
+    for kind in _KINDS[1:]:
+        yield _shown(change, f"{kind}_difference", "{:+.3f}".format)
+
+
 def measure(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], without_organ: bool = True
-) -> dict[str, float]:
+) -> dict[str, dict[str, Any]]:
     """Measure the perplexity of texts as one stream.
 
     Returns:
-        `num_tokens`, tokens per `window` (a new one begins after half of them), perplexity `after` the transplant and,
-        if wanted, `before` it: without the organ.
+        The results of `perplexity`: `after` the transplant; and, if wanted, `before` it, without the organ, and the
+        `change`, as by `compare_perplexity`.
     """
-    from not_hf import perplexity
-    from not_hf.evaluation.perplexity import default_window
+    from not_hf import compare_perplexity, perplexity
 
-    window = default_window(model)
+    window = window_of(model)
     how: dict[str, Any] = {
         "add_start_token": tokenizer.bos_token is not None,
         "max_length": window,
         "stride": window // 2,
         "batch_size": 1 if model.device.type == "cpu" else 16,  # a CPU is busy with one, and the progress bar moves
     }
-
-    def score() -> dict[str, Any]:
-        found = perplexity.compute(predictions=[stream], model=model, tokenizer=tokenizer, **how)
-        assert found is not None  # it is None on other processes than the main one
-        return found
-
-    stream = "\n".join(texts)
-    found = score()
-    measured = {"after": found["perplexity"], "num_tokens": found["num_tokens"], "window": window}
+    stream = ["\n".join(texts)]
     if without_organ:
-        with model.disable_donors():
-            measured["before"] = score()["perplexity"]
-    return measured
+        change = compare_perplexity(None, model, stream, tokenizer=tokenizer, **how)
+        return {"before": change.pop("model_a"), "after": change.pop("model_b"), "change": change}
+    after = perplexity.compute(predictions=stream, model=model, tokenizer=tokenizer, **how)
+    assert after is not None  # it is None on other processes than the main one
+    return {"after": after}
+
+
+def window_of(model: Any) -> int:
+    """Return the tokens per window of `measure`; a new one begins after half of them."""
+    from not_hf.evaluation.windows import context_of, default_window
+
+    return default_window(context_of(model.config))

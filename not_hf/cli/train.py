@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from not_hf.cli.app import CHECKPOINTS, Result, command, facts, output_folder, saying_how_to_resume
-from not_hf.cli.eval import measure
+from not_hf.cli.eval import measure, window_of
 from not_hf.cli.loading import load_model
 from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, SampleBy, Split, given
 from not_hf.errors import NotHFError
@@ -250,20 +250,20 @@ def _measure(folder: Path, base: str | None, texts: Mapping[str, tuple[str, Trai
     from not_hf import DonorConfig, DonorModel
     from not_hf.cards.common import README
     from not_hf.cards.donor import updated_card
+    from not_hf.cards.metrics import organ_metrics
     from not_hf.composition.check import survey
     from not_hf.evaluation.chat_perplexity import measure_chat
     from not_hf.hub.headers import size_of
 
     model, tokenizer = load_model(str(folder), base)
-    metrics = {}
+    metrics: dict[str, Any] = {}
     for name, (source, rows) in texts.items():
         if rows.is_chat:
-            found = measure_chat(model, rows.examples(tokenizer, length)) | {"window": length}
+            found, window = measure_chat(model, rows.examples(tokenizer, length)), length
         else:
-            found = measure(model, tokenizer, rows.rows["text"])
-        on = {"text": _public_name(source), "num_tokens": found["num_tokens"], "window": found["window"]}
-        key = "perplexity" if name == "held-out" else f"{name}_perplexity"
-        metrics[key] = {"before": found["before"], "after": found["after"], "measured_on": on}
+            found, window = measure(model, tokenizer, rows.rows["text"]), window_of(model)
+        on = {"text": _public_name(source), "num_tokens": found["after"]["num_tokens"], "window": window}
+        metrics |= organ_metrics(found, on, prefix="" if name == "held-out" else f"{name}_")
     config = DonorConfig.from_pretrained(folder)
     config.metrics = metrics
     if config.donors is None:

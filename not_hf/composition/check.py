@@ -140,7 +140,7 @@ class SurveyedOrgan:
 
 def survey(
     donor: str | os.PathLike[str],
-    position: int | None = None,
+    position: int | str | None = None,
     mode: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
@@ -164,7 +164,7 @@ def survey(
 def check_donor(
     donor: str | os.PathLike[str],
     recipient: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel,
-    position: int | None = None,
+    position: int | str | None = None,
     mode: str | None = None,
     revision: str | None = None,
     subfolder: str | None = None,

@@ -29,6 +29,8 @@ from not_hf.hub.headers import size_of
 from not_hf.hub.partial_download import list_tensors
 from not_hf.hub.push import PushOptions, push_folder
 
+EVAL_RESULTS = ".eval_results"  # folder of the Hub's results of benchmarks
+
 
 def push_donor(
     folder: str | os.PathLike[str],
@@ -45,7 +47,8 @@ def push_donor(
     Args:
         folder: Folder of the donor. Organs that a composition lists from elsewhere must be on the Hub.
         repo_id: As in `push_to_hub`.
-        ignore: Patterns of file names to leave out, besides names that begin with a dot and Trainer's checkpoints.
+        ignore: Patterns of file names to leave out, besides Trainer's checkpoints and names that begin with a dot; of
+            the latter, results of benchmarks in `.eval_results` are pushed.
         delta: Push a delta, as in `DonorModel.save_pretrained`; the folder keeps its whole tensors.
         rank: Rank of its products.
         **options: As in `push_to_hub`.
@@ -89,8 +92,12 @@ def push_donor(
     def save(target: str, repo_id: str) -> None:
         readme = Path(target, README)  # the published card, if any
         card = updated_card(folder, config, num_parameters, size, repo_id, published=readme)
-        ignored = shutil.ignore_patterns(".*", f"{DRAFT}*", "checkpoint-*", *ignore)
-        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignored)
+        ignored, hidden = shutil.ignore_patterns(f"{DRAFT}*", "checkpoint-*", *ignore), shutil.ignore_patterns(".*")
+
+        def left_out(place: str, names: list[str]) -> set[str]:
+            return ignored(place, names) | (hidden(place, names) - {EVAL_RESULTS})
+
+        shutil.copytree(folder, target, dirs_exist_ok=True, ignore=left_out)
         require_same_save(target, None, config.digests)
         for organ in inside:
             place = os.path.join(target, organ.subfolder or "")

@@ -25,7 +25,7 @@ from not_hf.architecture.upstream import (
 )
 from not_hf.composition.layout import Place
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource, read_entries
-from not_hf.config import DonorConfig, OrganSpec
+from not_hf.config import MODES, DonorConfig, OrganSpec
 from not_hf.donor.cutting import has_adapters
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError, one_line, reading_base
@@ -34,11 +34,14 @@ from not_hf.hub.consistent_read import require_same_save, saved_digests
 # Arguments of a model's `from_pretrained` that are not values of its config, besides those in HUB_KWARGS.
 _NOT_OF_CONFIG = ("code_revision", "dtype", "quantization_config", "torch_dtype", "trust_remote_code")
 
+BEST = "best"  # as a position: where a sweep found the organ best
+
 
 @dataclass(frozen=True)
 class ResolvedOrgan(OrganSource):
     """An organ to load: its source, with a pinned revision and without defaults, and its donor's checked config."""
 
+    position: int = 0
     mode: str = "insert"
     scale: float = 1.0
     spec: OrganSpec = field(kw_only=True)
@@ -46,7 +49,7 @@ class ResolvedOrgan(OrganSource):
     @property
     def place(self) -> Place:
         """Place in the recipient."""
-        return Place(self.name, self.position or 0, self.mode, self.spec.config.num_organ_layers)
+        return Place(self.name, self.position, self.mode, self.spec.config.num_organ_layers)
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,29 @@ def _read_generation_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) 
 
 def _checked(source: OrganSource, config: DonorConfig) -> ResolvedOrgan:
     """Check a donor's config, which completes the place and scale of its source."""
+    if BEST in (source.position, config.position):  # AutoModelForCausalLM puts arguments into the config
+        config = copy.copy(config)
+        config.position, config.mode = _best_place(config, source.mode)
+        source = replace(source, position=None)
     spec = config.check()
     own = {key: getattr(config, key) for key in ("position", "mode", "scale") if getattr(source, key) is None}
     return ResolvedOrgan(**{**vars(source), **own}, spec=spec)
+
+
+def _best_place(config: DonorConfig, mode: str | None) -> tuple[int, str]:
+    """Return the position and mode at which a sweep found an organ best; `mode`: the one that is wanted, if any."""
+    best = config.best_position
+    if best is None:
+        raise NotHFError(
+            f"position={BEST!r} needs a donor that a sweep was recorded for; give a position, or use "
+            "sweep_positions(...).record(donor) and save the donor"
+        )
+    position, recorded = best.get("position"), best.get("mode")
+    if type(position) is not int or recorded not in MODES:
+        raise CorruptDonorError(f"donor config best_position must hold a position and a mode, got {best!r:.200}")
+    if mode not in (None, recorded):
+        raise NotHFError(
+            f"the best position that a sweep recorded is for mode {recorded!r}, not {mode!r}; leave out the mode, "
+            "or give a position"
+        )
+    return position, recorded

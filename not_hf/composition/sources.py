@@ -45,7 +45,8 @@ class OrganSource:
         donor: Folder, Hub ID or `DonorModel`.
         revision: Branch, tag or commit of the donor's repo.
         subfolder: Folder of the donor in its repo.
-        position: Position among the recipient's own layers; default: the donor's.
+        position: Position among the recipient's own layers; default: the donor's. `"best"`: where a sweep found it
+            best, as `PositionSweep.record` noted it in the donor's config.
         mode: `"insert"` or `"replace"`; default: the donor's.
         scale: Factor of an inserted organ's contribution to the residual stream, or of what a replacement changes;
             default: the donor's.
@@ -62,7 +63,7 @@ class OrganSource:
     donor: DonorLike
     revision: str | None = None
     subfolder: str | None = None
-    position: int | None = None
+    position: int | str | None = None
     mode: str | None = None
     scale: float | None = None
     active: bool = True

@@ -1,15 +1,32 @@
-"""Bootstrap confidence intervals of a mean negative log-likelihood."""
+"""Bootstrap confidence intervals of a mean negative log-likelihood, and of the difference of two."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from not_hf.errors import NotHFError
+
 Floats = NDArray[np.float64]
 
 
+class ConfidenceInterval(NamedTuple):
+    """The ends of an interval."""
+
+    low: float
+    high: float
+
+
+def check_level(level: float) -> None:
+    """Check a level of confidence."""
+    if not 0 < level < 1:
+        raise NotHFError(f"confidence_level must be between 0 and 1, such as 0.95, got {level!r:.100}")
+
+
 def nll_intervals(
-    nats: Floats, num_tokens: Floats, seed: int = 0, level: float = 0.95, num_draws: int = 1000
+    nats: Floats, weights: Floats, seed: int = 0, level: float = 0.95, num_draws: int = 1000
 ) -> tuple[Floats, Floats]:
     """Compute percentile bootstrap intervals of nats per token (Efron and Tibshirani 1993, chapter 13).
 
@@ -18,7 +35,8 @@ def nll_intervals(
 
     Args:
         nats: Summed over each window, under each model, `(models, windows)`.
-        num_tokens: Scored tokens of each window, `(windows,)`.
+        weights: What nats are divided by, such as the scored tokens of each window: `(windows,)`, or
+            `(models, windows)` if not the same for all models.
         seed: Of the draws.
         level: Of confidence.
         num_draws: Number of draws.
@@ -26,14 +44,46 @@ def nll_intervals(
     Returns:
         Lower and upper ends in nats per token, `(models,)` each; NaN if there is only one window to draw.
     """
-    num_windows = len(num_tokens)
+    return _percentiles(_drawn_means(nats, weights, seed, num_draws), level)
+
+
+def nll_difference_intervals(
+    nats: tuple[Floats, Floats],
+    weights: tuple[Floats, Floats],
+    seed: int = 0,
+    level: float = 0.95,
+    num_draws: int = 1000,
+) -> tuple[Floats, Floats]:
+    """Compute paired bootstrap intervals of differences in nats per token, second less first.
+
+    Both models of a pair are given the same draws. So what makes a window hard for both does not widen the interval.
+
+    Args:
+        nats: Of the first and of the second model of each pair, as for `nll_intervals`, `(pairs, windows)` each.
+        weights: Of the first and of the second, `(windows,)` or `(pairs, windows)` each.
+        seed: Of the draws, like `level` and `num_draws` as for `nll_intervals`.
+
+    Returns:
+        Lower and upper ends, `(pairs,)` each; NaN if there is only one window to draw.
+    """
+    first, second = (_drawn_means(*each, seed, num_draws) for each in zip(nats, weights, strict=True))
+    return _percentiles(second - first, level)
+
+
+def _drawn_means(nats: Floats, weights: Floats, seed: int, num_draws: int) -> Floats:
+    """Draw windows, and compute the mean of each draw under each model, `(num_draws, models)`."""
+    num_windows = nats.shape[1]
     if num_windows < 2:
-        return np.full(len(nats), np.nan), np.full(len(nats), np.nan)
+        return np.full((1, len(nats)), np.nan)
     generator = np.random.default_rng(seed)
     means = np.empty((num_draws, len(nats)))
     for draw in means:
         counts = np.bincount(generator.integers(num_windows, size=num_windows), minlength=num_windows)
-        with np.errstate(invalid="ignore"):  # infinite nats
-            draw[:] = nats @ counts / (num_tokens @ counts)
+        with np.errstate(divide="ignore", invalid="ignore"):  # infinite nats, or windows without bytes
+            draw[:] = nats @ counts / (weights @ counts)
+    return means
+
+
+def _percentiles(means: Floats, level: float) -> tuple[Floats, Floats]:
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high

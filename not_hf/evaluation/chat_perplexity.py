@@ -13,20 +13,21 @@ from transformers import PreTrainedModel
 from not_hf.architecture.layers import eval_mode
 
 
-def measure_chat(model: Any, examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def measure_chat(model: Any, examples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Measure a transplanted model on examples of `tokenize_chat`.
 
     Returns:
-        `num_tokens` that have a label, and their perplexity `after` the transplant and `before` it: without the organ.
+        `num_tokens` that have a label, and their `perplexity`: `after` the transplant, and `before` it, without the
+        organ.
     """
-    after, num_tokens = _perplexity(model, examples)
+    after = _perplexity(model, examples)
     with model.disable_donors():
-        before, _ = _perplexity(model, examples)
-    return {"before": before, "after": after, "num_tokens": num_tokens}
+        before = _perplexity(model, examples)
+    return {"before": before, "after": after}
 
 
 @torch.no_grad()
-def _perplexity(model: PreTrainedModel, examples: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
+def _perplexity(model: PreTrainedModel, examples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the perplexity of all tokens that have a label, and their number."""
     total, count = 0.0, 0
     with eval_mode(model):
@@ -36,4 +37,4 @@ def _perplexity(model: PreTrainedModel, examples: Iterable[Mapping[str, Any]]) -
             wanted = labels[0, 1:].long()
             total += functional.cross_entropy(logits, wanted, reduction="sum").item()
             count += int((wanted != -100).sum())
-    return math.exp(total / count), count
+    return {"perplexity": math.exp(total / count), "num_tokens": count}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import datasets
 import evaluate
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.layers import eval_mode
 from not_hf.errors import NotHFError
+from not_hf.evaluation.bootstrap import ConfidenceInterval, Floats, check_level, nll_intervals
+from not_hf.evaluation.windows import Window, batches_of, check_lengths, context_of, encode, nll_of
 from not_hf.recipient.heads import writing_class
 
 _DESCRIPTION = """
@@ -46,6 +50,8 @@ Args:
     max_length (int): Tokens per window, BOS included. Default: the model's context, at most 1024, which bounds memory
         and keeps models with different contexts comparable.
     stride (int): Tokens between the starts of two windows of a text, at most max_length. Default: half of max_length.
+    confidence_level (float): Of the intervals. Default 0.95.
+    seed (int): Of the draws for them. Default 0.
 
 A text of n tokens (BOS included) is split into windows [b, min(b + max_length, n)) for b = 0, stride, 2 stride, ... up
 to the first that reaches n. A window scores the tokens that no earlier window covers, each given all tokens before it
@@ -54,11 +60,25 @@ of at least max_length - stride tokens wherever the text has that many. With str
 each later window has no context and is not scored (https://huggingface.co/docs/transformers/perplexity).
 Log-probabilities are computed in float32.
 
+Intervals are percentiles of 1,000 bootstrap samples of windows. They say how much another text of the same kind might
+change the number. With 20 windows or fewer they are somewhat too narrow.
+
+Bytes are counted in UTF-8. A token has those of its characters and of the white space before it; BOS has none. What is
+not scored is not counted: the first token of each text if add_start_token is False, and the first token of each later
+window if stride = max_length. A character that several tokens share counts with the last of them. Of a tokenizer that
+tells no offsets (is_fast is False), every token of a text counts as equally long. Bits per byte compare tokenizers
+that keep all of a text: characters that one drops, or maps to an unknown token, are counted but hardly cost it any.
+
 Returns a dict:
     perplexities (list of float): One per text: exp(its summed NLL / its number of scored tokens).
     mean_perplexity (float): Their arithmetic mean, as computed by evaluate's `perplexity`.
     perplexity (float): Of the corpus: exp(summed NLL of all texts / num_tokens), as reported in papers.
+    nats_per_token (float): Its logarithm: summed NLL of all texts / num_tokens, in nats.
+    bits_per_byte (float): summed NLL of all texts / ln 2 / num_bytes, which compares models with different tokenizers.
     num_tokens (int): Number of scored tokens in all texts.
+    num_bytes (int): Number of their bytes in UTF-8.
+    confidence_interval (dict): Of perplexity, nats_per_token and bits_per_byte, by these names: (low, high); None if
+        there is only one window.
 
 Raises NotHFError for no texts, texts that are too short, no model, a live model without tokenizer, or a tokenizer
 without BOS if add_start_token is True.
@@ -104,12 +124,7 @@ class Perplexity(evaluate.Metric):
     ) -> dict[str, Any] | None:
         """Compute the perplexity of texts, including those passed to `add` and `add_batch`."""
         if predictions is not None:
-            if isinstance(predictions, str):
-                raise NotHFError("predictions must be a list of texts, got a string; give predictions=[text]")
-            predictions = list(predictions) or None
-            for text in predictions or ():
-                if not isinstance(text, str):
-                    raise NotHFError(f"predictions must be a list of str, got a {type(text).__name__} in it")
+            predictions = check_texts(predictions, "predictions") or None
         if predictions is None and self.writer is None:
             raise NotHFError("no texts to score; give predictions=[text, ...]")
         return super().compute(predictions=predictions, references=references, **kwargs)
@@ -126,117 +141,90 @@ class Perplexity(evaluate.Metric):
         device: str | None = None,
         max_length: int | None = None,
         stride: int | None = None,
+        confidence_level: float = 0.95,
+        seed: int = 0,
     ) -> dict[str, Any]:
+        check_level(confidence_level)
         model, tokenizer = load_for_texts(model, model_id, tokenizer, device)
-        max_length, stride = check_lengths(model, max_length, stride, batch_size)
-        texts = encode(predictions, tokenizer, add_start_token)
-        nll = [0.0] * len(texts)
-        num_tokens = [0] * len(texts)
-        batches = batches_of(texts, max_length, stride, batch_size)
-        total = sum(window.end - window.scored for batch in batches for window in batch)
-        with eval_mode(model), evaluate.logging.tqdm(total=total, desc="Perplexity", unit=" tokens") as progress:
-            for batch in batches:
-                for window, window_nll in zip(batch, nll_of(model, texts, batch), strict=True):
-                    nll[window.text] += window_nll
-                    num_tokens[window.text] += window.end - window.scored
-                progress.update(sum(window.end - window.scored for window in batch))
-        perplexities = [perplexity_of(total / count) for total, count in zip(nll, num_tokens, strict=True)]
+        max_length, stride = check_lengths(context_of(model.config), max_length, stride, batch_size)
+        texts, byte_ends = encode(predictions, tokenizer, add_start_token)
+        scores = score(model, texts, byte_ends, batches_of(texts, max_length, stride, batch_size))
+        by_text = scores.by_text()
+        perplexities = [perplexity_of(mean) for mean in by_text.nats / by_text.num_tokens]
         return {
             "perplexities": perplexities,
             "mean_perplexity": sum(perplexities) / len(perplexities),
-            "perplexity": perplexity_of(math.fsum(nll) / sum(num_tokens)),
-            "num_tokens": sum(num_tokens),
+            **summarize(scores, confidence_level, seed),
         }
 
 
-def default_window(model: PreTrainedModel) -> int:
-    """Return the tokens per window unless `max_length` says otherwise; `stride` is half of it."""
-    return int(min(1024, _context(model)))
+class Scores(NamedTuple):
+    """What was measured of windows, or of whole texts: `(windows,)` each."""
+
+    texts: NDArray[np.int64]  # index of the text
+    nats: Floats  # summed negative log-likelihood of the scored tokens
+    num_tokens: Floats  # number of scored tokens
+    num_bytes: Floats  # number of their bytes
+
+    def by_text(self) -> Scores:
+        """Add up the windows of each text."""
+        nats, num_tokens, num_bytes = (np.bincount(self.texts, each).astype(np.float64) for each in self[1:])
+        return Scores(np.arange(len(nats)), nats, num_tokens, num_bytes)
 
 
-def check_lengths(
-    model: PreTrainedModel, max_length: int | None, stride: int | None, batch_size: int
-) -> tuple[int, int]:
-    """Check the lengths of windows, and return `max_length` and `stride` with their defaults."""
-    context = _context(model)
-    max_length = default_window(model) if max_length is None else max_length
-    stride = max_length // 2 if stride is None else stride
-    if not 2 <= max_length <= context:
-        raise NotHFError(f"max_length must be between 2 and {context}, the model's context, got {max_length}")
-    if not 1 <= stride <= max_length:
-        raise NotHFError(f"stride must be between 1 and {max_length}, the max_length, got {stride}")
-    if batch_size < 1:
-        raise NotHFError(f"batch_size must be at least 1, got {batch_size}")
-    return max_length, stride
+def score(
+    model: PreTrainedModel, texts: list[list[int]], byte_ends: list[Floats], batches: list[list[Window]]
+) -> Scores:
+    """Score windows of texts, with a progress bar.
+
+    Args:
+        model: A causal LM.
+        texts: Token ids.
+        byte_ends: For each token, the bytes up to its end, as `encode` returns them.
+        batches: The windows.
+    """
+    windows = [window for batch in batches for window in batch]
+    tokens = [window.end - window.scored for window in windows]
+    num_bytes = [byte_ends[w.text][w.end - 1] - byte_ends[w.text][w.scored - 1] for w in windows]
+    nats: list[float] = []
+    with eval_mode(model), evaluate.logging.tqdm(total=sum(tokens), desc="Perplexity", unit=" tokens") as progress:
+        for batch in batches:
+            nats += nll_of(model, texts, batch)
+            progress.update(sum(window.end - window.scored for window in batch))
+    columns = (np.array(each, dtype=np.float64) for each in (nats, tokens, num_bytes))
+    return Scores(np.array([window.text for window in windows]), *columns)
 
 
-def _context(model: PreTrainedModel) -> float:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+def summarize(scores: Scores, confidence_level: float, seed: int) -> dict[str, Any]:
+    """Compute the numbers of a corpus, which `perplexity` describes."""
+    nats, num_tokens, num_bytes = math.fsum(scores.nats), int(scores.num_tokens.sum()), round(scores.num_bytes.sum())
+    weights = np.stack([scores.num_tokens, scores.num_bytes])
+    lows, highs = nll_intervals(np.stack([scores.nats] * 2), weights, seed, confidence_level)
+    (low, low_of_bytes), (high, high_of_bytes) = lows.tolist(), highs.tolist()
+    intervals = {
+        "perplexity": ConfidenceInterval(perplexity_of(low), perplexity_of(high)),
+        "nats_per_token": ConfidenceInterval(low, high),
+        "bits_per_byte": ConfidenceInterval(low_of_bytes / math.log(2), high_of_bytes / math.log(2)),
+    }
+    return {
+        "perplexity": perplexity_of(nats / num_tokens),
+        "nats_per_token": nats / num_tokens,
+        "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else math.nan,
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
+        "confidence_interval": intervals if len(scores.nats) > 1 else dict.fromkeys(intervals),
+    }
 
 
-class Window(NamedTuple):
-    """Tokens `[begin, end)` of a text, of which `[scored, end)` are scored; begin < scored."""
-
-    text: int
-    begin: int
-    scored: int
-    end: int
-
-
-def batches_of(texts: list[list[int]], max_length: int, stride: int, batch_size: int) -> list[list[Window]]:
-    """Split texts into windows, and group these into batches."""
-    windows = [w for i, ids in enumerate(texts) for w in _windows(i, len(ids), max_length, stride)]
-    windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, early out-of-memory
-    return [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-
-
-def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
-    """Yield the windows of a text that score at least one token."""
-    covered = 0
-    for begin in range(0, num_tokens, stride):
-        end = min(begin + max_length, num_tokens)
-        scored = max(covered, begin + 1)  # the first token of a window has no context
-        if scored < end:
-            yield Window(text, begin, scored, end)
-        covered = end
-
-
-@torch.inference_mode()
-def nll_of(model: PreTrainedModel, texts: list[list[int]], batch: list[Window]) -> list[float]:
-    """Sum the negative log-likelihood (nats) of the scored tokens of each window."""
-    longest = max(window.end - window.begin for window in batch)
-    # padded on the right with any id: positions count from 0, and causal attention never reaches the padding
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)  # (batch, seq)
-    for row, window in enumerate(batch):
-        length = window.end - window.begin
-        input_ids[row, :length] = torch.tensor(texts[window.text][window.begin : window.end])
-        attention_mask[row, :length] = 1
-    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (batch, seq, vocab)
-    sums = []
-    for row, window in enumerate(batch):  # only one row of float32 logits at a time
-        scored = slice(window.scored - window.begin, window.end - window.begin)
-        predicting = slice(scored.start - 1, scored.stop - 1)
-        targets = input_ids[row, scored].to(logits.device)
-        sums.append(torch.nn.functional.cross_entropy(logits[row, predicting].float(), targets, reduction="sum"))
-    return torch.stack(sums).tolist()
-
-
-def encode(predictions: list[str], tokenizer: PreTrainedTokenizerBase, add_start_token: bool) -> list[list[int]]:
-    """Tokenize texts without special tokens, except BOS if `add_start_token`."""
-    bos = tokenizer.bos_token_id
-    if add_start_token and bos is None:
-        raise NotHFError("the tokenizer has no BOS token; pass add_start_token=False, or set tokenizer.bos_token")
-    start = [bos] if add_start_token else []
-    texts = []
-    for i in range(0, len(predictions), 1000):  # a fast tokenizer's encodings take far more memory than their ids
-        texts += tokenizer(predictions[i : i + 1000], add_special_tokens=False, verbose=False)["input_ids"]
-    texts = [start + list(ids) for ids in texts]
-    if short := [i for i, ids in enumerate(texts) if len(ids) < 2]:
-        hint = "remove empty texts" if add_start_token else "remove them, or pass add_start_token=True"
-        raise NotHFError(f"{len(short)} of {len(texts)} texts have no token to score, first: {short[0]}; {hint}")
-    return texts
+def check_texts(texts: Iterable[str], name: str) -> list[str]:
+    """Check that an argument of this name holds texts, if anything, and return them as a list."""
+    if isinstance(texts, str):
+        raise NotHFError(f"{name} must be a list of texts, got a string; give {name}=[text]")
+    rows = list(texts)
+    for text in rows:
+        if not isinstance(text, str):
+            raise NotHFError(f"{name} must be a list of str, got a {type(text).__name__} in it")
+    return rows
 
 
 def load_for_texts(
@@ -249,22 +237,32 @@ def load_for_texts(
     source = model if model_id is None else model_id
     if source is None or (model is not None and model_id is not None):
         raise NotHFError("give either model= (a model, an ID or a folder) or model_id= (an ID or a folder)")
-    loaded: Any = source
+    tokenizer = load_tokenizer(source, tokenizer)
+    return load_model(source, device), tokenizer
+
+
+def load_tokenizer(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | str | None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, loaded if given by ID or folder; default for a model by ID or folder: its own."""
+    if tokenizer is None and isinstance(model, torch.nn.Module):
+        raise NotHFError("a live model needs its tokenizer; pass tokenizer=")
+    source: Any = model if tokenizer is None else tokenizer
+    return source if isinstance(source, PreTrainedTokenizerBase) else AutoTokenizer.from_pretrained(source)
+
+
+def load_model(source: PreTrainedModel | str, device: str | None = None) -> PreTrainedModel:
+    """Load a model that writes text, or a donor, from a Hub ID or folder onto a device; default CUDA if available.
+
+    A live model is returned as it is.
+
+    Raises:
+        NotHFError: A live model is on another device.
+    """
     if isinstance(source, torch.nn.Module):
-        if tokenizer is None:
-            raise NotHFError("a live model needs its tokenizer; pass tokenizer=")
         if device is not None and _device(device).type != source.device.type:
             raise NotHFError(f"the model is on {source.device}, not {device}; move it with model.to({device!r}) first")
-    else:
-        tokenizer = source if tokenizer is None else tokenizer
-        loaded = load_model(source, device)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    return loaded, tokenizer
-
-
-def load_model(source: str, device: str | None = None) -> PreTrainedModel:
-    """Load a model that writes text, or a donor, from a Hub ID or folder onto a device; default CUDA if available."""
+        return source
     native: Any = writing_class(source).native_auto_class
     return cast(PreTrainedModel, native.from_pretrained(source).to(_device(device)))
 

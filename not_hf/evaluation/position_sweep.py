@@ -6,28 +6,19 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from huggingface_hub.utils import tqdm
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from not_hf.architecture.stack import is_encoder
+from not_hf.cards.common import hub_id
 from not_hf.composition.sources import DonorLike
 from not_hf.config import MODES
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import NotHFError, UnsupportedArchitectureError
+from not_hf.errors import NotHFError
 from not_hf.evaluation.bootstrap import nll_intervals
-from not_hf.evaluation.perplexity import (
-    batches_of,
-    check_lengths,
-    encode,
-    load_for_texts,
-    load_model,
-    perplexity_of,
-)
+from not_hf.evaluation.perplexity import perplexity_of
 from not_hf.evaluation.position_plot import draw
 from not_hf.evaluation.sweep_record import (
     complete,
@@ -35,11 +26,10 @@ from not_hf.evaluation.sweep_record import (
     place_of,
     read_record,
     saving_in_time,
-    windows_digest,
     write_record,
 )
 from not_hf.evaluation.swept_places import BASE, Nats, PlaceRunner, legal_places, taking_organs
-from not_hf.recipient.mixin import Recipient
+from not_hf.evaluation.swept_text import SweptText
 
 _PERPLEXITIES = ("perplexity", "low", "high")
 
@@ -78,6 +68,22 @@ class PositionSweep:
         windows = {"num_tokens": self.window_tokens, "nats": self.nats}
         measured = {"num_tokens": self.num_tokens, "base": self.base, "rows": self.rows, "skipped": self.skipped}
         write_record(folder, {**self.about, **measured, "windows": windows})
+
+    def record(self, donor: DonorModel) -> None:
+        """Note the best position in the config of the donor, for `from_pretrained(…, position="best")`; then save it.
+
+        Raises:
+            NotHFError: The sweep was of another organ.
+        """
+        if not isinstance(donor, DonorModel):
+            raise NotHFError(
+                f"record needs a DonorModel, got {donor!r:.200}; load it with DonorModel.from_pretrained, then save it"
+            )
+        if donor_digest(donor) != self.about["donor_digest"]:
+            raise NotHFError("the sweep was of another organ; record it in the donor that was swept")
+        measured = {key: self.best[key] for key in ("position", "mode", "perplexity")}
+        where = {"model": hub_id(self.about["model"]), "num_tokens": self.num_tokens}
+        donor.config.best_position = {**measured, "perplexity_without_organ": self.base["perplexity"], **where}
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw perplexity over position with its interval, the base as a line, and the best position marked.
@@ -152,34 +158,24 @@ def sweep_positions(
         >>> sweep.best["low"] <= sweep.best["perplexity"] <= sweep.best["high"]
         True
     """
-    rows, positions = _check(data, positions, modes)
-    live, texts = _model_and_texts(model, rows, tokenizer, add_start_token)
-    if is_encoder(live.config) or live.get_output_embeddings() is None:
-        raise UnsupportedArchitectureError(f"{type(live).__name__} does not predict the next token; use a causal LM")
-    if isinstance(live, Recipient):
-        live._surgery.require_layers("sweep_positions")
-    max_length, stride = check_lengths(live, max_length, stride, batch_size)
-    batches = batches_of(texts, max_length, stride, batch_size)
+    wanted = require_positions(positions, modes)
+    lengths = (max_length, stride, batch_size)
+    text = SweptText.of(model, data, tokenizer, add_start_token, *lengths, caller="sweep_positions")
     organ = donor if isinstance(donor, DonorModel) else DonorModel.from_pretrained(donor)
-    name = "sweep"
-    while isinstance(live, Recipient) and name in live.donor_config:
-        name += "_"
-    places, skipped = legal_places(live, organ, name, positions, dict.fromkeys(modes))
+    places, skipped = legal_places(text.model, organ, text.free_name, wanted, dict.fromkeys(modes))
     about: dict[str, Any] = {
-        "model": live.name_or_path or None,
         "donor": None if isinstance(donor, DonorModel) else os.fspath(donor),
         "donor_digest": donor_digest(organ),
-        "windows_digest": windows_digest(texts, batches),
-        **{"max_length": max_length, "stride": stride, "seed": seed},
-        **{package: version(package) for package in ("not_hf", "torch", "transformers")},
+        **text.about,
+        "seed": seed,
     }
-    tokens = [window.end - window.scored for batch in batches for window in batch]
+    tokens = text.num_tokens
     nats = {key: np.full(len(tokens), np.nan) for key in (BASE, *(place.key for place in places))}
     if folder is not None:
         nats |= read_record(folder, about, len(tokens))
 
     def result(keys: Iterable[str]) -> PositionSweep:
-        return _summarize(nats, keys, tokens, skipped, about)
+        return make_sweep(nats, keys, tokens, skipped, about)
 
     def save() -> None:
         if folder is not None:
@@ -189,52 +185,28 @@ def sweep_positions(
     with (
         tqdm(desc="Positions", unit=" windows", total=missing, delay=2, leave=False) as bar,
         saving_in_time(save, nats) as save_in_time,
-        taking_organs(live, organ, name, places[0]) as recipient,
+        taking_organs(text.model, organ, text.free_name, places[0]) as recipient,
     ):
 
         def note(num_windows: int) -> None:
             bar.update(num_windows)
             save_in_time()
 
-        PlaceRunner(recipient, organ, name, texts, max_bytes).run(batches, places, nats, note)
+        PlaceRunner(recipient, organ, text.free_name, text.ids, max_bytes).run(text.batches, places, nats, note)
     return result([*(place.key for place in places), *complete(nats)])
 
 
-def _check(
-    data: Iterable[Any], positions: Iterable[int] | None, modes: Sequence[str]
-) -> tuple[list[Any], list[int] | None]:
-    """Check what can be without a model, and return the rows and positions as lists."""
-    rows = [] if isinstance(data, str) else list(data)
-    if not rows:
-        raise NotHFError("data must be texts, or rows with input_ids, at least one; give [text] for one text")
+def require_positions(positions: Iterable[int] | None, modes: Sequence[str]) -> list[int] | None:
+    """Check the arguments of a sweep, and return the positions as a list."""
     if not modes or isinstance(modes, str) or not set(modes) <= set(MODES):
         raise NotHFError(f"modes must be a list of {' and '.join(map(repr, MODES))}, got {modes!r:.200}")
     wanted = None if positions is None else list(positions)
     if wanted == []:
         raise NotHFError("positions must name at least one position; leave it out for all")
-    return rows, wanted
+    return wanted
 
 
-def _model_and_texts(
-    model: PreTrainedModel | str | os.PathLike[str],
-    rows: list[Any],
-    tokenizer: PreTrainedTokenizerBase | str | None,
-    add_start_token: bool,
-) -> tuple[PreTrainedModel, list[list[int]]]:
-    """Return the model, loaded if given by name, and the token ids of the text, or of each row."""
-    if all(isinstance(row, str) for row in rows):
-        source: Any = model if isinstance(model, nn.Module) else os.fspath(model)
-        loaded, tokenizer = load_for_texts(source, None, tokenizer, None)
-        return loaded, encode(["\n".join(rows)], tokenizer, add_start_token)
-    if not all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
-        raise NotHFError("data must be texts, or rows with input_ids; give dataset['text'], or use not_hf.pack")
-    texts = [[int(token) for token in row["input_ids"]] for row in rows]
-    if short := [n for n, ids in enumerate(texts) if len(ids) < 2]:
-        raise NotHFError(f"{len(short)} of {len(texts)} rows have fewer than 2 tokens, first: {short[0]}; remove them")
-    return model if isinstance(model, nn.Module) else load_model(os.fspath(model)), texts
-
-
-def _summarize(
+def make_sweep(
     nats: Nats, keys: Iterable[str], tokens: list[int], skipped: list[dict[str, Any]], about: dict[str, Any]
 ) -> PositionSweep:
     """Compute the numbers of the base and of the places with these keys."""

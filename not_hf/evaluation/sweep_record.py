@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError
-from not_hf.evaluation.perplexity import Window
 from not_hf.evaluation.swept_places import BASE, Nats
 
 _FILE = "sweep.json"
+_DIGESTS = {"donor_digest": "organ", "windows_digest": "text", "training_digest": "training"}
 _SECONDS = 30  # between two saves of an unfinished sweep
 
 
@@ -46,14 +46,13 @@ def read_record(
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        others = [key for key in ("donor_digest", "windows_digest") if found[key] != about[key]]
+        others = [key for key in _DIGESTS if found.get(key) != about.get(key)]
         nats = {key: np.array(values, dtype=np.float64) for key, values in found["windows"]["nats"].items()}
         _ = [place_of(key) for key in nats.keys() - {BASE}]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise NotHFError(f"{file} is no record of a sweep; delete it, or choose another folder") from error
     if others:
-        what = {"donor_digest": "organ", "windows_digest": "text"}[others[0]]
-        raise NotHFError(f"{file} is of another {what}; delete it, or choose another folder")
+        raise NotHFError(f"{file} is of another {_DIGESTS[others[0]]}; delete it, or choose another folder")
     if any(len(each) != num_windows for each in nats.values()):
         raise NotHFError(f"{file} is damaged: not all of its lists have {num_windows} windows; delete it")
     return nats
@@ -99,12 +98,6 @@ def donor_digest(donor: DonorModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def windows_digest(texts: list[list[int]], batches: list[list[Window]]) -> str:
-    """Digest the windows, with their tokens."""
-    windows = [(texts[w.text][w.begin : w.end], w.end - w.scored) for batch in batches for w in batch]
-    return hashlib.sha256(repr(windows).encode()).hexdigest()
 
 
 def _finite(value: Any) -> Any:

@@ -22,7 +22,7 @@ from not_hf.composition.sources import OrganSource
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import held_by
 from not_hf.errors import IncompatibleDonorError, NotHFError, UnsupportedArchitectureError
-from not_hf.evaluation.perplexity import Window, nll_of
+from not_hf.evaluation.windows import Window, nll_of
 from not_hf.recipient.heads import class_of
 from not_hf.recipient.mixin import Recipient
 
@@ -197,7 +197,7 @@ class PlaceRunner:
         held: list[dict[int, torch.Tensor]] = [{} for _ in chunk]
         for (where, batch), hidden in zip(chunk, held, strict=True):
             found = self._score(batch, hidden, None, entries if self.shares_base else ())
-            _require_same(nats[BASE][where], found)
+            require_same(nats[BASE][where], found)
             nats[BASE][where] = found
         for place in left:
             passed = [entry for entry in entries if entry <= place.entry]
@@ -259,7 +259,7 @@ def _without_warnings() -> Iterator[None]:
         package.setLevel(level)
 
 
-def _require_same(before: NDArray[np.float64], now: Sequence[float]) -> None:
+def require_same(before: NDArray[np.float64], now: Sequence[float]) -> None:
     """Check that what was measured before, if anything, is measured again."""
     known = ~np.isnan(before)
     if not np.allclose(before[known], np.asarray(now)[known], rtol=1e-3, atol=1e-3):

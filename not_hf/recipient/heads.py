@@ -246,6 +246,15 @@ def class_for(config: PreTrainedConfig) -> type[Transplanted]:
     return next(kind for kind in (*BY_ID, TransplantedModel) if kind.native_auto_class is usual)
 
 
+def recipient_config(source: str) -> Any:
+    """Read the config of a recipient, or of the base of a donor, by its name."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if isinstance(config, DonorConfig) and config.base_model_name_or_path:
+        where = {"revision": config.base_revision, "subfolder": config.base_subfolder or ""}
+        config = AutoConfig.from_pretrained(config.base_model_name_or_path, trust_remote_code=False, **where)
+    return config
+
+
 def writing_class(source: str) -> type[Transplanted]:
     """The class for recipients that write text, and may take more than text, by the name of a recipient or a donor.
 
@@ -253,10 +262,7 @@ def writing_class(source: str) -> type[Transplanted]:
     """
     kinds = (TransplantedForCausalLM, TransplantedForImageTextToText, TransplantedForMultimodalLM)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if isinstance(config, DonorConfig) and config.base_model_name_or_path:
-            where = {"revision": config.base_revision, "subfolder": config.base_subfolder or ""}
-            config = AutoConfig.from_pretrained(config.base_model_name_or_path, trust_remote_code=False, **where)
+        config = recipient_config(source)
     except (OSError, ValueError):
         return TransplantedForCausalLM
     return next((kind for kind in kinds if native_classes(kind.native_auto_class, config)), TransplantedForCausalLM)

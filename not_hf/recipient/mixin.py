@@ -38,7 +38,7 @@ class Recipient(ModelWithOrgans):
         self,
         donor: DonorLike,
         donor_name: str,
-        position: int | None = None,
+        position: int | str | None = None,
         mode: str | None = None,
         is_trainable: bool = False,
         autocast_donor_dtype: bool = True,

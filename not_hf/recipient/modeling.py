@@ -52,7 +52,7 @@ class Transplanted(Recipient):
         donor: DonorLike | None = None,
         *,
         donor_name: str = DEFAULT_NAME,
-        position: int | None = None,
+        position: int | str | None = None,
         mode: str | None = None,
         donor_revision: str | None = None,
         donor_subfolder: str | None = None,
@@ -72,8 +72,9 @@ class Transplanted(Recipient):
                 transplanted in place. Without `donor`, a donor repo, whose config names the base and its revision.
             donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied.
             donor_name: Name of the organ in the model.
-            position: Position among the recipient's own layers; default: the donor's.
-            mode: `"insert"` or `"replace"`; default: the donor's.
+            position: Position among the recipient's own layers; default: the donor's. `"best"`: where a sweep found it
+                best, as `PositionSweep.record` noted it in the donor's config.
+            mode: `"insert"` or `"replace"`; default: the donor's, or that of the best position.
             donor_revision: Branch, tag or commit of the donor repo.
             donor_subfolder: Folder of the donor within its repo.
             is_trainable: Make the organ's parameters trainable. All others are frozen.

@@ -293,10 +293,25 @@ def test_train_and_eval(base, donor, words, tmp_path):
     measured = done("eval", out, "--data", words)
     assert measured["perplexity"] == config.metrics["perplexity"]["after"]
     assert measured["perplexity_without_organ"] == config.metrics["perplexity"]["before"]
+    bits = config.metrics["bits_per_byte"]
+    assert (measured["bits_per_byte"], measured["without_organ"]["bits_per_byte"]) == (bits["after"], bits["before"])
+    assert measured["bits_per_byte"] == pytest.approx(
+        measured["nats_per_token"] * measured["num_tokens"] / math.log(2) / words.stat().st_size
+    )
+    low, high = measured["confidence_interval"]["perplexity"]
+    assert low < measured["perplexity"] < high
+    assert config.metrics["perplexity"]["confidence_interval"]["after"] == [low, high]
+    assert "; 95 % interval " in (out / "README.md").read_text()
+    ratio = measured["change"]["perplexity_ratio"]
+    assert ratio == pytest.approx(measured["perplexity"] / measured["perplexity_without_organ"])
+    assert measured["change"]["confidence_interval"]["perplexity_ratio"][1] < 1
+    table = invoke("eval", out, "--data", words).stdout
+    assert f" {100 * (ratio - 1):+.1f} % (" in table
+    assert f"{measured['perplexity']:,.3f} ({low:,.3f} – {high:,.3f})" in table
     assert done("eval", base, "--data", words)["perplexity"] == measured["perplexity_without_organ"]
     only = done("eval", donor, "--base", base, "--data", words, "--no-without-organ")
     assert only["perplexity"] > measured["perplexity"]
-    assert only["perplexity_without_organ"] is None
+    assert only["perplexity_without_organ"] is only["without_organ"] is only["change"] is None
 
 
 @pytest.fixture

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from pathlib import Path
 from typing import Any, ClassVar
 
 import evaluate
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    ByT5Tokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -25,11 +28,14 @@ from transformers import (
 import not_hf
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.evaluation.perplexity import Perplexity, perplexity
+from not_hf.evaluation.windows import encode
 from testing.releases import since
 
 CONTEXT = 32
 # from one token to several windows
 TEXTS = ["In", "the beginning was the word"] + [f"verse {i}" + " and the word" * (9 * i % 40) for i in range(10)]
+KEYS = {"perplexities", "mean_perplexity", "perplexity", "num_tokens"}
+KEYS |= {"nats_per_token", "bits_per_byte", "num_bytes", "confidence_interval"}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +110,7 @@ def test_numbers_are_those_by_hand(model, tokenizer, window):
         result = perplexity.compute(
             predictions=TEXTS, model=model, tokenizer=tokenizer, batch_size=batch_size, **window
         )
-        assert result.keys() == {"perplexities", "mean_perplexity", "perplexity", "num_tokens"}
+        assert result.keys() == KEYS
         assert result["perplexities"] == pytest.approx(each, rel=1e-5)
         assert result["mean_perplexity"] == pytest.approx(sum(each) / len(each), rel=1e-5)
         assert result["perplexity"] == pytest.approx(corpus, rel=1e-5)
@@ -119,6 +125,74 @@ def test_without_start_token(gpt2, tokenizer):
     result = perplexity.compute(predictions=texts, model=gpt2, tokenizer=tokenizer, add_start_token=False)
     assert result["perplexities"] == pytest.approx(each, rel=1e-5)
     assert (result["perplexity"], result["num_tokens"]) == (pytest.approx(corpus, rel=1e-5), num_tokens)
+
+
+MIXED = ["café crème 猫が 🙂 naïve\n\nword", "🙂 the word", "猫", "and  the\tword "]
+
+
+@pytest.fixture(scope="module")
+def all_bytes() -> PreTrainedTokenizerFast:
+    """A tokenizer that knows every byte."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|end|>")
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("stride", [3, 8])
+def test_bits_per_byte_by_hand(all_bytes, bos, stride):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(all_bytes), n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    how = {"add_start_token": bos, "max_length": 8, "stride": stride}
+    found = perplexity.compute(predictions=MIXED, model=model, tokenizer=all_bytes, **how)
+    nats = found["nats_per_token"] * found["num_tokens"]
+    assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]))
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["num_bytes"])
+    scored = sum(len(text.encode()) for text in MIXED)
+    if not bos:
+        scored -= len("c") + 0 + 0 + len("an")  # of the emoji and the kanji, the first token has the first byte only
+    if stride == 3:
+        assert found["num_bytes"] == scored
+    else:  # each later window skips a token
+        assert 0 < found["num_bytes"] < scored
+
+
+def test_bytes_of_tokens(all_bytes):
+    for text in MIXED:
+        ids, ends = (each[0] for each in encode([text], all_bytes, True))
+        assert len(ids) == len(ends) and ends[0] == 0 and ends[-1] == len(text.encode()) and (np.diff(ends) >= 0).all()
+        for end in ends:
+            text.encode()[: int(end)].decode()  # never amid a character
+    assert encode(["naïve word"], ByT5Tokenizer(), False)[1][0].tolist() == [*range(1, 12)]  # it tells no offsets
+
+
+def test_intervals_hold_the_number_and_need_two_windows(gpt2, tokenizer):
+    names = ["perplexity", "nats_per_token", "bits_per_byte"]
+    how = {"predictions": TEXTS, "model": gpt2, "tokenizer": tokenizer}
+    found, narrow = perplexity.compute(**how), perplexity.compute(**how, confidence_level=0.5)
+    for name in names:
+        low, high = found["confidence_interval"][name]
+        assert low < found[name] < high and found["confidence_interval"][name].low == low
+        assert low < narrow["confidence_interval"][name].low < narrow["confidence_interval"][name].high < high
+    low, high = found["confidence_interval"]["nats_per_token"]
+    assert found["confidence_interval"]["perplexity"] == (math.exp(low), math.exp(high))
+    assert perplexity.compute(**how, seed=1)["confidence_interval"] != found["confidence_interval"]
+    one = perplexity.compute(**how | {"predictions": TEXTS[:1]})
+    assert one["confidence_interval"] == dict.fromkeys(names)
+
+
+def test_results_are_saved_by_evaluate(gpt2, tokenizer, tmp_path):
+    found = perplexity.compute(predictions=TEXTS, model=gpt2, tokenizer=tokenizer)
+    evaluate.save(tmp_path / "found.json", **found, model="gpt2")
+    saved = json.loads((tmp_path / "found.json").read_text())
+    assert saved["confidence_interval"]["perplexity"] == list(found["confidence_interval"]["perplexity"])
+    assert {key: saved[key] for key in KEYS - {"confidence_interval"}} == {
+        key: found[key] for key in KEYS - {"confidence_interval"}
+    }
 
 
 def test_low_precision_logits_are_summed_in_float32(gpt2, tokenizer):
@@ -211,6 +285,7 @@ def test_is_a_metric_without_cache_files(gpt2, tokenizer, tmp_path):
         ({"stride": 0}, "stride must be between 1 and 32, the max_length, got 0"),
         ({"stride": 33}, "stride must be between 1 and 32, the max_length, got 33"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"confidence_level": 95}, "confidence_level must be between 0 and 1, such as 0.95, got 95"),
     ],
 )
 def test_says_what_is_wrong(gpt2, tokenizer, change, message):

@@ -10,8 +10,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from not_hf import (
+    CorruptDonorError,
     DonorModel,
     IncompatibleDonorError,
     NotHFError,
@@ -303,3 +305,40 @@ def test_the_model_computes_the_same_afterwards():
     before = logits(base, TOKEN_IDS)
     sweep_positions(base, organ(base, 1), TEXT, modes=BOTH, **HOW)
     assert torch.equal(logits(base, TOKEN_IDS), before)
+
+
+def test_the_best_position_travels_with_the_donor(tmp_path):
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    donor = organ(str(tmp_path / "base"), 1, position=0)
+    with pytest.raises(NotHFError, match="needs a donor that a sweep was recorded for; give a position, or use"):
+        TransplantedForCausalLM.from_pretrained(base, donor, position="best")
+    assert type(base) is type(tiny_model("llama"))
+    sweep = sweep_positions(base, donor, TEXT, [1, 2, 4], modes=BOTH, **HOW)
+    for other, reason in ((organ(base, 2), "of another organ"), (str(tmp_path), "record needs a DonorModel")):
+        with pytest.raises(NotHFError, match=reason):
+            sweep.record(other)
+    sweep.record(donor)
+    donor.save_pretrained(tmp_path / "donor")
+    best, found = sweep.best, DonorModel.from_pretrained(tmp_path / "donor").config
+    assert (found.position, found.best_position["perplexity"]) == (0, best["perplexity"])
+    expected = TransplantedForCausalLM.from_pretrained(
+        tiny_model("llama"), donor, position=best["position"], mode=best["mode"]
+    )
+    place = [(best["position"], best["mode"])]
+    for model in (
+        TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor, position="best"),
+        TransplantedForCausalLM.from_pretrained(tmp_path / "donor", position="best", mode=best["mode"]),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "donor", position="best"),
+    ):
+        assert [(each.position, each.mode) for each in model.get_donor_status().values()] == place
+        assert torch.equal(logits(model, TOKEN_IDS), logits(expected, TOKEN_IDS))
+    (other,) = set(BOTH) - {best["mode"]}
+    with pytest.raises(NotHFError, match=f"is for mode '{best['mode']}', not '{other}'; leave out the mode"):
+        expected.load_donor(tmp_path / "donor", "b", position="best", mode=other)
+    expected.save_pretrained(tmp_path / "saved")  # and is not lost on the way through a model
+    assert DonorModel.from_pretrained(tmp_path / "saved").config.best_position == found.best_position
+    for wrong in ({"position": "1", "mode": "insert"}, {"position": 1}):
+        donor.config.best_position = wrong
+        with pytest.raises(CorruptDonorError, match="best_position must hold a position and a mode"):
+            TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor, position="best")

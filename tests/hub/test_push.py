@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from local_hub import Fault
-from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors
+from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors, push_donor
 from not_hf.hub.atomic_write import DRAFT
 from testing.commands import failed, invoke
 from testing.donors import holds, organ, same, with_organs
@@ -396,6 +396,17 @@ def test_checkpoints_of_a_trainer_are_not_pushed(base, repo_id, tmp_path):
     result = invoke("push", tmp_path, repo_id)
     assert result.exit_code == 0, result.stderr
     assert not [file for file in HfApi().list_repo_files(repo_id) if "checkpoint" in file]
+
+
+def test_results_of_benchmarks_are_pushed(base, repo_id, tmp_path):
+    organ(base, 1).save_pretrained(tmp_path)
+    for folder in (".eval_results", ".cache"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "gpqa.yaml").write_text("- dataset: {id: me/gpqa, task_id: all}\n  value: 0.4\n")
+    push_donor(tmp_path, repo_id)
+    organ(base, 2).push_to_hub(repo_id)
+    files = HfApi().list_repo_files(repo_id)
+    assert [file for file in files if "gpqa" in file] == [".eval_results/gpqa.yaml"]
 
 
 def test_a_hub_that_cannot_be_reached_is_an_os_error(base, no_waiting, monkeypatch):

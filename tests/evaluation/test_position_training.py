@@ -1,0 +1,137 @@
+"""Training at several positions gives what training there alone gives, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from not_hf import (
+    DonorModel,
+    DonorTrainer,
+    IncompatibleDonorError,
+    NotHFError,
+    TransplantedForCausalLM,
+    sweep_positions,
+    train_positions,
+)
+from not_hf.evaluation import position_training
+from testing.donors import organ
+from testing.models import TOKEN_IDS, logits, tiny_model
+
+BLOCKS = [{"input_ids": ids, "labels": ids} for ids in ([3 + (n + 7 * i) % 88 for n in range(16)] for i in range(24))]
+TRAINED, HELD_OUT = BLOCKS[:16], BLOCKS[16:]
+
+
+@pytest.fixture
+def how(tmp_path):
+    options = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 100}
+    args = TrainingArguments(str(tmp_path / "runs"), max_steps=4, learning_rate=0.01, **options)
+    return {"train_dataset": TRAINED, "args": args}
+
+
+def state(model):
+    """What must be the same afterwards."""
+    flags = {name: (p.requires_grad, p.sum().item()) for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    organs = {name: config.position for name, config in getattr(model, "donor_config", {}).items()}
+    return type(model), flags, modes, organs, "forward" in vars(model), model.config.to_json_string()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_each_is_what_training_there_gives(how, bf16):
+    how["args"].bf16 = bf16
+    base = tiny_model("llama").train()
+    base.lm_head.weight.requires_grad_(False)
+    before, donor = state(base), organ(base, 1)
+    found = train_positions(base, donor, HELD_OUT, [4, 1, 9], ["insert", "replace"], **how)
+    assert state(base) == before
+    assert [(row["mode"], row["position"]) for row in found.rows] == [("insert", 1), ("insert", 4), ("replace", 1)]
+    assert [(each["mode"], each["position"]) for each in found.skipped] == [
+        ("insert", 9),
+        ("replace", 4),
+        ("replace", 9),
+    ]
+    untrained = sweep_positions(base, donor, HELD_OUT, [1, 4], ["insert", "replace"])
+    assert found.base == untrained.base
+    for row in found.rows:
+        place = {"position": row["position"], "mode": row["mode"]}
+        model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor, **place, is_trainable=True)
+        trainer = DonorTrainer(model, copy.copy(how["args"]), train_dataset=TRAINED)
+        trainer.train()
+        expected = trainer.evaluate(HELD_OUT)["eval_loss"]
+        assert row["nats_per_token"] == pytest.approx(expected, rel=2e-2 if bf16 else 1e-5)
+        (start,) = (each for each in untrained.rows if place.items() <= each.items())
+        assert row["nats_per_token"] < start["nats_per_token"] and row["low"] < row["perplexity"] < row["high"]
+    found.record(donor)
+    assert donor.config.best_position["position"] == found.best["position"]
+
+
+def test_other_organs_stay_as_they_were(how):
+    base = tiny_model("llama")
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), donor_name="sweep", is_trainable=True)
+    before, expected = state(model), logits(model, TOKEN_IDS)
+    found = train_positions(model, organ(tiny_model("llama"), 2, (0, 1)), HELD_OUT, [0], **how)
+    assert state(model) == before and torch.equal(logits(model, TOKEN_IDS), expected)
+    assert found.base == sweep_positions(model, organ(tiny_model("llama"), 2), HELD_OUT, [0]).base
+
+
+def test_other_layers_at_each_position(how):
+    base, called = tiny_model("llama"), []
+
+    def cut(position, mode):
+        called.append((position, mode))
+        return DonorModel.from_base(tiny_model("llama"), (min(position, 3), min(position, 3) + 1), mode=mode)
+
+    found = train_positions(base, cut, HELD_OUT, [0, 2, 4], ["replace"], **how)
+    assert [row["position"] for row in found.rows] == [0, 2] and len(found.skipped) == 1
+    assert set(called) == {(0, "replace"), (2, "replace"), (4, "replace")}
+    alone = train_positions(base, cut(2, "replace"), HELD_OUT, [2], ["replace"], **how)
+    assert alone.rows == found.rows[1:]
+
+
+def test_an_interrupted_one_goes_on(how, tmp_path, monkeypatch):
+    base, folder = tiny_model("llama"), tmp_path / "out"
+    donor, before, train, trained = organ(base, 1), state(base), position_training._train, []
+
+    def interrupted(*args):
+        trained.append(args)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        train(*args)
+
+    monkeypatch.setattr(position_training, "_train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_positions(base, donor, HELD_OUT, [1, 2], folder=folder, **how)
+    assert state(base) == before
+    assert [row["position"] for row in json.loads((folder / "sweep.json").read_text())["rows"]] == [1]
+    found = train_positions(base, donor, HELD_OUT, [1, 2], folder=folder, **how)
+    assert len(trained) == 3 and found.rows == train_positions(base, donor, HELD_OUT, [1, 2], **how).rows
+    how["args"].output_dir, how["args"].learning_rate = str(tmp_path / "elsewhere"), 0.02
+    arguments = {"model": base, "donor": donor, "data": HELD_OUT, "positions": [1], "folder": folder, **how}
+    for change, reason in (
+        ({}, "of another training"),
+        ({"train_dataset": TRAINED[1:]}, "of another training"),
+        ({"donor": organ(base, 2)}, "of another organ"),
+        ({"data": TRAINED}, "of another text"),
+    ):
+        with pytest.raises(NotHFError, match=reason):
+            train_positions(**arguments | change)
+    with pytest.raises(NotHFError, match="of another training"):
+        sweep_positions(base, donor, HELD_OUT, [3], folder=folder)
+
+
+def test_what_fits_nowhere_is_refused(how):
+    base = tiny_model("llama")
+    arguments = {"model": base, "donor": organ(base, 1), "data": HELD_OUT, "positions": [1], **how}
+    for change, error, reason in (
+        ({"positions": [9]}, IncompatibleDonorError, "cannot insert 2 layers at position 9 of 4"),
+        ({"positions": []}, NotHFError, "at least one position"),
+        ({"modes": "insert"}, NotHFError, "modes must be a list"),
+        ({"data": []}, NotHFError, "at least one"),
+    ):
+        with pytest.raises(error, match=reason):
+            train_positions(**arguments | change)
