@@ -74,17 +74,21 @@ class PartialForward:
             Hidden states, `(batch, seq, hidden)`.
         """
         options = {cache_argument(self.model): cache, "use_cache": cache is not None}
-        if n == len(self.stack.layers):
-            with self.capturing_last() as last:
-                self.model(**inputs, **options)
-            return last[0]
         found: list[torch.Tensor] = []
 
         def capture(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(args[0] if args else kwargs["hidden_states"])
             raise _EntryReached
 
-        handle = self.stack.layers[n].register_forward_pre_hook(capture, with_kwargs=True)
+        def capture_output(layer: nn.Module, args: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+            raise _EntryReached
+
+        layers = self.stack.layers
+        if n == len(layers):
+            handle = layers[-1].register_forward_hook(capture_output)
+        else:
+            handle = layers[n].register_forward_pre_hook(capture, with_kwargs=True)
         try:
             self.model(**inputs, **options)
         except _EntryReached:

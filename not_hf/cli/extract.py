@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from not_hf.architecture.part_names import KEYWORDS
 from not_hf.cli.app import Result, command, facts, output_folder
 from not_hf.cli.options import (
     CutMode,
@@ -15,11 +14,13 @@ from not_hf.cli.options import (
     Force,
     Init,
     Output,
+    Parts,
     Position,
     Revision,
     Subfolder,
     Token,
     given,
+    parse_modules,
     parse_span,
 )
 
@@ -37,9 +38,7 @@ def extract(
     position: Position = None,
     mode: CutMode = "insert",
     init: Init = "copy",
-    modules: Annotated[
-        str, typer.Option(help="all, outputs, attention, mlp, or names of modules: q_proj,v_proj.")
-    ] = "all",
+    modules: Parts = "all",
     revision: Revision = None,
     subfolder: Subfolder = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype of the donor; auto is the base's.")] = "auto",
@@ -59,8 +58,7 @@ def extract(
     with output_folder(output, force):
         from not_hf import DonorModel
 
-        named: Any = modules if modules in KEYWORDS else modules.split(",")
-        options: dict[str, Any] = {"modules": named, "dtype": dtype, "license": license}
+        options: dict[str, Any] = {"modules": parse_modules(modules), "dtype": dtype, "license": license}
         donor = DonorModel.from_base(base, span, position, mode, init, **options, **hub)
         if base_name is not None:
             donor.config.base_model_name_or_path, donor.config.base_revision = base_name, None

@@ -8,7 +8,19 @@ import typer
 
 from not_hf.cli.app import Result, command, facts, output_folder
 from not_hf.cli.extract import describe_donor
-from not_hf.cli.options import CutMode, Dtype, Force, Init, Output, Position, Subfolder, Token, parse_span
+from not_hf.cli.options import (
+    CutMode,
+    Dtype,
+    Force,
+    Init,
+    Output,
+    Parts,
+    Position,
+    Subfolder,
+    Token,
+    parse_modules,
+    parse_span,
+)
 
 
 @command("not-hf import donor_layers.pt openai-community/gpt2 --layers 4:7 -o imported", name="import")
@@ -29,6 +41,7 @@ def import_(
     position: Position = None,
     mode: CutMode = "insert",
     init: Init = "copy",
+    modules: Parts = "all",
     domain: Annotated[
         str | None, typer.Option(help="What it was trained on, for the card.", show_default=False)
     ] = None,
@@ -52,6 +65,7 @@ def import_(
             position=position,
             mode=mode,
             init=init,
+            modules=parse_modules(modules),
             domain=domain,
             dtype=dtype,
             revision=revision,

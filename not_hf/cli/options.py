@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from not_hf.architecture.part_names import KEYWORDS, Modules
+
 Donor = Annotated[str, typer.Argument(help="Donor: folder or Hub ID.", show_default=False)]
 Model = Annotated[str, typer.Argument(help="Donor or model: folder or Hub ID.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
@@ -53,6 +55,9 @@ Init = Annotated[
     Literal["copy", "identity"],
     typer.Option("--init", help="Keep the layers as they are, or make an inserted organ start as an exact no-op."),
 ]
+Parts = Annotated[
+    str, typer.Option("--modules", help="all, outputs, attention, mlp, or names of modules: q_proj,v_proj.")
+]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -65,6 +70,11 @@ def parse_span(layers: str) -> tuple[int, int]:
     except ValueError:
         pass
     raise typer.BadParameter(f"{layers!r} is not a span I:J of two integers, such as 4:7", param_hint="--layers")
+
+
+def parse_modules(modules: str) -> Modules:
+    """Read a keyword, or names with commas between them."""
+    return modules if modules in KEYWORDS else modules.split(",")
 
 
 def given(**options: Any) -> dict[str, Any]:

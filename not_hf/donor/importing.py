@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from not_hf.architecture.part_names import ALL, Modules
 from not_hf.architecture.twin import meta_twin
 from not_hf.architecture.upstream import require_known
 from not_hf.donor.cutting import Span, cut_config, open_base
@@ -82,6 +83,7 @@ def import_checkpoint(
     position: int | None = None,
     mode: str = "insert",
     init: str = "copy",
+    modules: Modules = ALL,
     domain: str | None = None,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
@@ -101,6 +103,7 @@ def import_checkpoint(
         subfolder: Folder within `path_or_repo`.
         filename: Name of the file.
         position: As in `DonorModel.from_base`, like `mode`, `init`, `domain` and `dtype`.
+        modules: What the file holds of each layer, as there.
         revision: Branch, tag or commit of the repo that holds the file.
         base_revision: Branch, tag or commit of the base's repo.
         **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only` for both repos.
@@ -129,19 +132,22 @@ def import_checkpoint(
         base_kwargs["revision"] = base_revision
     source = open_base(base, **base_kwargs)
     # checks the arguments before the download
-    span = None if layers is None else cut_config(source, layers, position, mode, init).span
+    span = None if layers is None else cut_config(source, layers, position, mode, init, modules=modules).span
     file = _fetch(os.fspath(path_or_repo), subfolder, filename, revision=revision, **hub_kwargs)
     name = file if os.path.exists(path_or_repo) else os.path.join(path_or_repo, subfolder or "", filename)
     shapes: dict[str, set[Shape]] = {}
-    for layer in meta_twin(source.config).stack.layers:
-        for key, tensor in layer.state_dict().items():
+    states = [layer.state_dict() for layer in meta_twin(source.config).stack.layers]
+    for state in states:
+        for key, tensor in state.items():
             shapes.setdefault(key, set()).add(tuple(tensor.shape))
 
     tensors = read_tensors(file, name)
     naming = _find_layers(tensors, shapes, name)
     found = naming.layers(tensors)
-    config = cut_config(source, _span(list(found), span, name), position, mode, init)
+    config = cut_config(source, _span(list(found), span, name), position, mode, init, modules=modules)
     config.domain = domain
+    if modules == ALL:
+        _require_whole(list(found.values()), states, name)
     num_values = sum(tensor.numel() for layer in found.values() for tensor in layer.values())
     if num_values > MAX_VALUES_PER_STORED * os.path.getsize(file):
         raise CorruptDonorError(f"{name} refers to its values many times: {num_values:,} in all; torch.save copies")
@@ -204,6 +210,16 @@ def _span(numbers: Sequence[int], wanted: Span | None, name: str) -> Span:
     if wanted is not None and (wanted[1] - wanted[0] != k or first not in (0, wanted[0])):
         raise NotHFError(f"{name} holds layers {first} to {numbers[-1]}, which contradict layers={wanted}")
     return wanted or (first, first + k)
+
+
+def _require_whole(layers: Sequence[Layer], states: Sequence[Layer], name: str) -> None:
+    """Refuse layers of a file that all lack the same tensors of any in the base, whose `states` these are."""
+    names = layers[0].keys()
+    if all(layer.keys() == names for layer in layers) and all(names < state.keys() for state in states):
+        raise CorruptDonorError(
+            f"{name} holds only parts of each layer ({some(sorted(names))}); say which: modules='outputs' or names of "
+            "modules, with mode='replace'; --modules and --mode on the command line"
+        )
 
 
 def _is_old_buffer(key: str, tensor: torch.Tensor) -> bool:

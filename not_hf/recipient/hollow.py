@@ -8,18 +8,19 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import TensorInfo
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.file_layout import saved_tensors, used_conversions
-from not_hf.architecture.layers import is_finite
-from not_hf.architecture.scaling import first_of_each_kind, require_scalable, scaled_parameters
+from not_hf.architecture.layers import computes, is_finite
+from not_hf.architecture.scaling import first_of_each_kind, require_scalable
 from not_hf.architecture.splicing import spliced_config
 from not_hf.architecture.stack import saved_class
 from not_hf.architecture.twin import meta_twin
@@ -42,7 +43,7 @@ from not_hf.donor.cutting import plain_config
 from not_hf.donor.delta import FileTensor, with_base
 from not_hf.donor.loading import open_tensors, refuse
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import CorruptDonorError, NotHFError, one_line
+from not_hf.errors import CorruptDonorError, one_line
 from not_hf.hub.checkpoint import hollow
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.partial_download import list_tensors
@@ -50,27 +51,12 @@ from not_hf.recipient.heads import class_for
 from not_hf.recipient.loading import Training, fit_organs
 from not_hf.recipient.modeling import Transplanted
 from not_hf.recipient.organ import Organ
+from not_hf.recipient.organ_tensor import OrganTensor, Replaced
 from not_hf.recipient.surgery import Surgery
 
 
 class NotCopiedError(Exception):
     """The tensors of a merged model are not those of the files; the message says why."""
-
-
-@dataclass(frozen=True)
-class OrganTensor:
-    """A tensor in a donor's files, and what becomes of it in a recipient."""
-
-    view: FileTensor
-    loaded: torch.dtype  # of the donor
-    dtype: torch.dtype  # in the recipient
-    scale: float = 1.0
-
-    def values(self) -> Iterator[torch.Tensor]:
-        """Read the values as they are in the recipient, in parts."""
-        for part in self.view.chunks():
-            value = part.to(self.loaded).to(self.dtype)
-            yield value if self.scale == 1 else value * self.scale
 
 
 @dataclass(frozen=True)
@@ -157,7 +143,8 @@ def hollow_merge(opened: OpenedMerge, folder: str | os.PathLike[str]) -> HollowM
     organs = fit_organs(base, surgery, at_one, donors, opened.fit.differences, Training(), shared.get("cache_dir"))
     of_organs = {}
     for found, organ, donor, files, loaded in zip(resolved.organs, organs, donors, opened.files, dtypes, strict=True):
-        of_organs[organ.name] = _organ_tensors(found, organ, donor.stack.full_path, files, loaded)
+        replaced = _replaced(organ, surgery.stack(base).full_path, located) if found.scale != 1 else {}
+        of_organs[organ.name] = _organ_tensors(found, organ, donor.stack.full_path, files, loaded, replaced)
     kept = {organ.name: organ.kept for organ in organs}
     places = {organ.name: organ.place.position for organ in organs}
     model = opened.kind._splice(base, surgery, organs)
@@ -198,8 +185,6 @@ def _base_headers(opened: OpenedMerge) -> dict[str, TensorInfo]:
     configs = [organ.spec.config for organ in opened.resolved.organs]
     if any(each.modules_to_save or each.trainable_token_indices for each in configs):
         raise NotCopiedError("an organ holds modules beside its layers")
-    if any(organ.mode == "replace" and organ.scale != 1 for organ in opened.resolved.organs):
-        raise NotCopiedError("an organ that replaces layers has another scale than 1")
     if getattr(config, "transformers_weights", None) or fetch_file(base, "adapter_config.json", **where):
         raise NotCopiedError("the recipient has other weights than model.safetensors, or adapters")
     try:
@@ -271,35 +256,53 @@ def _organ_tensors(
     path: str,
     files: Mapping[str, FileTensor],
     loaded: Mapping[str, torch.dtype],
+    replaced: Mapping[str, Replaced],
 ) -> dict[str, OrganTensor]:
     """Locate the tensors of an organ in a donor's files, by layer and name in it, and check their values.
+
+    Those of scaled replacements depend on the recipient's, and are checked at their scale when they are read.
 
     Raises:
         CorruptDonorError: A value is not finite, or not in the dtype of the recipient.
         NotHFError: A value is not finite at the organ's scale.
         UnsupportedArchitectureError: A norm undoes the scale.
     """
-    if resolved.scale != 1:
+    if resolved.scale != 1 and organ.config.mode == "insert":
         for place in first_of_each_kind(organ.layers):
             _require_scalable(resolved, place, path, files)
-    scaled = {name for name, _ in scaled_parameters(organ.layers)}
+    scalable = organ.scalable()
     tensors = dict[str, OrganTensor]()
     for key, value in organ.state().items():
-        name = f"{path}.{key}"
-        scale = resolved.scale if key in scaled else 1.0
-        tensors[key] = OrganTensor(files[name], loaded[name], value.dtype, scale)
+        name, scale = f"{path}.{key}", resolved.scale if key in scalable else 1.0
+        label = f"organ {organ.name!r}: at scale {scale:g} weights overflow {value.dtype} ({key})"
+        tensors[key] = OrganTensor(label, files[name], loaded[name], value.dtype, scale, replaced.get(key))
     damaged = [key for key, tensor in tensors.items() if not _stays_finite(tensor, tensor.loaded)]
     refuse(str(resolved.donor), [f"non-finite values in {path}.{key}" for key in damaged])
     for key, tensor in tensors.items():
         n, _, inner = key.partition(".")
         if tensor.dtype != tensor.loaded and not _stays_finite(tensor, tensor.dtype):
             raise CorruptDonorError(f"organ {organ.name!r}: non-finite values in layer {n} {inner} as {tensor.dtype}")
-        if tensor.scale != 1 and not all(map(is_finite, tensor.values())):
-            raise NotHFError(
-                f"organ {organ.name!r}: at scale {tensor.scale:g} weights overflow {tensor.dtype} ({key}); "
-                "use a smaller scale"
-            )
+        if tensor.scale != 1 and tensor.replaced is None:
+            for _ in tensor.values():
+                pass
     return tensors
+
+
+def _replaced(organ: Organ, path: str, located: Mapping[str, str]) -> dict[str, Replaced]:
+    """Locate the recipient's parameters in whose place those of a scaled organ stand, if any, by layer and name in it.
+
+    Raises:
+        NotCopiedError: They have other shapes.
+    """
+    if organ.config.mode == "insert":
+        return {}
+    theirs, found = dict(nn.ModuleList(organ.replaced).named_parameters()), dict[str, Replaced]()
+    for name, ours in organ.scalable().items():
+        if name not in theirs or theirs[name].shape != ours.shape or not computes(theirs[name]):
+            raise NotCopiedError("an organ that has a scale replaces layers of another structure")
+        n, _, inner = name.partition(".")
+        found[name] = located[f"{path}.{organ.place.position + int(n)}.{inner}"], theirs[name].dtype
+    return found
 
 
 def _stays_finite(tensor: OrganTensor, dtype: torch.dtype) -> bool:

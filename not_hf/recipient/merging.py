@@ -25,7 +25,8 @@ from not_hf.hub.atomic_write import replacing
 from not_hf.hub.checkpoint import View
 from not_hf.hub.partial_download import borrow_part
 from not_hf.hub.tensor_file import write_tensors
-from not_hf.recipient.hollow import HollowMerge, NotCopiedError, OpenedMerge, OrganTensor, hollow_merge, open_merge
+from not_hf.recipient.hollow import HollowMerge, NotCopiedError, OpenedMerge, hollow_merge, open_merge
+from not_hf.recipient.organ_tensor import OrganTensor, name_in_recipient
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def _copy(opened: OpenedMerge, merge: HollowMerge, folder: str, max_shard_size: 
     with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", name="not_hf.merge") as bar:
         for file, names in split.filename_to_tensors.items():
             inside = {name: merge.tensors[name] for name in names}
-            wanted = {source for name in names if isinstance(source := merge.sources[name], str)}
+            wanted = set(filter(None, (name_in_recipient(merge.sources[name]) for name in names)))
             with borrow_part(str(opened.resolved.base), wanted, **opened.base_where) as views:
                 write_tensors(Path(folder, file), inside, _Values(merge, views), bar.update)
     if split.is_sharded:
@@ -155,5 +156,5 @@ class _Values:
     def __call__(self, name: str) -> Iterator[torch.Tensor]:
         source = self.merge.sources[name]
         if isinstance(source, OrganTensor):
-            return source.values()
+            return source.values(self.views)
         return (part.to(self.merge.tensors[name].dtype) for part in self.views[source].chunks())

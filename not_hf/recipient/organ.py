@@ -166,7 +166,7 @@ class Organ:
         Raises:
             NotHFError: The organ was trained at scale 0, or a scaled weight overflows its dtype; nothing is changed.
         """
-        parameters = self._scaled_parameters()
+        parameters = self.scalable()
         at_one = {name: self.at_scale_one(name, p.detach()) for name, p in parameters.items()}
         originals = {} if scale == 1 else {name: tensor.clone() for name, tensor in at_one.items()}
         values = {name: self.at_scale(name, tensor, scale) for name, tensor in originals.items()} or at_one
@@ -220,7 +220,7 @@ class Organ:
 
         (changes or Changes()).make(overwrite, restore)
 
-    def _scaled_parameters(self) -> dict[str, nn.Parameter]:
+    def scalable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that a scale changes, by `<layer>.<name in the layer>`."""
         if self.config.mode == "insert":
             return dict(scaled_parameters(self.layers))
@@ -242,7 +242,7 @@ class Organ:
         if self.config.mode == "insert":
             require_scalable(stack, self.layers)
             return
-        ours = {name: each.shape for name, each in self._scaled_parameters().items()}
+        ours = {name: each.shape for name, each in self.scalable().items()}
         theirs = nn.ModuleList(self.replaced).named_parameters()
         found = {name: each.shape for name, each in theirs if computes(each) and not each.is_meta and name in ours}
         if unmatched := sorted(name for name, _ in ours.items() ^ found.items()):

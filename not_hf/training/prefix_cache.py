@@ -67,8 +67,9 @@ class PrefixCache:
 
     Args:
         forward: Runs parts of the model.
-        entry: Number of the first trainable layer; the number of layers if there is none.
-        below: The modules that hidden states at the entry may depend on: those outside the stack and the layers below.
+        entry: Number of the first trainable layer; the number of layers if only what is behind them is trainable.
+        below: The modules that hidden states at the entry may depend on: those outside the stack but the head, and the
+            layers below.
         around: The modules that contain the stack, outermost first.
         folder: Each prefix has a subfolder here.
         max_bytes: Limit for all subfolders together.
@@ -78,7 +79,7 @@ class PrefixCache:
             on; store each document by itself, whatever others stand in its row.
 
     Raises:
-        NotHFError: No layer lies below a trainable one. `hidden` raises it when something in `below` is trainable.
+        NotHFError: The first layer is trainable, or nothing is. `hidden` raises it when something in `below` is.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class PrefixCache:
         mixed_precision: str,
         by_document: bool = False,
     ) -> None:
-        if entry in (0, len(forward.stack.layers)):
-            which = "the first layer" if entry == 0 else "no layer"
+        if entry == 0 or not any(parameter.requires_grad for parameter in forward.model.parameters()):
+            which = "the first layer" if entry == 0 else "nothing"
             raise NotHFError(
                 f"cache_prefix=True stores what is computed below the organ, but {which} is trainable; "
                 "use cache_prefix=False, or an organ at a higher position"

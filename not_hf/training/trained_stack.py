@@ -24,7 +24,7 @@ class TrainedStack:
     outside: list[nn.Module]  # modules beside the layers: embeddings, rotary embeddings, final norm, head
     dtype: torch.dtype  # of the model
     entry: int  # number of the first trainable layer; the number of layers if there is none
-    frozen: list[nn.Module]  # those of `below` without trainable parameters
+    frozen: list[nn.Module]  # those beside the layers and below the entry without trainable parameters
     frozen_parameters: list[nn.Parameter]
     prefix: PrefixCache | None = None
 
@@ -45,8 +45,10 @@ class TrainedStack:
 
     @property
     def below(self) -> list[nn.Module]:
-        """The modules that hidden states at the entry may depend on."""
-        return [*self.outside, *self.layers[: self.entry]]
+        """The modules that hidden states at the entry may depend on; of those beside the layers, all but the head."""
+        model = self.forward.model
+        head = {id(model.get_output_embeddings())} - {id(model.get_input_embeddings())}
+        return [*(module for module in self.outside if id(module) not in head), *self.layers[: self.entry]]
 
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether it still describes the model."""

@@ -103,6 +103,12 @@ class DonorTrainerMixin(Trainer):
         self.note_tokens()
         return trained
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As in `Trainer`, but none after the last step, beyond which it would go if it resumes there."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given."""
         metrics = super().evaluate(eval_dataset, *args, **kwargs)

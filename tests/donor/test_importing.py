@@ -134,6 +134,48 @@ def test_names_as_on_the_hub(model_type, cut, base_folder, tmp_path):
         assert is_one_line(raised.value)
 
 
+def parts_of(layers: Layers, donor: DonorModel) -> Layers:
+    """Of layers, what a donor holds of each."""
+    held = [{name for name, _ in layer.named_parameters()} for layer in donor.stack.layers]
+    return [{name: layer[name] for name in names} for layer, names in zip(layers, held, strict=True)]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("modules", ["outputs", "attention", "mlp"])
+def test_parts_of_layers_are_those_of_a_cut(modules, model_type, base_folder, tmp_path):
+    options = {"mode": "replace", "modules": modules}
+    base, expected = base_folder(model_type), DonorModel.from_base(trained(model_type), SPAN, **options)
+    parts = parts_of(layers_of(model_type), expected)
+    for layout in (ABSOLUTE["dict by number"], RELATIVE["flat, layers"]):
+        found = import_checkpoint(save(layout(parts), tmp_path), base, SPAN, **options)
+        assert same(found, expected) and found.config.modules == modules
+    if (model_type, modules) != ("mixtral", "mlp"):  # of which no name on the Hub is one in the model
+        expected.save_pretrained(tmp_path / "organ")
+        stored = load_file(tmp_path / "organ" / "model.safetensors")
+        assert same(import_checkpoint(save(stored, tmp_path), base, SPAN, **options), expected)
+    with pytest.raises(CorruptDonorError, match="unexpected"):
+        import_checkpoint(save(layers_of(model_type), tmp_path), base, SPAN, **options)
+
+
+def test_what_parts_do_not_go_with_is_refused(base_folder, tmp_path):
+    outputs = [
+        {name: layer[name] for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
+        for layer in layers_of("llama")
+    ]
+    for layers, modules, message in (
+        (outputs, "all", r"holds only parts of each layer \(mlp.down_proj.* say which: modules='outputs'"),
+        (outputs, "attention", "missing .*0.self_attn.k_proj"),
+        (outputs, ["o_proj"], "unexpected .*0.mlp.down_proj"),
+        ([outputs[0], dict([*outputs[1].items()][1:])], "outputs", "missing .*1.self_attn.o_proj.weight$"),
+        (outputs, ["no_proj"], "no layer has 'no_proj'"),
+    ):
+        with pytest.raises(NotHFError, match=message) as raised:
+            import_checkpoint(save(layers, tmp_path), base_folder("llama"), SPAN, mode="replace", modules=modules)
+        assert is_one_line(raised.value)
+    with pytest.raises(NotHFError, match="modules='outputs' needs mode='replace'"):
+        import_checkpoint(tmp_path / "none.pt", base_folder("llama"), SPAN, modules="outputs")
+
+
 def test_experts_by_the_wrong_numbers_are_refused(base_folder, tmp_path):
     """transformers stacks whatever it finds, in order."""
     DonorModel.from_base(base_folder("mixtral"), SPAN).save_pretrained(tmp_path)
@@ -429,6 +471,13 @@ def test_the_command(base_folder, cut, tmp_path):
         organ.stack.layers[1].mlp.up_proj.weight, cut("llama").stack.layers[1].mlp.up_proj.weight.bfloat16()
     )
 
+    parts = [{name: layer[name] for name in layer if "o_proj" in name} for layer in layers_of("llama")]
+    options = ("--layers", "1:3", "--mode", "replace", "--modules", "o_proj", "--force")
+    result = invoke("import", save(parts, tmp_path), base, *options, "-o", out, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["modules"] == ["o_proj"], result.stderr
+    assert DonorModel.from_pretrained(out).num_parameters() == 2 * 32 * 32
+
+    save(layers_of("llama"), tmp_path)
     for arguments, message in (((), "--layers I:J"), (("--layers", "0:3"), "which contradict layers=(0, 3)")):
         result = invoke("import", file, base, *arguments, "-o", tmp_path / "other")
         assert (result.exit_code, result.stdout) == (1, "")

@@ -13,8 +13,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny
 
 import torch
+from transformers import Trainer
 
 from faults.saves import fill_disk, interrupt_saves, kill_saves
+from faults.trainings import kill_trainings
+from not_hf import DonorTrainer
 from testing.changes import OPERATIONS, try_interrupts
 
 LOST = ("mixture", "neither", "told", "another error")
@@ -23,7 +26,9 @@ LOST = ("mixture", "neither", "told", "another error")
 def main(arguments: list[str] | None = None) -> int:
     """Print each kind of fault with its counts; 1 if anything was lost."""
     parser = argparse.ArgumentParser(prog="make faults", description="Kill, interrupt and starve what changes things.")
-    parser.add_argument("--times", type=int, default=1000, help="kills of saves, and saves on a full disk")
+    parser.add_argument(
+        "--times", type=int, default=1000, help="kills of saves, and saves on a full disk; a tenth of trainings"
+    )
     parser.add_argument("--points", type=int, help="interrupts of each operation; default: at every step")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -37,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         tell("SIGKILL during a save", kill_saves(options.times, Path(folder, "killed")))
         tell("a disk that is full during a save", fill_disk(options.times, Path(folder, "full")))
         tell("Ctrl-C during a save", interrupt_saves(options.points, Path(folder, "interrupted")))
+        for cls in (DonorTrainer, Trainer):
+            found = kill_trainings(options.times // 10, Path(folder, cls.__name__), cls)
+            tell(f"SIGKILL during a training ({cls.__name__})", found)
     for operation in OPERATIONS:
         tell(f"Ctrl-C in {operation}", try_interrupts(operation, options.points))
     lost = {kind: count for kind, count in total.items() if count and kind.startswith(LOST)}

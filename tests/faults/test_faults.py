@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from transformers import Trainer
 
 from faults.saves import fill_disk, interrupt_saves, kill_saves
+from faults.trainings import kill_trainings
+from not_hf import DonorTrainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,3 +27,9 @@ def test_saves_on_a_full_disk(tmp_path):
 def test_interrupted_saves(tmp_path):
     found = interrupt_saves(16, tmp_path)
     assert found["old"] and found["new"] and not found.keys() - {"old", "new"}
+
+
+@pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
+def test_killed_trainings_of_two_organs(cls, tmp_path):
+    found = kill_trainings(3, tmp_path, cls)
+    assert found["killed"] and found["same"] and not found.keys() - {"killed", "same"}

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from testing.lifecycle import SETUPS, Tester
+from testing.lifecycle import PARTS, SETUPS, Tester
 from testing.models import TOKEN_IDS
 from testing.processes import run_python
 from testing.shapes import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, in_matrix
@@ -18,32 +18,41 @@ IN_PLACE = (
     "diffllama",
     "gemma3n_text",
 )  # what layers compute depends on their number, or they have inputs of their own
+IN_PARTS = in_matrix(
+    *("bert", "falcon", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "llama", "mamba2", "mixtral", "olmo2", "opt"),
+    *("phi3", "qwen3_moe", "qwen3_next"),
+)
 CHECKS = [name for name in vars(Tester) if name.startswith("check_")]
 CACHED = ("check_generating", "check_continuing")
 FEWER = ("check_disabling", "check_merging", "check_saving", "check_continuing")
+OF_PARTS = {
+    "outputs": [check for check in CHECKS if check != "check_generating"],
+    **dict.fromkeys(("attention", "mlp"), ("check_merging", "check_saving")),
+}
 
 
 def setups(model_type: str) -> list[str]:
     """The set-ups in which an architecture is tried."""
+    parts = [part for part in PARTS if model_type in IN_PARTS and (model_type, part) != ("mamba2", "mlp")]
     if model_type in FEW:
-        return list(SETUPS)
+        return [*SETUPS, *parts]
     if model_type in IN_PLACE:
         return ["replace"]
-    return ["two" if model_type in {*STATEFUL, *PLAIN, *OTHERS} - {"qwen3_next"} else "several"]
+    return ["two" if model_type in {*STATEFUL, *PLAIN, *OTHERS} - {"qwen3_next"} else "several", *parts]
 
 
 LIVES = [
     pytest.param(model_type, setup, check, marks=pytest.mark.xdist_group(model_type))
     for model_type in (*EVERY, *OTHERS)
     for setup in setups(model_type)
-    for check in (FEWER if model_type in OTHERS else CHECKS)
+    for check in (FEWER if model_type in OTHERS else OF_PARTS.get(setup, CHECKS))
     if not (model_type in ENCODERS and check in CACHED)
 ]
 
 
 @pytest.mark.parametrize(("model_type", "setup", "check"), LIVES)
 def test_life_of_organs(model_type, setup, check, tmp_path):
-    run = getattr(Tester(model_type, SETUPS[setup]), check)
+    run = getattr(Tester(model_type, (SETUPS | PARTS)[setup]), check)
     run(tmp_path) if "folder" in inspect.signature(run).parameters else run()
 
 

@@ -117,6 +117,34 @@ def test_several_organs_their_scales_and_one_that_rests(base, tmp_path):
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_scaled_replacements(model_type, tmp_path, monkeypatch):
+    """Computed from two files, which are read in parts of unlike length: one is float32, the other bfloat16."""
+    monkeypatch.setattr("not_hf.hub.checkpoint.CHUNK", 1024)
+    base = write_base(tmp_path / "base", model_type)
+    organs = [
+        OrganSource("parts", tmp_path / "parts", scale=0.7),
+        OrganSource("whole", tmp_path / "whole", scale=-1.3),
+        OrganSource("gone", tmp_path / "gone", scale=0.0),
+    ]
+    for seed, (layers, modules) in enumerate([((0, 1), "outputs"), ((1, 3), "all"), ((3, 4), "all")]):
+        write_organ(base, organs[seed].donor, seed, layers=layers, mode="replace", modules=modules)
+    compose(organs, base).save_pretrained(tmp_path / "all")
+    assert merge_donor(tmp_path / "all", tmp_path / "ours", max_shard_size=SHARD).built_because is None
+    merge_in_memory(tmp_path / "all", tmp_path / "theirs")
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+
+
+def test_the_scale_of_layers_with_other_shapes_is_refused_as_in_memory(tmp_path):
+    base = write_base(tmp_path / "base", "gemma4_text")
+    donor = write_organ(base, tmp_path / "donor", layers=(1, 2), mode="replace", position=2)
+    edit_json(donor / "config.json", scale=0.5)
+    for merge in (merge_in_memory, merge_donor):
+        with pytest.raises(IncompatibleDonorError, match="organ 'default' has no scale but 1"):
+            merge(donor, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_base_that_was_saved_without_its_head(tmp_path):
     """openai-community/gpt2 names its tensors so."""
     base = write_base(tmp_path / "base", "gpt2", torch.float32)
@@ -231,6 +259,7 @@ def damage(donor: Path, change) -> None:
 NORM, OUT = "organ.layers.1.input_layernorm.weight", "organ.layers.0.mlp.down_proj.weight"
 
 
+@pytest.mark.parametrize("mode", ["insert", "replace"])
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -243,9 +272,9 @@ NORM, OUT = "organ.layers.1.input_layernorm.weight", "organ.layers.0.mlp.down_pr
         (lambda tensors: tensors.update({NORM: torch.ones(32, dtype=torch.int32)}), CorruptDonorError),
     ],
 )
-def test_a_damaged_organ_is_refused_as_in_memory(change, error, tmp_path):
+def test_a_damaged_organ_is_refused_as_in_memory(change, error, mode, tmp_path):
     base = write_base(tmp_path / "base", dtype=torch.float16)
-    donor = write_organ(base, tmp_path / "donor")
+    donor = write_organ(base, tmp_path / "donor", mode=mode)
     edit_json(donor / "config.json", scale=3.0, digests=None)
     damage(donor, change)
     with pytest.raises(error) as theirs:

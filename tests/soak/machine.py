@@ -46,13 +46,34 @@ class Placed:
     active: bool = True
 
 
+@functools.cache
+def _layers_at(model_type: str, position: int) -> DonorModel:
+    return DonorModel.from_base(base_of(model_type), (position, position + 2))
+
+
+def replaced_by(model_type: str, placed: Placed) -> DonorModel | None:
+    """The base's layers in whose place an organ stands; `None` if it is inserted."""
+    return _layers_at(model_type, placed.position) if placed.mode == "replace" else None
+
+
+def has_scale(model_type: str, placed: Placed) -> bool:
+    """Whether an organ can have another scale than 1: a replacement, that of layers of the same shapes."""
+    replaced = replaced_by(model_type, placed)
+    if replaced is None:
+        return model_type not in NORM_BEHIND | STILL_WRITE
+    ours, theirs = ({name: p.shape for name, p in each.named_parameters()} for each in (placed.donor, replaced))
+    return ours == theirs
+
+
 @functools.lru_cache(maxsize=2000)
 def expected(model_type: str, organs: tuple[Placed, ...]) -> tuple[torch.Tensor, dict[str, Any], list[str]]:
     """Logits, config and names of parameters of a native model that is built anew with these organs."""
     model = copy.deepcopy(base_of(model_type))
     for placed in organs:
         place = {"donor_name": placed.name, "position": placed.position, "mode": placed.mode}
-        donor = placed.donor if placed.scale == 1 else scaled_by_hand(placed.donor, placed.scale)
+        donor = placed.donor
+        if placed.scale != 1:
+            donor = scaled_by_hand(donor, placed.scale, replaced_by(model_type, placed))
         model = transplanted_class(model).from_pretrained(model, donor, **place)
     with contextlib.suppress(AttributeError, IncompatibleDonorError):  # native already, or no native model has them
         model = model.merge_and_unload()
@@ -117,7 +138,7 @@ class Life(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES), scale=st.sampled_from(SCALES))
     def scale(self, name: str, scale: float) -> None:
         n = self._organ(name)
-        refused = self.organs[n].mode == "replace" or self.model_type in NORM_BEHIND | STILL_WRITE
+        refused = not has_scale(self.model_type, self.organs[n])
         try:
             self.model.set_donor_scale(name, scale)
         except NotHFError:

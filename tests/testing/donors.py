@@ -17,7 +17,7 @@ from not_hf import (
     TransplantedForMaskedLM,
 )
 from not_hf.architecture.layers import output_projections
-from not_hf.architecture.stack import is_encoder
+from not_hf.architecture.stack import find_stack, is_encoder
 from testing.models import tiny_model
 
 SPAN = (1, 3)
@@ -71,6 +71,16 @@ def scaled_by_hand(donor: DonorModel, scale: float, replaced: DonorModel | None 
             for _, parameter in output_projections(layer):
                 parameter.mul_(scale)
     return twin
+
+
+def grafted(base: PreTrainedModel, donor: DonorModel) -> PreTrainedModel:
+    """A copy of the base with the donor's tensors in the layers that it was cut from, put there by name."""
+    native = copy.deepcopy(base)
+    layers = find_stack(native).layers
+    for name, tensor in donor.named_parameters():
+        n, _, inner = name.removeprefix(f"{donor.stack.full_path}.").partition(".")
+        layers[int(n) + donor.config.span[0]].get_parameter(inner).data = tensor.detach().clone()
+    return native
 
 
 def transplanted(*donors: tuple[str, DonorModel, dict]) -> TransplantedForCausalLM:

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,9 +26,10 @@ from not_hf import (
     UnsupportedArchitectureError,
     average_donors,
 )
+from not_hf.architecture.part_names import ALL
 from not_hf.architecture.splicing import place_bound
 from not_hf.architecture.stack import find_stack, head_class
-from testing.donors import SPAN, organ, same, scaled_by_hand, transplanted_class
+from testing.donors import SPAN, grafted, organ, same, scaled_by_hand, transplanted_class
 from testing.generation import (
     NEW_TOKENS,
     NO_BEAMS,
@@ -43,15 +45,30 @@ from testing.models import TOKEN_IDS, enable_checkpointing, tiny_model
 from testing.models import exact_logits as logits
 from testing.shapes import VOCAB
 
-Place = tuple[int, int, str]  # seed, position, mode
 
-# Organs of the base's layers 1 and 2, by name in load order.
+class Place(NamedTuple):
+    """An organ of the base's layers 1 and 2, and where it stands; `modules` are those of the layers that it holds."""
+
+    seed: int
+    position: int
+    mode: str
+    modules: str = ALL
+
+
+_ABOVE = Place(2, 3, "insert")
+
+# Organs by name in load order.
 SETUPS: dict[str, dict[str, Place]] = {
-    "insert": {"a": (1, 2, "insert")},
-    "replace": {"a": (1, 1, "replace")},
-    "several": {"a": (1, 1, "insert"), "b": (2, 1, "replace"), "c": (3, 4, "insert"), "d": (4, 4, "insert")},
-    "two": {"a": (1, 1, "replace"), "b": (2, 3, "insert")},
+    "insert": {"a": Place(1, 2, "insert")},
+    "replace": {"a": Place(1, 1, "replace")},
+    "several": {
+        **{"a": Place(1, 1, "insert"), "b": Place(2, 1, "replace")},
+        **{"c": Place(3, 4, "insert"), "d": Place(4, 4, "insert")},
+    },
+    "two": {"a": Place(1, 1, "replace"), "b": _ABOVE},
 }
+PARTS = {part: {"a": Place(1, 1, "replace", part)} for part in ("outputs", "attention", "mlp")}
+PARTS["outputs"]["b"] = _ABOVE
 
 # Why layers of some architectures have no scale: a norm behind their projections, or a bias behind their norm.
 NORM_BEHIND = {"exaone4", "gemma2", "gemma3_text", "gemma4_text", "glm4", "minimax", "olmo2", "olmo3"} | {
@@ -66,23 +83,30 @@ def base_of(model_type: str) -> PreTrainedModel:
 
 
 @functools.cache
-def organ_of(model_type: str, seed: int) -> DonorModel:
+def organ_of(model_type: str, seed: int, modules: str = ALL) -> DonorModel:
     base = base_of(model_type)
-    return organ(base, seed, mode="replace" if place_bound(base.config) else "insert")
+    mode = "replace" if place_bound(base.config) or modules != ALL else "insert"
+    return organ(base, seed, mode=mode, modules=modules)
 
 
-def _fresh(model_type: str, places: Iterable[tuple[str, Place]], **options) -> PreTrainedModel:
-    """A copy of the base with these organs."""
-    model = copy.deepcopy(base_of(model_type))
-    for name, (seed, position, mode) in places:
+def _with_organs(model: PreTrainedModel, places: Iterable[tuple[str, Place]], **options) -> PreTrainedModel:
+    for name, (seed, position, mode, modules) in places:
         place = {"donor_name": name, "position": position, "mode": mode}
-        model = transplanted_class(model).from_pretrained(model, organ_of(model_type, seed), **place, **options)
+        donor = organ_of(model.config.model_type, seed, modules)
+        model = transplanted_class(model).from_pretrained(model, donor, **place, **options)
     return model
 
 
 @functools.cache
 def _expected(model_type: str, places: tuple[tuple[str, Place], ...]) -> torch.Tensor:
-    return logits(_fresh(model_type, places), TOKEN_IDS)
+    """The logits of a base with these organs; parts of layers are put into it by name, and are no organ there."""
+    model, organs = copy.deepcopy(base_of(model_type)), []
+    for name, place in places:
+        if place.modules == ALL:
+            organs.append((name, place))
+        else:
+            model = grafted(model, organ_of(model_type, place.seed, place.modules))
+    return logits(_with_organs(model, organs), TOKEN_IDS)
 
 
 @dataclass(frozen=True)
@@ -100,7 +124,7 @@ class Tester:
 
     def fresh(self, **options) -> TransplantedForCausalLM | TransplantedForMaskedLM:
         """A model with all organs of the set-up."""
-        return _fresh(self.model_type, self.places.items(), **options)
+        return _with_organs(copy.deepcopy(self.base), self.places.items(), **options)
 
     def gives(self, model: PreTrainedModel, names: Iterable[str] | None = None) -> bool:
         """Whether a model computes, bit for bit, what a fresh one with these organs does; with all, unless told."""
@@ -109,6 +133,11 @@ class Tester:
     def expected(self, names: Iterable[str]) -> torch.Tensor:
         """What a fresh model with these organs computes, `(batch, seq, vocab)`."""
         return _expected(self.model_type, tuple((name, self.places[name]) for name in names))
+
+    def donor(self, name: str, seed: int | None = None) -> DonorModel:
+        """The donor of an organ of the set-up, or one of another seed for its place."""
+        place = self.places[name]
+        return organ_of(self.model_type, place.seed if seed is None else seed, place.modules)
 
     def without(self, name: str) -> list[str]:
         """The other organs."""
@@ -159,8 +188,8 @@ class Tester:
     def check_scaling(self, folder: Path) -> None:
         model = self.fresh()
         whole = copy.deepcopy(model)
-        for name, (seed, _, mode) in self.places.items():
-            if mode == "insert" and self.model_type in NORM_BEHIND | STILL_WRITE:
+        for name, place in self.places.items():
+            if place.mode == "insert" and self.model_type in NORM_BEHIND | STILL_WRITE:
                 with pytest.raises(UnsupportedArchitectureError) as raised:
                     model.set_donor_scale(name, 0.5)
                 assert self.why_no_scale() in str(raised.value) and self.gives(model)
@@ -169,8 +198,9 @@ class Tester:
             model.set_donor_scale(name, 0.3)  # exact in no dtype
             scaled = logits(model, TOKEN_IDS)
             by_hand = copy.deepcopy(whole)
-            replaced = DonorModel.from_base(self.base, SPAN) if mode == "replace" else None
-            by_hand.hotswap_donor(name, scaled_by_hand(organ_of(self.model_type, seed), 0.3, replaced))
+            own = {"mode": "replace", "modules": place.modules}
+            replaced = DonorModel.from_base(self.base, SPAN, **own) if place.mode == "replace" else None
+            by_hand.hotswap_donor(name, scaled_by_hand(self.donor(name), 0.3, replaced))
             assert torch.equal(scaled, logits(by_hand, TOKEN_IDS)) and not self.gives(model)
             assert any(folder.iterdir()) or self.a_scale_is_kept(model, name, folder)
             model.set_donor_scale(name, 0)
@@ -186,40 +216,40 @@ class Tester:
         again = transplanted_class(base).from_pretrained(base, folder)
         merged = copy.deepcopy(model).merge_and_unload()
         found = [logits(each, TOKEN_IDS) for each in (again, merged)]
-        return same(alone, organ_of(self.model_type, self.places[name][0])) and all(map(scaled.equal, found))
+        return same(alone, self.donor(name)) and all(map(scaled.equal, found))
 
     def why_no_scale(self) -> str:
         """What a refusal says."""
         return "they still write" if self.model_type in STILL_WRITE else "a norm undoes it"
 
     def check_swapping(self) -> None:
-        model, other = self.fresh(), organ_of(self.model_type, 9)
+        model = self.fresh()
         tensors = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
         for name in self.places:
-            model.hotswap_donor(name, other)
+            model.hotswap_donor(name, self.donor(name, 9))
         assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == tensors
-        swapped = {name: (9, position, mode) for name, (_, position, mode) in self.places.items()}
+        swapped = {name: place._replace(seed=9) for name, place in self.places.items()}
         assert Tester(self.model_type, swapped).gives(model)
 
     def check_averaging(self) -> None:
-        model, name = self.fresh(), next(iter(self.places))
-        model.load_donor(other := organ_of(self.model_type, 9), "other", position=4, mode="insert")
+        model, (name, place) = self.fresh(), next(iter(self.places.items()))
+        where = {"position": place.position, "mode": place.mode}
+        model.set_donor([])
+        model.load_donor(other := self.donor(name, 9), "other", **where)
         model.add_weighted_donor([name, "other"], [1, 3], "mean")
-        assert model.active_donors == [*self.places, "other"]
+        assert model.active_donors == ["other"]
         model.set_donor("mean")
-        seed, position, mode = self.places[name]
-        mean = average_donors([organ_of(self.model_type, seed), other], [1, 3])
-        base = copy.deepcopy(self.base)
-        expected = transplanted_class(base).from_pretrained(base, mean, position=position, mode=mode)
+        base, mean = copy.deepcopy(self.base), average_donors([self.donor(name), other], [1, 3])
+        expected = transplanted_class(base).from_pretrained(base, mean, **where)
         assert torch.equal(logits(model, TOKEN_IDS), logits(expected, TOKEN_IDS))
 
     def check_status(self) -> None:
         model = self.fresh()
         model.set_donor(next(iter(self.places)))
         for name, status in model.get_donor_status().items():
-            assert (status.position, status.mode) == self.places[name][1:] and status.span == (1, 3)
+            assert (status.position, status.mode) == self.places[name][1:3] and status.span == (1, 3)
             assert status.active is (name in model.active_donors) is bool(status.layers)
-            assert status.num_parameters == organ_of(self.model_type, 1).num_parameters()
+            assert status.num_parameters == self.donor(name).num_parameters()
 
     def check_saving(self, folder: Path) -> None:
         model = self.fresh()
@@ -229,6 +259,8 @@ class Tester:
         for saved, names in (("all", None), *((name, [name]) for name in self.places)):
             base = copy.deepcopy(self.base)
             assert self.gives(transplanted_class(base).from_pretrained(base, folder / saved), names)
+            if self.places.get(saved, _ABOVE).modules != ALL:
+                assert same(DonorModel.from_pretrained(folder / saved), self.donor(saved))
         assert not list(folder.rglob("adapter_config.json"))  # transformers would take it for PEFT's
 
     def check_copies(self) -> None:
@@ -263,8 +295,7 @@ class Tester:
                     module.p = 0.0
             if checkpointing:
                 enable_checkpointing(model)
-            organs = model._surgery.organs.values()
-            inside = {id(p) for held in organs for layer in held.layers for p in layer.parameters()}
+            inside = {id(p) for held in model._surgery.organs.values() for p in held.parameters()}
             frozen = {name: p.clone() for name, p in model.named_parameters() if id(p) not in inside}
             model(TOKEN_IDS, labels=TOKEN_IDS, use_cache=False).loss.backward()
             learning = [p for p in model.parameters() if p.requires_grad]

@@ -31,6 +31,15 @@ def recipient(model_type: str = "llama", span: tuple[int, int] = (2, 3), **optio
     return TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
 
 
+def two_organs(model_type: str = "llama") -> TransplantedForCausalLM:
+    """A recipient with two organs, both trainable."""
+    base = tiny_model(model_type)
+    donors = [DonorModel.from_base(base, span) for span in ((0, 1), (2, 3))]
+    model = TransplantedForCausalLM.from_pretrained(base, donors[0], donor_name="low", is_trainable=True)
+    model.load_donor(donors[1], "top", is_trainable=True)
+    return model
+
+
 def made(model: Any, folder: Path, data: Any = None, cls: type[Trainer] = DonorTrainer, **options: Any) -> Trainer:
     """A trainer; options of `TrainingArguments` and of the trainer may come in one."""
     known = TrainingArguments.__dataclass_fields__

@@ -8,19 +8,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from not_hf import DonorModel, DonorTrainer, TransplantedForCausalLM, expand
+from not_hf import DonorTrainer, TransplantedForCausalLM, expand
 from testing.models import TOKEN_IDS, logits, tiny_model
-from testing.training import losses, made, rows
+from testing.training import losses, made, rows, two_organs
 
 EPOCHS = {"num_train_epochs": 3, "save_strategy": "epoch", "learning_rate": 0.05}
-
-
-def two_organs() -> TransplantedForCausalLM:
-    base = tiny_model("llama")
-    donors = [DonorModel.from_base(base, span) for span in ((0, 1), (2, 3))]
-    model = TransplantedForCausalLM.from_pretrained(base, donors[0], donor_name="low", is_trainable=True)
-    model.load_donor(donors[1], "top", is_trainable=True)
-    return model
 
 
 def same(one: TransplantedForCausalLM, other: TransplantedForCausalLM) -> bool:
@@ -39,6 +31,16 @@ def test_a_training_of_several_organs_goes_on_where_it_was(cls, make, tmp_path):
     assert losses(resumed)[-3:] == losses(whole)[-3:]
     loaded = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tmp_path / "whole/run/checkpoint-9")
     assert torch.equal(logits(loaded, TOKEN_IDS), logits(whole.model.eval(), TOKEN_IDS))
+
+
+def test_a_training_that_ended_is_over(tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "lr_scheduler_type": "constant"}
+    whole = made(two_organs(), tmp_path, **options)
+    whole.train()
+    resumed = made(two_organs(), tmp_path, **options)  # killed after its last checkpoint, within an epoch
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and same(whole.model, resumed.model)
+    assert not (tmp_path / "run/checkpoint-5").exists()
 
 
 @pytest.mark.parametrize("cls", [DonorTrainer, Trainer])

@@ -306,3 +306,34 @@ def test_rounding_of_float32_has_a_cache_of_its_own(tmp_path):
     finally:
         torch.set_float32_matmul_precision(before)
     assert keys[0] != keys[1]
+
+
+def with_a_trained_head() -> TransplantedForCausalLM:
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (2, 3), mode="replace")
+    return TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True, modules_to_save=["lm_head"])
+
+
+def of_a_head(tied: bool = False) -> Any:
+    """A model of which only the head is trainable."""
+    model = tiny_model("llama", tie_word_embeddings=tied).requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(("make", "entry"), [(with_a_trained_head, 2), (of_a_head, 4)])
+def test_a_trained_head_stands_behind_what_is_cached(make, entry, tmp_path):
+    plain, cached = made(make(), tmp_path / "plain"), made(make(), tmp_path, cache_prefix=True, eval_dataset=rows(2))
+    for trainer in (plain, cached):
+        trainer.train()
+    assert losses(cached) == losses(plain)
+    ours, theirs = (dict(trainer.model.named_parameters()) for trainer in (cached, plain))
+    assert all(torch.equal(ours[name], parameter) for name, parameter in theirs.items())
+    assert not torch.equal(ours["lm_head.weight"], make().lm_head.weight)
+    assert cached._stack.entry == entry and len(list((tmp_path / "prefixes").iterdir())) == 1  # one store, all along
+    assert cached.evaluate()["eval_loss"] > 0
+
+
+def test_a_head_that_is_the_embeddings_too_does_not(tmp_path):
+    with pytest.raises(NotHFError, match=r"but model\.embed_tokens\.weight is trainable"):
+        made(of_a_head(tied=True), tmp_path, cache_prefix=True).train()

@@ -420,7 +420,7 @@ def test_a_trainer_s_card_of_a_model_without_organs_is_its_own(hub, tmp_path):
     ("model", "options", "message"),
     [
         (lambda: recipient(span=(0, 1)), {"cache_prefix": True}, "the first layer is trainable"),
-        (lambda: recipient().requires_grad_(False), {"cache_prefix": True}, "no layer is trainable"),
+        (lambda: recipient().requires_grad_(False), {"cache_prefix": True}, "nothing is trainable"),
         (lambda: with_trainable_embeddings(), {"cache_prefix": True}, "everything below the organ frozen"),
         (lambda: tiny_model("llama"), {"kl_weight": 1.0}, "needs a model with organs"),
         (recipient, {"kl_weight": -1.0}, "0 or more"),
