@@ -112,7 +112,7 @@ def compare_methods(
     donors: Iterable[DonorLike] = (),
     rates: Mapping[str, float] = RATES,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
-    block_length: int = 128,
+    block_length: int | None = None,
     batch_size: int = 2,
     seed: int = 0,
 ) -> MethodComparison:
@@ -140,7 +140,7 @@ def compare_methods(
             the test says little of them.
         rates: Which methods are trained, with the peak learning rate of each.
         tokenizer: The tokenizer of a live model, its Hub ID or folder.
-        block_length: Tokens per block, in training and measuring.
+        block_length: Tokens per block, in training and measuring; default: the base's context, at most 128.
         batch_size: Blocks per step.
         seed: For the order of the blocks, LoRA's start, dropout and the intervals.
 
@@ -164,6 +164,7 @@ def compare_methods(
     """
     started = time.perf_counter()
     config = _base_config(base)
+    block_length = int(min(128, context_of(config))) if block_length is None else block_length
     _check_numbers(config, budget, rates, block_length, batch_size)
     methods, skipped = _methods(config, rates, list(donors))
     parts, held = _divided(base, data, control, tokenizer, block_length, batch_size)
