@@ -46,7 +46,7 @@ def compare(
     with contextlib.nullcontext() if output is None else output_folder(output, force):
         from not_hf import compare_methods, load_text
         from not_hf.evaluation.compared_methods import public_name
-        from not_hf.evaluation.comparison_page import table
+        from not_hf.evaluation.comparison_page import remarks, table
 
         texts = load_text(data, split=split, column=column, sample_by=sample_by)["text"]
         general = control and load_text(control, column=column, sample_by=sample_by)["text"]
@@ -55,8 +55,8 @@ def compare(
         if output is not None:
             found.save(output)
     shown = table(found.rows)
-    skipped = "; ".join(f"{each['method']} was left out: {each['reason']}" for each in found.skipped)
-    view = Table(*shown[0], title=f"{base} on {data}", title_justify="left", caption=skipped, caption_justify="left")
+    caption = "\n".join(remarks(found.skipped, found.about))
+    view = Table(*shown[0], title=f"{base} on {data}", title_justify="left", caption=caption, caption_justify="left")
     for row in shown:
         view.add_row(*row.values())
     document = {

@@ -135,7 +135,7 @@ def compare_methods(
         base: A causal LM without organs, which is left unchanged; or its Hub ID or folder.
         data: Texts of the domain. Texts shorter than a block are dealt out together with their neighbours.
         control: General texts, to measure forgetting.
-        budget: Seconds for everything, about. Measuring takes a third at most.
+        budget: Seconds for everything, about. Measuring takes half at most.
         donors: Folders, Hub IDs or `DonorModel`s that are measured as they are. If they were trained on these texts,
             the test says little of them.
         rates: Which methods are trained, with the peak learning rate of each.
@@ -172,7 +172,7 @@ def compare_methods(
     fresh = functools.partial(_load, base)
     model = fresh()
     device = model.device.type
-    scored, measuring = held.affordable(model, budget / 3, 1 + (len(SCALES) - 1) * len(methods))
+    scored, measuring = held.affordable(model, budget / 2, 1 + (len(SCALES) - 1) * len(methods))
     left = budget - measuring - (time.perf_counter() - started)
     seconds = max(0.95 * left, budget / 3) / max(1, len(methods.keys() & rates))  # the rest is for loading
     nats: Nats = {BASE: scored.score(model, "base")}
@@ -188,25 +188,32 @@ def compare_methods(
         nats |= _over_scales(each, scored, name, nats[BASE])
         del each
 
+    num_tokens = {part: len(blocks) * (block_length - 1) for part, blocks in scored.parts.items()}
     about = {
         **{"model": _name(base), "budget": budget, "seconds": round(time.perf_counter() - started, 1)},
         **{"dealt_by": parts.dealt_by, "block_length": block_length, "batch_size": batch_size, "seed": seed},
-        "num_tokens": {
-            "train": len(parts.train) * block_length,
-            **{part: len(blocks) * (block_length - 1) for part, blocks in scored.parts.items()},
-        },
-        **{"device": device, "threads": torch.get_num_threads()},
-        **{
-            name: version(name) for name in ("not_hf", "torch", "transformers", *(["peft"] if "LoRA" in costs else []))
-        },
+        **{"num_tokens": {"train": len(parts.train) * block_length, **num_tokens}},
+        **{"device": device, "threads": torch.get_num_threads(), **_versions("LoRA" in methods)},
     }
-    front, scales = score_rows(nats, block_length - 1, seed), {name: best_scale(nats, name) for name in costs}
+    return _compared(nats, costs, skipped, about)
+
+
+def _compared(
+    nats: Nats, costs: dict[str, dict[str, Any]], skipped: list[dict[str, str]], about: dict[str, Any]
+) -> MethodComparison:
+    """Compute the numbers, and choose a scale for the base, which has one, and for each method."""
+    front = score_rows(nats, about["block_length"] - 1, about["seed"])
+    scales = {name: best_scale(nats, name) for name in costs}
     rows = [{**row, **_NO_COSTS, **costs[row["method"]]} for row in front if row["scale"] == scales[row["method"]]]
     kept = {
         name: {part: each.tolist() for part, each in nats[name, scale].items() if part in PREFIXES}
         for name, scale in scales.items()
     }
     return MethodComparison(rows, front[1:], skipped, about, kept)
+
+
+def _versions(with_peft: bool) -> dict[str, str]:
+    return {name: version(name) for name in ("not_hf", "torch", "transformers", *(("peft",) if with_peft else ()))}
 
 
 def _name(base: PreTrainedModel | str | os.PathLike[str]) -> str | None:
@@ -248,8 +255,6 @@ def _methods(
     config: PreTrainedConfig, rates: Mapping[str, float], donors: list[DonorLike]
 ) -> tuple[dict[str, Callable[[Fresh], Prepared]], list[dict[str, str]]]:
     """Return what prepares each method, by its name, and the methods that are left out, with the reason."""
-    if not rates and not donors:
-        raise NotHFError("nothing to compare; give rates={'organ': 3e-4}, or donors=[donor]")
     methods: dict[str, Callable[[Fresh], Prepared]] = {name: _TRAINED[name] for name in rates}
     skipped = []
     if "LoRA" in methods and not find_spec("peft"):
@@ -260,6 +265,9 @@ def _methods(
         if problems := check(donor, config):
             raise IncompatibleDonorError(f"{name}: {'; '.join(problems)}")
         methods[name] = functools.partial(prepare_donor, donor)
+    if not methods:
+        hint = skipped[0]["reason"] if skipped else "give rates={'organ': 3e-4}, or donors=[donor]"
+        raise NotHFError(f"nothing to compare; {hint}")
     return methods, skipped
 
 

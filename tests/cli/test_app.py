@@ -132,6 +132,7 @@ def test_help_needs_no_slow_import():
         "train DONOR --data TEXT --replay-fraction 0.1 -o OUT",
         "train DONOR --data TEXT --replay-data TEXT --replay-fraction 1 -o OUT",
         "eval DONOR",
+        "compare BASE",
         "sweep BASE DONOR --data TEXT",
         "sweep BASE DONOR --data TEXT --positions 1-3 -o OUT",
         "sweep BASE DONOR --data TEXT --modes beside -o OUT",

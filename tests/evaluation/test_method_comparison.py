@@ -69,7 +69,7 @@ def test_all_learn_in_the_same_time_and_the_base_stays(tmp_path):
     assert saved["rows"] == found.rows and saved["front"] == found.front and saved["nats"] == found.nats
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "compare.md").read_text()
-    assert "| full fine-tuning |" in page and "(compare.png)" in page and "control perplexity" in page
+    assert "| full fine-tuning |" in page and "(compare.png)" in page and "| control, change |" in page
     assert saved["num_tokens"].keys() == {"train", "choose", "test", "control"} and saved["peft"]
 
 
@@ -168,6 +168,8 @@ def test_peft_and_matplotlib_may_be_missing(monkeypatch, tmp_path):
     found = compare_methods(base, TEXTS, rates={"LoRA": 1e-3}, donors=[organ(base, 1)], **HOW)
     assert [row["method"] for row in found.rows] == ["base", "donor"] and "peft" not in found.about
     assert found.skipped == [{"method": "LoRA", "reason": "PEFT is not installed; pip install peft"}]
+    with pytest.raises(NotHFError, match="nothing to compare; PEFT is not installed; pip install peft"):
+        compare_methods(base, TEXTS, rates={"LoRA": 1e-3}, **HOW)
     found.save(tmp_path)
     page = (tmp_path / "compare.md").read_text()
     assert "LoRA was left out: PEFT is not installed; pip install peft." in page and ".png" not in page
