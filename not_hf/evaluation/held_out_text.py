@@ -101,9 +101,9 @@ class HeldOut:
             The blocks, and the seconds that scoring them will take.
         """
         some = HeldOut({"test": spread(self.parts["test"], _BATCH_SIZE)})
-        some.score(model, "the time")  # sets up
+        some.score(model, "speed")  # sets up
         started = time.perf_counter()
-        some.score(model, "the time")
+        some.score(model, "speed")
         per_block = num_passes * (time.perf_counter() - started) / some.num_blocks
         share = min(1, seconds / (per_block * self.num_blocks))
         kept = HeldOut({name: spread(each, max(2, int(share * len(each)))) for name, each in self.parts.items()})

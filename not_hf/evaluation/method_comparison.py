@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import os
 import time
@@ -46,7 +47,11 @@ from not_hf.recipient.heads import writing_class
 from not_hf.recipient.mixin import Recipient
 
 SCALES = (0.0, 0.5, 0.7, 0.85, 1.0)
-RATES = {"organ": 3e-4, "LoRA": 1e-3, "full fine-tuning": 6e-5}  # near the best of each, at 2 rows of 128 tokens
+RATES = {
+    "organ": 3e-4,
+    "LoRA": 1e-3,
+    "full fine-tuning": 6e-5,
+}  # in the middle of those that benchmarks/train.py tries
 
 _TRAINED = {"organ": prepare_organ, "LoRA": prepare_lora, "full fine-tuning": prepare_full}
 _NO_COSTS = dict.fromkeys(("rate", "steps", "tokens", "seconds", "peak_bytes", "saved_bytes"))
@@ -122,7 +127,8 @@ def compare_methods(
     with the base and trains for the same seconds, with AdamW, in float32 (on CUDA in bfloat16 where it can). The
     learning rate falls to 0 in a line. Rates are not searched: try several before you publish a comparison.
 
-    - `"organ"`: the matrices through which all layers write to the residual stream, replaced (`modules="outputs"`).
+    - `"organ"`: the matrices through which all layers write to the residual stream, replaced (`modules="outputs"`);
+      trained by `DonorTrainer`, the others by `Trainer`.
     - `"LoRA"`: of rank 16 and alpha 32 on all linear layers; left out if PEFT is not installed.
     - `"full fine-tuning"`: all weights.
 
@@ -187,6 +193,7 @@ def compare_methods(
             costs[name] |= {"rate": rates[name], **train_for(seconds, each, parts.train, name=name, **how)}
         nats |= _over_scales(each, scored, name, nats[BASE])
         del each
+        gc.collect()  # a trainer and its model refer to each other
 
     num_tokens = {part: len(blocks) * (block_length - 1) for part, blocks in scored.parts.items()}
     about = {
@@ -240,7 +247,7 @@ def _base_config(base: PreTrainedModel | str | os.PathLike[str]) -> PreTrainedCo
 def _check_numbers(
     config: PreTrainedConfig, budget: float, rates: Mapping[str, float], block_length: int, batch_size: int
 ) -> None:
-    for name, value in {"budget": budget, **rates}.items():
+    for name, value in {"budget": budget, **{f"rates[{name!r}]": rate for name, rate in rates.items()}}.items():
         if not (math.isfinite(value) and value > 0):
             raise NotHFError(f"{name} must be a number above 0, got {value!r:.100}")
     if unknown := rates.keys() - _TRAINED.keys():

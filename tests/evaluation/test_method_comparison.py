@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -162,6 +163,21 @@ def test_what_diverges_stays_in_the_table(tmp_path):
     assert json.loads((tmp_path / "compare.json").read_text())["rows"][1]["perplexity_ratio"] == 1
 
 
+def test_one_copy_of_the_base_at_a_time(monkeypatch):
+    load, copies = method_comparison._load, []
+
+    def watched(base):
+        assert not [each for each in copies if each() is not None]
+        model = load(base)
+        copies.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(method_comparison, "_load", watched)
+    base = tiny_model("llama")
+    compare_methods(base, TEXTS, rates={}, donors=[organ(base, 1), organ(base, 2, mode="replace")], **HOW)
+    assert len(copies) == 3
+
+
 def test_peft_and_matplotlib_may_be_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(method_comparison, "find_spec", lambda name: None)
     base = tiny_model("llama")
@@ -187,7 +203,7 @@ def test_names_of_donors(tmp_path):
     [
         ({"budget": 0}, "budget must be a number above 0, got 0"),
         ({"budget": math.nan}, "budget must be a number above 0, got nan"),
-        ({"rates": {"organ": -1}}, "organ must be a number above 0, got -1"),
+        ({"rates": {"organ": -1}}, r"rates\['organ'\] must be a number above 0, got -1"),
         ({"rates": {"DoRA": 1e-3}}, "no method 'DoRA'; rates may name 'organ', 'LoRA', 'full fine-tuning'"),
         ({"rates": {}}, "nothing to compare"),
         ({"block_length": 1000}, "block_length must be between 2 and 64, the base's context, got 1000"),
