@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from not_hf.architecture.stack import layers_config
+from not_hf.architecture.twin import meta_twin
 from not_hf.cards.common import hub_id
 from not_hf.composition.check import survey
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import IncompatibleDonorError, UnsupportedArchitectureError
+from not_hf.errors import IncompatibleDonorError, UnsupportedArchitectureError, one_line
 from not_hf.hub.headers import size_of
 from not_hf.recipient.heads import class_of
 from not_hf.training.trainer import DonorTrainer
@@ -53,13 +56,23 @@ def prepare_organ(fresh: Fresh) -> Prepared:
     return Prepared(recipient, set_scale, _trained_bytes(recipient), DonorTrainer)
 
 
+def lora_problem(config: PreTrainedConfig) -> str | None:
+    """Say why there is no LoRA for models of a config; `None` if there is."""
+    if find_spec("peft") is None:
+        return "PEFT is not installed; pip install peft"
+    twin = copy.deepcopy(meta_twin(layers_config(config)).model)
+    try:
+        _with_lora(twin)
+    except ValueError as error:
+        return f"PEFT refuses the model: {one_line(error, 300)}"
+    return None
+
+
 def prepare_lora(fresh: Fresh) -> Prepared:
     """Put LoRA of rank 16 on all linear layers; needs PEFT."""
-    from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = get_peft_model(fresh(), config)
+    model = _with_lora(fresh())
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
 
     def set_scale(scale: float) -> None:
@@ -115,6 +128,13 @@ def public_name(source: str | os.PathLike[str]) -> str:
     """Return a Hub ID as it is, and of a local path the last part."""
     name = os.fspath(source)
     return hub_id(name) or os.path.basename(os.path.normpath(name))
+
+
+def _with_lora(model: PreTrainedModel) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
 
 
 def _is_scalable(recipient: Any, set_scale: Callable[[float], None]) -> bool:

@@ -30,6 +30,7 @@ from not_hf.evaluation.compared_methods import (
     Fresh,
     Prepared,
     donor_names,
+    lora_problem,
     prepare_donor,
     prepare_full,
     prepare_lora,
@@ -129,7 +130,7 @@ def compare_methods(
 
     - `"organ"`: the matrices through which all layers write to the residual stream, replaced (`modules="outputs"`);
       trained by `DonorTrainer`, the others by `Trainer`.
-    - `"LoRA"`: of rank 16 and alpha 32 on all linear layers; left out if PEFT is not installed.
+    - `"LoRA"`: of rank 16 and alpha 32 on all linear layers; left out if PEFT is not installed, or refuses the model.
     - `"full fine-tuning"`: all weights.
 
     Afterwards the weights are moved to base + scale · (trained − base), at the scales 0, 0.5, 0.7, 0.85 and 1, and
@@ -264,9 +265,9 @@ def _methods(
     """Return what prepares each method, by its name, and the methods that are left out, with the reason."""
     methods: dict[str, Callable[[Fresh], Prepared]] = {name: _TRAINED[name] for name in rates}
     skipped = []
-    if "LoRA" in methods and not find_spec("peft"):
+    if "LoRA" in methods and (reason := lora_problem(config)):
         del methods["LoRA"]
-        skipped.append({"method": "LoRA", "reason": "PEFT is not installed; pip install peft"})
+        skipped.append({"method": "LoRA", "reason": reason})
     for name, donor in zip(donor_names(donors), donors, strict=True):
         check: Any = check_compatibility if isinstance(donor, DonorModel) else check_donor
         if problems := check(donor, config):

@@ -178,8 +178,17 @@ def test_one_copy_of_the_base_at_a_time(monkeypatch):
     assert len(copies) == 3
 
 
+def test_a_model_that_peft_refuses_is_found_before_training(monkeypatch):
+    monkeypatch.setattr(method_comparison, "train_for", None)
+    base = tiny_model("mamba")
+    found = compare_methods(base, TEXTS, rates={"LoRA": 1e-3}, donors=[organ(base, 1)], **HOW)
+    assert [row["method"] for row in found.rows] == ["base", "donor"]
+    assert found.skipped[0]["reason"].startswith("PEFT refuses the model: ") and "'out_proj'" in str(found.skipped)
+
+
 def test_peft_and_matplotlib_may_be_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(method_comparison, "find_spec", lambda name: None)
+    for module in (compared_methods, method_comparison):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     base = tiny_model("llama")
     found = compare_methods(base, TEXTS, rates={"LoRA": 1e-3}, donors=[organ(base, 1)], **HOW)
     assert [row["method"] for row in found.rows] == ["base", "donor"] and "peft" not in found.about
