@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from pathlib import Path
 from typing import Annotated
@@ -51,7 +52,8 @@ def compare(
         texts = load_text(data, split=split, column=column, sample_by=sample_by)["text"]
         general = control and load_text(control, column=column, sample_by=sample_by)["text"]
         found = compare_methods(base, texts, general, budget=seconds, donors=donor or [])
-        found.about.update({"data": public_name(data), "control": control and public_name(control)})
+        names = {"data": public_name(data), "control": control and public_name(control)}
+        found = dataclasses.replace(found, about=found.about | names)
         if output is not None:
             found.save(output)
     shown = table(found.rows)
