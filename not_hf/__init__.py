@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from not_hf.donor.importing import import_checkpoint
     from not_hf.donor.modeling import DonorModel
     from not_hf.evaluation.comparison import compare_perplexity
+    from not_hf.evaluation.method_comparison import compare_methods
     from not_hf.evaluation.perplexity import perplexity
     from not_hf.evaluation.position_sweep import sweep_positions
     from not_hf.evaluation.position_training import train_positions
@@ -76,6 +77,7 @@ _LAZY = {
     "check_donor": "not_hf.composition.check",
     "choose_scale": "not_hf.evaluation.scale_choice",
     "choose_span": "not_hf.training.span_choice",
+    "compare_methods": "not_hf.evaluation.method_comparison",
     "compare_perplexity": "not_hf.evaluation.comparison",
     "compose": "not_hf.composition.plan",
     "expand": "not_hf.recipient.expansion",
@@ -126,6 +128,7 @@ __all__ = [
     "check_donor",
     "choose_scale",
     "choose_span",
+    "compare_methods",
     "compare_perplexity",
     "compose",
     "expand",

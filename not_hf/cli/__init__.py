@@ -2,6 +2,7 @@
 
 from not_hf.cli import (  # noqa: F401 (importing a command registers it)
     check,
+    compare,
     eval,
     extract,
     generate,
@@ -21,7 +22,7 @@ from not_hf.cli.app import app
 __all__ = ["app"]
 
 _ORDER = (  # in --help: that of a first use
-    *("extract", "import", "train", "eval", "sweep", "generate", "inspect", "check"),
+    *("extract", "import", "train", "eval", "sweep", "compare", "generate", "inspect", "check"),
     *("push", "search", "transplant", "merge", "serve", "run"),
 )
 app.registered_commands.sort(key=lambda info: _ORDER.index(str(info.name)))

@@ -25,12 +25,15 @@ _DIGESTS = {"donor_digest": "organ", "windows_digest": "text", "training_digest"
 _SECONDS = 30  # between two saves of an unfinished sweep
 
 
-def write_record(folder: str | os.PathLike[str], document: dict[str, Any]) -> None:
-    """Write the record into a folder, in place of an earlier one; created if missing."""
+def write_record(folder: str | os.PathLike[str], document: dict[str, Any], file: str = _FILE) -> None:
+    """Write a record into a folder, in place of an earlier one; created if missing.
+
+    Numbers that are not finite are written as null.
+    """
     os.makedirs(folder, exist_ok=True)
-    draft = Path(folder, f".{_FILE}.draft")
+    draft = Path(folder, f".{file}.draft")
     draft.write_text(json.dumps(_finite(document), allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, Path(folder, _FILE))
+    os.replace(draft, Path(folder, file))
 
 
 def read_record(

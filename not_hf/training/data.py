@@ -215,9 +215,9 @@ def pack(
         "gen_kwargs": {"block_length": block_length, "isolate_documents": isolate_documents},
     }
     if isinstance(texts, IterableDataset):
-        blocks["gen_kwargs"]["documents"] = texts.map(_tokenize, **how).with_format("arrow")
+        blocks["gen_kwargs"]["documents"] = texts.map(tokenize, **how).with_format("arrow")
         return IterableDataset.from_generator(_blocks, **blocks)
-    documents = texts.map(_tokenize, num_proc=num_proc, desc="Tokenizing", **how).with_format("arrow")
+    documents = texts.map(tokenize, num_proc=num_proc, desc="Tokenizing", **how).with_format("arrow")
     if next(_blocks(documents, block_length, isolate_documents), None) is None:
         raise NotHFError(f"the text has fewer tokens than one block of {block_length}; use a shorter block_length")
     blocks["gen_kwargs"]["documents"] = documents
@@ -304,7 +304,7 @@ def _has_text(texts: list[str | None]) -> list[bool]:
     return [text is not None and not text.isspace() and text != "" for text in texts]
 
 
-def _tokenize(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+def tokenize(texts: list[str | None], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
     """Tokenize the texts that are not empty, each ended by EOS."""
     present = [text for text in texts if text]
     if not present:

@@ -40,7 +40,7 @@ from testing.processes import run_python
 from testing.training import CHAT_TEMPLATE, chat
 
 COMMANDS = (
-    *("extract", "import", "train", "eval", "sweep", "generate", "inspect", "check"),
+    *("extract", "import", "train", "eval", "sweep", "compare", "generate", "inspect", "check"),
     *("push", "search", "transplant", "merge"),
 )
 PASS_ON = ("serve", "run")  # to other tools
@@ -90,11 +90,11 @@ def test_the_examples_in_help_run_one_after_the_other(hub: Hub, tmp_path, monkey
     base = Path("openai-community/gpt2")
     tiny_model("gpt2", n_layer=8, n_positions=1024).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
-    for name, length in (("kjv.txt", 1100), ("held-out.txt", 100)):
+    for name, length in (("kjv.txt", 1100), ("held-out.txt", 100), ("general.txt", 300)):
         Path(name).write_text("\n".join(f"w{3 + n % 90} w{4 + n % 80}" for n in range(length // 2)))
     torch.save(DonorModel.from_base(base, (4, 7)).stack.layers.state_dict(), "donor_layers.pt")
     for command in COMMANDS:
-        result = invoke(*example(command))
+        result = invoke(*("3s" if argument == "10m" else argument for argument in example(command)))
         assert result.exit_code == 0, (command, result.stderr)
         assert result.stdout.strip(), command
     assert HfApi().model_info("me/gpt2-kjv").private
@@ -132,6 +132,7 @@ def test_help_needs_no_slow_import():
         "train DONOR --data TEXT --replay-fraction 0.1 -o OUT",
         "train DONOR --data TEXT --replay-data TEXT --replay-fraction 1 -o OUT",
         "eval DONOR",
+        "compare BASE",
         "sweep BASE DONOR --data TEXT",
         "sweep BASE DONOR --data TEXT --positions 1-3 -o OUT",
         "sweep BASE DONOR --data TEXT --modes beside -o OUT",

@@ -34,6 +34,7 @@ STAND_INS = {
     "save_steps=250": "save_steps=2",
     "logging_steps=10": "logging_steps=1",
     "rank=64": "rank=4",
+    "budget=600": "budget=3",
     "num_train_epochs=3": "num_train_epochs=0.1, use_cpu=True",
 }
 
