@@ -29,6 +29,9 @@ def compare(
         list[str] | None,
         typer.Option(help="Donor to measure as it is: folder or Hub ID. May be repeated.", show_default=False),
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full/--no-full", help="Train all weights too, at 16 bytes of memory for each.")
+    ] = True,
     column: Column = "text",
     split: Split = "train",
     sample_by: SampleBy = None,
@@ -48,10 +51,12 @@ def compare(
         from not_hf import compare_methods, load_text
         from not_hf.evaluation.compared_methods import public_name
         from not_hf.evaluation.comparison_page import remarks, table
+        from not_hf.evaluation.method_comparison import FULL, RATES
 
         texts = load_text(data, split=split, column=column, sample_by=sample_by)["text"]
         general = control and load_text(control, column=column, sample_by=sample_by)["text"]
-        found = compare_methods(base, texts, general, budget=seconds, donors=donor or [])
+        rates = {name: rate for name, rate in RATES.items() if full or name != FULL}
+        found = compare_methods(base, texts, general, budget=seconds, donors=donor or [], rates=rates)
         names = {"data": public_name(data), "control": control and public_name(control)}
         found = dataclasses.replace(found, about=found.about | names)
         if output is not None:

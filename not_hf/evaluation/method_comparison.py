@@ -48,13 +48,14 @@ from not_hf.recipient.heads import writing_class
 from not_hf.recipient.mixin import Recipient
 
 SCALES = (0.0, 0.5, 0.7, 0.85, 1.0)
+FULL = "full fine-tuning"
 RATES = {
     "organ": 3e-4,
     "LoRA": 1e-3,
-    "full fine-tuning": 6e-5,
+    FULL: 6e-5,
 }  # in the middle of those that benchmarks/train.py tries
 
-_TRAINED = {"organ": prepare_organ, "LoRA": prepare_lora, "full fine-tuning": prepare_full}
+_TRAINED = {"organ": prepare_organ, "LoRA": prepare_lora, FULL: prepare_full}
 _NO_COSTS = dict.fromkeys(("rate", "steps", "tokens", "seconds", "peak_bytes", "saved_bytes"))
 
 

@@ -46,10 +46,10 @@ def test_compare(files, tmp_path):
 @pytest.mark.slow
 def test_the_table_without_control_and_folder(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = invoke("compare", files / "base", "--data", files / "mine.txt", "--budget", "2s")
+    result = invoke("compare", files / "base", "--data", files / "mine.txt", "--budget", "2s", "--no-full")
     assert result.exit_code == 0, result.stderr
-    assert all(each in result.stdout for each in ("full fine-tuning", "perplexity", "memory, MB"))
-    assert "control" not in result.stdout and not list(tmp_path.iterdir())
+    assert all(each in result.stdout for each in ("LoRA", "perplexity", "memory, MB"))
+    assert "full fine-tuning" not in result.stdout and "control" not in result.stdout and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
