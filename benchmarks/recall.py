@@ -78,8 +78,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         record = Record(__file__, str(base), options.output, run_once if smoke else None)
         if not options.report:
             run_all(functools.partial(record, block=size["block"], control=size["control"]), size, methods, pool)
-    runs = [run for run in record.runs.values() if run["given"]["seed"] != SEARCH_SEED]
-    found = compare(runs)
+    runs = [run for run in record.runs.values() if run["given"]["method"] and run["given"]["seed"] != SEARCH_SEED]
+    before = next(run["control"] for run in record.runs.values() if run["given"]["method"] is None)
+    found = [{**each, "control_before": before} for each in compare(runs)]
     record.save(form=options.form, comparison=found)
     print(table(found))
     if options.output:
@@ -88,7 +89,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def run_all(run: Any, size: dict[str, Any], methods: list[str], pool: ThreadPoolExecutor) -> None:
-    """Search rates, then teach: first every seed at the main size."""
+    """Measure the base, search rates, then teach: first every seed at the main size."""
+    run(method=None, facts=0, seed=0, rate=0.0, epochs=0)
     rates = dict(zip(methods, pool.map(lambda name: search(run, size, name), methods), strict=True))
     places = [(size["main"], seed) for seed in range(size["seeds"])]
     places += [(facts, 0) for facts in size["facts"] if facts != size["main"]]
@@ -114,13 +116,17 @@ def search(run: Any, size: dict[str, Any], method: str) -> float:
 
 
 def run_once(
-    base: str, method: str, facts: int, seed: int, rate: float, epochs: int, block: int, control: int
+    base: str, method: str | None, facts: int, seed: int, rate: float, epochs: int, block: int, control: int
 ) -> dict[str, Any]:
-    """Teach codes, asking for them on the way, and at the end for as many that were not taught."""
+    """Teach codes, asking for them on the way, and at the end for others; `None` measures the base."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
+    general = read_blocks("english", tokenizer, block, control, part="test")
+    if method is None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return {"control": mean(row_losses(model, general))}
     codes = [line.split(" ", 1) for text in documents("icd10") for line in text.splitlines() if line[0] != "-"]
     drawn = random.Random(seed).sample(codes, 2 * facts)
     taught, others = drawn[:facts], drawn[facts:]
@@ -128,7 +134,6 @@ def run_once(
     for pair in taught:
         prompt, answer = encode(tokenizer, *pair, WAYS["line"])
         rows.append((prompt + answer, [-100] * len(prompt) + answer))
-    general = read_blocks("english", tokenizer, block, control, part="test")
     torch.manual_seed(seed)
     prepared = prepare(method, base)
     measures: list[dict[str, float]] = [{"step": 0, "seconds": 0.0, "known": 0.0}]
@@ -219,6 +224,8 @@ def table(found: list[dict[str, Any]]) -> str:
     """The comparison as Markdown; of several seeds the median, with the smallest and the largest behind it."""
     shares = " | ".join(f"to {share:.0%}, s" for share in SHARES)
     lines = [
+        f"Perplexity of the control before: {math.exp(found[0]['control_before']):.2f}",
+        "",
         f"| facts | method | rate | s/step | {shares} | to LoRA's best, s | ÷ LoRA's | known at the end "
         "| … code means | … question | others | control |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

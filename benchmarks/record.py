@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Record:
         self.script, self.base, self.path, self.alone = script, base, path, alone
         kept = json.loads(path.read_text())["runs"] if path and path.exists() else []
         self.runs: dict[str, dict[str, Any]] = {key_of(run["given"]): run for run in kept}
-        self.started = time.time()
+        self.started, self._writing = time.time(), threading.Lock()
 
     def __call__(self, **given: Any) -> dict[str, Any]:
         """The result of a run."""
@@ -38,8 +39,9 @@ class Record:
         if key not in self.runs:
             print(f"{time.time() - self.started:7.0f} s  {key}", file=sys.stderr, flush=True)
             found = self.alone(self.base, **given) if self.alone else self._in_process(given)
-            self.runs[key] = {"given": given, "commit": demo.commit(), **found}
-            self.save()
+            with self._writing:
+                self.runs[key] = {"given": given, "commit": demo.commit(), **found}
+                self.save()
         return self.runs[key]
 
     def _in_process(self, given: dict[str, Any]) -> dict[str, Any]:
