@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import REFERENCE, mean, seconds_per_step
+from methods import METHODS, REFERENCE, mean, seconds_per_step
 
 COLUMNS = (
     "method", "rate, rows", "steps", "time per row", "memory, MB", "with checkpointing", "file, MB",
@@ -22,6 +22,8 @@ Curve = Callable[[float], float]
 def compare(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One dict for each run: its losses (nats per token), costs, and how it stands to LoRA's."""
     runs = [run for run in record if run["given"]["method"] and "test" in run["given"]["held"]]
+    order = list(METHODS)
+    runs.sort(key=lambda run: (order.index(run["given"]["method"]), run["given"]["seed"]))
     bases = {run["given"]["domain"]: run for run in record if run["given"]["method"] is None}
     references = {place(run): run for run in runs if run["given"]["method"] == REFERENCE}
     costs: dict[tuple[str, int], dict[str, Any]] = {}
@@ -59,8 +61,8 @@ def describe(
         "base": {name: mean(values) for name, values in base["held"]["test"]["0"].items()},
         "losses": {key: {name: mean(values) for name, values in each.items()} for key, each in test.items()},
     }
-    curves = [curves_of(each, base) for each in (run, reference)]
-    found["equal"] = at_equal_domain(*curves)
+    goal = max(mean(each["domain"]) for each in (test[scale], other))
+    found["equal"] = at_domain_loss(goal, *(curves_of(each, base) for each in (run, reference)))
     return found
 
 
@@ -83,25 +85,24 @@ def paired(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
 
 
 def curves_of(run: dict[str, Any], base: dict[str, Any]) -> dict[str, Curve]:
-    """Losses over the scale, for domain and control: the polynomial through the base and what was measured."""
+    """Losses over the scale, for domain and control: straight lines between the base and what was measured."""
     import numpy as np
 
     measured = {"0": base["held"]["test"]["0"], **run["held"]["test"]}
-    scales = [float(scale) for scale in measured]
-    losses = {name: [mean(each[name]) for each in measured.values()] for name in ("domain", "control")}
-    return {name: np.polynomial.Polynomial.fit(scales, each, len(scales) - 1) for name, each in losses.items()}
+    scales = sorted(measured, key=float)
+    losses = {name: [mean(measured[scale][name]) for scale in scales] for name in ("domain", "control")}
+    places = [float(scale) for scale in scales]
+    return {name: lambda scale, each=each: float(np.interp(scale, places, each)) for name, each in losses.items()}
 
 
-def at_equal_domain(mine: dict[str, Curve], reference: dict[str, Curve]) -> dict[str, float]:
-    """Both methods scaled down to the domain loss that both reach: their losses there on the control."""
-    scales = [n / 100 for n in range(101)]
-    goal = max(min(curves["domain"](scale) for scale in scales) for curves in (mine, reference))
+def at_domain_loss(goal: float, mine: dict[str, Curve], reference: dict[str, Curve]) -> dict[str, float]:
+    """Both methods scaled down until the loss on the domain is `goal`: their losses there on the control."""
 
     def control(curves: dict[str, Curve]) -> float:
-        first = next(scale for scale in scales if curves["domain"](scale) <= goal + 1e-9)
-        return float(curves["control"](first))
+        first = next(n for n in range(1001) if curves["domain"](n / 1000) <= goal + 1e-4)
+        return curves["control"](first / 1000)
 
-    return {"domain": float(goal), "control": control(mine), "control_of_reference": control(reference)}
+    return {"domain": goal, "control": control(mine), "control_of_reference": control(reference)}
 
 
 def tables(found: list[dict[str, Any]]) -> str:
@@ -151,8 +152,11 @@ def table_row(mine: list[dict[str, Any]]) -> str:
         perplexity("control"),
         perplexity("domain", "1"),
         perplexity("control", "1"),
-        f"{middle(lambda each: math.exp(each['equal']['control']))}, "
-        f"{middle(lambda each: math.exp(each['equal']['control_of_reference']))}",
+        "–"
+        if first["method"] == REFERENCE
+        else ", ".join(
+            middle(lambda each, key=key: math.exp(each["equal"][key])) for key in ("control", "control_of_reference")
+        ),
     ]
     return f"| {' | '.join(cells)} |"
 
