@@ -44,7 +44,7 @@ SMALL = {**FULL, "methods": [REFERENCE, ORGANS[0]], "facts": [40], "main": 40, "
 FORMS: dict[str, dict[str, Any]] = {
     "full": FULL,
     "quick": SMALL,
-    "smoke": {**SMALL, "facts": [6], "main": 6, "epochs": 2, "block": 32, "control": 2},
+    "smoke": {**SMALL, "facts": [6], "main": 6, "epochs": 4, "block": 32, "control": 2},
 }
 SHARES = (0.5, 0.9)
 ENOUGH = 0.98  # share of the facts after which training stops
