@@ -14,24 +14,19 @@ is in the output file is not run again.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
 import math
-import os
 import random
 import statistics
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from methods import METHODS, REFERENCE, fit, mean, prepare, row_losses, seconds_per_step
-from record import Record, demo
+from record import is_one_run, opened, parser_of
 from texts import documents, read_blocks
-from train import small_base
 
 CONFINED = "LoRA, r = 16, upper half, cache"
 ORGANS = ["organ, upper half, cache", "organ, upper third, cache"]
@@ -54,28 +49,15 @@ SEARCH_SEED = 100
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Search rates, teach, ask, print the table, write the numbers and the picture."""
-    parser = argparse.ArgumentParser(description="Organs against LoRA on text that is seen many times.")
-    forms = parser.add_mutually_exclusive_group()
-    for form in list(FORMS)[1:]:
-        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full")
+    parser = parser_of("Organs against LoRA on text that is seen many times.", FORMS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="beside LoRA of rank 16")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
     parser.add_argument("--report", action="store_true", help="train nothing: table and picture of the runs so far")
-    parser.add_argument(
-        "--output", type=Path, help="JSON file of the runs, read and written; a picture goes beside it"
-    )
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
-    parser.add_argument("--base", help=argparse.SUPPRESS)
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a process of its own
     options = parser.parse_args(arguments)
-    if options.run:
-        print(json.dumps(run_once(options.base, **json.loads(options.run))))
+    if is_one_run(options, run_once):
         return {}
-    size, smoke = FORMS[options.form], options.form == "smoke"
+    size = FORMS[options.form]
     methods = [REFERENCE, *(name for name in options.methods or size["methods"] if name != REFERENCE)]
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
-        base = small_base(Path(scratch)) if smoke else demo.unpack_base(options.cache)
-        record = Record(__file__, str(base), options.output, run_once if smoke else None)
+    with opened(__file__, options, run_once) as (record, pool):
         if not options.report:
             run_all(functools.partial(record, block=size["block"], control=size["control"]), size, methods, pool)
     runs = [run for run in record.runs.values() if run["given"]["method"] and run["given"]["seed"] != SEARCH_SEED]

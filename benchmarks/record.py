@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +69,54 @@ class Record:
 def key_of(given: dict[str, Any]) -> str:
     """What tells a run from others."""
     return json.dumps(given, sort_keys=True)
+
+
+def parser_of(description: str, forms: Iterable[str]) -> argparse.ArgumentParser:
+    """The options that benches of runs share; `forms` are their sizes, of which the first needs no option."""
+    parser = argparse.ArgumentParser(description=description)
+    sizes = parser.add_mutually_exclusive_group()
+    first, *others = forms
+    for form in others:
+        sizes.add_argument(f"--{form}", dest="form", action="store_const", const=form, default=first)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
+    parser.add_argument("--output", type=Path, help="JSON file of the runs, read and written; its picture beside it")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
+    parser.add_argument("--base", help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a process of its own
+    return parser
+
+
+def is_one_run(options: argparse.Namespace, run_once: Callable[..., Any]) -> bool:
+    """Whether this process makes one run; it is made, and its result printed."""
+    if options.run:
+        print(json.dumps(run_once(options.base, **json.loads(options.run))))
+    return bool(options.run)
+
+
+@contextmanager
+def opened(
+    script: str, options: argparse.Namespace, run_once: Callable[..., Any]
+) -> Iterator[tuple[Record, ThreadPoolExecutor]]:
+    """The record of a bench, and the pool of its runs; with `--smoke` of a small base, run here one by one."""
+    smoke = options.form == "smoke"
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
+        base = small_base(Path(scratch)) if smoke else demo.unpack_base(options.cache)
+        yield Record(script, str(base), options.output, run_once if smoke else None), pool
+
+
+def small_base(folder: Path) -> Path:
+    """A random Llama of six layers with a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(alphabet) + 1, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
+    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).save_pretrained(folder)
+    return folder

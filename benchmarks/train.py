@@ -19,11 +19,8 @@ not run again, so that a run that was broken off goes on.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import math
-import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +29,7 @@ from typing import Any
 
 from extract import memory, reset_peak
 from methods import METHODS, REFERENCE, fit, prepare, row_losses, seconds_per_step
-from record import Record, demo
+from record import is_one_run, opened, parser_of
 from report import compare, draw, tables
 from texts import TEXTS, read_blocks
 
@@ -58,29 +55,18 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Search settings, train, compare, print the tables, write the numbers and the pictures."""
-    parser = argparse.ArgumentParser(description="Organs against other ways of fine-tuning on fresh text.")
-    forms = parser.add_mutually_exclusive_group()
-    for form in list(FORMS)[1:]:
-        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full")
+    parser = parser_of("Organs against other ways of fine-tuning on fresh text.", FORMS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="beside LoRA of rank 16")
     parser.add_argument("--domains", nargs="+", choices=[name for name in TEXTS if name != CONTROL])
     parser.add_argument("--seeds", type=int)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
     parser.add_argument("--report", action="store_true", help="train nothing: tables and picture of the runs so far")
-    parser.add_argument("--output", type=Path, help="JSON file of the runs, read and written; its picture beside it")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
-    parser.add_argument("--base", help=argparse.SUPPRESS)
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a process of its own
     options = parser.parse_args(arguments)
-    if options.run:
-        print(json.dumps(run_once(options.base, **json.loads(options.run))))
+    if is_one_run(options, run_once):
         return {}
     given = {name: value for name in ("domains", "seeds") if (value := getattr(options, name))}
-    size, smoke = {**FORMS[options.form], **given}, options.form == "smoke"
+    size = {**FORMS[options.form], **given}
     methods = [REFERENCE, *(name for name in options.methods or size["methods"] if name != REFERENCE)]
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
-        base = small_base(Path(scratch)) if smoke else demo.unpack_base(options.cache)
-        record = Record(__file__, str(base), options.output, run_once if smoke else None)
+    with opened(__file__, options, run_once) as (record, pool):
         if not options.report:
             shape = {name: size[name] for name in ("block", "pool", "replay")}
             run_all(functools.partial(record, **shape), size, methods, pool)
@@ -196,24 +182,6 @@ def size_of(model: Any) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-
-
-def small_base(folder: Path) -> Path:
-    """A random Llama of six layers with SmolLM2's kind of tokenizer: one of bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    shape = {"vocab_size": len(alphabet) + 1, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
-    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

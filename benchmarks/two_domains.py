@@ -14,21 +14,17 @@ ones of those that `train.py` tries. What is in the output file is not run again
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import math
-import os
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from methods import METHODS, REFERENCE, fit, mean, prepare, row_losses
-from record import Record, demo
+from record import is_one_run, opened, parser_of
 from texts import read_blocks
-from train import CONTROL, small_base
+from train import CONTROL
 
 DOMAINS = ("kjv", "icd10")
 WAYS = {  # what is trained on each text
@@ -46,23 +42,10 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, put together, print the table, write the numbers."""
-    parser = argparse.ArgumentParser(description="What was learned from two texts, in one model.")
-    forms = parser.add_mutually_exclusive_group()
-    for form in list(FORMS)[1:]:
-        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="full")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
-    parser.add_argument("--output", type=Path, help="JSON file of the runs, read and written")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
-    parser.add_argument("--base", help=argparse.SUPPRESS)
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a process of its own
-    options = parser.parse_args(arguments)
-    if options.run:
-        print(json.dumps(run_once(options.base, **json.loads(options.run))))
+    options = parser_of("What was learned from two texts, in one model.", FORMS).parse_args(arguments)
+    if is_one_run(options, run_once):
         return {}
-    smoke = options.form == "smoke"
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
-        base = small_base(Path(scratch)) if smoke else demo.unpack_base(options.cache)
-        record = Record(__file__, str(base), options.output, run_once if smoke else None)
+    with opened(__file__, options, run_once) as (record, pool):
         runs = list(pool.map(lambda way: record(way=way, seed=0, **FORMS[options.form]), WAYS))
     record.save(form=options.form)
     print(table(runs))
