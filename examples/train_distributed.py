@@ -58,6 +58,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume)
     trainer.save_model(str(Path(args.output, "organ")))  # on every process: the tensors are gathered
+    trainer.accelerator.end_training()  # the processes part here: one that simply exits may abort the others
 
 
 if __name__ == "__main__":
