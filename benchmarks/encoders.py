@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     commit, size = demo.commit(), SIZES["quick" if options.quick else "full"]
     data = read_data(size)
     found = {model_type: compare(model_type, size, data) for model_type in ENCODERS}
-    result = {"size": size, "encoders": found, "commit": commit, **demo.provenance()}
+    result = {"size": size, "encoders": found, "commit": commit, **demo.provenance(__file__)}
     print(f"{'encoder':12}{'method':16}{'rate':>8}{'trained':>10}{'domain':>9}{'control':>9}{'seconds':>9}")
     for model_type, methods in found.items():
         for method, row in methods.items():

@@ -112,7 +112,7 @@ def compare(shape: str) -> dict[str, Any]:
             **found,
             "bounds": bounds(folders[shape]),
             "commit": demo.commit(),
-            **demo.provenance(),
+            **demo.provenance(__file__),
         }
 
 

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "layers": organ.config.layers,
         "rows": rows,
         "commit": commit,
-        **demo.provenance(),
+        **demo.provenance(__file__),
     }
     print(table(found))
     if given.output:

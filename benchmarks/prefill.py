@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         cases = [switch(base, entry, ids, repeats) for entry in (num_layers // 2, 5 * num_layers // 6)]
         adapters = lora(base, Path(scratch, "lora"), ids, repeats)
     found = {"num_tokens": num_tokens, "num_layers": num_layers, "cases": cases, "lora_seconds": adapters}
-    found |= {"commit": demo.commit(), **demo.provenance()}
+    found |= {"commit": demo.commit(), **demo.provenance(__file__)}
     print(table(found))
     if given.output:
         given.output.write_text(json.dumps(found, indent=2) + "\n")

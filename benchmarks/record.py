@@ -60,7 +60,7 @@ class Record:
     def save(self, **summary: Any) -> None:
         """Write the runs, with what is said about all of them."""
         if self.path:
-            document = {**demo.provenance(), **summary, "runs": list(self.runs.values())}
+            document = {**demo.provenance(self.script), **summary, "runs": list(self.runs.values())}
             half = self.path.with_suffix(".half")
             half.write_text(json.dumps(document, indent=1) + "\n")
             half.replace(self.path)

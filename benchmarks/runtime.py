@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             },
             "switch": switch(write(folder / "deep", SMALL if options.quick else DEEP, "float32"), folder, switches),
             "commit": demo.commit(),
-            **demo.provenance(),
+            **demo.provenance(__file__),
         }
     found["targets"] = targets(found)
     print(tables(found))

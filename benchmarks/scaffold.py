@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             f"{i}-{j}": compare(base, (i, j), size, tokenizer, blocks, texts, Path(scratch, f"{i}-{j}"))
             for i, j in size["spans"]
         }
-    found = {"size": size, "base": untouched, "spans": spans, "commit": commit, **demo.provenance()}
+    found = {"size": size, "base": untouched, "spans": spans, "commit": commit, **demo.provenance(__file__)}
     print(table(found))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         truth = known.get(name) or {"commit": commit, **measure(model, trained, held, size)}
         result["texts"][name] = {**truth, **judge(model, scored, truth["spans"], size)}
         print(table(name, result["texts"][name]), flush=True)
-        result |= {"commit": commit, **demo.provenance()}
+        result |= {"commit": commit, **demo.provenance(__file__)}
         if options.output:
             options.output.write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -1,168 +1,39 @@
-"""Write the tables that the documentation quotes, from the results files: `make bench-tables`.
+"""Write the answers and tables that the documentation quotes, from the results files: `make bench-tables`.
 
-A table stands between two comments with its name. A test compares what is written with what the files say.
+Each stands between two comments with its name. A test compares what is written with what the files say.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import statistics
 from collections.abc import Callable
 from typing import Any
 
-import recall
-import report
-from methods import REFERENCE
+import answers
+import figures
+from figures import RESULTS
 from texts import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results"
-NAMES = {"kjv": "King James", "icd10": "medical codes", "french": "French"}
-OUTPUTS, CACHED, CONFINED = "organ, outputs", "organ, upper half, cache", recall.CONFINED
-
-
-def read(name: str) -> dict[str, Any]:
-    """A results file."""
-    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-
-
-def train() -> str:
-    """What learning from fresh text gave, with all columns."""
-    found = read("train")
-    return f"{report.tables(found['comparison'])}\n{source('train.py', found)}"
-
-
-def recall_table() -> str:
-    """What learning by heart gave."""
-    found = read("recall")
-    return f"{recall.table(found['comparison'])}\n\n{source('recall.py', found)}"
-
-
-def source(script: str, found: dict[str, Any]) -> str:
-    """Where numbers come from."""
-    commits = ", ".join(f"`{each[:7]}`" for each in dict.fromkeys(run["commit"] for run in found["runs"]))
-    versions = found["versions"]
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
-    return (
-        f"`{script}`, commit {commits}; {found['hardware']['processor']}, one thread a run; "
-        f"Python {versions['python']}, {packages}."
-    )
-
-
-def middle(values: list[float], form: str = ".2f") -> str:
-    """The median, with the smallest and the largest behind it if there are several."""
-    values = sorted(values)
-    spread = f" ({values[0]:{form}} – {values[-1]:{form}})" if len(values) > 1 else ""
-    return f"{statistics.median(values):{form}}{spread}"
-
-
-def lora() -> str:
-    """Organs and LoRA side by side, for the README."""
-    return side_by_side(fresh_rows() + recall_rows() + switch_rows())
-
-
-def side_by_side(rows: list[tuple[str, ...]]) -> str:
-    """Rows as Markdown."""
-    lines = ["| | organ | LoRA, r = 16 | script |", "| --- | ---: | ---: | --- |"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def fresh_rows() -> list[tuple[str, ...]]:
-    """Fresh text: perplexity of the domain, and of general text where both have the same one of the domain."""
-    runs = read("train")["comparison"]
-    sides = [[each for each in runs if each["method"] == method] for method in (OUTPUTS, REFERENCE)]
-    rows = []
-    for domain, name in NAMES.items():
-        here = [[each for each in side if each["domain"] == domain] for side in sides]
-        before = {key: math.exp(value) for key, value in here[0][0]["base"].items()}
-        domains = ([math.exp(each["losses"][f"{each['scale']:g}"]["domain"]) for each in side] for side in here)
-        controls = ([math.exp(each["equal"][key]) for each in here[0]] for key in ("control", "control_of_reference"))
-        rows += [
-            (f"fresh text, {name}: perplexity; {before['domain']:.2f} before", *map(middle, domains), "`train.py`"),
-            (
-                f"… of general text at equal perplexity; {before['control']:.2f} before",
-                *map(middle, controls),
-                "`train.py`",
-            ),
-        ]
-    for what, key in (
-        ("peak memory of training with gradient checkpointing", "peak_bytes_saving"),
-        ("file", "file_bytes"),
-    ):
-        rows.append((f"… {what}, MB", *(f"{side[0][key] / 1e6:,.0f}" for side in sides), "`train.py`"))
-    return rows
-
-
-def recall_rows() -> list[tuple[str, ...]]:
-    """Facts by heart: time to LoRA's recall, and the perplexity of general text then."""
-    runs, rows = read("recall")["comparison"], []
-    before = math.exp(runs[0]["control_before"])
-    for facts in sorted({each["facts"] for each in runs}):
-        here = [
-            [each for each in runs if (each["facts"], each["method"]) == (facts, method)]
-            for method in (CACHED, REFERENCE)
-        ]
-        seconds = (middle([each["seconds"]["best"] or math.inf for each in side], ".0f") for side in here)
-        general = (middle([math.exp(each["control"]) for each in side], ".1f") for side in here)
-        rows += [
-            (f"{facts} facts by heart, seconds of training", *seconds, "`recall.py`"),
-            (f"… perplexity of general text afterwards; {before:.1f} before", *general, "`recall.py`"),
-        ]
-    return rows
-
-
-def switch_rows() -> list[tuple[str, ...]]:
-    """Switching on a prompt that was read before, and in a model without one."""
-    prompt, switch = read("prefill"), read("runtime")["switch"]
-    rows = [
-        (
-            f"another organ on a prompt of {prompt['num_tokens']:,} tokens, from layer {case['entry']} of "
-            f"{prompt['num_layers']}: s to first token",
-            f"{case['shared_seconds']:.2f}",
-            f"{prompt['lora_seconds']:.2f}",
-            "`prefill.py`",
-        )
-        for case in prompt["cases"]
-    ]
-    pairs = {"switch to another one": ("set_donor", "set_adapter"), "load one more": ("load_donor", "load_adapter")}
-    for what, names in pairs.items():
-        cells = (f"{switch['seconds'][name] * 1000:.1f}" for name in names)
-        rows.append((f"{what}, {switch['num_layers']} layers: ms", *cells, "`runtime.py`"))
-    return rows
-
-
-def native() -> str:
-    """An organ beside a native model of equal depth, and what cutting one reads, for the README."""
-    runtime, extract = read("runtime"), read("extract")
-    ratios = [
-        value for each in runtime["load"].values() for key, value in each.items() if key.startswith("per_native")
-    ]
-    cut = extract["ways"]["range"]
-    rows = [
-        (
-            "decoding speed ÷ that of a native model of equal depth",
-            f"{runtime['decode']['ratio']:.2f}",
-            "`runtime.py`",
-        ),
-        ("load and first forward pass ÷ its time", f"{min(ratios):.2f} – {max(ratios):.2f}", "`runtime.py`"),
-        (
-            f"MB read from a repo of {extract['model_bytes'] / 1e6:,.0f} MB to cut an organ of "
-            f"{cut['organ_bytes'] / 1e6:,.0f} MB",
-            f"{cut['bytes_served'] / 1e6:,.0f}",
-            "`extract.py`",
-        ),
-    ]
-    return "\n".join(["| | | script |", "| --- | ---: | --- |", *(f"| {' | '.join(row)} |" for row in rows)])
-
-
+FRESH, BY_HEART, SWITCHING = (
+    lambda: figures.side_by_side(figures.fresh_rows()),
+    lambda: figures.side_by_side(figures.recall_rows()),
+    lambda: figures.side_by_side(figures.switch_rows()),
+)
 PAGES: dict[Any, dict[str, Callable[[], str]]] = {
-    ROOT / "benchmarks" / "README.md": {"train": train, "recall": recall_table},
-    ROOT / "README.md": {"lora": lora, "native": native},
-    ROOT / "docs" / "choosing.md": {
-        "fresh": lambda: side_by_side(fresh_rows()),
-        "by heart": lambda: side_by_side(recall_rows()),
-        "switching": lambda: side_by_side(switch_rows()),
+    ROOT / "README.md": {"lora": figures.lora, "native": figures.native},
+    ROOT / "docs" / "choosing.md": {"fresh": FRESH, "by heart": BY_HEART, "switching": SWITCHING},
+    ROOT / "docs" / "install.md": {"demo": figures.demo, "demo run": answers.demo_run},
+    ROOT / "benchmarks" / "README.md": {
+        "fresh answer": answers.fresh,
+        "fresh": FRESH,
+        "recall answer": answers.recall,
+        "by heart": BY_HEART,
+        "switching answer": answers.switching,
+        "switching": SWITCHING,
+        "native answer": answers.native,
+        "native": figures.native,
     },
+    RESULTS / "train.md": {"train": figures.train},
+    RESULTS / "recall.md": {"recall": figures.recall_table},
 }
 
 

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
         push(Path(scratch))
         loads = {name: trace(load, hub, Path(scratch, "home")) for name, load in calls().items()}
-        found = {"loads": loads, "commit": demo.commit(), **demo.provenance()}
+        found = {"loads": loads, "commit": demo.commit(), **demo.provenance(__file__)}
     print(table(loads))
     if options.output:
         options.output.write_text(json.dumps(found, indent=2) + "\n")

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
                 running.enter_context(local_hub(Path(scratch)))
         result = organ_life(options, Path(scratch))
     result["seconds"] = {**seconds, "total": time.perf_counter() - start}
-    result |= {"peak_memory_gb": peak_memory(), **provenance(), "commit": code}
+    result |= {"peak_memory_gb": peak_memory(), **provenance(__file__), "commit": code}
     (options.output / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print(*tables(result), sep="\n")
     console.print(f"Organ, merged model and demo.json (these numbers) are in [bold]{options.output}[/].")
@@ -468,8 +468,8 @@ def peak_memory() -> float | None:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def provenance() -> dict:
-    """What the numbers depend on besides the commit: versions and hardware."""
+def provenance(script: str) -> dict:
+    """What the numbers depend on besides the commit: script, versions and hardware."""
     import torch
 
     import not_hf
@@ -477,6 +477,7 @@ def provenance() -> dict:
     packages = ("torch", "transformers", "huggingface_hub", "datasets", "safetensors")
     versions = {"not_hf": not_hf.__version__, **{name: version(name) for name in packages}}
     return {
+        "script": Path(script).resolve().relative_to(ROOT).as_posix(),
         "versions": {"python": platform.python_version(), **versions},
         "hardware": {
             "machine": platform.platform(),

@@ -48,7 +48,7 @@ def choose_span(
     gain. The time of a training step, which depends on the position of the span, is not considered.
 
     Take it as a hint: on both texts that were tried, the scores correlated with the results of training (rank
-    correlations 0.6 and 0.8), but the best score was not the best span. See "Where to cut" in `benchmarks/README.md`.
+    correlations 0.6 and 0.8), but the best score was not the best span. See `benchmarks/results/spans.md`.
 
     The cost is one forward and backward pass per batch, without dropout. Besides activations it takes little memory:
     the gradient of one tensor at a time, of which a sample is kept.

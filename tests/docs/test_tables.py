@@ -1,12 +1,23 @@
-"""The tables that the documentation quotes from benchmarks are those of the results files."""
+"""The figures that the documentation quotes are those of the results files."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import re
 
 import pytest
+from huggingface_hub import ModelCard
 
 from testing import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FIGURE = re.compile(r"[\d.,]*\d\s?(?:%|MB|GB|ms|s|nats|×)(?![\w·-])|perplexity (?:of )?\d")
+NOT_MEASURED = {  # limits, levels and examples
+    "docs/guides/evaluation.md": {"95 %"},
+    "docs/guides/sharing.md": {"1 MB", "5 GB"},
+}
 
 
 @pytest.fixture
@@ -20,3 +31,30 @@ def test_the_tables_are_those_of_the_results(tables):
         text = path.read_text("utf-8")
         assert all(f"<!-- {name} -->" in text for name in parts)
         assert text == tables.written(text, parts), "run make bench-tables"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_no_figure_stands_outside_of_them(tables, page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text("utf-8"), flags=re.DOTALL)
+    for name in tables.PAGES.get(page, ()):
+        text = re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", "", text, flags=re.DOTALL)
+    known = NOT_MEASURED.get(page.relative_to(ROOT).as_posix(), set())
+    assert set(FIGURE.findall(text)) == known
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_results_file_says_where_it_comes_from(path):
+    found = json.loads(path.read_text("utf-8"))
+    assert (ROOT / found["script"]).is_file()
+    assert all(re.match("[0-9a-f]{40}", each["commit"]) for each in found.get("runs", [found]))
+    assert {"python", "torch", "transformers"} <= set(found["versions"])
+    assert found["hardware"]["processor"]
+
+
+def test_the_card_has_the_figures_of_the_demo():
+    card = ModelCard.load(ROOT / "model_cards" / "smollm2-135m-instruct-kjv.md")
+    demo = json.loads((RESULTS / "demo.json").read_text("utf-8"))["perplexity"]
+    values = {each.dataset_name: each.metric_value for each in card.data.eval_results}
+    assert sorted(values.values()) == sorted(each["after"] for each in demo.values())
+    for each in demo.values():
+        assert f"| {round(each['before'], 2)} | {round(each['after'], 2)} |" in card.content

@@ -1,0 +1,108 @@
+"""What the results say, a sentence or two for each question, computed from the files."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from figures import CACHED, NAMES, OUTPUTS, middle, read
+from methods import REFERENCE
+
+
+def fresh() -> str:
+    """Fresh text: the organ of outputs against LoRA."""
+    runs = read("train")["comparison"]
+
+    def change(domain: str, ratio: Callable[[dict[str, Any], dict[str, Any]], float]) -> float:
+        here = {(each["method"], each["seed"]): each for each in runs if each["domain"] == domain}
+        seeds = sorted(seed for method, seed in here if method == OUTPUTS)
+        return statistics.median(ratio(here[OUTPUTS, seed], here[REFERENCE, seed]) for seed in seeds) - 1
+
+    def of_domain(organ: dict[str, Any], lora: dict[str, Any]) -> float:
+        ends = (each["losses"][f"{each['scale']:g}"]["domain"] for each in (organ, lora))
+        return math.exp(next(ends) - next(ends))
+
+    def of_control(organ: dict[str, Any], _: dict[str, Any]) -> float:
+        return math.exp(organ["equal"]["control"] - organ["equal"]["control_of_reference"])
+
+    changes = {name: change(domain, of_domain) for domain, name in NAMES.items()}
+    controls = {name: change(domain, of_control) for domain, name in NAMES.items()}
+    worst = max(changes.values())
+    verdict = "Yes" if worst <= 0 else "Within a per cent" if worst <= 0.01 else "Not quite" if worst <= 0.05 else "No"
+    return paragraph(
+        f"**{verdict}:** against LoRA's, the organ's perplexity is {listed(changes)}. "
+        f"That of general text, with both at equal perplexity of the domain, is {listed(controls)}."
+    )
+
+
+def paragraph(text: str) -> str:
+    """The lines of a text."""
+    return "\n".join(textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False))
+
+
+def listed(changes: dict[str, float]) -> str:
+    """Changes with their names."""
+    return ", ".join(f"{value:+.1%} ({name})".replace("-", "−").replace("%", " %") for name, value in changes.items())
+
+
+def recall() -> str:
+    """Facts by heart: an organ with the prefix cache against LoRA."""
+    runs, parts, sooner, spared = read("recall")["comparison"], [], [], []
+    for facts in sorted({each["facts"] for each in runs}):
+        here = {(each["method"], each["seed"]): each for each in runs if each["facts"] == facts}
+        seeds = sorted(seed for method, seed in here if method == CACHED)
+        ratios = [share_of_reference(here[CACHED, seed]) for seed in seeds]
+        controls = [[math.exp(here[method, seed]["control"]) for seed in seeds] for method in (CACHED, REFERENCE)]
+        sooner.append(statistics.median(ratios) < 1)
+        spared.append(statistics.median(controls[0]) < statistics.median(controls[1]))
+        parts.append(
+            f"{facts} facts: {middle(ratios)} of the time to LoRA's best, general text at "
+            f"{statistics.median(controls[0]):.0f} instead of {statistics.median(controls[1]):.0f}"
+        )
+    verdict = "Yes" if all(sooner) else "Not always" if any(sooner) else "No"
+    less = "less" if all(spared) else "not always less" if any(spared) else "not less"
+    before = math.exp(runs[0]["control_before"])
+    return paragraph(f"**{verdict}, and it forgets {less}** (general text before: {before:.0f}). {'; '.join(parts)}.")
+
+
+def share_of_reference(run: dict[str, Any]) -> float:
+    """Time to the best recall of LoRA as a share of LoRA's; infinite if it was not reached."""
+    return (run["seconds"]["best"] or math.inf) / run["seconds_of_reference"]["best"]
+
+
+def switching() -> str:
+    """The first token after another organ was chosen."""
+    found = read("prefill")
+    shares = [
+        f"{case['shared_seconds'] / found['lora_seconds']:.2f} of LoRA's time (organs from layer {case['entry']} of "
+        f"{found['num_layers']})"
+        for case in found["cases"]
+    ]
+    quicker = all(case["shared_seconds"] < found["lora_seconds"] for case in found["cases"])
+    verdict = "Sooner than another adapter" if quicker else "Not always sooner than another adapter"
+    return paragraph(f"**{verdict}**: on a prompt of {found['num_tokens']:,} tokens in {' and '.join(shares)}.")
+
+
+def native() -> str:
+    """Against a native model of equal depth."""
+    found = read("runtime")
+    speed, targets = found["decode"]["ratio"], found["targets"]
+    verdict = "Next to nothing" if speed > 0.95 else "Speed"
+    return paragraph(
+        f"**{verdict}:** it decodes at {speed:.2f} times the speed of a native model of equal depth. "
+        f"{sum(each['holds'] for each in targets)} of {len(targets)} targets hold; [which](results/runtime.md)."
+    )
+
+
+def demo_run() -> str:
+    """What the demo trained, and what it took."""
+    found = read("demo")
+    training, (begin, end), seconds = found["training"], found["layers"], found["seconds"]
+    return paragraph(
+        f"Layers {begin} – {end - 1} were trained in place on {training['tokens']:,} tokens in {training['steps']} "
+        f"steps. The run took {seconds['total']:.0f} s, of which {seconds['Train']:.0f} s were training, and at most "
+        f"{found['peak_memory_gb']:.1f} GB of memory in one process."
+    )
