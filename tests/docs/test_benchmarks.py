@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from testing import ROOT
 from testing.processes import run_python
@@ -168,6 +169,20 @@ def test_two_domains(tmp_path):
         losses = run["losses"]
         assert losses["kjv alone"]["kjv"] < losses["base"]["kjv"]
         assert losses["both, 1"] != losses["both, 0.5"] != losses["base"]
+
+
+def test_organs(tmp_path):
+    """An organ lowers the loss on its text, and its card says by how much, with the picture of its scales."""
+    _, found = quick("organs.py", tmp_path, "--cards", tmp_path, form="--smoke", warm=True)
+    (run,) = found["runs"]
+    card = next(tmp_path.glob("*.md"))
+    assert ModelCard.load(card).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert f"({card.stem}.png)" in card.read_text("utf-8") and card.with_suffix(".png").exists()
+    assert run["scale"] == min(run["scales"], key=lambda row: row["perplexity"])["scale"]
+    for kind in ("domain", "control"):
+        found = run["metrics"][f"{kind}_perplexity"]
+        assert f"| {kind} perplexity | {found['before']:.4g} | {found['after']:.4g} |" in card.read_text("utf-8")
+    assert run["metrics"]["domain_perplexity"]["after"] < run["metrics"]["domain_perplexity"]["before"]
 
 
 def test_lora_export(tmp_path, demo_base):
