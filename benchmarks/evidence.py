@@ -1,0 +1,113 @@
+"""Make every result, table and picture of the documentation: make evidence, make evidence-quick.
+
+    python benchmarks/evidence.py            # what is not in benchmarks/results yet: days on two cores
+    python benchmarks/evidence.py --quick    # a small form of every script, kept nowhere: a quarter of an hour
+    python benchmarks/evidence.py --list     # the scripts, with the hours that each takes
+
+Scripts whose results consist of many runs go on where they stopped; others run if their results file is not there. So
+to measure something again, delete its file. At the end the answers and tables are written into the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from texts import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script, and how to run it.
+
+    Args:
+        name: File below `benchmarks/`, without its ending.
+        hours: What it takes on two cores.
+        options: Of its full form.
+        small: Options of its small form.
+        results: Name of its results file, if it is not the script's.
+        goes_on: Whether it knows which of its runs are done.
+    """
+
+    name: str
+    hours: float
+    options: tuple[str, ...] = ()
+    small: tuple[str, ...] = ("--quick",)
+    results: str = ""
+    goes_on: bool = False
+
+    def command(self, folder: Path, small: bool) -> list[str]:
+        """What to run; results go into the folder."""
+        file = folder / f"{self.results or self.name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        options = self.small if small else self.options
+        return [sys.executable, str(BENCHMARKS / f"{self.name}.py"), "--output", str(file), *options]
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether there is nothing left to do."""
+        return not self.goes_on and (folder / f"{self.results or self.name}.json").exists()
+
+
+SCRIPTS = (
+    Script("extract", 0.1),
+    Script("extract", 0.05, ("--experts",), ("--experts", "--quick"), "extract-experts"),
+    Script("runtime", 0.3),
+    Script("prefill", 0.1),
+    Script("lora_export", 0.3),
+    Script("lora_export", 0.1, ("--only", "deltas"), ("--only", "deltas", "--quick"), "lora_export-deltas"),
+    Script("encoders", 0.2),
+    Script("scaffold", 0.5),
+    Script("spans", 2),
+    Script("train", 8, small=("--smoke",), goes_on=True),
+    Script("recall", 6, small=("--smoke",), goes_on=True),
+    Script("two_domains", 1, small=("--smoke",), goes_on=True),
+    Script("organs", 1, ("--cards", str(ROOT / "model_cards")), ("--smoke",), goes_on=True),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the scripts one after the other; the number of those that failed."""
+    parser = argparse.ArgumentParser(description="Make every result, table and picture of the documentation.")
+    parser.add_argument("--quick", action="store_true", help="a small form of every script, kept nowhere")
+    parser.add_argument("--list", action="store_true", help="print the scripts and stop")
+    parser.add_argument("--only", nargs="+", choices=list(dict.fromkeys(script.name for script in SCRIPTS)))
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if options.quick else BENCHMARKS / "results"
+        left = [each for each in SCRIPTS if not options.only or each.name in options.only]
+        left = [each for each in left if not each.is_done(folder)]
+        if options.list:
+            print(*(f"{each.name}: {each.hours:g} h" for each in left), sep="\n")
+            return 0
+        failed = run_all(left, folder, options.quick)
+    if not options.quick:
+        subprocess.run([sys.executable, str(BENCHMARKS / "tables.py")], check=True)
+    return failed
+
+
+def run_all(scripts: list[Script], folder: Path, small: bool) -> int:
+    """Run, with a line for each script that says how much time is left; the number of those that failed."""
+    start, failed = time.monotonic(), 0
+    pace = 0.0  # minutes for what is thought to take an hour
+    for n, script in enumerate(scripts):
+        to_come = sum(each.hours for each in scripts[n:])
+        left = f", about {pace * to_come:.0f} minutes left" if pace else ""
+        print(f"{n + 1} of {len(scripts)}: {script.name}{left}", flush=True)
+        done = subprocess.run(script.command(folder, small), check=False, capture_output=small, text=True)
+        if done.returncode:
+            failed += 1
+            print(f"{script.name} failed ({done.returncode})", (done.stderr or "")[-2000:], sep="\n", file=sys.stderr)
+        pace = (time.monotonic() - start) / 60 / sum(each.hours for each in scripts[: n + 1])
+    print(f"{len(scripts) - failed} of {len(scripts)} done in {(time.monotonic() - start) / 60:.0f} minutes")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
