@@ -41,8 +41,14 @@ def setups(model_type: str) -> list[str]:
     return ["two" if model_type in {*STATEFUL, *PLAIN, *OTHERS} - {"qwen3_next"} else "several", *parts]
 
 
+def marks(model_type: str, setup: str) -> list[pytest.MarkDecorator]:
+    """`make test-fast` tries each set-up with one architecture."""
+    group = pytest.mark.xdist_group(model_type)
+    return [group] if setup == "several" or model_type == "llama" else [group, pytest.mark.slow]
+
+
 LIVES = [
-    pytest.param(model_type, setup, check, marks=pytest.mark.xdist_group(model_type))
+    pytest.param(model_type, setup, check, marks=marks(model_type, setup))
     for model_type in (*EVERY, *OTHERS)
     for setup in setups(model_type)
     for check in (FEWER if model_type in OTHERS else OF_PARTS.get(setup, CHECKS))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,13 +47,22 @@ def edit_json(file: Path, **values: Any) -> None:
 
 
 def organ(base: PreTrainedModel | str | Path, seed: int, layers: tuple[int, int] = SPAN, **options) -> DonorModel:
-    """Layers of a base, every tensor that seed's own."""
-    return moved(DonorModel.from_base(base, layers, **options), seed)
+    """Layers of a base, every tensor that seed's own; of a folder that is as it was, they are cut once."""
+    if isinstance(base, PreTrainedModel) or not Path(base).is_dir():
+        return moved(DonorModel.from_base(base, layers, **options), seed)
+    files = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(base).rglob("*"))]
+    return moved(copy.deepcopy(_cut(str(base), layers, pickle.dumps(options), tuple(files))), seed)
 
 
 def tiny_organ(seed: int, model_type: str = "llama", layers: tuple[int, int] = SPAN, **options) -> DonorModel:
-    """The same of a tiny base."""
-    return organ(tiny_model(model_type), seed, layers, **options)
+    """The same of a tiny base, which is cut once."""
+    return moved(copy.deepcopy(_cut(model_type, layers, pickle.dumps(options))), seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(base: str, layers: tuple[int, int], options: bytes, files: tuple | None = None) -> DonorModel:
+    """Cut layers of a folder with these files; without them, of a tiny base of that model type."""
+    return DonorModel.from_base(tiny_model(base) if files is None else base, layers, **pickle.loads(options))
 
 
 def transplanted_class(base: PreTrainedModel) -> type[TransplantedForCausalLM | TransplantedForMaskedLM]:
