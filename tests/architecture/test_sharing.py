@@ -141,6 +141,7 @@ def test_layers_with_inputs_of_their_own_go_nowhere_else(tmp_path):
         TransplantedForCausalLM.from_pretrained(tmp_path, donor, scaffold="minimal")
 
 
+@pytest.mark.slow
 def test_training_starts_above_no_source(tmp_path):
     base = tiny_model("gemma4_text", **PER_LAYER_INPUTS)
 

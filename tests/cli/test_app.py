@@ -228,6 +228,7 @@ def test_extract(base, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_sweep(base, donor, words, tmp_path):
     arguments = ("sweep", base, donor, "--data", words, "-o", tmp_path / "out")
     shown = done(*arguments, "--positions", "3,9", "--modes", "insert,replace")

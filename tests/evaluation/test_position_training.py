@@ -41,7 +41,7 @@ def state(model):
     return type(model), flags, modes, organs, "forward" in vars(model), model.config.to_json_string()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_is_what_training_there_gives(how, bf16):
     how["args"].bf16 = bf16
     base = tiny_model("llama").train()

@@ -225,7 +225,7 @@ def failing(stage: str) -> Callable:
     return lambda asked, path, headers: Fault(status=500) if asked == method and part in path else None
 
 
-@pytest.mark.parametrize("revision", [None, "new-branch"])
+@pytest.mark.parametrize("revision", [None, pytest.param("new-branch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_upload_that_fails_midway_changes_nothing_and_can_be_repeated(
     hub, base, stage, revision, api, repo_id, no_waiting
@@ -341,7 +341,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("where", ["repo", "folder"])
+@pytest.mark.parametrize("where", ["repo", pytest.param("folder", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_of_an_earlier_save_do_not_stay_behind(base, change, where, api, repo_id, tmp_path):
     before, first_options, after, options = CHANGES[change]
