@@ -34,7 +34,12 @@ WAYS = {
 KEEPS_A_MAP = ("device_map", "dispatch_model")
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(
+    params=[
+        pytest.param(each, marks=pytest.mark.slow if each in ("dispatch_model", "disk_offload", "auto") else ())
+        for each in WAYS
+    ]
+)
 def way(request):
     return request.param
 

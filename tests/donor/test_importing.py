@@ -91,7 +91,10 @@ def computed(cut, base_folder, token_ids) -> Callable[[str], torch.Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(
+    "model_type",
+    [each if each == "llama" else pytest.param(each, marks=pytest.mark.slow) for each in MODEL_TYPES],
+)
 @pytest.mark.parametrize("layout", [*ABSOLUTE, *RELATIVE, *FROM_MODEL])
 def test_every_layout_gives_the_organ_that_a_cut_gives(
     layout, model_type, cut, computed, base_folder, tmp_path, token_ids

@@ -93,6 +93,7 @@ def test_other_layers_at_each_position(how):
     assert alone.rows == found.rows[1:]
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on(how, tmp_path, monkeypatch):
     base, folder = tiny_model("llama"), tmp_path / "out"
     donor, before, train, trained = organ(base, 1), state(base), position_training._train, []

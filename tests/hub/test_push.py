@@ -327,6 +327,10 @@ CHANGES = {
     "a composition in shards over a composition": (TWO, SINGLE, TWO, SHARDED),
     "a composition over a composition in shards": (TWO, SHARDED, TWO, SINGLE),
 }
+REPEATED = (  # of the others
+    *("fewer shards", "a composition over an organ"),
+    *("a composition in shards over a composition", "a composition over a composition in shards"),
+)
 
 
 # of the user, and of none of our business; some look like weights
@@ -342,7 +346,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("where", ["repo", pytest.param("folder", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", [pytest.param(each, marks=pytest.mark.slow if each in REPEATED else ()) for each in CHANGES]
+)
 def test_weights_of_an_earlier_save_do_not_stay_behind(base, change, where, api, repo_id, tmp_path):
     before, first_options, after, options = CHANGES[change]
     old, new = with_organs(base, *before), with_organs(base, *after)

@@ -42,9 +42,10 @@ def setups(model_type: str) -> list[str]:
 
 
 def marks(model_type: str, setup: str) -> list[pytest.MarkDecorator]:
-    """`make test-fast` tries each set-up with one architecture."""
+    """`make test-fast` tries several organs at a time, and parts of layers with one architecture."""
     group = pytest.mark.xdist_group(model_type)
-    return [group] if setup == "several" or model_type == "llama" else [group, pytest.mark.slow]
+    is_fast = setup == "several" or (setup in PARTS and model_type == "llama")
+    return [group] if is_fast else [group, pytest.mark.slow]
 
 
 LIVES = [

@@ -53,7 +53,7 @@ def test_a_training_that_ended_is_over(tmp_path):
     assert not (tmp_path / "run/checkpoint-5").exists()
 
 
-@pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
+@pytest.mark.parametrize("cls", [DonorTrainer, pytest.param(Trainer, marks=pytest.mark.slow)])
 def test_the_best_of_several_organs_comes_back(cls, tmp_path):
     options = {**EPOCHS, "load_best_model_at_end": True, "eval_strategy": "epoch", "greater_is_better": True}
     trainer = made(two_organs(), tmp_path, cls=cls, eval_dataset=rows(4), metric_for_best_model="loss", **options)
