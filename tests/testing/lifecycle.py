@@ -169,9 +169,8 @@ class Tester:
         assert model.active_donors == list(self.places) and self.gives(model)
 
     def check_deleting(self) -> None:
-        loaded = self.fresh()
         for name in self.places:
-            model = copy.deepcopy(loaded)
+            model = self.fresh()
             model.delete_donor(name)
             assert model.active_donors == list(model.donor_config) == self.without(name)
             assert self.gives(model, self.without(name))
@@ -191,14 +190,13 @@ class Tester:
         assert self.gives(head_class(self.base.config).from_pretrained(folder))
 
     def check_scaling(self, folder: Path) -> None:
-        model = self.fresh()
-        whole = copy.deepcopy(model)
-        one_of_each_mode = {place.mode: (name, place) for name, place in reversed(self.places.items())}
-        for name, place in one_of_each_mode.values():
+        model, whole = self.fresh(), self.fresh()
+        why_no_scale = "they still write" if self.model_type in STILL_WRITE else "a norm undoes it"
+        for name, place in {place.mode: (name, place) for name, place in reversed(self.places.items())}.values():
             if place.mode == "insert" and self.model_type in NORM_BEHIND | STILL_WRITE:
                 with pytest.raises(UnsupportedArchitectureError) as raised:
                     model.set_donor_scale(name, 0.5)
-                assert self.why_no_scale() in str(raised.value) and self.gives(model)
+                assert why_no_scale in str(raised.value) and self.gives(model)
                 model.set_donor_scale(name, 1)
                 continue
             model.set_donor_scale(name, 0.3)  # exact in no dtype
@@ -223,10 +221,6 @@ class Tester:
         merged = copy.deepcopy(model).merge_and_unload()
         found = [logits(each, TOKEN_IDS) for each in (again, merged)]
         return same(alone, self.donor(name)) and all(map(scaled.equal, found))
-
-    def why_no_scale(self) -> str:
-        """What a refusal says."""
-        return "they still write" if self.model_type in STILL_WRITE else "a norm undoes it"
 
     def check_swapping(self) -> None:
         model = self.fresh()
