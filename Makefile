@@ -13,6 +13,7 @@ SOAK_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := -m pytest -n auto --maxprocesses 8 --dist loadgroup
+SLOW_FOLDERS := faults fuzz soak # every test in them is marked as slow, and what they import takes a second
 READY := $(VENV)/.ready
 
 # The tests that depend most on the releases of other packages, and what RELEASE means for pip.
@@ -49,7 +50,7 @@ test: $(READY) ## the whole test suite (options: TEST_ARGS="-k card")
 	$(BIN)/python $(PYTEST) -m "not index" $(TEST_ARGS) tests
 
 test-fast: $(READY) ## the tests that are not marked as slow, under two minutes on two cores
-	$(BIN)/python $(PYTEST) -m "not slow and not index" $(TEST_ARGS) tests
+	$(BIN)/python $(PYTEST) -m "not slow and not index" $(SLOW_FOLDERS:%=--ignore=tests/%) $(TEST_ARGS) tests
 
 test-requirements: $(READY) ## whether not_hf can be installed beside vLLM, SGLang, axolotl, unsloth and LLaMA-Factory
 	$(BIN)/python -m pytest $(TEST_ARGS) tests/test_requirements.py

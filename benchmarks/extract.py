@@ -23,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from apart import memory, reset_peak, run_apart
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -52,6 +54,7 @@ MERGES = {
     "merge-hub": "merge_donor(donor, folder, Hub ID)",
     "merge-memory": "from_pretrained(base folder, donor).merge_and_unload().save_pretrained(folder)",
 }
+TORCH_ALONE = "import torch; from apart import memory; print(memory('VmRSS'))"
 WHENCE = ("README.md", "tokenizer_config.json")  # say whether the recipient was on the Hub
 
 
@@ -62,18 +65,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     which.add_argument("--quick", action="store_true", help="a small model, for the test suite")
     which.add_argument("--experts", action="store_true", help="a mixture of experts")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
-    # one measurement, in a process of its own; two of each: for the model, and for the tiny one
-    parser.add_argument("--way", choices=[*WAYS, *MERGES], help=argparse.SUPPRESS)
-    parser.add_argument("--base", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--donor", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--layers", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.way in MERGES:
-        print(json.dumps(measure_merge(options.way, options.base, options.donor)))
-        return {}
-    if options.way:
-        print(json.dumps(measure(options.way, *options.base, tuple(options.layers))))
-        return {}
     found = compare("quick" if options.quick else "experts" if options.experts else "full")
     print(table(found))
     if options.output:
@@ -126,10 +118,11 @@ def compare_merges(
     for name, donor in donors.items():
         DonorModel.from_base(folders[name], layers if name == shape else (1, 3)).save_pretrained(donor)
     names, merges = (shape, "tiny"), dict[str, dict[str, Any]]()
+    torch_alone = subprocess.check_output([sys.executable, "-c", TORCH_ALONE], cwd=Path(__file__).parent)
     for way in MERGES:
         bases = [f"me/{name}" if way == "merge-hub" else str(folders[name]) for name in names]
-        options = ["--base", *bases, "--donor", *(str(donors[name]) for name in names)]
-        merges[way] = run(way, options, home / way, hub)
+        merges[way] = run(hub, home / way, measure_merge, way, bases, [str(donors[name]) for name in names])
+        merges[way]["memory_beyond_torch"] = merges[way].pop("peak") - int(torch_alone)
     files = {way: entry.pop("sha256") for way, entry in merges.items()}
     assert len({json.dumps(each) for each in files.values()}) == 1, f"the ways write different models: {files}"
     return merges
@@ -177,33 +170,21 @@ def write_model(folder: Path, shape: dict[str, Any]) -> Path:
 
 def cut_in_process(way: str, bases: list[str], layers: tuple[int, int], home: Path, hub: Any) -> dict[str, Any]:
     """One way of cutting, and what it cost in relation to the organ."""
-    found = run(way, ["--base", *bases, "--layers", *map(str, layers)], home, hub)
+    found = run(hub, home, measure, way, *bases, layers)
     found["bytes_per_organ_byte"] = found["bytes_served"] / found["organ_bytes"]
     found["memory_per_organ_byte"] = found["memory_growth"] / found["organ_bytes"]
     return found
 
 
-def run(way: str, options: list[str], home: Path, hub: Any) -> dict[str, Any]:
+def run(hub: Any, home: Path, measured: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     """One way in a process of its own, and what the Hub served to it once it was warm."""
-    command = [sys.executable, __file__, "--way", way, *options]
-    environment = {**os.environ, "HF_HOME": str(home)}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        if process.stdout.readline() != "warm\n":
-            raise RuntimeError(f"{way} failed with the tiny model")
-        hub.requests.clear()
-        output, _ = process.communicate("go\n")
-    if process.returncode:
-        raise RuntimeError(f"{way} failed")
-    found = json.loads(output)
+    found = run_apart(measured, *arguments, ready=hub.requests.clear, HF_HOME=str(home))
     found["requests"] = len(hub.requests)
     found["bytes_served"] = sum(record.bytes for record in hub.requests if record.method == "GET")
     return found
 
 
-def measure(way: str, base: str, tiny: str, layers: tuple[int, int]) -> dict[str, Any]:
+def measure(way: str, base: str, tiny: str, layers: tuple[int, int], warm: Callable[[], None]) -> dict[str, Any]:
     """Cut once with the tiny model, then once and for all with the real one. Sizes in bytes."""
     from transformers import AutoModelForCausalLM
 
@@ -215,8 +196,7 @@ def measure(way: str, base: str, tiny: str, layers: tuple[int, int]) -> dict[str
         return DonorModel.from_base(source, layers)
 
     cut(tiny, (1, 3))
-    print("warm", flush=True)
-    sys.stdin.readline()
+    warm()
     before, start = reset_peak(), time.perf_counter()
     organ = cut(base, layers)
     seconds, growth = time.perf_counter() - start, memory("VmHWM") - before
@@ -228,11 +208,8 @@ def measure(way: str, base: str, tiny: str, layers: tuple[int, int]) -> dict[str
     }
 
 
-def measure_merge(way: str, bases: list[str], donors: list[str]) -> dict[str, Any]:
+def measure_merge(way: str, bases: list[str], donors: list[str], warm: Callable[[], None]) -> dict[str, Any]:
     """Merge once with the tiny model, then once and for all with the real one. Sizes in bytes."""
-    import torch  # noqa: F401 (what it takes is subtracted)
-
-    torch_alone = memory("VmRSS")
     from transformers import AutoTokenizer
 
     from not_hf import TransplantedForCausalLM, merge_donor
@@ -247,8 +224,7 @@ def measure_merge(way: str, bases: list[str], donors: list[str]) -> dict[str, An
 
     with tempfile.TemporaryDirectory() as scratch:
         merge(bases[1], donors[1], f"{scratch}/tiny")
-        print("warm", flush=True)
-        sys.stdin.readline()
+        warm()
         before, start = reset_peak(), time.perf_counter()
         built_because = merge(bases[0], donors[0], f"{scratch}/merged")
         seconds, peak = time.perf_counter() - start, memory("VmHWM")
@@ -256,7 +232,7 @@ def measure_merge(way: str, bases: list[str], donors: list[str]) -> dict[str, An
         return {
             "seconds": seconds,
             "memory_growth": peak - before,
-            "memory_beyond_torch": peak - torch_alone,
+            "peak": peak,
             "built_because": built_because,
             "merged_bytes": sum(file.stat().st_size for file in written if file.suffix == ".safetensors"),
             "sha256": {file.name: file_digest(file) for file in written},
@@ -267,18 +243,6 @@ def file_digest(file: Path) -> str:
     """SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def reset_peak() -> int:
-    """Make the kernel forget the peak of this process; returns its resident memory in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
-def memory(key: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def digest(tensors: dict[str, Any]) -> str:

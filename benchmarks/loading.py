@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from extract import memory, reset_peak
+from apart import memory, reset_peak, run_apart
 
 TWINS = ("twins kept", "no twins kept")
 
@@ -86,11 +83,7 @@ def load_memory(model: Folders, tiny: Folders, dtype: str, repeats: int) -> dict
     ways: dict[str, list[dict[str, float]]] = {"base": [], "native": [], "transplanted": []}
     for _ in range(repeats):
         for way, runs in ways.items():
-            command = [sys.executable, __file__, way, dtype, *map(str, (*model, *tiny))]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"loading {way} failed:\n{done.stderr}")
-            runs.append(json.loads(done.stdout))
+            runs.append(run_apart(measure_memory, way, dtype, model, tiny))
     growth, size = (
         {way: statistics.median(run[key] for run in runs) for way, runs in ways.items()}
         for key in ("memory_growth", "bytes")
@@ -102,33 +95,30 @@ def load_memory(model: Folders, tiny: Folders, dtype: str, repeats: int) -> dict
     }
 
 
-def measure_memory(way: str, dtype: str, *folders: str) -> dict[str, float]:
+def measure_memory(way: str, dtype: str, model: Folders, tiny: Folders, warm: Callable[[], None]) -> dict[str, float]:
     """Load a tiny model, then the real one, and read its weights. Sizes in bytes."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from not_hf import TransplantedForCausalLM
 
-    def loaded(base: str, organ: str, native: str) -> Any:
+    def loaded(base: Path, organ: Path, native: Path) -> Any:
         if way == "transplanted":
             return TransplantedForCausalLM.from_pretrained(base, organ, dtype=getattr(torch, dtype))
         return AutoModelForCausalLM.from_pretrained(base if way == "base" else native, dtype=getattr(torch, dtype))
 
-    loaded(*folders[3:])
+    loaded(*tiny)
+    warm()
     before = reset_peak()
-    model = loaded(*folders[:3])
-    for parameter in model.parameters():
+    parameters = list(loaded(*model).parameters())
+    for parameter in parameters:
         torch.aminmax(parameter)
     return {
         "memory_growth": memory("VmHWM") - before,
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     }
 
 
 def paired(ours: list[float], theirs: list[float]) -> float:
     """Median of the ratios of neighbouring turns."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_memory(*sys.argv[1:])))

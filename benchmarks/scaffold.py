@@ -24,7 +24,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from extract import ROOT, memory, reset_peak
+from apart import memory, reset_peak
+from extract import ROOT
 from transformers import AutoModelForCausalLM
 
 from not_hf import DonorModel, TransplantedForCausalLM

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from extract import memory, reset_peak
+from apart import memory, reset_peak
 from methods import METHODS, REFERENCE, fit, prepare, row_losses, seconds_per_step
 from record import is_one_run, opened, parser_of
 from report import compare, draw, tables

@@ -273,7 +273,6 @@ def test_an_empty_model_takes_weights(base_folder, token_ids):
 
 def test_an_empty_recipient_does_not_take_weights(base_folder):
     donor = DonorModel.from_base(base_folder("llama"), (1, 3))
-    with torch.device("meta"):
-        base = tiny_model("llama")
+    base = tiny_model("llama").to("meta")
     with pytest.raises(NotHFError, match="recipient's layers have no weights"):
         TransplantedForCausalLM.from_pretrained(base, donor)

@@ -73,7 +73,7 @@ def meta_twin(
     return twin
 
 
-_twins: deque[tuple[str, Twin]] = deque(maxlen=4)  # by the content of the config
+_twins: deque[tuple[str, Twin]] = deque(maxlen=8)  # by the content of the config
 
 
 def require_loadable(config: PreTrainedConfig, is_span: bool = False) -> None:

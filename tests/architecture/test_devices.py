@@ -34,12 +34,17 @@ WAYS = {
 KEEPS_A_MAP = ("device_map", "dispatch_model")
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(
+    params=[
+        pytest.param(each, marks=pytest.mark.slow if each in ("dispatch_model", "disk_offload", "auto") else ())
+        for each in WAYS
+    ]
+)
 def way(request):
     return request.param
 
 
-@pytest.mark.parametrize("mode", ["insert", "replace"])
+@pytest.mark.parametrize("mode", ["insert", pytest.param("replace", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_life_of_an_organ(way, mode, base_folder, token_ids, tmp_path):
     base, donor = str(base_folder("llama")), organ(str(base_folder("llama")), 1)

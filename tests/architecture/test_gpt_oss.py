@@ -35,7 +35,7 @@ def test_an_organ_has_sinks_experts_and_both_kinds_of_attention(folder, native):
     assert organ.organ.config.layer_types == ["full_attention", "sliding_attention"]
 
 
-@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("position", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4))])
 def test_layer_types_move_with_the_layers_wherever_they_go(position, folder, native, token_ids):
     before = logits(native, token_ids)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -68,10 +68,11 @@ def test_sources_are_those_of_the_live_model(model_type):
     ("span", "position", "mode"),
     [
         ((0, 2), 2, "insert"),
-        ((1, 2), 3, "insert"),
-        ((2, 4), 2, "replace"),
         ((2, 6), 2, "replace"),
-        ((0, 2), 2, "replace"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (((1, 2), 3, "insert"), ((2, 4), 2, "replace"), ((0, 2), 2, "replace"))
+        ),
     ],
 )
 def test_an_organ_below_the_sharing_layers_or_with_their_sources(span, position, mode, token_ids, tmp_path):
@@ -141,6 +142,7 @@ def test_layers_with_inputs_of_their_own_go_nowhere_else(tmp_path):
         TransplantedForCausalLM.from_pretrained(tmp_path, donor, scaffold="minimal")
 
 
+@pytest.mark.slow
 def test_training_starts_above_no_source(tmp_path):
     base = tiny_model("gemma4_text", **PER_LAYER_INPUTS)
 

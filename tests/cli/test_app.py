@@ -228,6 +228,7 @@ def test_extract(base, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_sweep(base, donor, words, tmp_path):
     arguments = ("sweep", base, donor, "--data", words, "-o", tmp_path / "out")
     shown = done(*arguments, "--positions", "3,9", "--modes", "insert,replace")
@@ -330,6 +331,7 @@ def chats(base, tmp_path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_conversations_with_replay(chats, donor, words, tmp_path):
     options = ("--base", tmp_path / "base", "--epochs", "2", "--replay-data", words, "--cache-prefix", *TRAINING)
     measuring = ("--eval-data", chats, "--control-data", words)
@@ -379,6 +381,7 @@ def test_a_training_shows_a_line_and_leaves_a_plot(donor, words, tmp_path):
     assert f"{control['after']:.4g} with the organ (312 tokens of words.txt, windows of 64)" in shown
 
 
+@pytest.mark.slow
 def test_how_a_text_is_divided_can_be_said(donor, tmp_path, caplog):
     text = tmp_path / "wrapped.txt"
     line = " ".join(f"w{n}" for n in range(10, 30))  # 79 characters

@@ -24,6 +24,7 @@ from testing.shapes import VOCAB
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WRITTEN_FOR_PEOPLE = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")]
+LONG = [ROOT / "docs" / "guides" / f"{name}.md" for name in ("data", "evaluation", "training")]
 WITH_EXAMPLES = [path for path in sorted((ROOT / "not_hf").rglob("*.py")) if ">>>" in path.read_text("utf-8")]
 
 # What a page says, and what runs here instead.
@@ -82,7 +83,14 @@ def stand_ins(repos, tmp_path, monkeypatch) -> None:
     Path("general.txt").write_text("w8 w9\n" * 300)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=page_id)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page_id(page), marks=[pytest.mark.slow] if page in LONG else [])
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 def test_python_blocks_run(page, stand_ins, capsys):
     scope: dict = {}
     for block in blocks(page):

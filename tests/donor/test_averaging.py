@@ -99,7 +99,13 @@ def density_of(kind: str) -> dict[str, float]:
     return {"density": 0.4} if kind in SPARSE else {}
 
 
-@pytest.mark.parametrize("kind", OF_VECTORS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        each if each in ("task_arithmetic", "ties") else pytest.param(each, marks=pytest.mark.slow)
+        for each in OF_VECTORS
+    ],
+)
 def test_combinations_of_what_training_changed_start_at_the_base(kind, base_folder):
     """Of files, whose base is read; of organs that replace layers, and of inserted ones, in the base itself."""
     folder = base_folder("llama")

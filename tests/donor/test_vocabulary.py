@@ -40,8 +40,17 @@ def ids(token_ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("when", ["before", "active", "disabled", "two", "parked"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize(
+    ("model_type", "tied"),
+    [
+        pytest.param("llama", False, id="llama-untied"),
+        pytest.param("gpt2", True, id="gpt2-tied"),
+        pytest.param("llama", True, id="llama-tied", marks=pytest.mark.slow),
+        pytest.param("gpt2", False, id="gpt2-untied", marks=pytest.mark.slow),
+        pytest.param("opt", False, id="opt-untied"),
+        pytest.param("opt", True, id="opt-tied"),
+    ],
+)
 def test_resized_embeddings_survive_everything(model_type, tied, when, ids, tmp_path):
     def fresh() -> PreTrainedModel:
         return tiny_model(model_type, tie_word_embeddings=tied)

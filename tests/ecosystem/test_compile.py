@@ -154,6 +154,7 @@ def test_generating_with_a_static_cache_compiles_once_for_all_swaps(token_ids):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_the_model_of_then(token_ids):
     model = two_organs()
     expected = logits(model, token_ids)

@@ -18,8 +18,13 @@ PROMPTS = ["w5 w6 w7 w8 w9 w10", "w30 w31", "w12 w13 w14 w15 w12 w13 w14"]  # of
 
 
 @pytest.fixture(scope="module", params=["llama", "opt", "gemma3_text"])
-def base(request, base_folder) -> str:
-    return str(base_folder(request.param))
+def model_type(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(model_type, base_folder) -> str:
+    return str(base_folder(model_type))
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama", "opt"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", pytest.param("opt", marks=pytest.mark.slow)])
 def model(request):
     """Learned, rotary and mask-derived positions; initialized widely, so that every detail shows in the numbers."""
     torch.manual_seed(0)

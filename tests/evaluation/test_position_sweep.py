@@ -66,6 +66,7 @@ def test_the_numbers_are_those_of_the_organ_loaded_there(model_type, tmp_path):
     assert sweep.num_tokens == sum(sweep.window_tokens) == 73
 
 
+@pytest.mark.slow
 def test_the_layers_below_a_position_run_once_for_each_window(monkeypatch):
     base = tiny_model("llama", num_hidden_layers=8)
     donor, rows = organ(base, 1), [{"input_ids": [*range(3 + n, 19 + n)]} for n in range(6)]

@@ -41,7 +41,7 @@ def state(model):
     return type(model), flags, modes, organs, "forward" in vars(model), model.config.to_json_string()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_each_is_what_training_there_gives(how, bf16):
     how["args"].bf16 = bf16
     base = tiny_model("llama").train()
@@ -93,6 +93,7 @@ def test_other_layers_at_each_position(how):
     assert alone.rows == found.rows[1:]
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on(how, tmp_path, monkeypatch):
     base, folder = tiny_model("llama"), tmp_path / "out"
     donor, before, train, trained = organ(base, 1), state(base), position_training._train, []

@@ -91,7 +91,10 @@ def test_a_damaged_donor_costs_no_weights_of_its_recipient(hub, tmp_path):
 REVISIONS = {None: 1, "main": 1, "v1": 2, "release": 2, "commit": 2, "refs/pr/1": 3}
 
 
-@pytest.mark.parametrize("revision", REVISIONS)
+@pytest.mark.parametrize(
+    "revision",
+    [pytest.param(each, marks=pytest.mark.slow if each in ("main", "release") else ()) for each in REVISIONS],
+)
 def test_an_organ_is_pulled_by_branch_tag_commit_and_pull_request(commits, revision):
     seed = REVISIONS[revision]
     where = {"revision": commits["organ"] if revision == "commit" else revision}

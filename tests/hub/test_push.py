@@ -225,7 +225,7 @@ def failing(stage: str) -> Callable:
     return lambda asked, path, headers: Fault(status=500) if asked == method and part in path else None
 
 
-@pytest.mark.parametrize("revision", [None, "new-branch"])
+@pytest.mark.parametrize("revision", [None, pytest.param("new-branch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_upload_that_fails_midway_changes_nothing_and_can_be_repeated(
     hub, base, stage, revision, api, repo_id, no_waiting
@@ -327,6 +327,10 @@ CHANGES = {
     "a composition in shards over a composition": (TWO, SINGLE, TWO, SHARDED),
     "a composition over a composition in shards": (TWO, SHARDED, TWO, SINGLE),
 }
+REPEATED = (  # of the others
+    *("fewer shards", "a composition over an organ"),
+    *("a composition in shards over a composition", "a composition over a composition in shards"),
+)
 
 
 # of the user, and of none of our business; some look like weights
@@ -341,8 +345,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("where", ["repo", "folder"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("where", ["repo", pytest.param("folder", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "change", [pytest.param(each, marks=pytest.mark.slow if each in REPEATED else ()) for each in CHANGES]
+)
 def test_weights_of_an_earlier_save_do_not_stay_behind(base, change, where, api, repo_id, tmp_path):
     before, first_options, after, options = CHANGES[change]
     old, new = with_organs(base, *before), with_organs(base, *after)

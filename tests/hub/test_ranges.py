@@ -28,6 +28,10 @@ from testing.processes import run_python, start_python
 pytestmark = pytest.mark.usefixtures("cache")
 
 
+SINGLE_FIRST = ["single", pytest.param("sharded", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("repo", SINGLE_FIRST, indirect=True)
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("of_headers", [True, False], ids=["header", "layers"])
 def test_what_passes_is_retried(name, of_headers, repo, hub, model, monkeypatch):
@@ -42,6 +46,7 @@ def test_what_passes_is_retried(name, of_headers, repo, hub, model, monkeypatch)
     assert len(seen) > max(wrong)
 
 
+@pytest.mark.parametrize("repo", SINGLE_FIRST, indirect=True)
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_stays_is_one_clear_error_and_nothing_is_kept(name, repo, hub, model, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)

@@ -13,7 +13,7 @@ from testing.processes import run_python
 from testing.shapes import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, in_matrix
 
 EVERY = (*ARCHITECTURES, *ENCODERS)
-FEW = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert")  # these in every set-up
+FEW = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert")  # with organs that stand alone as well
 IN_PLACE = (
     "diffllama",
     "gemma3n_text",
@@ -35,14 +35,21 @@ def setups(model_type: str) -> list[str]:
     """The set-ups in which an architecture is tried."""
     parts = [part for part in PARTS if model_type in IN_PARTS and (model_type, part) != ("mamba2", "mlp")]
     if model_type in FEW:
-        return [*SETUPS, *parts]
+        return ["insert", "replace", "several", *parts]
     if model_type in IN_PLACE:
         return ["replace"]
     return ["two" if model_type in {*STATEFUL, *PLAIN, *OTHERS} - {"qwen3_next"} else "several", *parts]
 
 
+def marks(model_type: str, setup: str) -> list[pytest.MarkDecorator]:
+    """`make test-fast` tries several organs at a time, and parts of layers with one architecture."""
+    group = pytest.mark.xdist_group(model_type)
+    is_fast = setup == "several" or (setup in PARTS and model_type == "llama")
+    return [group] if is_fast else [group, pytest.mark.slow]
+
+
 LIVES = [
-    pytest.param(model_type, setup, check, marks=pytest.mark.xdist_group(model_type))
+    pytest.param(model_type, setup, check, marks=marks(model_type, setup))
     for model_type in (*EVERY, *OTHERS)
     for setup in setups(model_type)
     for check in (FEWER if model_type in OTHERS else OF_PARTS.get(setup, CHECKS))

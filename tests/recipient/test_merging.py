@@ -259,7 +259,7 @@ def damage(donor: Path, change) -> None:
 NORM, OUT = "organ.layers.1.input_layernorm.weight", "organ.layers.0.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize("mode", ["insert", "replace"])
+@pytest.mark.parametrize("mode", ["replace", pytest.param("insert", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("change", "error"),
     [

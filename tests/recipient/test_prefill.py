@@ -25,7 +25,7 @@ TYPES = [
     "opt",
 ]
 TYPES += ["gpt_neox", "bloom", "falcon", "olmo2", *(("qwen3_next", "bamba", "lfm2") if CACHES_FOLLOW_STATES else ())]
-HOW = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+HOW = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 MASK = torch.ones_like(TOKEN_IDS).index_put((torch.tensor([0, 0]), torch.tensor([0, 1])), torch.tensor(0))
 
 

@@ -42,9 +42,14 @@ MODELS = ["llama", "gpt2", "gemma3_text", "opt", "phi3"]  # tied and not, with p
 
 
 @pytest.fixture(params=MODELS)
-def base_on_disk(request, tmp_path) -> Path:
+def model_type(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def base_on_disk(model_type, tmp_path) -> Path:
     """A base on disk, without the new tokens."""
-    tiny_model(request.param).save_pretrained(tmp_path / "base")
+    tiny_model(model_type).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -40,9 +42,19 @@ def _has(config: PreTrainedConfig, key: str) -> bool:
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
-    """A tiny causal LM (of an encoder: masked LM) in eval mode, every parameter random, norms and biases too."""
+    """A tiny causal LM (of an encoder: masked LM) in eval mode, every parameter random, norms and biases too.
+
+    It is a copy of one that is built once; torch's random numbers go on as if it were built.
+    """
+    model, random_state = _built(model_type, seed, pickle.dumps(overrides))
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
+
+
+@functools.lru_cache(maxsize=64)
+def _built(model_type: str, seed: int, overrides: bytes) -> tuple[PreTrainedModel, torch.Tensor]:
     torch.manual_seed(seed)
-    config = tiny_config(model_type, **overrides)
+    config = tiny_config(model_type, **pickle.loads(overrides))
     model = head_class(config).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,7 +63,7 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
     model.tie_weights()
     if model.can_generate():
         model.generation_config.eos_token_id = None  # greedy runs to the length asked for
-    return model.eval()
+    return model.eval(), torch.get_rng_state()
 
 
 @torch.no_grad()

@@ -19,8 +19,18 @@ def same(one: TransplantedForCausalLM, other: TransplantedForCausalLM) -> bool:
     return all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
-@pytest.mark.parametrize("make", [two_organs, lambda: expand(tiny_model("llama"), 2, is_trainable=True)])
+def expanded() -> TransplantedForCausalLM:
+    return expand(tiny_model("llama"), 2, is_trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "cls"),
+    [
+        (two_organs, DonorTrainer),
+        (expanded, Trainer),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((two_organs, Trainer), (expanded, DonorTrainer))),
+    ],
+)
 def test_a_training_of_several_organs_goes_on_where_it_was(cls, make, tmp_path):
     whole = made(make(), tmp_path / "whole", cls=cls, **EPOCHS)
     whole.train()
@@ -43,7 +53,7 @@ def test_a_training_that_ended_is_over(tmp_path):
     assert not (tmp_path / "run/checkpoint-5").exists()
 
 
-@pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
+@pytest.mark.parametrize("cls", [DonorTrainer, pytest.param(Trainer, marks=pytest.mark.slow)])
 def test_the_best_of_several_organs_comes_back(cls, tmp_path):
     options = {**EPOCHS, "load_best_model_at_end": True, "eval_strategy": "epoch", "greater_is_better": True}
     trainer = made(two_organs(), tmp_path, cls=cls, eval_dataset=rows(4), metric_for_best_model="loss", **options)

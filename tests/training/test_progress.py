@@ -224,6 +224,7 @@ def test_a_single_loss_can_be_seen_and_nothing_is_called_the_start_that_is_not()
     assert label(0, 100) == "domain: 20.09 → 7.39" and label(50, 100) == "domain: 7.39"
 
 
+@pytest.mark.slow
 def test_the_picture_begins_before_the_first_step(blocks, tmp_path):
     run = trainer(blocks, tmp_path, both(blocks), callbacks=[TrainingCurve()], save_strategy="no")
     run.train()

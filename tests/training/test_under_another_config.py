@@ -37,7 +37,7 @@ def with_images(model_type: str) -> list[dict[str, torch.Tensor]]:
 def test_trainers_agree(model_type, kind, tmp_path, caplog):
     data = with_images(model_type) if kind == "images" else None
     plain, whole, cached = (
-        trained(tmp_path / str(n), recipient(model_type), data, **options)
+        trained(tmp_path / str(n), recipient(model_type), data, num_train_epochs=2, **options)
         for n, options in enumerate(({"cls": Trainer}, {}, {"cache_prefix": True}))
     )
     assert cached[0] == whole[0] and all(torch.equal(cached[1][name], each) for name, each in whole[1].items())
