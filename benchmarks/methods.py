@@ -23,6 +23,9 @@ class Method:
         settings: Learning rates and batch sizes that are tried, so many that no rate at an end is best.
         lora: Options of PEFT's `LoraConfig`, or `None`.
         span: Part of the stack that an organ, or LoRA, covers: 0 is the first layer, 1 the end.
+        num_layers: How many layers of the span, from its first one; `None`: all.
+        position: Place in the stack, counted as in `span`, where the organ is inserted; `None`: it replaces its span.
+        init: Of an organ: a copy of its layers, or one that does nothing before it is trained.
         modules: Parts of the layers that an organ holds.
         donor_trainer: Trained by `DonorTrainer`, which computes the loss in chunks.
         cached: The outputs of the layers below are computed once for each row.
@@ -32,6 +35,9 @@ class Method:
     settings: tuple[Setting, ...]
     lora: dict[str, Any] | None = None
     span: tuple[float, float] = (0, 1)
+    num_layers: int | None = None
+    position: float | None = None
+    init: str = "copy"
     modules: str | tuple[str, ...] = "all"
     donor_trainer: bool = False
     cached: bool = False
@@ -49,6 +55,7 @@ def rates(*values: float, batch: int = 2) -> tuple[Setting, ...]:
 
 
 REFERENCE = "LoRA, r = 16"
+INSERTED = "organ, three layers inserted"  # as in arXiv 2601.13580: layers 4 to 6 of GPT-2, before its layer 1
 LOWER, UPPER = (0.0, 0.5), (0.5, 1.0)
 CACHED = {"donor_trainer": True, "cached": True}
 METHODS: dict[str, Method] = {
@@ -68,6 +75,7 @@ METHODS: dict[str, Method] = {
     "organ, outputs of the upper half": Method(rates(2e-4), span=UPPER, modules="outputs", donor_trainer=True),
     "organ, upper half, cache": Method(rates(1e-4, 2e-4, 4e-4), span=UPPER, **CACHED),
     "organ, upper third, cache": Method(rates(2e-4, 4e-4, 8e-4), span=(2 / 3, 1), **CACHED),
+    INSERTED: Method(rates(3e-4, 1e-3, 3e-3), span=(1 / 3, 1), num_layers=3, position=0.12, donor_trainer=True),
 }
 
 
@@ -107,20 +115,26 @@ def prepare(name: str, base: str) -> Prepared:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     from not_hf import DonorModel, TransplantedForCausalLM
 
     method = METHODS[name]
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    begin, end = (round(part * model.config.num_hidden_layers) for part in method.span)
+    depth = model.config.num_hidden_layers
+    begin, end = (round(part * depth) for part in method.span)
+    end = min(end, begin + (method.num_layers or depth))
     if method.lora is not None:
-        layer = model.get_decoder().layers[0]
-        linear = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, torch.nn.Linear)}
+        (stack,) = (part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == depth)
+        kinds = (torch.nn.Linear, Conv1D)
+        linear = {name.rpartition(".")[2] for name, part in stack[0].named_modules() if isinstance(part, kinds)}
         config = LoraConfig(target_modules=linear, layers_to_transform=list(range(begin, end)), **method.lora)
         return Prepared(get_peft_model(model, config), method, base)
     if method.donor_trainer:
         modules = method.modules if isinstance(method.modules, str) else list(method.modules)
-        donor = DonorModel.from_base(model, (begin, end), mode="replace", modules=modules)
+        inserted = method.position is not None
+        place = {"mode": "insert", "position": round(method.position * depth)} if inserted else {"mode": "replace"}
+        donor = DonorModel.from_base(model, (begin, end), modules=modules, init=method.init, **place)
         model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
     return Prepared(model, method, base)
 

@@ -33,7 +33,7 @@ class Record:
         **about: What is noted of every run beside its settings, and tells it from others.
     """
 
-    def __init__(self, script: str, base: str, path: Path | None, alone: Any = None, **about: Any) -> None:
+    def __init__(self, script: str, base: str, path: Path | None, alone: Any = None, /, **about: Any) -> None:
         self.script, self.base, self.path, self.alone, self.about = script, base, path, alone, about
         kept = json.loads(path.read_text())["runs"] if path and path.exists() else []
         self.runs: dict[str, dict[str, Any]] = {key_of(run["given"]): run for run in kept}
