@@ -142,7 +142,7 @@ def fit(
         number of trained parameters.
     """
     from torch.utils.data import SequentialSampler
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     from not_hf import DonorTrainer
 
@@ -180,19 +180,10 @@ def fit(
             return super().create_optimizer(*args, **kwargs)
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = training_arguments(
             folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=rate,
-            warmup_steps=max(1, min(steps // 10, 8)),
+            **{"rate": rate, "batch": batch, "steps": steps, "seed": seed},
             lr_scheduler_type="linear" if decay else "constant_with_warmup",
-            weight_decay=0.0,
-            seed=seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
             logging_steps=1,
             gradient_checkpointing=gradient_checkpointing,
             remove_unused_columns=False,
@@ -206,6 +197,26 @@ def fit(
         "losses": [round(each, 5) for each in losses],
         "trained": sum(each.numel() for each in prepared.model.parameters() if each.requires_grad),
     }
+
+
+def training_arguments(folder: str, *, rate: float, batch: int, steps: int, seed: int, **others: Any) -> Any:
+    """What every run gives a `Trainer`: a short warm-up, no weight decay, nothing saved or shown."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=rate,
+        warmup_steps=max(1, min(steps // 10, 8)),
+        weight_decay=0.0,
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **others,
+    )
 
 
 def padded(rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def opened(options: argparse.Namespace, run_once: Callable[..., Any]) -> Abstrac
     name = "smoke" if options.form == "smoke" else options.base
     about = {"base": name, "form": options.form}
     unpack = Path if options.report else functools.partial(folder_of, name)  # a report needs no base
-    return record.opened(options.script, options, run_once, unpack, **about)
+    return record.opened(options.script, options, run_once, unpack, about)
 
 
 def concluded(
