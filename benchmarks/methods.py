@@ -24,6 +24,7 @@ class Method:
         lora: Options of PEFT's `LoraConfig`, or `None`.
         span: Part of the stack that an organ, or LoRA, covers: 0 is the first layer, 1 the end.
         modules: Parts of the layers that an organ holds.
+        inserted: An organ is inserted behind its span, beginning as a no-op, and not put in its place.
         donor_trainer: Trained by `DonorTrainer`, which computes the loss in chunks.
         cached: The outputs of the layers below are computed once for each row.
         plus: LoRA+: how much faster `B` learns than `A`.
@@ -36,6 +37,7 @@ class Method:
     donor_trainer: bool = False
     cached: bool = False
     plus: float | None = None
+    inserted: bool = False
 
 
 def lora(rank: int, **options: Any) -> dict[str, Any]:
@@ -68,6 +70,8 @@ METHODS: dict[str, Method] = {
     "organ, outputs of the upper half": Method(rates(2e-4), span=UPPER, modules="outputs", donor_trainer=True),
     "organ, upper half, cache": Method(rates(1e-4, 2e-4, 4e-4), span=UPPER, **CACHED),
     "organ, upper third, cache": Method(rates(2e-4, 4e-4, 8e-4), span=(2 / 3, 1), **CACHED),
+    "organ, inserted": Method(rates(2.5e-4, 5e-4, 1e-3), span=(1 / 3, 13 / 30), donor_trainer=True, inserted=True),
+    "organ, inserted higher": Method(rates(5e-4), span=(2 / 3, 23 / 30), donor_trainer=True, inserted=True),
 }
 
 
@@ -108,21 +112,34 @@ def prepare(name: str, base: str) -> Prepared:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from not_hf import DonorModel, TransplantedForCausalLM
+    from not_hf import TransplantedForCausalLM
 
     method = METHODS[name]
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    begin, end = (round(part * model.config.num_hidden_layers) for part in method.span)
     if method.lora is not None:
+        begin, end = span_of(method, model)
         layer = model.get_decoder().layers[0]
         linear = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, torch.nn.Linear)}
         config = LoraConfig(target_modules=linear, layers_to_transform=list(range(begin, end)), **method.lora)
         return Prepared(get_peft_model(model, config), method, base)
     if method.donor_trainer:
-        modules = method.modules if isinstance(method.modules, str) else list(method.modules)
-        donor = DonorModel.from_base(model, (begin, end), mode="replace", modules=modules)
-        model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
+        model = TransplantedForCausalLM.from_pretrained(model, cut(method, model), is_trainable=True)
     return Prepared(model, method, base)
+
+
+def cut(method: Method, base: Any) -> Any:
+    """The organ of a method as it begins."""
+    from not_hf import DonorModel
+
+    modules = method.modules if isinstance(method.modules, str) else list(method.modules)
+    place = {"mode": "insert", "init": "identity"} if method.inserted else {"mode": "replace"}
+    return DonorModel.from_base(base, span_of(method, base), **place, modules=modules)
+
+
+def span_of(method: Method, base: Any) -> tuple[int, int]:
+    """The layers of a base that a method covers, `[begin, end)`."""
+    begin, end = (round(part * base.config.num_hidden_layers) for part in method.span)
+    return begin, end
 
 
 def fit(
