@@ -30,11 +30,13 @@ class Record:
         base: Folder of the model.
         path: The file, or `None`.
         alone: Whether to start a process with one thread for each run; else it is called here.
-        **about: What is noted of every run beside its settings, and tells it from others.
+        about: What is noted of every run beside its settings, and tells it from others.
     """
 
-    def __init__(self, script: str, base: str, path: Path | None, alone: Any = None, /, **about: Any) -> None:
-        self.script, self.base, self.path, self.alone, self.about = script, base, path, alone, about
+    def __init__(
+        self, script: str, base: str, path: Path | None, alone: Any = None, about: dict[str, Any] | None = None
+    ) -> None:
+        self.script, self.base, self.path, self.alone, self.about = script, base, path, alone, about or {}
         kept = json.loads(path.read_text())["runs"] if path and path.exists() else []
         self.runs: dict[str, dict[str, Any]] = {key_of(run["given"]): run for run in kept}
         self.started, self._writing = time.time(), threading.Lock()
@@ -97,18 +99,18 @@ def is_one_run(options: argparse.Namespace, run_once: Callable[..., Any]) -> boo
 @contextmanager
 def opened(
     script: str, options: argparse.Namespace, run_once: Callable[..., Any],
-    unpack: Callable[[Path], Path] = demo.unpack_base, **about: Any,
+    unpack: Callable[[Path], Path] = demo.unpack_base, about: dict[str, Any] | None = None,
 ) -> Iterator[tuple[Record, ThreadPoolExecutor]]:  # fmt: skip
     """The record of a bench, and the pool of its runs; with `--smoke` of a small base, run here one by one.
 
     Args:
         unpack: Writes the base into the cache, unless it is there, and returns its folder.
-        **about: As for `Record`.
+        about: As for `Record`.
     """
     smoke = options.form == "smoke"
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
         base = small_base(Path(scratch)) if smoke else unpack(options.cache)
-        yield Record(script, str(base), options.output, run_once if smoke else None, **about), pool
+        yield Record(script, str(base), options.output, run_once if smoke else None, about), pool
 
 
 def small_base(folder: Path) -> Path:

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for name in names:
             folder = "" if options.report else str(folder_of(name, cache, size["pretraining"]))
             about = {"base": name, "form": options.form}
-            record = Record(__file__, folder, options.output, run_once if smoke else None, **about)
+            record = Record(__file__, folder, options.output, run_once if smoke else None, about)
             if not options.report:
                 run_all(record, size, name, pool)
     return concluded(record, options, find, answer, draw)

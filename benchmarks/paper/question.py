@@ -36,7 +36,7 @@ def opened(options: argparse.Namespace, run_once: Callable[..., Any]) -> Abstrac
     name = "smoke" if options.form == "smoke" else options.base
     about = {"base": name, "form": options.form}
     unpack = Path if options.report else functools.partial(folder_of, name)  # a report needs no base
-    return record.opened(options.script, options, run_once, unpack, **about)
+    return record.opened(options.script, options, run_once, unpack, about)
 
 
 def concluded(
@@ -57,6 +57,14 @@ def concluded(
     if options.output:
         draw(found, options.output.with_suffix(".png"))
     return {"found": found, "answer": words}
+
+
+def loaded(folder: str) -> Any:
+    """A model, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
