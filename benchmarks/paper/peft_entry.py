@@ -164,8 +164,8 @@ def peft_config(name: str) -> dict[str, Any] | None:
     if method.lora is not None:
         return {"peft_type": "LORA", "base_model_name_or_path": MODEL, "target_modules": "all-linear", **method.lora}
     if method.donor_trainer:
-        span = {"span": list(method.span), "modules": method.modules, "init": method.init}
-        return {"peft_type": "ORGAN", "base_model_name_or_path": MODEL, "mode": "replace", **span}
+        place = {"span": list(method.span), "mode": "insert" if method.inserted else "replace"}
+        return {"peft_type": "ORGAN", "base_model_name_or_path": MODEL, "modules": method.modules, **place}
     return None
 
 
