@@ -158,7 +158,7 @@ def answer_of(runs: list[dict[str, Any]]) -> str:
     before = ", ".join(f"{name} {math.exp(runs[0]['places']['0'][name]):.2f}" for name in (TRAINED, *OTHERS))
     words = [
         f"Of {len(rows)} comparisons, the organ has the smaller loss with every seed in",
-        ", ".join(f"{ahead[way]} {way}" for way in WAYS) + f", and in {kept} all three ways:",
+        ", ".join(f"{ahead[way]} {way}" for way in WAYS) + f"; {kept} hold all three ways:",
         "the paper's regularization does not show."
         if not ahead[WAYS[0]]
         else "what shows of the paper's regularization is a smaller step away from the base."

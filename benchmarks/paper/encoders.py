@@ -103,7 +103,7 @@ def run_all(record: Record, size: dict[str, Any], name: str, pool: ThreadPoolExe
             held = {"part": "choose", "held": size["choose"]}
             return record(method=method, rate=rate, seed=SEARCH_SEED, **given, **held)["domain"]
 
-        return min(size["rates"], key=loss)
+        return min(size["rates"], key=loss) if len(size["rates"]) > 1 else size["rates"][0]
 
     rates = dict(zip(COMPARED, pool.map(search, COMPARED), strict=True))
 

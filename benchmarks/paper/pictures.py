@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def panels_of(rows: int, columns: int, width: float = 4.4, height: float = 4.0) -> tuple[Any, Any]:
+def panels_of(rows: int, columns: int, width: float = 4.0, height: float = 3.8) -> tuple[Any, Any]:
     """A figure of at least 900 pixels, and its panels, `(rows, columns)`."""
     from matplotlib.figure import Figure
 
@@ -22,5 +22,5 @@ def finish(figure: Any, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         lines, labels = panel.get_legend_handles_labels()
         named |= dict(zip(labels, lines, strict=True))
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     figure.savefig(path, dpi=130)
