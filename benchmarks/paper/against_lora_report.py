@@ -101,8 +101,8 @@ def answer_of(each: dict[str, Any]) -> str:
     losses = of(lora, ONE, "training_loss")[0]
     fair = sorted((statistics.median(of(method, FAIR)), method) for method in rates)
     words = [
-        f"With one rate for all, {one:g}, {lora} has {spread(ratios)} times the perplexity of the inserted organ; LoRA",
-        f"in the paper {min(RATIOS):.1f} to {max(RATIOS):.1f} times.",
+        f"With one rate for all, {one:g}, {lora} has {spread(ratios)} times the perplexity of the inserted organ;",
+        f"LoRA in the paper {min(RATIOS):.1f} to {max(RATIOS):.1f} times.",
         "One rate for all is enough for such a gap."
         if statistics.median(ratios) >= min(RATIOS)
         else "No rate that was tried gives such a gap.",

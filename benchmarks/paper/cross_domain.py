@@ -40,6 +40,7 @@ from question import concluded, opened, parser_of
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import INSERTED, METHODS, REFERENCE, fit, mean, prepare, row_losses  # noqa: E402
 from record import is_one_run  # noqa: E402 (from the folder above, like those around it)
+from tables import OUTPUTS  # noqa: E402
 from texts import read_blocks  # noqa: E402
 
 FULL: dict[str, Any] = {

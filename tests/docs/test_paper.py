@@ -13,6 +13,7 @@ from testing import ROOT
 from testing.processes import run_python
 
 PAPER = ROOT / "benchmarks" / "paper"
+TEXTS = {"domain": [3.0], "control": [3.0]}
 SCRIPTS = sorted(path.name for path in PAPER.glob("*.py") if "\ndef run_once(" in path.read_text())
 
 
@@ -86,6 +87,71 @@ def test_answer_of_position(module, best, verdict):
     report = module("position_report")
     (case,) = cases = report.find([run])
     assert case["best"] == best and verdict in report.answer(cases)
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [(9.0, ["is enough for such a gap", "has damaged the model"]), (2.2, ["No rate", "it has learned, but less"])],
+)
+def test_answer_of_against_lora(module, lora, words):
+    """Whether one rate for all gives the paper's gap turns with the numbers."""
+    report = module("against_lora_report")
+    about = {"base": "b", "form": "full"}
+    base = {"given": {**about, "method": None}, "held": {"choose": {"0": {"domain": [3.0]}}, "test": {"0": TEXTS}}}
+    losses = {(report.INSERTED, 1e-4): 2.9, (report.INSERTED, 1e-2): 2.1, ("LoRA", 1e-4): 2.0, ("LoRA", 1e-2): lora}
+    runs = [base]
+    for (method, rate), loss in losses.items():
+        given = {**about, "method": method, "rate": rate, "steps": 4}
+        held = {"1": {"domain": [loss], "control": [3.0]}}
+        runs += [
+            {"given": {**given, "seed": report.SEARCH_SEED, "held": {"choose": 1}}, "held": {"choose": held}},
+            {"given": {**given, "seed": 0, "held": {"test": 1}}, "held": {"test": held}, "losses": [3.0, loss]},
+        ]
+    found = report.find(runs)
+    assert found[0]["rates"]["LoRA"] == {report.ONE: 1e-2, report.FAIR: 1e-4}
+    answer = report.answer(found)
+    assert all(each in answer for each in words) and "With the best rate of each: LoRA 7.39" in answer
+
+
+@pytest.mark.parametrize(
+    ("far", "lost", "words"),
+    [
+        (2.0, 0.4, "is a smaller step away from the base"),
+        (1.0, 0.4, "4 of 4 advantages are more than a smaller step"),
+        (1.0, 0.1, "does not show"),
+    ],
+)
+def test_answer_of_cross_domain(module, far, lost, words):
+    """An advantage that goes away at equal distance is called a smaller step."""
+    report = module("cross_domain_report")
+
+    def run(method, distance, lost):
+        trained = {"kjv": 3 - distance, "icd10": 3 + lost, "english": 3 + lost, "distance": distance}
+        before = {**dict.fromkeys(("kjv", "icd10", "english"), 3.0), "distance": 0.0}
+        given = {"base": "b", "method": method, "seed": 0, "rate": 1e-3}
+        return {"given": given, "places": {"0": before, "1": trained}}
+
+    others = [run(method, far, lost) for method in (report.REFERENCE, "full")]
+    found = report.find([run(report.INSERTED, 1.0, 0.2), *others])
+    assert words in report.answer(found)
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"), [(0.1, "organs work less well in encoders here, too"), (0.5, "does not hold here")]
+)
+def test_answer_of_encoders(module, gain, words):
+    """What is said of encoders turns with the numbers."""
+    report = module("encoders_report")
+    gains = {None: 0.0, report.LORA: 0.4, "full": 0.6}
+    runs = [
+        {
+            "given": {"base": base, "method": method, "seed": 0, "rate": 1e-3, "part": "test"},
+            **{"domain": 4.0 - each, "control": 3.0, "trained": 1},
+        }
+        for base, organ in (("small-bert", gain), (report.DECODER, 0.3))
+        for method, each in {**gains, **dict.fromkeys(report.ORGANS, organ)}.items()
+    ]
+    assert words in report.answer(report.find(runs))
 
 
 @pytest.mark.parametrize(
