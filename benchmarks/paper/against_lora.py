@@ -1,6 +1,6 @@
 """Organs against LoRA and full fine-tuning: one learning rate for all, as in the paper, and the best one of each.
 
-    python benchmarks/paper/against_lora.py [--base NAME]     # the names are in bases.py; 40 core-minutes of SmolLM2
+    python benchmarks/paper/against_lora.py [--base NAME]     # names: bases.py; an hour of one core for SmolLM2
     python benchmarks/paper/against_lora.py --quick           # two methods, two rates: two minutes
     python benchmarks/paper/against_lora.py --smoke           # a small random model, for the test suite
     python benchmarks/paper/against_lora.py --report          # train nothing: answer and picture of the runs so far
@@ -8,7 +8,7 @@
 The paper (arXiv 2601.13580) reports perplexities of 17.33, 54.15 and 34.56 for an organ of three layers inserted into
 GPT-2, TinyLlama and GPT-OSS; of 668.40, 460.41 and 98.37 for LoRA, and of 1352.05 and 788.36 for full fine-tuning of
 the first two. Here an organ inserted as there, the organ that this project recommends, LoRA in two forms and full
-fine-tuning make the same number of steps on the same rows at each of eight rates over three and a half decades. Two
+fine-tuning make the same number of steps on the same rows at each of seven rates over three and a half decades. Two
 protocols follow from that sweep:
 
 - one rate for all: that at which a LoRA is furthest behind the inserted organ, as long as that organ learns something;
@@ -37,7 +37,7 @@ from tables import OUTPUTS  # noqa: E402
 
 COMPARED = (INSERTED, OUTPUTS, REFERENCE, "rsLoRA, r = 64", "full")
 FULL: dict[str, Any] = {
-    "methods": COMPARED, "rates": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "seeds": 3, "steps": 16,
+    "methods": COMPARED, "rates": (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "seeds": 3, "steps": 12,
     "batch": 2, "block": 128, "choose": 16, "test": 64,
 }  # fmt: skip
 QUICK = {**FULL, "methods": (INSERTED, REFERENCE), "rates": (3e-4, 1e-2), "seeds": 1, "steps": 4}

@@ -35,7 +35,7 @@ from against_lora import longer
 from against_lora_report import FAIR
 from cross_domain_report import OTHERS, TRAINED, answer, draw, find
 from distance import divergences
-from question import concluded, opened, parser_of
+from question import concluded, loaded, opened, parser_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import INSERTED, METHODS, REFERENCE, fit, mean, prepare, row_losses  # noqa: E402
@@ -67,11 +67,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def run_all(record: Any, size: dict[str, Any], base: str, pool: ThreadPoolExecutor) -> None:
-    """Train each method with each seed."""
+    """Measure the base, then train each method with each seed."""
     rates = best_rates(base, record.path)
     given = {name: size[name] for name in ("batch", "block", "held", "distance", "scales")}
     given["steps"] = size["steps"] * longer(base)
     methods = [name for name in size["methods"] if (base, name) != ("gemma", INSERTED)]
+    record(method=None, rate=0.0, seed=0, **given)
 
     def train(each: tuple[int, str]) -> None:
         seed, method = each
@@ -91,26 +92,30 @@ def best_rates(base: str, path: Path | None) -> dict[str, float]:
 
 
 def run_once(
-    base: str, method: str, rate: float, seed: int, steps: int, batch: int, block: int, held: int, distance: int,
-    scales: list[float],
+    base: str, method: str | None, rate: float, seed: int, steps: int, batch: int, block: int, held: int,
+    distance: int, scales: list[float],
 ) -> dict[str, Any]:  # fmt: skip
-    """Train, then measure losses of each text (nats per token) and the distance from the base at each scale."""
+    """Train, then measure losses of each text (nats per token) and distance at each scale; `None`: of the base."""
     import torch
     from transformers import AutoTokenizer
 
     read_text = functools.partial(read_blocks, tokenizer=AutoTokenizer.from_pretrained(base), block=block)
-    rows = read_text(TRAINED, most=steps * batch, part="train", seed=seed).tolist()
     texts = {name: read_text(name, most=held, part="test") for name in (TRAINED, *OTHERS)}
+
+    def losses(model: Any) -> dict[str, float]:
+        return {name: mean(row_losses(model, rows)) for name, rows in texts.items()}
+
+    if method is None:
+        return {"places": {"0": {**losses(loaded(base)), "distance": 0.0}}}
+    rows = read_text(TRAINED, most=steps * batch, part="train", seed=seed).tolist()
     torch.manual_seed(seed)
     prepared = prepare(method, base)
     fit(prepared, [(row, row) for row in rows], rate=rate, batch=batch, steps=steps, seed=seed)
     places = {}
-    for scale in (0.0, *scales):
-        prepared.set_scale(scale)
-        places[f"{scale:g}"] = {name: mean(row_losses(prepared.model, rows)) for name, rows in texts.items()}
     for scale, divergence in divergences(prepared, texts[OTHERS[-1]][:distance], scales).items():
-        places[scale]["distance"] = divergence
-    return {"places": {"0": {**places.pop("0"), "distance": 0.0}, **places}}
+        prepared.set_scale(float(scale))
+        places[scale] = {**losses(prepared.model), "distance": divergence}
+    return {"places": places}
 
 
 if __name__ == "__main__":

@@ -24,16 +24,19 @@ def find(runs: Runs) -> list[dict[str, Any]]:
     """For each run its places, and the losses of all texts where it is compared with the others of its seed."""
     import numpy as np
 
+    before = {run["given"]["base"]: run["places"] for run in runs if run["given"]["method"] is None}
+    trained = [run for run in runs if run["given"]["method"]]
     found = []
-    for group in dict.fromkeys((run["given"]["base"], run["given"]["seed"]) for run in runs):
-        mine = [run for run in runs if (run["given"]["base"], run["given"]["seed"]) == group]
-        curves = [curves_of(run["places"]) for run in mine]
+    for base, seed in dict.fromkeys((run["given"]["base"], run["given"]["seed"]) for run in trained):
+        mine = [run for run in trained if (run["given"]["base"], run["given"]["seed"]) == (base, seed)]
+        places = [{**before[base], **run["places"]} for run in mine]
+        curves = [curves_of(each) for each in places]
         distance, gain = min(each["distance"][-1] for each in curves), max(each[TRAINED].min() for each in curves)
-        for run, curve in zip(mine, curves, strict=True):
+        for run, at_scales, curve in zip(mine, places, curves, strict=True):
             at = (-1, int(np.argmax(curve["distance"] >= distance)), int(np.argmax(curve[TRAINED] <= gain)))
             losses = [{name: float(curve[name][n]) for name in (TRAINED, *OTHERS)} for n in at]
             given = {name: run["given"][name] for name in ("base", "method", "seed", "rate")}
-            found.append({**given, "places": run["places"], "losses": dict(zip(WAYS, losses, strict=True))})
+            found.append({**given, "places": at_scales, "losses": dict(zip(WAYS, losses, strict=True))})
     return found
 
 

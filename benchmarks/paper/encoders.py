@@ -1,6 +1,6 @@
 """Organs in encoders, against LoRA and full fine-tuning, and against the same in a decoder of the same size.
 
-    python benchmarks/paper/encoders.py               # small models; MiniLM if its package is there: 40 core-minutes
+    python benchmarks/paper/encoders.py               # small models, MiniLM if it is installed: an hour of a core
     python benchmarks/paper/encoders.py --base NAME   # one of them: small-bert, small-modernbert, small-llama, minilm
     python benchmarks/paper/encoders.py --quick       # shorter: two minutes
     python benchmarks/paper/encoders.py --smoke       # shorter still, for the test suite
@@ -50,7 +50,7 @@ FULL: dict[str, Any] = {
     "pretraining": {
         "width": 96, "vocab": 4096, "documents": None, "block": 64, "steps": 400, "batch": 32, "rate": 2e-3,
     },
-    "rates": (3e-4, 1e-3, 3e-3, 1e-2), "seeds": 3, "steps": 30, "batch": 32, "choose": 64, "test": 128,
+    "rates": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "seeds": 3, "steps": 30, "batch": 32, "choose": 64, "test": 128,
 }  # fmt: skip
 QUICK = {**FULL, "rates": (1e-3,), "seeds": 1, "steps": 8, "batch": 8, "choose": 8, "test": 16}
 FORMS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
         cache = options.cache if options.form == "full" else Path(scratch)
         for name in names:
-            folder = "" if options.report else str(folder_of(name, cache, size["pretraining"]))
+            pretraining = {**size["pretraining"], "batch": rows_of(name, size["pretraining"])}
+            folder = "" if options.report else str(folder_of(name, cache, pretraining))
             about = {"base": name, "form": options.form}
             record = Record(__file__, folder, options.output, run_once if smoke else None, about)
             if not options.report:
@@ -89,8 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def run_all(record: Record, size: dict[str, Any], name: str, pool: ThreadPoolExecutor) -> None:
     """Measure the model, search the rate of each method, then train with each seed."""
-    batch = size["batch"] // (4 if name == MINILM else 1)
-    given = {"steps": size["steps"], "batch": batch, "block": size["pretraining"]["block"]}
+    given = {"steps": size["steps"], "batch": rows_of(name, size), "block": size["pretraining"]["block"]}
     record(method=None, rate=0.0, seed=0, **given, part="test", held=size["test"])
 
     def search(method: str) -> float:
@@ -107,6 +107,11 @@ def run_all(record: Record, size: dict[str, Any], name: str, pool: ThreadPoolExe
         record(method=method, rate=rates[method], seed=seed, **given, part="test", held=size["test"])
 
     list(pool.map(train, [(seed, method) for seed in range(size["seeds"]) for method in COMPARED]))
+
+
+def rows_of(name: str, size: dict[str, Any]) -> int:
+    """Rows per batch, fewer for MiniLM, which is far wider."""
+    return size["batch"] // (4 if name == MINILM else 1)
 
 
 def run_once(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from encoder_models import DECODER
+from encoder_models import DECODER, MINILM
 from pictures import finish, panels_of
 from question import Runs, markdown, spread
 
@@ -53,6 +53,8 @@ def answer(found: Runs) -> str:
             if lower
             else "the paper's remark does not hold here.",
         ]
+    if MINILM not in (base for base, _ in shares):
+        words.append("No pretrained encoder is among them.")
     return f"{markdown(heads, rows)}\n\n{' '.join(words)}"
 
 

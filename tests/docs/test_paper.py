@@ -127,12 +127,11 @@ def test_answer_of_cross_domain(module, far, lost, words):
 
     def run(method, distance, lost):
         trained = {"kjv": 3 - distance, "icd10": 3 + lost, "english": 3 + lost, "distance": distance}
-        before = {**dict.fromkeys(("kjv", "icd10", "english"), 3.0), "distance": 0.0}
         given = {"base": "b", "method": method, "seed": 0, "rate": 1e-3}
-        return {"given": given, "places": {"0": before, "1": trained}}
+        return {"given": given, "places": {"1" if method else "0": trained}}
 
     others = [run(method, far, lost) for method in (report.REFERENCE, "full")]
-    found = report.find([run(report.INSERTED, 1.0, 0.2), *others])
+    found = report.find([run(None, 0.0, 0.0), run(report.INSERTED, 1.0, 0.2), *others])
     assert words in report.answer(found)
 
 
