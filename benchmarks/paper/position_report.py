@@ -21,7 +21,7 @@ def find(runs: Runs) -> list[dict[str, Any]]:
         given = run["given"]
         if "choose" in given["rows"]:
             continue
-        way = WAYS[2 if given["places"] != "all" else 1 if given["rate"] else 0]
+        way = WAYS[2 if not isinstance(given["places"], int) else 1 if given["rate"] else 0]
         for place in run["places"]:
             key = (given["base"], place["mode"], given["init"], way)
             about = dict(zip(("base", "mode", "init", "way"), key, strict=True))
