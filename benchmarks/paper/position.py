@@ -137,6 +137,7 @@ def run_once(
     keys = ("mode", "position", *rows)
     return {
         "depth": depth,
+        "cut_from": begin,
         "base_losses": losses("base"),
         "places": [{key: row[key] for key in keys} for row in found],
     }
