@@ -37,11 +37,12 @@ from texts import read_blocks  # noqa: E402
 CONTROL, DOMAIN = "english", "kjv"
 KINDS = (("insert", "copy"), ("insert", "identity"), ("replace", "copy"))  # of organs that are trained
 FULL: dict[str, Any] = {
-    **{"layers": 3, "block": 128, "swept": 16, "choose": 16, "held": 64},
+    **{"layers": 3, "block": 128, "swept": 16, "choose": 16, "held": 64, "every": 1},
     **{"steps": 16, "batch": 2, "rates": [2.5e-4, 5e-4, 1e-3], "seeds": 3},
+    "places": ["first", "early", "home", "late"],
 }
-SMALL = {**FULL, "swept": 2, "held": 2, "steps": 4, "rates": [5e-4], "seeds": 1}
-FORMS = {"full": FULL, "quick": SMALL, "smoke": {**SMALL, "layers": 1, "block": 32, "steps": 2}}
+SMALL = {**FULL, "swept": 2, "held": 2, "steps": 2, "rates": [5e-4], "seeds": 1, "places": ["early", "late"]}
+FORMS = {"full": FULL, "quick": {**SMALL, "every": 10}, "smoke": {**SMALL, "layers": 1, "block": 32}}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -69,11 +70,11 @@ def run_all(record: Any, size: dict[str, Any], pool: Any) -> None:
         return min(size["rates"], key=loss) if len(size["rates"]) > 1 else size["rates"][0]
 
     def train(kind: tuple[str, str], seed: int) -> None:
-        given = {"rate": rates[kind], "seed": seed, "places": ["first", "early", "home", "late"]}
+        given = {"rate": rates[kind], "seed": seed, "places": size["places"]}
         run(mode=kind[0], init=kind[1], **given, rows={"domain": size["held"], "control": size["held"]})
 
     def sweep(init: str, rate: float) -> None:
-        run(mode="both", init=init, rate=rate, seed=0, places="all", rows={"domain": size["swept"]})
+        run(mode="both", init=init, rate=rate, seed=0, places=size["every"], rows={"domain": size["swept"]})
 
     rates = dict(zip(KINDS, pool.map(search, KINDS), strict=True))
     sweeps = [("copy", 0.0), ("identity", 0.0), ("copy", rates["insert", "copy"])]
@@ -89,8 +90,8 @@ def run_once(
 
     Args:
         layers: How many layers the organ has.
-        places: `"all"`: every position, the organ as it is, trained at home before if there is a rate; or names of
-            positions at each of which it is trained.
+        places: Names of positions at each of which the organ is trained; or 1: every position, 2: every second one,
+            and so on, at which it is put as it is, trained at home before if there is a rate.
         rows: Held-out rows of each part: `"choose"`, `"domain"`, `"control"`.
     """
     import torch
@@ -111,10 +112,10 @@ def run_once(
     torch.manual_seed(seed)
     donor = DonorModel.from_base(model, (begin, begin + layers), init=init)
     given = {"rate": rate, "batch": batch, "steps": steps, "seed": seed}
-    if places == "all":
+    if isinstance(places, int):
         if rate:
             donor = trained_at_home(model, donor, base, trained, given)
-        sweep = sweep_positions(model, donor, data, modes=("insert", "replace"), **lengths)
+        sweep = sweep_positions(model, donor, data, range(0, depth + 1, places), ("insert", "replace"), **lengths)
     else:
         home = begin if mode == "replace" else begin + layers
         positions = {"first": 0, "early": depth // 8, "home": home, "late": 3 * depth // 4}
@@ -136,6 +137,7 @@ def run_once(
     keys = ("mode", "position", *rows)
     return {
         "depth": depth,
+        "cut_from": begin,
         "base_losses": losses("base"),
         "places": [{key: row[key] for key in keys} for row in found],
     }

@@ -21,9 +21,11 @@ def find(runs: Runs) -> list[dict[str, Any]]:
         given = run["given"]
         if "choose" in given["rows"]:
             continue
-        way = WAYS[2 if given["places"] != "all" else 1 if given["rate"] else 0]
+        way = WAYS[2 if not isinstance(given["places"], int) else 1 if given["rate"] else 0]
         for place in run["places"]:
             key = (given["base"], place["mode"], given["init"], way)
+            if key[1:] == ("replace", "copy", WAYS[0]) and place["position"] == run["cut_from"]:
+                continue  # the layers in their own place: the base
             about = dict(zip(("base", "mode", "init", "way"), key, strict=True))
             last = run["depth"] - (given["layers"] if place["mode"] == "replace" else 0)
             case = cases.setdefault(key, {**about, "last": last, "without": run["base_losses"], "positions": {}})
@@ -55,7 +57,7 @@ def third_of(position: int, case: dict[str, Any]) -> int:
 
 def answer(cases: list[dict[str, Any]]) -> str:
     """A table of the best positions, and what they say about early ones."""
-    heads = ["base", "organ", "best position", "perplexity there", *THIRDS, "without organ"]
+    heads = ["base", "organ", "best position", "perplexity there", *THIRDS, "without organ", "control there, without"]
     rows = []
     for case in cases:
         organ = f"{case['init']}, {case['mode']}, {case['way']}"
@@ -63,12 +65,21 @@ def answer(cases: list[dict[str, Any]]) -> str:
         best = f"{case['best']} of {case['last']}" if there else "all equal"
         thirds = [f"{math.exp(loss):.2f}" if loss is not None else "–" for loss in case["thirds"].values()]
         perplexity = spread([math.exp(loss) for loss in there]) if there else "–"
-        rows.append([case["base"], organ, best, perplexity, *thirds, f"{math.exp(case['without']['domain']):.2f}"])
+        without = f"{math.exp(case['without']['domain']):.2f}"
+        rows.append([case["base"], organ, best, perplexity, *thirds, without, of_control(case)])
     said = [
         of_claim(way, [case for case in cases if case["way"] == way])
         for way in ("untrained", "moved", "trained there")
     ]
     return "\n".join([markdown(heads, rows), "", *(line for line in said if line)])
+
+
+def of_control(case: dict[str, Any]) -> str:
+    """Perplexity of the control at the best position, and without the organ, where it was measured."""
+    if case["best"] is None or "control" not in case["without"]:
+        return "–"
+    there = [math.exp(loss) for loss in case["positions"][str(case["best"])]["control"]]
+    return f"{spread(there)}, {math.exp(case['without']['control']):.2f}"
 
 
 def of_claim(way: str, cases: list[dict[str, Any]]) -> str:

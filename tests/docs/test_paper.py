@@ -83,7 +83,7 @@ def test_answer_of_position(module, best, verdict):
         {"mode": "insert", "position": n, "domain": 3.0 + 0.1 * abs(n - best), "control": 3.0} for n in (0, 1, 7, 9)
     ]
     given = {"base": "b", "init": "copy", "rate": 1e-3, "places": ["first"], "layers": 3, "rows": {"domain": 8}}
-    run = {"given": given, "depth": 12, "base_losses": {"domain": 3.2}, "places": places}
+    run = {"given": given, "depth": 12, "cut_from": 4, "base_losses": {"domain": 3.2}, "places": places}
     report = module("position_report")
     (case,) = cases = report.find([run])
     assert case["best"] == best and verdict in report.answer(cases)
