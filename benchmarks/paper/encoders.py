@@ -55,7 +55,7 @@ FULL: dict[str, Any] = {
 QUICK = {**FULL, "rates": (1e-3,), "seeds": 1, "steps": 8, "batch": 8, "choose": 8, "test": 16}
 FORMS: dict[str, dict[str, Any]] = {
     "full": FULL,
-    "quick": {**QUICK, "pretraining": {**FULL["pretraining"], "steps": 40}},
+    "quick": {**QUICK, "pretraining": {**FULL["pretraining"], "steps": 20}},
     "smoke": {
         **{**QUICK, "steps": 2, "test": 4},
         "pretraining": {**FULL["pretraining"], "width": 32, "vocab": 512, "documents": 99, "block": 32, "steps": 4},
