@@ -7,9 +7,9 @@
 
 The paper (arXiv 2601.13580) reports perplexities of 17.33, 54.15 and 34.56 for an organ of three layers inserted into
 GPT-2, TinyLlama and GPT-OSS; of 668.40, 460.41 and 98.37 for LoRA, and of 1352.05 and 788.36 for full fine-tuning of
-the first two. Here an organ inserted as there, the organ that this project recommends, LoRA, rsLoRA (which multiplies
-what it has learned by 16 instead of 2) and full fine-tuning make the same number of steps on the same rows at each of
-seven rates over three and a half decades. Two protocols follow from that sweep:
+the first two. Here an organ inserted as there, but starting as a no-op, the organ that this project recommends, LoRA,
+rsLoRA (which multiplies what it has learned by 16 instead of 2) and full fine-tuning make the same number of steps on
+the same rows at each of seven rates over three and a half decades. Two protocols follow from that sweep:
 
 - one rate for all: that at which a LoRA is furthest behind the inserted organ, as long as that organ learns something;
 - fair: for each method the rate that is best on text set aside.

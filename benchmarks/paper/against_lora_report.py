@@ -17,8 +17,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import INSERTED, mean  # noqa: E402 (from the folder above)
 
 DOMAIN, SEARCH_SEED = "kjv", 100
-PAPER = {"GPT-2": (17.33, 668.40), "TinyLlama": (54.15, 460.41), "GPT-OSS": (34.56, 98.37)}  # organ, LoRA
-RATIOS = [lora / organ for organ, lora in PAPER.values()]
+PAPER = {  # perplexity, and that of the organ: GPT-2, TinyLlama and GPT-OSS
+    "LoRA": ((668.40, 17.33), (460.41, 54.15), (98.37, 34.56)),
+    "full": ((1352.05, 17.33), (788.36, 54.15)),
+}
+RATIOS = {method: sorted(theirs / organ for theirs, organ in pairs) for method, pairs in PAPER.items()}
 ONE, FAIR = "one rate", "fair"
 
 
@@ -96,16 +99,21 @@ def answer_of(each: dict[str, Any]) -> str:
         cells = [[spread(of(method, way, name)) for name in ("domain", "control")] for way in (ONE, FAIR)]
         rows.append([method, *cells[0], f"{rates[method][FAIR]:g}", *cells[1]])
     lora = max(loras(rates), key=lambda method: statistics.median(of(method, ONE)))
-    ratios = [b / a for a, b in zip(of(INSERTED, ONE), of(lora, ONE), strict=True)]
+    ratios = {
+        method: [theirs / organ for theirs, organ in zip(of(method, ONE), of(INSERTED, ONE), strict=True)]
+        for method in (lora, "full")
+        if method in rates
+    }
+    paper = ", ".join(f"{each[0]:.1f} to {each[-1]:.1f} ({method})" for method, each in RATIOS.items())
     harm = statistics.median(of(lora, ONE)) / before["domain"]
     losses = of(lora, ONE, "training_loss")[0]
     fair = sorted((statistics.median(of(method, FAIR)), method) for method in rates)
     words = [
-        f"With one rate for all, {one:g}, {lora} has {spread(ratios)} times the perplexity of the inserted organ;",
-        f"LoRA in the paper {min(RATIOS):.1f} to {max(RATIOS):.1f} times.",
-        "One rate for all is enough for such a gap."
-        if statistics.median(ratios) >= min(RATIOS)
-        else "No rate that was tried gives such a gap.",
+        f"With one rate for all, {one:g}, the perplexity is so many times that of the inserted organ:",
+        ", ".join(f"{spread(each)} ({method})" for method, each in ratios.items()) + f"; in the paper {paper}.",
+        "One rate for all is enough for such a gap to LoRA."
+        if statistics.median(ratios[lora]) >= RATIOS["LoRA"][0]
+        else "No rate that was tried gives such a gap to LoRA.",
         f"At that rate {lora} ends at {harm:.2f} times the perplexity of the untrained base:",
         "training has damaged the model" if harm > 1 else "it has learned, but less",
         f"(loss on the rows of a step: {losses['first']:.2f} at first, {losses['highest']:.2f} at most,",
