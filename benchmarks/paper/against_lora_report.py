@@ -127,16 +127,17 @@ def answer_of(each: dict[str, Any]) -> str:
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
     """Perplexity over the learning rate, a panel for each base; a line is the one rate, stars are the best rates."""
-    figure, panels = panels_of(1, len(found))
+    figure, panels = panels_of(1, len(found), height=4.6)
     for panel, each in zip(panels[0], found, strict=True):
-        most = 1e4 * min(value for points in each["sweep"].values() for _, value in points)
+        least = min(value for points in each["sweep"].values() for _, value in points)
         for n, (method, points) in enumerate(each["sweep"].items()):
-            drawn = [(rate, min(value, most)) for rate, value in points]
+            drawn = [(rate, min(value, 1e6 * least)) for rate, value in points]
             panel.plot(*zip(*drawn, strict=True), color=f"C{n}", marker=".", label=method)
             best = min(drawn, key=lambda point: point[1])
-            panel.plot(*best, color=f"C{n}", marker="*", markersize=15, markeredgecolor="black", linestyle="none")
+            panel.plot(*best, color=f"C{n}", marker="*", markersize=12, markeredgecolor="black", linestyle="none")
         panel.axhline(each["set_aside"], color="black", linewidth=0.8, label="the untrained base")
         panel.axvline(each["rates"][INSERTED][ONE], color="gray", linestyle="--", label="one rate for all")
         panel.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="perplexity of King James, set aside")
+        panel.set_ylim(0.9 * least, 60 * least)  # what lies above is destroyed
         panel.set_title(f"{each['base']}: stars are the best rates", loc="left", fontsize="medium")
     finish(figure, path)
