@@ -50,7 +50,10 @@ def concluded(
         answer: That in words, as Markdown.
         draw: Writes its picture.
     """
-    found = find([run for run in kept.runs.values() if run["given"]["form"] == options.form])
+    runs = [run for run in kept.runs.values() if run["given"]["form"] == options.form]
+    if not runs:
+        raise SystemExit(f"no {options.form} runs in {options.output}; leave out --report to make them")
+    found = find(runs)
     words = answer(found)
     kept.save(form=options.form, found=found, answer=words)
     print(words)

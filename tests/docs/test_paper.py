@@ -76,6 +76,12 @@ def test_bases_not_there(module, tmp_path, monkeypatch):
         bases.folder_of("gemma", tmp_path)
 
 
+def test_report_without_runs(module, tmp_path):
+    """There is nothing to answer from."""
+    with pytest.raises(SystemExit, match=r"no smoke runs in .*none.json; leave out --report"):
+        module("position").main(["--smoke", "--report", "--output", str(tmp_path / "none.json")])
+
+
 @pytest.mark.parametrize(("best", "verdict"), [(1, "is borne out."), (9, "is not borne out.")])
 def test_answer_of_position(module, best, verdict):
     """What is said of early positions turns with the numbers."""
