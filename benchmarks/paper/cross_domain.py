@@ -1,6 +1,6 @@
 """Trained on one text, measured on others: do organs lose less there than LoRA, and is it more than a smaller step?
 
-    python benchmarks/paper/cross_domain.py [--base NAME]     # the names are in bases.py; 40 core-minutes of SmolLM2
+    python benchmarks/paper/cross_domain.py [--base NAME]     # names: bases.py; an hour of one core for SmolLM2
     python benchmarks/paper/cross_domain.py --quick           # two methods, few steps: two minutes
     python benchmarks/paper/cross_domain.py --smoke           # a small random model, for the test suite
     python benchmarks/paper/cross_domain.py --report          # train nothing: answer and picture of the runs so far
