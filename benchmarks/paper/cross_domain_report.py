@@ -1,0 +1,94 @@
+"""What the runs of `cross_domain.py` say: organs against the others, a table, the verdict, the picture."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import equal_time
+from distance import curves_of
+from pictures import finish, panels_of
+from question import Runs, markdown, spread
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from figures import OUTPUTS  # noqa: E402
+from methods import INSERTED, REFERENCE  # noqa: E402 (from the folder above, like the next)
+
+TRAINED, OTHERS = "kjv", ("icd10", "english")
+WAYS = ("as trained", "at equal distance", "at equal gain")
+
+
+def find(runs: Runs) -> list[dict[str, Any]]:
+    """For each run its places, and the losses of all texts where it is compared with the others of its seed."""
+    import numpy as np
+
+    before = {run["given"]["base"]: run["places"] for run in runs if run["given"]["method"] is None}
+    trained = [run for run in runs if run["given"]["method"]]
+    found = []
+    for base, seed in dict.fromkeys((run["given"]["base"], run["given"]["seed"]) for run in trained):
+        mine = [run for run in trained if (run["given"]["base"], run["given"]["seed"]) == (base, seed)]
+        places = [{**before[base], **run["places"]} for run in mine]
+        curves = [curves_of(each) for each in places]
+        distance, gain = min(each["distance"][-1] for each in curves), max(each[TRAINED].min() for each in curves)
+        for run, at_scales, curve in zip(mine, places, curves, strict=True):
+            at = (-1, int(np.argmax(curve["distance"] >= distance)), int(np.argmax(curve[TRAINED] <= gain)))
+            losses = [{name: float(curve[name][n]) for name in (TRAINED, *OTHERS)} for n in at]
+            given = {name: run["given"][name] for name in ("base", "method", "seed", "rate")}
+            found.append({**given, "places": at_scales, "losses": dict(zip(WAYS, losses, strict=True))})
+    return found
+
+
+def answer(found: list[dict[str, Any]]) -> str:
+    """Organs against LoRA and full fine-tuning as a table for each base, and what it says."""
+    bases = dict.fromkeys(run["base"] for run in found)
+    return "\n\n".join(answer_of([run for run in found if run["base"] == base]) for base in bases)
+
+
+def answer_of(runs: list[dict[str, Any]]) -> str:
+    """The answer for a base."""
+    losses = {(run["method"], run["seed"]): run["losses"] for run in runs}
+    methods, seeds = (dict.fromkeys(run[name] for run in runs) for name in ("method", "seed"))
+    pairs = [(organ, other) for organ in (INSERTED, OUTPUTS) for other in (REFERENCE, "full")]
+    pairs = [pair for pair in pairs if methods.keys() >= set(pair)]
+    rows, ahead, kept = [], dict.fromkeys(WAYS, 0), 0
+    for text in OTHERS:
+        for pair in pairs:
+            gaps = []
+            for way in WAYS:
+                mine, others = ([losses[method, seed][way][text] for seed in seeds] for method in pair)
+                gaps.append([a - b for a, b in zip(mine, others, strict=True)])
+                ahead[way] += max(gaps[-1]) < 0
+            kept += max(map(max, gaps)) < 0
+            rows.append([f"{text}: {' − '.join(pair)}", *(spread(each, 3) for each in gaps)])
+    before = ", ".join(f"{name} {math.exp(runs[0]['places']['0'][name]):.2f}" for name in (TRAINED, *OTHERS))
+    words = [
+        f"Of {len(rows)} comparisons, the organ has the smaller loss with every seed in",
+        ", ".join(f"{ahead[way]} {way}" for way in WAYS) + f"; {kept} hold all three ways:",
+        "the paper's regularization does not show."
+        if not ahead[WAYS[0]]
+        else "what shows of the paper's regularization is a smaller step away from the base."
+        if not kept
+        else f"{kept} of {ahead[WAYS[0]]} advantages are more than a smaller step away from the base.",
+        equal_time.forgotten() if runs[0]["base"] == "smollm2" else "",
+    ]
+    title = f"{runs[0]['base']}, trained on {TRAINED}; perplexity before: {before}."
+    heads = ["loss of the organ − the other's, nats per token", *WAYS]
+    return f"{title}\n\n{markdown(heads, rows)}\n\n{' '.join(words).strip()}"
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity of each text over the distance from the base, along the scale; a row of panels for each base."""
+    bases, methods = (list(dict.fromkeys(run[name] for run in found)) for name in ("base", "method"))
+    texts = (TRAINED, *OTHERS)
+    figure, panels = panels_of(len(bases), len(texts))
+    for base, row in zip(bases, panels, strict=True):
+        for panel, text in zip(row, texts, strict=True):
+            for run in (run for run in found if run["base"] == base):
+                points = sorted((place["distance"], math.exp(place[text])) for place in run["places"].values())
+                color = f"C{methods.index(run['method'])}"
+                panel.plot(*zip(*points, strict=True), color=color, marker=".", linewidth=1, label=run["method"])
+            panel.set(xlabel="KL from the base on english, nats per token", ylabel="perplexity")
+            panel.set_title(f"{base}: {text}{' (trained)' if text == TRAINED else ''}", loc="left", fontsize="medium")
+    finish(figure, path)

@@ -1,0 +1,136 @@
+"""What the runs of `position.py` say: the best positions, a table, the verdict on early ones, the picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from question import Runs, markdown, spread
+
+WAYS = ("untrained", "moved", "trained there")
+THIRDS = ("first third", "middle third", "last third")
+
+
+def find(runs: Runs) -> list[dict[str, Any]]:
+    """One dict for each base, kind of organ and way: the losses of the domain at each position, of all seeds."""
+    cases: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    for run in runs:
+        given = run["given"]
+        if "choose" in given["rows"]:
+            continue
+        way = WAYS[2 if not isinstance(given["places"], int) else 1 if given["rate"] else 0]
+        for place in run["places"]:
+            key = (given["base"], place["mode"], given["init"], way)
+            if key[1:] == ("replace", "copy", WAYS[0]) and place["position"] == run["cut_from"]:
+                continue  # the layers in their own place: the base
+            about = dict(zip(("base", "mode", "init", "way"), key, strict=True))
+            last = run["depth"] - (given["layers"] if place["mode"] == "replace" else 0)
+            case = cases.setdefault(key, {**about, "last": last, "without": run["base_losses"], "positions": {}})
+            losses = case["positions"].setdefault(str(place["position"]), {name: [] for name in given["rows"]})
+            for name in given["rows"]:
+                losses[name].append(place[name])
+    return [{**case, **best_of(case)} for case in cases.values()]
+
+
+def best_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The best position by the median of seeds, in all and in each third; `None` where all positions are equal."""
+    middle = {int(n): statistics.median(each["domain"]) for n, each in case["positions"].items()}
+    thirds: dict[str, list[float]] = {third: [] for third in THIRDS}
+    for position, loss in middle.items():
+        thirds[THIRDS[third_of(position, case)]].append(loss)
+    best = min(middle, key=middle.__getitem__)
+    differ = max(middle.values()) - middle[best] > 1e-4
+    return {
+        "best": best if differ else None,
+        "best_third": THIRDS[third_of(best, case)] if differ else None,
+        "thirds": {third: min(losses, default=None) for third, losses in thirds.items()},
+    }
+
+
+def third_of(position: int, case: dict[str, Any]) -> int:
+    """0, 1 or 2: which third of the legal positions one belongs to."""
+    return min(2, 3 * position // max(1, case["last"]))
+
+
+def answer(cases: list[dict[str, Any]]) -> str:
+    """A table of the best positions, and what they say about early ones."""
+    heads = ["base", "organ", "best position", "perplexity there", *THIRDS, "without organ", "control there, without"]
+    rows = []
+    for case in cases:
+        organ = f"{case['init']}, {case['mode']}, {case['way']}"
+        there = case["positions"][str(case["best"])]["domain"] if case["best"] is not None else None
+        best = f"{case['best']} of {case['last']}" if there else "all equal"
+        thirds = [f"{math.exp(loss):.2f}" if loss is not None else "–" for loss in case["thirds"].values()]
+        perplexity = spread([math.exp(loss) for loss in there]) if there else "–"
+        without = f"{math.exp(case['without']['domain']):.2f}"
+        rows.append([case["base"], organ, best, perplexity, *thirds, without, of_control(case)])
+    said = [
+        of_claim(way, [case for case in cases if case["way"] == way])
+        for way in ("untrained", "moved", "trained there")
+    ]
+    return "\n".join([markdown(heads, rows), "", *(line for line in said if line)])
+
+
+def of_control(case: dict[str, Any]) -> str:
+    """Perplexity of the control at the best position, and without the organ, where it was measured."""
+    if case["best"] is None or "control" not in case["without"]:
+        return "–"
+    there = [math.exp(loss) for loss in case["positions"][str(case["best"])]["control"]]
+    return f"{spread(there)}, {math.exp(case['without']['control']):.2f}"
+
+
+def of_claim(way: str, cases: list[dict[str, Any]]) -> str:
+    """In how many cases an early position is best, as the paper has it."""
+    decided = [case for case in cases if case["best"] is not None]
+    if not decided:
+        return ""
+    early = [case for case in decided if case["best_third"] == THIRDS[0]]
+    verdict = "borne out" if len(early) == len(decided) else "borne out in part" if early else "not borne out"
+    where = ", ".join(f"{sum(case['best_third'] == third for case in decided)} in the {third}" for third in THIRDS)
+    gaps = [max(losses) - min(losses) for losses in map(medians, decided)]
+    return (
+        f"- {way.capitalize()}: of {len(decided)} sweeps the best position lies {where}; best and worst differ by "
+        f"{spread(gaps)} nats. That early positions are best is {verdict}."
+    )
+
+
+def medians(case: dict[str, Any]) -> list[float]:
+    """The loss of the domain at each position."""
+    return [statistics.median(each["domain"]) for each in case["positions"].values()]
+
+
+def draw(cases: list[dict[str, Any]], path: Path) -> None:
+    """Perplexity over position: a row of panels for each base, a column for each way."""
+    from not_hf.training.figure import add_grid, new_figure, scale_perplexities
+
+    bases = list(dict.fromkeys(case["base"] for case in cases))
+    columns = {"inserted": ("insert", False), "in place of layers": ("replace", False), "trained there": (None, True)}
+    figure = new_figure(12, 3.8 * len(bases), "the picture")
+    for base, panels in zip(bases, figure.subplots(len(bases), 3, squeeze=False), strict=True):
+        for panel, (title, (mode, trained)) in zip(panels, columns.items(), strict=True):
+            shown = [case for case in cases if case["base"] == base and trained == (case["way"] == WAYS[-1])]
+            here = [case for case in shown if mode in (None, case["mode"])]
+            draw_panel(panel, here)
+            scale_perplexities(panel, [math.exp(loss) for case in here for loss in medians(case)])
+            add_grid(panel)
+            panel.set_title(f"{base}: organ {title}", loc="left", fontsize="medium")
+            panel.set_xlabel("position (layers of the base below the organ)")
+            panel.legend(frameon=False, fontsize="small")
+        panels[0].set_ylabel("perplexity of King James, held out")
+    figure.savefig(path, dpi=100)
+
+
+def draw_panel(panel: Any, cases: Iterable[dict[str, Any]]) -> None:
+    """A line for each kind of organ, with the range of its seeds, and one for the base."""
+    for case in cases:
+        places = sorted(map(int, case["positions"]))
+        of_seeds = [[math.exp(loss) for loss in case["positions"][str(place)]["domain"]] for place in places]
+        mode = f"{case['mode']}, " if case["way"] == WAYS[-1] else ""
+        middle = [statistics.median(each) for each in of_seeds]
+        (line,) = panel.plot(places, middle, marker=".", label=f"{mode}{case['init']}, {case['way']}")
+        panel.vlines(places, list(map(min, of_seeds)), list(map(max, of_seeds)), color=line.get_color())
+        without = math.exp(case["without"]["domain"])
+    panel.axhline(without, color="0.35", linestyle="--", linewidth=1, label=f"without organ, {without:.2f}")

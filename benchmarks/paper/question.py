@@ -1,0 +1,82 @@
+"""What the scripts of the paper's questions have in common: options, runs, the end of `main`, medians."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+import record  # noqa: E402 (from the folder above)
+from bases import BASES, folder_of  # noqa: E402
+from texts import ROOT  # noqa: E402
+
+Runs = list[dict[str, Any]]
+
+
+def parser_of(script: str, description: str, forms: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of a script; its full form is written into `benchmarks/results/paper` unless told otherwise."""
+    parser = record.parser_of(description, forms, f"{', '.join(BASES)} (smollm2)")
+    parser.add_argument("--report", action="store_true", help="run nothing: answer and picture of the runs so far")
+    parser.set_defaults(script=script, base="smollm2")
+    return parser
+
+
+def opened(options: argparse.Namespace, run_once: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """The record of a script, in which each run has its base and form, and the pool of its runs."""
+    if options.output is None and options.form == "full":
+        options.output = ROOT / "benchmarks" / "results" / "paper" / Path(options.script).with_suffix(".json").name
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    name = "smoke" if options.form == "smoke" else options.base
+    about = {"base": name, "form": options.form}
+    unpack = Path if options.report else functools.partial(folder_of, name)  # a report needs no base
+    return record.opened(options.script, options, run_once, unpack, about)
+
+
+def concluded(
+    kept: record.Record, options: argparse.Namespace, find: Callable[[Runs], Any],
+    answer: Callable[[Any], str], draw: Callable[[Any, Path], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Answer the question by all runs of this form, of whatever base; print the answer, and write it and the picture.
+
+    Args:
+        find: What the runs say, as JSON.
+        answer: That in words, as Markdown.
+        draw: Writes its picture.
+    """
+    runs = [run for run in kept.runs.values() if run["given"]["form"] == options.form]
+    if not runs:
+        raise SystemExit(f"no {options.form} runs in {options.output}; leave out --report to make them")
+    found = find(runs)
+    words = answer(found)
+    kept.save(form=options.form, found=found, answer=words)
+    print(words)
+    if options.output:
+        draw(found, options.output.with_suffix(".png"))
+    return {"found": found, "answer": words}
+
+
+def loaded(folder: str) -> Any:
+    """A model, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The median, with the smallest and the largest value behind it."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.{digits}f}" + (f" ({low:.{digits}f}–{high:.{digits}f})" if low < high else "")
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and the others numbers."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

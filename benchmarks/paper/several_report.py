@@ -1,0 +1,129 @@
+"""What the runs of `several_organs.py` say: a table, how both texts stand together, the picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from question import Runs, markdown, spread
+from report import paired
+
+DOMAINS, CONTROL = ("kjv", "icd10"), "english"
+NAMES = (*DOMAINS, CONTROL)
+STACKED = "organs inserted at one place: both, 1"
+PAIRS = {
+    "Order at one place": (STACKED, "organs inserted at one place: both, the other order"),
+    "One place or two": (STACKED, "organs inserted at two places: both, 1"),
+    "Stacked or averaged": (STACKED, "organs inserted at one place: both, averaged"),
+    "Stacked or summed": (STACKED, "organs inserted at one place: both, summed"),
+}
+
+
+def find(runs: Runs) -> dict[str, dict[str, Any]]:
+    """Of each base: the losses of the texts in each combination, of all seeds; and pairs of them, row by row."""
+    found: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, str], list[float]] = {}
+    for run in sorted(runs, key=lambda run: run["given"]["seed"]):
+        base, way = run["given"]["base"], run["given"]["way"]
+        combinations = found.setdefault(base, {"losses": {}})["losses"]
+        for what, losses in run["losses"].items():
+            name = what if what == "base" else f"{way}: {what}"
+            of = combinations.setdefault(name, {text: [] for text in NAMES})
+            for text in NAMES:
+                of[text].append(losses[text])
+        for what, of_rows in run.get("row_losses", {}).items():
+            rows.setdefault((base, f"{way}: {what}"), []).extend(each for text in DOMAINS for each in of_rows[text])
+    for base, of in found.items():
+        of["pairs"] = {
+            question: {"one": one, "other": other, **paired(rows[base, other], rows[base, one])}
+            for question, (one, other) in PAIRS.items()
+            if (base, one) in rows and (base, other) in rows
+        }
+    return found
+
+
+def answer(found: dict[str, Any]) -> str:
+    """Tables of perplexities, and what is kept when both texts are put together."""
+    parts = []
+    for base, of_base in found.items():
+        rows = of_base["losses"]
+        lines = [
+            [name, *(spread([math.exp(loss) for loss in of[text]]) for text in NAMES)] for name, of in rows.items()
+        ]
+        parts += [markdown([base, *NAMES], lines), "", *said_of(rows), *map(compared, of_base["pairs"].items()), ""]
+    return "\n".join(parts)
+
+
+def said_of(rows: dict[str, dict[str, list[float]]]) -> list[str]:
+    """The answers for one base, from its numbers."""
+    middle = {name: {text: statistics.median(losses) for text, losses in of.items()} for name, of in rows.items()}
+
+    def of_both(name: str) -> float:
+        return sum(middle[name][domain] for domain in DOMAINS) / len(DOMAINS)
+
+    def gains(name: str) -> str:
+        of = {text: middle["base"][text] - middle[name][text] for text in NAMES}
+        return (
+            f"{of['kjv']:+.3f} nats on King James, {of['icd10']:+.3f} on the codes, {of[CONTROL]:+.3f} on the control"
+        )
+
+    combined = [name for name in middle if name != "base" and not name.endswith(" alone")]
+    best = min((name for name in combined if "one organ" not in name), key=of_both)
+    lines = [f"- Trained apart or in turn, the best for both texts is {best}: {gains(best)}."]
+    lines += [f"- {name}: {gains(name)}." for name in combined if "one organ" in name]
+    lines += [kept_line(way, middle) for way in dict.fromkeys(name.partition(":")[0] for name in combined)]
+    return [line for line in lines if line]
+
+
+def kept_line(way: str, middle: dict[str, dict[str, float]]) -> str:
+    """How much of what each gains alone is left when both are in one model with a weight of 1."""
+    both = middle.get(f"{way}: both, 1")
+    shares = []
+    for domain in DOMAINS:
+        alone = middle.get(f"{way}: {domain} alone")
+        if not both or not alone:
+            return ""
+        gain = middle["base"][domain] - alone[domain]
+        if gain <= 0:
+            return f"- {way}: alone, {domain} is not learned, so that nothing can be kept."
+        shares.append(f"{100 * (middle['base'][domain] - both[domain]) / gain:.0f} % on {domain}")
+    return f"- {way}, together: of the gain that each has alone, {' and '.join(shares)}."
+
+
+def compared(pair: tuple[str, dict[str, Any]]) -> str:
+    """Which of two combinations has the lower loss, as far as the rows of both texts tell."""
+    question, of = pair
+    by = f"{abs(of['mean']):.4f} ± {of['error']:.4f} nats (mean and standard error over rows)"
+    if not abs(of["mean"]) > 2 * of["error"]:
+        return f"- {question}: no clear difference between “{of['one']}” and “{of['other']}”, {by}."
+    ahead, behind = (of["one"], of["other"]) if of["mean"] > 0 else (of["other"], of["one"])
+    return f"- {question}: “{ahead}” is better than “{behind}” by {by}."
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """What each combination gains on both texts, and on the control: a row of panels for each base."""
+    from not_hf.training.figure import add_grid, new_figure
+
+    shown = {base: of["losses"] for base, of in found.items()}
+    figure = new_figure(11, (0.26 * max(map(len, shown.values())) + 1.2) * len(shown), "the picture")
+    grid = figure.subplots(len(shown), 2, squeeze=False, sharey="row")
+    for (base, of), panels in zip(shown.items(), grid, strict=True):
+        names = [name for name in reversed(of) if name != "base"]
+        for panel, texts in zip(panels, (DOMAINS, (CONTROL,)), strict=True):
+            for text in texts:
+                color, marker = f"C{NAMES.index(text)}", "os^"[NAMES.index(text)]
+                for height, name in enumerate(names):
+                    gains = [statistics.median(of["base"][text]) - loss for loss in of[name][text]]
+                    panel.plot(statistics.median(gains), height, marker, color=color, label=None if height else text)
+                    panel.hlines(height, min(gains), max(gains), color=color)
+            panel.axvline(0, color="0.35", linewidth=0.8)
+            panel.set_yticks(range(len(names)), names, fontsize="small")
+            panel.legend(frameon=False, fontsize="small")
+            add_grid(panel)
+        panels[0].set_title(f"{base}: gain on the texts learned", loc="left", fontsize="medium")
+        panels[1].set_title("gain on the control", loc="left", fontsize="medium")
+        for panel in panels:
+            panel.set_xlabel("loss of the base − loss, nats per token")
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,121 @@
+"""What the runs of `transfer.py` say: gains over the distance of the recipient, a table, the verdict, the picture."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from question import Runs, markdown, spread
+
+ORIGIN = "base"  # the recipient that the organ was trained in
+
+
+def find(runs: Runs) -> list[dict[str, Any]]:
+    """One dict for each base: its recipients, each with the values of all seeds."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        if "moved" not in run:
+            continue
+        case = found.setdefault(
+            run["given"]["base"], {"base": run["given"]["base"], "identical": [], "recipients": {}}
+        )
+        case["identical"].append(run["identical"])
+        for moved in run["moved"]:
+            name = f"{moved['recipient']}, {moved['steps']} steps" if moved["steps"] else ORIGIN
+            into = case["recipients"].setdefault(
+                name, {"text": moved["recipient"], "weights": [], "kl": [], "alone": []}
+            )
+            for key, value in (("weights", moved.get("weights", 0.0)), ("kl", moved.get("kl", 0.0))):
+                into[key].append(value)
+            into["alone"].append(moved["alone"])
+            for way, loss in moved["with"].items():
+                into.setdefault("gain", {}).setdefault(way, []).append(moved["alone"] - loss)
+    for case in found.values():
+        for into in case["recipients"].values():
+            at_home = case["recipients"][ORIGIN]["gain"]
+            into["kept"] = {
+                way: [gain / whole for gain, whole in zip(gains, at_home[way], strict=True)]
+                for way, gains in into["gain"].items()
+            }
+    return list(found.values())
+
+
+def answer(found: list[dict[str, Any]]) -> str:
+    """Tables of what is kept of the gain, and how it falls with the distance."""
+    parts = []
+    for case in found:
+        ways = list(case["recipients"][ORIGIN]["gain"])
+        rows = [row_of(name, into, ways) for name, into in case["recipients"].items()]
+        heads = ["recipient", "distance, %", "KL, nats", "perplexity alone", *(f"kept: {way}" for way in ways)]
+        home = case["recipients"][ORIGIN]["gain"]
+        gains = "; ".join(f"{way} {spread(home[way], 3)}" for way in ways)
+        parts += [
+            f"{case['base']}; gain in the base, nats: {gains}",
+            "",
+            markdown(heads, rows),
+            "",
+            *said_of(case),
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def row_of(name: str, into: dict[str, Any], ways: list[str]) -> list[str]:
+    """A recipient: its distance, and the share of the gain that each way keeps."""
+    kept = [spread([100 * share for share in into["kept"][way]], 0) + " %" for way in ways]
+    distance = spread([100 * each for each in into["weights"]])
+    return [name, distance, spread(into["kl"], 4), spread([math.exp(loss) for loss in into["alone"]]), *kept]
+
+
+def said_of(case: dict[str, Any]) -> list[str]:
+    """The answer for one base, from its numbers."""
+    reloaded = [same for each in case["identical"] for same in each.values()]
+    lines = [f"- Reloaded, the logits are the same bit for bit in {sum(reloaded)} of {len(reloaded)} trainings."]
+    middle = statistics.median
+    away = sorted(
+        (into for into in case["recipients"].values() if into["weights"][0]), key=lambda one: middle(one["kl"])
+    )
+    for way in case["recipients"][ORIGIN]["gain"]:
+        kept = [middle(into["kept"][way]) for into in away]
+        falls = all(later <= earlier + 0.01 for earlier, later in itertools.pairwise(kept))
+        course = "falls with the distance" if falls and kept[0] - kept[-1] > 0.01 else "does not fall steadily with it"
+        nearest, farthest = (
+            f"{100 * kept[n]:.0f} % of its gain at a KL of {middle(away[n]['kl']):.3f}" for n in (0, -1)
+        )
+        lines.append(f"- {way}: keeps {nearest} nats and {farthest}; what it keeps {course}.")
+    return lines
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Gain over the recipient's distance in weights and in KL: a row of panels for each base."""
+    from not_hf.training.figure import add_grid, new_figure
+
+    axes = {
+        "weights": ("norm of the weights' difference, % of the base's", 100),
+        "kl": ("KL(base || recipient), nats", 1),
+    }
+    figure = new_figure(11, 4.2 * len(found), "the picture")
+    for case, panels in zip(found, figure.subplots(len(found), 2, squeeze=False), strict=True):
+        for panel, (key, (label, factor)) in zip(panels, axes.items(), strict=True):
+            for n, way in enumerate(case["recipients"][ORIGIN]["gain"]):
+                texts = dict.fromkeys(into["text"] for into in case["recipients"].values() if into["text"] != ORIGIN)
+                for text, marker in zip(texts, "os^", strict=False):
+                    line = [into for into in case["recipients"].values() if into["text"] in (ORIGIN, text)]
+                    line.sort(key=lambda into: statistics.median(into[key]))
+                    places = [factor * statistics.median(into[key]) for into in line]
+                    gains = [into["gain"][way] for into in line]
+                    style = {"color": f"C{n}", "marker": marker, "linewidth": 1.2}
+                    panel.plot(places, list(map(statistics.median, gains)), **style, label=f"{way}; {text}")
+                    panel.vlines(places, list(map(min, gains)), list(map(max, gains)), color=f"C{n}", linewidth=1)
+            panel.axhline(0, color="0.35", linewidth=0.8)
+            panel.set_xlabel(label)
+            add_grid(panel)
+        panels[0].set_ylabel("gain on King James, nats per token")
+        panels[0].set_title(f"{case['base']}: what the organ gains in another model", loc="left", fontsize="medium")
+        panels[1].set_title("the same over KL; lines by the text of the recipient", loc="left", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=100)
