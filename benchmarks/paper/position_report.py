@@ -71,7 +71,25 @@ def answer(cases: list[dict[str, Any]]) -> str:
         of_claim(way, [case for case in cases if case["way"] == way])
         for way in ("untrained", "moved", "trained there")
     ]
-    return "\n".join([markdown(heads, rows), "", *(line for line in said if line)])
+    return "\n".join([markdown(heads, rows), "", *(line for line in said if line), *best_of_all(cases)])
+
+
+def best_of_all(cases: list[dict[str, Any]]) -> list[str]:
+    """Of each base, the organ and position with the lowest perplexity after training."""
+    lines = []
+    for base in dict.fromkeys(case["base"] for case in cases):
+        here = [
+            case for case in cases if case["base"] == base and case["way"] == WAYS[-1] and case["best"] is not None
+        ]
+        if here:
+            case = min(here, key=lambda case: min(medians(case)))
+            loss = min(medians(case))
+            change = 100 * (math.exp(loss - case["without"]["domain"]) - 1)
+            organ = f"{case['init']}, {case['mode']}, at {case['best']} of {case['last']}"
+            lines.append(
+                f"- {base}, the best that was trained: {organ}, perplexity {math.exp(loss):.2f} ({change:+.1f} %)."
+            )
+    return lines
 
 
 def of_control(case: dict[str, Any]) -> str:
@@ -118,7 +136,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
             add_grid(panel)
             panel.set_title(f"{base}: organ {title}", loc="left", fontsize="medium")
             panel.set_xlabel("position (layers of the base below the organ)")
-            panel.legend(frameon=False, fontsize="small")
+            panel.legend(fontsize="small", edgecolor="none")
         panels[0].set_ylabel("perplexity of King James, held out")
     figure.savefig(path, dpi=100)
 

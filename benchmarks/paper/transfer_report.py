@@ -74,19 +74,27 @@ def said_of(case: dict[str, Any]) -> list[str]:
     """The answer for one base, from its numbers."""
     reloaded = [same for each in case["identical"] for same in each.values()]
     lines = [f"- Reloaded, the logits are the same bit for bit in {sum(reloaded)} of {len(reloaded)} trainings."]
-    middle = statistics.median
-    away = sorted(
-        (into for into in case["recipients"].values() if into["weights"][0]), key=lambda one: middle(one["kl"])
-    )
+    away = [into for name, into in case["recipients"].items() if name != ORIGIN]
     for way in case["recipients"][ORIGIN]["gain"]:
-        kept = [middle(into["kept"][way]) for into in away]
-        falls = all(later <= earlier + 0.01 for earlier, later in itertools.pairwise(kept))
-        course = "falls with the distance" if falls and kept[0] - kept[-1] > 0.01 else "does not fall steadily with it"
-        nearest, farthest = (
-            f"{100 * kept[n]:.0f} % of its gain at a KL of {middle(away[n]['kl']):.3f}" for n in (0, -1)
-        )
-        lines.append(f"- {way}: keeps {nearest} nats and {farthest}; what it keeps {course}.")
+        useful = sum(statistics.median(into["gain"][way]) > 0 for into in away)
+        courses = [course(text, way, away) for text in dict.fromkeys(into["text"] for into in away)]
+        lines.append(f"- {way}: a gain in {useful} of {len(away)} other models. Kept of it: {'; '.join(courses)}.")
     return lines
+
+
+def course(text: str, way: str, away: list[dict[str, Any]]) -> str:
+    """How much of the gain is kept in the recipients that were trained on a text, from the nearest to the farthest."""
+    points = sorted(
+        (statistics.median(into["kl"]), statistics.median(into["kept"][way])) for into in away if into["text"] == text
+    )
+    said = f"{text}, " + " to ".join(
+        f"{100 * share:.0f} % at a KL of {kl:.3f}" for kl, share in dict.fromkeys((points[0], points[-1]))
+    )
+    shares = [share for _, share in points]
+    if len(shares) == 1:
+        return said
+    falls = all(later <= earlier for earlier, later in itertools.pairwise(shares)) and shares[-1] < shares[0]
+    return said + (", falling with the distance" if falls else ", not falling steadily with the distance")
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:

@@ -161,7 +161,12 @@ def test_answer_of_encoders(module, gain, words):
 
 @pytest.mark.parametrize(
     ("gains", "words"),
-    [((0.4, 0.3, 0.1), "falls with the distance"), ((0.4, 0.1, 0.3), "does not fall steadily with it")],
+    [
+        ((0.4, 0.3, 0.1), "a gain in 2 of 2 other models. Kept of it: english, 75 % at a KL of 0.100 to 25 % at a KL"),
+        ((0.4, 0.3, 0.1), ", falling with the distance"),
+        ((0.4, 0.1, 0.3), ", not falling steadily with the distance"),
+        ((0.4, 0.1, -0.3), "a gain in 1 of 2 other models"),
+    ],
 )
 def test_answer_of_transfer(module, gains, words):
     """What is said of the gain turns with the numbers."""
