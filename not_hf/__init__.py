@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from not_hf.donor.compatibility import check_compatibility
     from not_hf.donor.importing import import_checkpoint
     from not_hf.donor.modeling import DonorModel
+    from not_hf.evaluation.canaries import plant_canaries
     from not_hf.evaluation.comparison import compare_perplexity
     from not_hf.evaluation.method_comparison import compare_methods
     from not_hf.evaluation.perplexity import perplexity
     from not_hf.evaluation.position_sweep import sweep_positions
     from not_hf.evaluation.position_training import train_positions
+    from not_hf.evaluation.privacy_probe import probe_privacy
     from not_hf.evaluation.scale_choice import choose_scale
     from not_hf.hub.search import list_donors
     from not_hf.recipient.expansion import expand
@@ -89,7 +91,9 @@ _LAZY = {
     "merged_card": "not_hf.cards.merged",
     "pack": "not_hf.training.data",
     "perplexity": "not_hf.evaluation.perplexity",
+    "plant_canaries": "not_hf.evaluation.canaries",
     "plot_training_curve": "not_hf.training.curve",
+    "probe_privacy": "not_hf.evaluation.privacy_probe",
     "push_donor": "not_hf.composition.publish",
     "reference_model": "not_hf.recipient.reference",
     "require_isolation": "not_hf.training.isolation",
@@ -140,7 +144,9 @@ __all__ = [
     "merged_card",
     "pack",
     "perplexity",
+    "plant_canaries",
     "plot_training_curve",
+    "probe_privacy",
     "push_donor",
     "reference_model",
     "require_isolation",

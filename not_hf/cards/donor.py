@@ -26,7 +26,7 @@ from not_hf.cards.common import (
     updated,
 )
 from not_hf.cards.license import License
-from not_hf.cards.metrics import INTERVAL, KINDS, MEASURED_ON
+from not_hf.cards.metrics import INTERVAL, KINDS, MEASURED_ON, PRIVACY
 from not_hf.config import DonorConfig
 from not_hf.limits import is_of
 
@@ -73,6 +73,7 @@ def donor_card(
         "beside": beside_layers(config),
         "delta": describe_delta(config),
         "conditions": dict(_conditions(config.metrics or {})),
+        "privacy": _privacy(config.metrics or {}),
         "curve": CURVE if has_curve else None,
     }
     return render("donor_card.md", data, title=title, repo_id=repo_id, picture=picture(config), **facts)
@@ -143,6 +144,12 @@ def _measured(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
     for path, value in _numbers(metrics):
         found.setdefault(_name(path), {})["before" if "before" in path else "after"] = value
     return found
+
+
+def _privacy(metrics: dict[str, Any]) -> list[str]:
+    """Return what a privacy probe found, a sentence each."""
+    found = metrics.get(PRIVACY)
+    return found if is_of(found, list[str]) else []
 
 
 def _conditions(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:

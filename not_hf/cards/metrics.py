@@ -9,6 +9,7 @@ from typing import Any
 
 MEASURED_ON = "measured_on"  # key beside a number: the text that it was measured on, its tokens and the window
 INTERVAL = "confidence_interval"  # key beside a number: the ends of its 95 % interval, by "before" and "after"
+PRIVACY = "privacy"  # key in the metrics, of sentences: what a probe found
 KINDS = ("perplexity", "bits_per_byte")  # of numbers; nats per token would say what perplexity says
 
 

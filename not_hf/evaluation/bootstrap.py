@@ -1,7 +1,8 @@
-"""Bootstrap confidence intervals of a mean negative log-likelihood, and of the difference of two."""
+"""Bootstrap confidence intervals of a mean negative log-likelihood, of the difference of two, and of two samples."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +69,30 @@ def nll_difference_intervals(
     """
     first, second = (_drawn_means(*each, seed, num_draws) for each in zip(nats, weights, strict=True))
     return _percentiles(second - first, level)
+
+
+def two_sample_intervals(
+    statistic: Callable[[Floats, Floats], Sequence[float]],
+    first: Floats,
+    second: Floats,
+    seed: int = 0,
+    level: float = 0.95,
+    num_draws: int = 1000,
+) -> tuple[Floats, Floats]:
+    """Compute percentile bootstrap intervals of what tells two samples apart.
+
+    Args:
+        statistic: Numbers of two samples.
+        first: The first sample, `(rows,)`, of which as many rows are drawn with replacement.
+        second: The second one, drawn likewise, independently.
+        seed: Of the draws, like `level` and `num_draws` as for `nll_intervals`.
+
+    Returns:
+        Lower and upper ends, `(numbers,)` each.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = [[generator.choice(each, len(each)) for each in (first, second)] for _ in range(num_draws)]
+    return _percentiles(np.array([statistic(*pair) for pair in drawn]), level)
 
 
 def _drawn_means(nats: Floats, weights: Floats, seed: int, num_draws: int) -> Floats:

@@ -119,9 +119,13 @@ def prepare_donor(donor: DonorLike, fresh: Fresh) -> Prepared:
 
 def donor_names(donors: Iterable[DonorLike]) -> list[str]:
     """Name donors as they may be published: by Hub ID or folder name, with a number where that is not enough."""
-    names = ["donor" if isinstance(each, DonorModel) else f"donor {public_name(each)}" for each in donors]
-    numbered = [f"{name} ({names[: n + 1].count(name)})" for n, name in enumerate(names)]
-    return [name if names.count(name) == 1 else number for name, number in zip(names, numbered, strict=True)]
+    return numbered(["donor" if isinstance(each, DonorModel) else f"donor {public_name(each)}" for each in donors])
+
+
+def numbered(names: list[str]) -> list[str]:
+    """Put a number behind names that occur several times."""
+    counted = [f"{name} ({names[: n + 1].count(name)})" for n, name in enumerate(names)]
+    return [name if names.count(name) == 1 else number for name, number in zip(names, counted, strict=True)]
 
 
 def public_name(source: str | os.PathLike[str]) -> str:

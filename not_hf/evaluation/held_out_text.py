@@ -50,7 +50,7 @@ class TextParts:
         Raises:
             NotHFError: There is too little text.
         """
-        documents = _tokenized(texts, tokenizer)
+        documents = tokenized(texts, tokenizer)
         stream = list(itertools.chain.from_iterable(documents))
         if len(stream) < 10 * block_length:
             raise NotHFError(
@@ -136,7 +136,7 @@ def control_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, blo
     Raises:
         NotHFError: There is too little text.
     """
-    blocks = _blocks(list(itertools.chain.from_iterable(_tokenized(texts, tokenizer))), block_length)
+    blocks = _blocks(list(itertools.chain.from_iterable(tokenized(texts, tokenizer))), block_length)
     if len(blocks) < 2:
         raise NotHFError(
             f"the control text has fewer than {2 * block_length} tokens, two blocks; give more, or leave it out"
@@ -150,8 +150,8 @@ def spread(rows: list[T], most: int) -> list[T]:
     return [rows[n * len(rows) // count] for n in range(count)]
 
 
-def _tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Blocks:
-    """Tokenize texts as `pack` does, some at a time."""
+def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenize texts as `pack` does, some at a time; empty ones give nothing."""
     some: Any = (texts[n : n + 1000] for n in range(0, len(texts), 1000))
     return [ids for each in some for ids in tokenize(each, tokenizer)["input_ids"]]
 

@@ -251,10 +251,10 @@ def load_tokenizer(
     return source if isinstance(source, PreTrainedTokenizerBase) else AutoTokenizer.from_pretrained(source)
 
 
-def load_model(source: PreTrainedModel | str, device: str | None = None) -> PreTrainedModel:
+def load_model(source: PreTrainedModel | str, device: str | None = None, **where: Any) -> PreTrainedModel:
     """Load a model that writes text, or a donor, from a Hub ID or folder onto a device; default CUDA if available.
 
-    A live model is returned as it is.
+    A live model is returned as it is. `where` is its `revision` and `subfolder`.
 
     Raises:
         NotHFError: A live model is on another device.
@@ -264,7 +264,7 @@ def load_model(source: PreTrainedModel | str, device: str | None = None) -> PreT
             raise NotHFError(f"the model is on {source.device}, not {device}; move it with model.to({device!r}) first")
         return source
     native: Any = writing_class(source).native_auto_class
-    return cast(PreTrainedModel, native.from_pretrained(source).to(_device(device)))
+    return cast(PreTrainedModel, native.from_pretrained(source, **where).to(_device(device)))
 
 
 def _device(device: str | None) -> torch.device:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.errors import NotHFError
@@ -68,6 +69,14 @@ def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterat
 @torch.inference_mode()
 def nll_of(model: PreTrainedModel, texts: list[list[int]], batch: list[Window]) -> list[float]:
     """Sum the negative log-likelihood (nats) of the scored tokens of each window."""
+    found = scored_logits(model, texts, batch)
+    return torch.stack([cross_entropy(logits, targets, reduction="sum") for logits, targets in found]).tolist()
+
+
+def scored_logits(
+    model: PreTrainedModel, texts: list[list[int]], batch: list[Window]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Run a batch of windows; yield of each the float32 logits and the ids, `(scored, vocab)` and `(scored,)`."""
     longest = max(window.end - window.begin for window in batch)
     # padded on the right with any id: positions count from 0, and causal attention never reaches the padding
     input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -78,13 +87,10 @@ def nll_of(model: PreTrainedModel, texts: list[list[int]], batch: list[Window]) 
         attention_mask[row, :length] = 1
     input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (batch, seq, vocab)
-    sums = []
     for row, window in enumerate(batch):  # only one row of float32 logits at a time
         scored = slice(window.scored - window.begin, window.end - window.begin)
         predicting = slice(scored.start - 1, scored.stop - 1)
-        targets = input_ids[row, scored].to(logits.device)
-        sums.append(torch.nn.functional.cross_entropy(logits[row, predicting].float(), targets, reduction="sum"))
-    return torch.stack(sums).tolist()
+        yield logits[row, predicting].float(), input_ids[row, scored].to(logits.device)
 
 
 def encode(

@@ -40,7 +40,7 @@ from testing.processes import run_python
 from testing.training import CHAT_TEMPLATE, chat
 
 COMMANDS = (
-    *("extract", "import", "train", "eval", "sweep", "compare", "generate", "inspect", "check"),
+    *("extract", "import", "train", "eval", "sweep", "compare", "probe", "generate", "inspect", "check"),
     *("push", "search", "transplant", "merge"),
 )
 PASS_ON = ("serve", "run")  # to other tools
@@ -90,8 +90,8 @@ def test_the_examples_in_help_run_one_after_the_other(hub: Hub, tmp_path, monkey
     base = Path("openai-community/gpt2")
     tiny_model("gpt2", n_layer=8, n_positions=1024).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
-    for name, length in (("kjv.txt", 1100), ("held-out.txt", 100), ("general.txt", 300)):
-        Path(name).write_text("\n".join(f"w{3 + n % 90} w{4 + n % 80}" for n in range(length // 2)))
+    for name, first, last in (("kjv.txt", 0, 550), ("held-out.txt", 550, 680), ("general.txt", 0, 150)):
+        Path(name).write_text("\n".join(f"w{3 + n % 90} w{4 + n % 80}" for n in range(first, last)))
     torch.save(DonorModel.from_base(base, (4, 7)).stack.layers.state_dict(), "donor_layers.pt")
     for command in COMMANDS:
         result = invoke(*("3s" if argument == "10m" else argument for argument in example(command)))
@@ -133,6 +133,7 @@ def test_help_needs_no_slow_import():
         "train DONOR --data TEXT --replay-data TEXT --replay-fraction 1 -o OUT",
         "eval DONOR",
         "compare BASE",
+        "probe DONOR --members TEXT",
         "sweep BASE DONOR --data TEXT",
         "sweep BASE DONOR --data TEXT --positions 1-3 -o OUT",
         "sweep BASE DONOR --data TEXT --modes beside -o OUT",
@@ -171,6 +172,8 @@ def test_wrong_usage_is_2(arguments, tmp_path):
         ("sweep BASE DONOR --data missing.txt -o OUT", "missing.txt"),
         ("sweep BASE BASE --data TEXT -o OUT", "not_donor"),
         ("sweep BASE DONOR --data TEXT --positions 7 -o OUT", "position must be between 0 and 4"),
+        ("probe DONOR --members TEXT --non-members TEXT -o OUT", "members has 8 different rows"),
+        ("probe BASE --members TEXT --non-members TEXT --random-layers -o OUT", "give the donor as model"),
         ("generate DONOR w5 --chat", "chat_template"),
         ("generate BASE w5 --compare", "no organ to compare"),
         ("inspect BASE", "is not a donor"),
