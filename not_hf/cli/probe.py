@@ -60,7 +60,7 @@ def probe(
     with contextlib.nullcontext() if output is None else output_folder(output, force):
         from not_hf import load_text, probe_privacy
         from not_hf.evaluation.compared_methods import numbered, public_name
-        from not_hf.evaluation.privacy_findings import ATTACKS, area, other_findings, percent, rows_finding
+        from not_hf.evaluation.privacy_findings import ATTACKS, LIMITS, area, other_findings, percent, rows_finding
 
         texts = [
             load_text(source, split=split, column=column, sample_by=sample_by)["text"]
@@ -78,7 +78,7 @@ def probe(
         )
         if output is not None:
             found.save(output)
-    lines = [rows_finding(found.about), *other_findings(found.attacks, found.extraction, found.canaries)]
+    lines = [rows_finding(found.about), *other_findings(found.attacks, found.extraction, found.canaries), LIMITS]
     view = Table("recipient", "attack", "AUC", "found at 1 % false positives", title=model, title_justify="left")
     view.caption, view.caption_justify = "\n".join(lines), "left"
     for row in found.attacks:

@@ -51,8 +51,8 @@ def attack_rows(model: Sides, reference: Sides | None, seed: int, level: float) 
 def repeated_rows(model: Sides, prefix_length: int, seed: int, level: float) -> list[dict[str, Any]]:
     """Measure how much of rows greedy decoding writes after their first tokens.
 
-    As many tokens as the prefix has are asked for (Carlini et al. 2023, arXiv 2202.07646). Decoding repeats a row up to
-    the first token that is not the likeliest one after the row's own tokens before it, so one forward pass tells.
+    As many tokens as the prefix has are asked for (Carlini et al. 2023, arXiv 2202.07646). Decoding repeats a row
+    until a token of it is not the likeliest one after those before it, so one forward pass tells.
 
     Args:
         model: What the model says of the rows.
@@ -87,8 +87,8 @@ def repeated_rows(model: Sides, prefix_length: int, seed: int, level: float) -> 
 
 
 def _separation(members: Floats, others: Floats, seed: int, level: float) -> dict[str, float]:
-    numbers = _auc_and_tpr(members, others)
-    lows, highs = two_sample_intervals(_auc_and_tpr, members, others, seed, level)
+    numbers = auc_and_tpr(members, others)
+    lows, highs = two_sample_intervals(auc_and_tpr, members, others, seed, level)
     return {
         key: float(value)
         for name, *values in zip(_NUMBERS, numbers, lows, highs, strict=True)
@@ -96,7 +96,7 @@ def _separation(members: Floats, others: Floats, seed: int, level: float) -> dic
     }
 
 
-def _auc_and_tpr(members: Floats, others: Floats) -> tuple[float, float]:
+def auc_and_tpr(members: Floats, others: Floats) -> tuple[float, float]:
     """Compute the area under the ROC curve, and the true positive rate at 1 % false positives.
 
     The area is the probability that a member has a larger number than a non-member, ties counting half.

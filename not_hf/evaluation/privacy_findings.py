@@ -17,7 +17,7 @@ ATTACKS = {
     "reference": "Attack by the loss less that of the reference model",
     "control": "Control, by the loss of the reference model",
 }
-_LIMITS = "Other attacks may learn more: low numbers do not show that the layers are private."
+LIMITS = "Other attacks may learn more: low numbers do not show that the layers are private."
 
 
 def findings(
@@ -49,7 +49,7 @@ def other_findings(attacks: Sequence[Row], extraction: Sequence[Row], canaries: 
 
 def page(lines: Sequence[str]) -> str:
     """Write findings as a section for a card."""
-    return "\n".join(["## Privacy", "", *(f"- {line}" for line in lines), "", _LIMITS, ""])
+    return "\n".join(["## Privacy", "", *(f"- {line}" for line in lines), "", LIMITS, ""])
 
 
 def percent(row: Row, name: str) -> str:
@@ -80,8 +80,8 @@ def _holds_chance(row: Row) -> bool:
 
 def _warning(row: Row) -> str:
     return (
-        f"{_where(row)}The control is off 0.5: members and non-members differ by themselves, or the reference model "
-        "knows some of them, so the attacks by the loss and by Min-K% do not tell what training did."
+        f"{_where(row)}The control is off 0.5: members and non-members seem to differ by themselves, or the reference "
+        "model knows some of them, so the attacks by the loss and by Min-K% do not tell what training did."
     )
 
 

@@ -173,7 +173,7 @@ def probe_privacy(
     def words() -> PreTrainedTokenizerBase:
         return load_tokenizer(tokenizer_source(model, base), tokenizer)
 
-    rows = ProbedRows.of(list(members), list(non_members), words, num_rows)
+    rows = ProbedRows.of(members, non_members, words, num_rows)
     sizes = (prefix_length, max_length, num_candidates, batch_size)
     how = _Questions(rows, secrets, words, *sizes, confidence_level, seed)
     tables: dict[str, list[dict[str, Any]]] = {"attacks": [], "extraction": [], "canaries": []}

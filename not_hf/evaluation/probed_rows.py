@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,8 @@ class ProbedRows:
     @classmethod
     def of(
         cls,
-        members: Sequence[Any],
-        non_members: Sequence[Any],
+        members: Iterable[Any],
+        non_members: Iterable[Any],
         tokenizer: Callable[[], PreTrainedTokenizerBase],
         num_rows: int,
     ) -> ProbedRows:
@@ -62,12 +62,13 @@ class ProbedRows:
 
 
 def _distinct(
-    rows: Sequence[Any], name: str, tokenizer: Callable[[], PreTrainedTokenizerBase]
+    given: Iterable[Any], name: str, tokenizer: Callable[[], PreTrainedTokenizerBase]
 ) -> dict[tuple[int, ...], None]:
     """Return the token ids of rows that are long enough, each once."""
+    rows = [] if isinstance(given, str) else list(given)
     if rows and all(isinstance(row, str) for row in rows):
         ids = tokenized(rows, tokenizer())
-    elif all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+    elif rows and all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
         ids = [[int(token) for token in row["input_ids"]] for row in rows]
     else:
         raise NotHFError(f"{name} must be texts, or rows with input_ids; give dataset['text'], or use not_hf.pack")
