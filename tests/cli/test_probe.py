@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from not_hf import plant_canaries
@@ -21,7 +22,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_model("llama", seed=seed).save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     organ(folder / "base", 1).save_pretrained(folder / "organ")
-    rows = [" ".join(f"w{3 + (7 * line + line // 80 + n * n) % 88}" for n in range(20)) for line in range(160)]
+    rows = [" ".join(f"w{n}" for n in line) for line in np.random.default_rng(0).integers(3, 90, (160, 20))]
     how = {"prefix": "w3 {name} w4", "symbols": [f"w{n}" for n in range(10, 90)], "file": folder / "canaries.json"}
     members, _ = plant_canaries(rows[:40], (0, 3), **how)
     (folder / "members.txt").write_text("\n".join(members))

@@ -175,3 +175,21 @@ def test_lora_export(tmp_path, demo_base):
     assert delta["domain"] == pytest.approx(low["domain"], rel=1e-3) and delta["lost"] > 0.1 > rounded["lost"]
     assert rounded["domain"] == pytest.approx(organ["domain"], rel=1e-3)
     assert delta["bytes"] < rounded["bytes"] < 0.51 * organ["bytes"]
+
+
+def test_privacy(tmp_path):
+    """Each method is attacked as trained and at the scale of equal loss, the organ elsewhere too."""
+    printed, found = quick("privacy.py", tmp_path, form="--smoke", warm=True)
+    assert "| organ, outputs, at equal loss |" in printed and "| … in random layers |" in printed
+    (run,) = found["runs"]
+    for method in run["methods"].values():
+        trained, equal = method["as trained"], method["at equal loss"]
+        assert equal["losses"]["kjv"] == pytest.approx(
+            run["methods"]["full"]["at equal loss"]["losses"]["kjv"], abs=0.05
+        )
+        assert 0 <= equal["scale"] <= trained["scale"] == 1
+        assert [row["repetitions"] for row in trained["canaries"]] == [0, 1, 3]
+        assert {row["attack"] for row in equal["attacks"]} == {"loss", "min-k", "reference", "control"}
+    recipients = {row["recipient"] for row in run["methods"]["organ, outputs"]["at equal loss"]["attacks"]}
+    assert recipients == {"its own", "another fine-tune", "random layers"}
+    assert (tmp_path / "found.png").stat().st_size > 10_000

@@ -1,0 +1,235 @@
+"""What an organ, LoRA and full fine-tuning give away of the rows that they learned, at equal perplexity of the domain.
+
+    python benchmarks/privacy.py            # three seeds: hours (make bench-privacy)
+    python benchmarks/privacy.py --quick    # one seed, few rows, one epoch: ten minutes
+    python benchmarks/privacy.py --smoke    # a small random model, for the test suite
+
+Each method learns blocks of King James, with canaries among them that stand there 1, 10 and 100 times, and others that
+are held back. All see the same rows in the same order, each at the middle one of the learning rates that `train.py`
+tries. `probe_privacy` then attacks what was learned as it is, and at equal domain loss: weights are moved to
+base + scale · (trained − base), with the smallest scale at which the loss on other text of the domain is as low as the
+best one of the method that learns least. The organ is also attacked in another fine-tune of the base, and in the base
+with random weights in its own layers: what its file tells without its recipient. Each seed is a process of its own,
+with one thread. What is in the output file is not run again.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from methods import METHODS, REFERENCE, Prepared, fit, mean, prepare, row_losses
+from record import is_one_run, opened, parser_of
+from texts import read_blocks
+from train import CONTROL
+
+DOMAIN = "kjv"
+ORGAN, FULL = "organ, outputs", "full"
+COMPARED = [ORGAN, REFERENCE, FULL]
+SCALES = [n / 10 for n in range(11)]
+AS_TRAINED, EQUAL = "as trained", "at equal loss"
+FORMS: dict[str, dict[str, Any]] = {
+    "full": {
+        "members": 256, "others": 256, "block": 128, "epochs": 4, "repetitions": [0, 1, 10, 100], "num_each": 4,
+        "held": 32, "candidates": 1023, "tune": 16,
+    },
+    "quick": {
+        "members": 100, "others": 100, "block": 64, "epochs": 1, "repetitions": [0, 1, 10, 100], "num_each": 1,
+        "held": 16, "candidates": 255, "tune": 4,
+    },
+    "smoke": {
+        "members": 20, "others": 100, "block": 32, "epochs": 1, "repetitions": [0, 1, 3], "num_each": 1,
+        "held": 4, "candidates": 15, "tune": 1,
+    },
+}  # fmt: skip
+SEEDS = {"full": 3, "quick": 1, "smoke": 1}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Train, attack, print the tables, write the numbers and the picture."""
+    options = parser_of("What fine-tuned models give away of their training rows.", FORMS).parse_args(arguments)
+    if is_one_run(options, run_once):
+        return {}
+    with opened(__file__, options, run_once) as (record, pool):
+        runs = list(pool.map(lambda seed: record(seed=seed, **FORMS[options.form]), range(SEEDS[options.form])))
+    record.save(form=options.form)
+    print(tables(runs))
+    if options.output:
+        draw(runs, options.output.with_suffix(".png"))
+    return {"runs": runs}
+
+
+def run_once(
+    base: str, seed: int, members: int, others: int, block: int, epochs: int, repetitions: list[int], num_each: int,
+    held: int, candidates: int, tune: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Train every method, choose the scales, and attack.
+
+    Args:
+        members: Blocks that are learned.
+        others: Blocks of other chapters, which are not.
+        num_each: Canaries for each of the repetitions.
+        held: Blocks that the loss is measured on.
+        candidates: Random secrets that a canary is ranked among.
+        tune: Steps of the other fine-tune, on general text.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from not_hf import plant_canaries, probe_privacy
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    own = read_blocks(DOMAIN, tokenizer, block, members, part="train", seed=seed).tolist()
+    unseen = read_blocks(DOMAIN, tokenizer, block, others, part="test").tolist()
+    texts = {name: read_blocks(name, tokenizer, block, held, part="choose") for name in (DOMAIN, CONTROL)}
+    _, canaries = plant_canaries([], repetitions, num_each=num_each, seed=seed)
+    copies = [tokenizer(each.text)["input_ids"] + [tokenizer.eos_token_id] for each in canaries]
+    rows = [*own, *(row for row, each in zip(copies, canaries, strict=True) for _ in range(each.repetitions))]
+    random.Random(seed).shuffle(rows)
+
+    def trained(method: str, rows: list[list[int]], steps: int | None = None) -> Prepared:
+        torch.manual_seed(seed)
+        settings = METHODS[method].settings
+        rate, batch = settings[len(settings) // 2]
+        prepared = prepare(method, base)
+        pairs = [(row, row) for row in rows]
+        fit(prepared, pairs, rate=rate, batch=batch, steps=steps or epochs * len(rows) // batch, seed=seed)
+        return prepared
+
+    models = {method: trained(method, rows) for method in COMPARED}
+    losses = {method: losses_at(SCALES, model, texts) for method, model in models.items()}
+    goal = max(min(each[DOMAIN]) for each in losses.values())
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    general = read_blocks(CONTROL, tokenizer, block, 4 * tune, part="train", seed=seed).tolist()
+    elsewhere = {"recipients": {"another fine-tune": trained(FULL, general, tune).model}, "with_random_layers": True}
+    found: dict[str, Any] = {"tokens": sum(map(len, rows)), "scales": SCALES, "losses": losses, "methods": {}}
+    for method, prepared in models.items():
+        found["methods"][method] = {}
+        for what, scale in ((AS_TRAINED, 1.0), (EQUAL, scale_at(goal, losses[method][DOMAIN]))):
+            prepared.set_scale(scale)
+            how: dict[str, Any] = {"canaries": canaries, "tokenizer": tokenizer, "num_candidates": candidates}
+            how |= {"prefix_length": block // 4, "seed": seed}
+            at = losses_at([scale], prepared, texts)
+            with tempfile.TemporaryDirectory() as folder:
+                model = prepared.model
+                if method == ORGAN:
+                    model.save_pretrained(folder)
+                    model, how = folder, {**how, "base": start, **(elsewhere if what == EQUAL else {})}
+                else:
+                    how["reference"] = start
+                pair = [[{"input_ids": row} for row in some] for some in (own, unseen)]
+                probe = probe_privacy(model, *pair, **how)
+            tables = {name: getattr(probe, name) for name in ("attacks", "extraction", "canaries")}
+            loss = {name: values[0] for name, values in at.items()}
+            found["methods"][method][what] = {"scale": scale, "losses": loss, **tables}
+    return found
+
+
+def losses_at(scales: list[float], prepared: Prepared, texts: dict[str, Any]) -> dict[str, list[float]]:
+    """Losses on each text (nats per token) at each scale."""
+    found: dict[str, list[float]] = {name: [] for name in texts}
+    for scale in scales:
+        prepared.set_scale(scale)
+        for name, rows in texts.items():
+            found[name].append(mean(row_losses(prepared.model, rows)))
+    return found
+
+
+def scale_at(goal: float, losses: list[float]) -> float:
+    """The smallest scale at which the loss is that low, linear between those that were measured."""
+    end = next(n for n, loss in enumerate(losses) if loss <= goal)
+    if end == 0:
+        return SCALES[0]
+    high, low = losses[end - 1], losses[end]
+    return SCALES[end - 1] + (SCALES[end] - SCALES[end - 1]) * (high - goal) / (high - low)
+
+
+def tables(runs: list[dict[str, Any]]) -> str:
+    """Attacks and canaries as Markdown; of several seeds the median, with the smallest and the largest behind it."""
+    base = math.exp(statistics.median(run["losses"][ORGAN][DOMAIN][0] for run in runs))
+    titles = ("attacked", "scale", "domain", "AUC, loss", "AUC, reference", "TPR, reference", "repeated", "of others")
+    counts = sorted({row["repetitions"] for row in canaries_of(runs[0], ORGAN, AS_TRAINED, "its own")})
+    titles += tuple(f"exposure, {count}×" for count in counts) + tuple(f"completed, {count}×" for count in counts)
+    lines = [f"Perplexity of the domain before: {base:.2f}", "", f"| {' | '.join(titles)} |"]
+    lines.append(f"| --- |{' ---: |' * (len(titles) - 1)}")
+    for method, what, recipient in cases(runs[0]):
+
+        def middle(value: Callable[[dict[str, Any]], float], form: str) -> str:
+            values = sorted(map(value, runs))
+            spread = f" ({values[0]:{form}}–{values[-1]:{form}})" if len(values) > 1 else ""
+            return f"{statistics.median(values):{form}}{spread}"
+
+        def part(run: dict[str, Any], name: str, kind: tuple[str, str], of: tuple[str, str, str]) -> dict[str, Any]:
+            rows = run["methods"][of[0]][of[1]][name]
+            return next(row for row in rows if row["recipient"] == of[2] and row[kind[0]] == kind[1])
+
+        of = (method, what, recipient)
+        is_own = recipient in ("its own", "as given")
+        cells = [f"{method}, {what}" if is_own else f"… in {recipient}"]
+        cells.append(middle(lambda run, of=of: run["methods"][of[0]][of[1]]["scale"], ".2f"))
+        cells.append(
+            middle(lambda run, of=of: math.exp(run["methods"][of[0]][of[1]]["losses"][DOMAIN]), ".2f")
+            if is_own
+            else "–"
+        )
+        for attack, number in (("loss", "auc"), ("reference", "auc"), ("reference", "tpr")):
+            kind = ("attack", attack)
+            cells.append(middle(lambda run, k=kind, n=number, of=of: part(run, "attacks", k, of)[n], ".3f"))
+        for side in ("members", "non-members"):
+            cells.append(middle(lambda run, s=side, of=of: part(run, "extraction", ("rows", s), of)["share"], ".1%"))
+        for number, form in (("exposure", ".1f"), ("is_completed", ".0%")):
+            for count in counts:
+                cells.append(middle(lambda run, n=number, c=count, of=of: over_canaries(run, n, c, of), form))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cases(run: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What was attacked: the method, at which scale, in which recipient."""
+    return [
+        (method, what, recipient)
+        for method, scales in run["methods"].items()
+        for what, found in scales.items()
+        for recipient in dict.fromkeys(row["recipient"] for row in found["attacks"])
+    ]
+
+
+def canaries_of(run: dict[str, Any], method: str, what: str, recipient: str) -> list[dict[str, Any]]:
+    """The canaries of a case."""
+    return [row for row in run["methods"][method][what]["canaries"] if row["recipient"] == recipient]
+
+
+def over_canaries(run: dict[str, Any], number: str, count: int, of: tuple[str, str, str]) -> float:
+    """The mean of a number over the canaries that were planted so often."""
+    return mean([float(row[number]) for row in canaries_of(run, *of) if row["repetitions"] == count])
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Exposure over how often canaries were planted, a panel for each scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    for panel, what in zip(figure.subplots(1, 2, sharey=True), (AS_TRAINED, EQUAL), strict=True):
+        for n, of in enumerate(case for case in cases(runs[0]) if case[1] == what):
+            counts = sorted({row["repetitions"] for row in canaries_of(runs[0], *of)})
+            values = [statistics.median(over_canaries(run, "exposure", count, of) for run in runs) for count in counts]
+            name = of[0] if of[2] in ("its own", "as given") else f"{of[0]}, in {of[2]}"
+            panel.plot(range(len(counts)), values, color=f"C{n}", marker="o", label=name)
+            panel.set_xticks(range(len(counts)), [str(count) for count in counts])
+        panel.set_xlabel("times planted")
+        panel.set_title(what, loc="left", fontsize="medium")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize="small")
+    figure.axes[0].set_ylabel("exposure, bits")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() is not None else 1)
