@@ -12,7 +12,7 @@ from not_hf.cards import common as readme
 from not_hf.cards.donor import donor_card
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
-from testing.cards import make_config
+from testing.cards import make_config, markup
 from testing.models import tiny_model, tiny_tokenizer
 from testing.processes import run_python
 from testing.shapes import NUM_LAYERS
@@ -84,6 +84,26 @@ def test_without_numbers_there_is_no_model_index(metrics):
     card = donor_card(make_config(metrics=metrics))
     assert "model-index" not in card.data.to_dict()
     assert "Nothing was measured yet." in card.text
+
+
+def test_what_a_probe_found_is_a_section_of_its_own():
+    lines = ["Attack by the loss: AUC 0.9 (0.8 – 1.0).", "<b>safe</b> [here](https://example.com)"]
+    card = donor_card(make_config(metrics={**NESTED, "privacy": lines}))
+    section = card.text.split("\n## Privacy\n")[1].split("\n\nOther attacks")[0]
+    assert section.splitlines()[-2:] == [
+        "- Attack by the loss: AUC 0.9 (0.8 – 1.0).",
+        r"- \<b\>safe\</b\> `[here](https://example.com)`",
+    ]
+    assert "| domain perplexity | 24 | 18 |" in card.text and "| privacy" not in card.text and not markup(card.text)
+    assert "how much of it, nobody measured" not in card.text
+    bare = donor_card(make_config(metrics={"privacy": lines}))
+    assert "Nothing was measured yet." not in bare.text and "model-index" not in bare.data.to_dict()
+
+
+@pytest.mark.parametrize("privacy", [None, "a sentence", ["one", 2], {"before": 1.0}])
+def test_without_findings_the_card_says_that_privacy_was_not_measured(privacy):
+    text = donor_card(make_config(metrics={"privacy": privacy})).text
+    assert "## Privacy" not in text and "trained on; how much of it, nobody measured." in text
 
 
 @pytest.mark.parametrize(

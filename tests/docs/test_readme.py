@@ -77,10 +77,11 @@ def repos(hub, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stand_ins(repos, tmp_path, monkeypatch) -> None:
-    """An empty folder to work in, with two texts."""
+    """An empty folder to work in, with three texts; no line of the third occurs twice."""
     monkeypatch.chdir(tmp_path)
     Path("kjv.txt").write_text("w3 w4 w5 w6 w7\n" * 1000)
     Path("general.txt").write_text("w8 w9\n" * 300)
+    Path("verses.txt").write_text("".join(f"w{3 + n % 80} w{3 + n // 80} w{n % 7 + 9}\n" for n in range(400)))
 
 
 @pytest.mark.parametrize(
