@@ -1,7 +1,7 @@
 """What an organ, LoRA and full fine-tuning give away of the rows that they learned, at equal perplexity of the domain.
 
     python benchmarks/privacy.py            # three seeds: hours (make bench-privacy)
-    python benchmarks/privacy.py --quick    # one seed, few rows, one epoch: ten minutes
+    python benchmarks/privacy.py --quick    # one seed, few rows, one epoch, own recipient only: ten minutes
     python benchmarks/privacy.py --smoke    # a small random model, for the test suite
 
 Each method learns blocks of King James, with canaries among them that stand there 1, 10 and 100 times, and others that
@@ -32,7 +32,7 @@ from train import CONTROL
 DOMAIN = "kjv"
 ORGAN, FULL = "organ, outputs", "full"
 COMPARED = [ORGAN, REFERENCE, FULL]
-SCALES = [n / 10 for n in range(11)]
+SCALES = [0.0, 0.3, 0.5, 0.7, 0.85, 1.0]
 AS_TRAINED, EQUAL = "as trained", "at equal loss"
 FORMS: dict[str, dict[str, Any]] = {
     "full": {
@@ -41,7 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "quick": {
         "members": 100, "others": 100, "block": 64, "epochs": 1, "repetitions": [0, 1, 10, 100], "num_each": 1,
-        "held": 16, "candidates": 255, "tune": 4,
+        "held": 8, "candidates": 63, "tune": 0,
     },
     "smoke": {
         "members": 20, "others": 100, "block": 32, "epochs": 1, "repetitions": [0, 1, 3], "num_each": 1,
@@ -53,11 +53,14 @@ SEEDS = {"full": 3, "quick": 1, "smoke": 1}
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, attack, print the tables, write the numbers and the picture."""
-    options = parser_of("What fine-tuned models give away of their training rows.", FORMS).parse_args(arguments)
+    parser = parser_of("What fine-tuned models give away of their training rows.", FORMS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=COMPARED)
+    options = parser.parse_args(arguments)
     if is_one_run(options, run_once):
         return {}
+    size = {"methods": options.methods, **FORMS[options.form]}
     with opened(__file__, options, run_once) as (record, pool):
-        runs = list(pool.map(lambda seed: record(seed=seed, **FORMS[options.form]), range(SEEDS[options.form])))
+        runs = list(pool.map(lambda seed: record(seed=seed, **size), range(SEEDS[options.form])))
     record.save(form=options.form)
     print(tables(runs))
     if options.output:
@@ -66,8 +69,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def run_once(
-    base: str, seed: int, members: int, others: int, block: int, epochs: int, repetitions: list[int], num_each: int,
-    held: int, candidates: int, tune: int,
+    base: str, methods: list[str], seed: int, members: int, others: int, block: int, epochs: int,
+    repetitions: list[int], num_each: int, held: int, candidates: int, tune: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Train every method, choose the scales, and attack.
 
@@ -77,12 +80,12 @@ def run_once(
         num_each: Canaries for each of the repetitions.
         held: Blocks that the loss is measured on.
         candidates: Random secrets that a canary is ranked among.
-        tune: Steps of the other fine-tune, on general text.
+        tune: Steps of the other fine-tune, on general text; 0: organs are attacked in their own recipient only.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from not_hf import plant_canaries, probe_privacy
+    from not_hf import plant_canaries
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     own = read_blocks(DOMAIN, tokenizer, block, members, part="train", seed=seed).tolist()
@@ -102,33 +105,55 @@ def run_once(
         fit(prepared, pairs, rate=rate, batch=batch, steps=steps or epochs * len(rows) // batch, seed=seed)
         return prepared
 
-    models = {method: trained(method, rows) for method in COMPARED}
+    models = {method: trained(method, rows) for method in methods}
     losses = {method: losses_at(SCALES, model, texts) for method, model in models.items()}
     goal = max(min(each[DOMAIN]) for each in losses.values())
     start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    general = read_blocks(CONTROL, tokenizer, block, 4 * tune, part="train", seed=seed).tolist()
-    elsewhere = {"recipients": {"another fine-tune": trained(FULL, general, tune).model}, "with_random_layers": True}
-    found: dict[str, Any] = {"tokens": sum(map(len, rows)), "scales": SCALES, "losses": losses, "methods": {}}
+    elsewhere: dict[str, Any] = {}
+    if tune:
+        general = read_blocks(CONTROL, tokenizer, block, 4 * tune, part="train", seed=seed).tolist()
+        tuned = trained(FULL, general, tune).model
+        elsewhere = {"recipients": {"another fine-tune": tuned}, "with_random_layers": True}
+    pair = [[{"input_ids": row} for row in some] for some in (own, unseen)]
+    how = {"canaries": canaries, "tokenizer": tokenizer, "num_candidates": candidates, "prefix_length": block // 4}
+    found: dict[str, Any] = {}
     for method, prepared in models.items():
-        found["methods"][method] = {}
-        for what, scale in ((AS_TRAINED, 1.0), (EQUAL, scale_at(goal, losses[method][DOMAIN]))):
-            prepared.set_scale(scale)
-            how: dict[str, Any] = {"canaries": canaries, "tokenizer": tokenizer, "num_candidates": candidates}
-            how |= {"prefix_length": block // 4, "seed": seed}
-            at = losses_at([scale], prepared, texts)
-            with tempfile.TemporaryDirectory() as folder:
-                model = prepared.model
-                if method == ORGAN:
-                    model.save_pretrained(folder)
-                    model, how = folder, {**how, "base": start, **(elsewhere if what == EQUAL else {})}
-                else:
-                    how["reference"] = start
-                pair = [[{"input_ids": row} for row in some] for some in (own, unseen)]
-                probe = probe_privacy(model, *pair, **how)
-            tables = {name: getattr(probe, name) for name in ("attacks", "extraction", "canaries")}
-            loss = {name: values[0] for name, values in at.items()}
-            found["methods"][method][what] = {"scale": scale, "losses": loss, **tables}
-    return found
+        scale = scale_at(goal, losses[method][DOMAIN])
+        found[method] = {EQUAL: attack(prepared, scale, texts, pair, start, {**how, "seed": seed}, elsewhere)}
+        found[method][AS_TRAINED] = (
+            found[method][EQUAL]
+            if scale == 1
+            else attack(prepared, 1.0, texts, pair, start, {**how, "seed": seed}, {})
+        )
+    return {"tokens": sum(map(len, rows)), "scales": SCALES, "losses": losses, "methods": found}
+
+
+def attack(
+    prepared: Prepared, scale: float, texts: dict[str, Any], pair: list[Any], base: Any, how: dict[str, Any],
+    elsewhere: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Attack what a method learned, at a scale; an organ by its file, elsewhere too.
+
+    Args:
+        prepared: What was trained.
+        scale: The scale.
+        texts: Rows that the loss is measured on, by the name of the text.
+        pair: Members and non-members.
+        base: The live base.
+        how: For `probe_privacy`, of any method.
+        elsewhere: For `probe_privacy`, of an organ.
+    """
+    from not_hf import probe_privacy
+
+    losses = losses_at([scale], prepared, texts)
+    with tempfile.TemporaryDirectory() as folder:
+        if prepared.method.donor_trainer:
+            prepared.model.save_pretrained(folder)
+            probe = probe_privacy(folder, *pair, base=base, **how, **elsewhere)
+        else:
+            probe = probe_privacy(prepared.model, *pair, reference=base, **how)
+    tables = {name: getattr(probe, name) for name in ("attacks", "extraction", "canaries")}
+    return {"scale": scale, "losses": {name: each[0] for name, each in losses.items()}, **tables}
 
 
 def losses_at(scales: list[float], prepared: Prepared, texts: dict[str, Any]) -> dict[str, list[float]]:
@@ -152,9 +177,9 @@ def scale_at(goal: float, losses: list[float]) -> float:
 
 def tables(runs: list[dict[str, Any]]) -> str:
     """Attacks and canaries as Markdown; of several seeds the median, with the smallest and the largest behind it."""
-    base = math.exp(statistics.median(run["losses"][ORGAN][DOMAIN][0] for run in runs))
+    base = math.exp(statistics.median(next(iter(run["losses"].values()))[DOMAIN][0] for run in runs))
     titles = ("attacked", "scale", "domain", "AUC, loss", "AUC, reference", "TPR, reference", "repeated", "of others")
-    counts = sorted({row["repetitions"] for row in canaries_of(runs[0], ORGAN, AS_TRAINED, "its own")})
+    counts = sorted({row["repetitions"] for row in canaries_of(runs[0], *cases(runs[0])[0])})
     titles += tuple(f"exposure, {count}×" for count in counts) + tuple(f"completed, {count}×" for count in counts)
     lines = [f"Perplexity of the domain before: {base:.2f}", "", f"| {' | '.join(titles)} |"]
     lines.append(f"| --- |{' ---: |' * (len(titles) - 1)}")
