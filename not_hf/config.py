@@ -67,7 +67,7 @@ class DonorConfig(PreTrainedConfig):
         domain: Domain of the training data, free text.
         datasets: Names of the training datasets, preferably Hub IDs.
         tokens_seen: Number of training tokens.
-        metrics: Results, a nested dict of floats.
+        metrics: Results, a nested dict of floats; and under `privacy` what a probe found, in sentences.
         license: The Hub's identifier of the licence, or a list of them; default: the base's.
         license_name: Name of the licence, if `license` is `other`.
         license_link: Link to that licence.

@@ -148,7 +148,7 @@ def _measured(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _privacy(metrics: dict[str, Any]) -> list[str]:
     """Return what a privacy probe found, a sentence each."""
-    found = metrics.get(PRIVACY)
+    found: Any = metrics.get(PRIVACY)
     return found if is_of(found, list[str]) else []
 
 
