@@ -40,6 +40,7 @@ def given(files, **change):
     return ["probe", files / "organ", *(each for key, value in options.items() for each in (f"--{key}", value))]
 
 
+@pytest.mark.slow
 def test_probe(files, tmp_path):
     others = ("--recipient", files / "other", "--recipient", files / "base", "--random-layers")
     out = tmp_path / "out"

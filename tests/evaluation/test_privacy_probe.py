@@ -210,16 +210,17 @@ def test_says_what_is_wrong(change, message):
     assert torch.equal(exact_logits(base, TOKEN_IDS), start)
 
 
-def test_recipients_that_do_not_fit_are_refused_before_anything_is_measured(files, monkeypatch):
+def test_recipients_that_do_not_fit_are_refused_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(probed_models, "load_model", None)
     base = tiny_model("llama")
     donor = organ(base, 1)
+    donor.save_pretrained(tmp_path)
     wide, with_organs = tiny_model("llama", hidden_size=64), TransplantedForCausalLM.from_pretrained(base, donor)
     how = {"members": ROWS[:100], "non_members": ROWS[100:], "base": tiny_model("llama")}
     for recipient, error, message in (
         (wide, IncompatibleDonorError, "recipient 'x': .*hidden_size"),
         (with_organs, NotHFError, "the recipient 'x' has organs"),
-        (files / "organ", NotHFError, "the recipient 'x' is a donor"),
+        (tmp_path, NotHFError, "the recipient 'x' is a donor"),
     ):
         with pytest.raises(error, match=message):
             probe_privacy(donor, recipients={"x": recipient}, **how)
