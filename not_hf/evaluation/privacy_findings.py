@@ -31,7 +31,8 @@ def rows_finding(about: Mapping[str, Any]) -> str:
     """Say which rows were measured."""
     return (
         f"Measured on {about['num_members']:,} rows that were trained on (members) and {about['num_non_members']:,} "
-        f"that were not, with the first {about['max_length']:,} tokens of each at most."
+        f"that were not, with the first {about['max_length']:,} tokens of each at most; in brackets are "
+        f"{100 * about['confidence_level']:g} % intervals over rows."
     )
 
 
