@@ -4,8 +4,8 @@
     python benchmarks/privacy.py --quick    # one seed, few rows, one epoch, own recipient only: ten minutes
     python benchmarks/privacy.py --smoke    # a small random model, for the test suite
 
-Each method learns blocks of King James, with canaries among them that stand there 1, 10 and 100 times, and others that
-are held back. All see the same rows in the same order, each at the middle one of the learning rates that `train.py`
+Each method learns every other block of King James, drawn by lot, with canaries among them that stand there 1, 10 and
+100 times, and others that are held back. All see the same rows in the same order, each at the middle one of the learning rates that `train.py`
 tries. `probe_privacy` then attacks what was learned as it is, and at equal domain loss: weights are moved to
 base + scale · (trained − base), with the smallest scale at which the loss on other text of the domain is as low as the
 best one of the method that learns least. The organ is also attacked in another fine-tune of the base, and in the base
@@ -76,7 +76,7 @@ def run_once(
 
     Args:
         members: Blocks that are learned.
-        others: Blocks of other chapters, which are not.
+        others: Blocks of the same chapters, which are not.
         num_each: Canaries for each of the repetitions.
         held: Blocks that the loss is measured on.
         candidates: Random secrets that a canary is ranked among.
@@ -88,8 +88,8 @@ def run_once(
     from not_hf import plant_canaries
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    own = read_blocks(DOMAIN, tokenizer, block, members, part="train", seed=seed).tolist()
-    unseen = read_blocks(DOMAIN, tokenizer, block, others, part="test").tolist()
+    blocks = read_blocks(DOMAIN, tokenizer, block, members + others, part="train", seed=seed).tolist()
+    own, unseen = blocks[:members], blocks[members:]  # drawn by lot from the same chapters
     texts = {name: read_blocks(name, tokenizer, block, held, part="choose") for name in (DOMAIN, CONTROL)}
     _, canaries = plant_canaries([], repetitions, num_each=num_each, seed=seed)
     copies = [tokenizer(each.text)["input_ids"] + [tokenizer.eos_token_id] for each in canaries]
