@@ -20,7 +20,7 @@ def probe(
         str, typer.Option(help="Text that was trained on: file, glob, folder, or Hub dataset ID.", show_default=False)
     ],
     non_members: Annotated[
-        str, typer.Option(help="Text of the same kind that was not, 100 rows at least.", show_default=False)
+        str, typer.Option(help="Text that was not, best of the same documents; 100 rows or more.", show_default=False)
     ],
     canaries: Annotated[
         Path | None,

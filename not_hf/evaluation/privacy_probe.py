@@ -121,8 +121,8 @@ def probe_privacy(
         model: A donor: folder, Hub ID or `DonorModel`. Or a causal LM, live or by name, with organs or without.
         members: Rows that were trained on, each scored on its own: texts, tokenized as by `pack`, or rows with
             `input_ids`. At least 20 of at least 2 tokens.
-        non_members: Rows of the same kind that were not; at least 100, since 1 % of them may be false positives. Rows
-            that are also among the members are left out.
+        non_members: Rows that were not, best drawn by lot from the same documents; at least 100, since 1 % of them may
+            be false positives. Rows that are also among the members are left out.
         reference: A model that was not trained on the members, for the reference attack and the control; default:
             the model without its organs. A model without organs has no default, and goes without these two.
         base: Recipient of a donor, without organs; default: the base that it names. A live one is left unchanged.
