@@ -8,8 +8,8 @@ Each method learns every other block of King James, drawn by lot, with canaries 
 100 times, and others that are held back. All see the same rows in the same order, each at the middle one of the
 learning rates that `train.py` tries. `probe_privacy` then attacks what was learned as it is, and at equal domain loss:
 weights are moved to base + scale · (trained − base), with the smallest scale at which the loss on other chapters is as
-low as the best one of the method that learns least. The organ is also attacked in another fine-tune of the base, and in
-the base with random weights in its own layers. Each seed is a process of its own, with one thread. What is in the
+low as the best one of the method that learns least. The organ is also attacked in another fine-tune of the base, and
+in the base with random weights in its own layers. Each seed is a process of its own, with one thread. What is in the
 output file is not run again.
 """
 
