@@ -114,7 +114,7 @@ def test_what_was_learned_by_heart_is_found(files, tmp_path):
     card = (tmp_path / "organ" / "README.md").read_text()
     assert "\n## Privacy\n" in card and "\n- Canaries planted 20 times: 2 of 2 completed" in card
     assert "| perplexity | – | 2 | – |" in card and "low numbers do not show that the layers are private" in card
-    assert "nobody measured" not in card and "nobody measured" in (files / "organ" / "README.md").read_text()
+    assert "not measured" not in card and "not measured" in (files / "organ" / "README.md").read_text()
 
 
 def test_what_was_not_trained_tells_nothing():
