@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from figures import CACHED, NAMES, OUTPUTS, middle, read
+from figures import CACHED, NAMES, OUTPUTS, RESULTS, middle, read
 from methods import REFERENCE
 
 
@@ -106,3 +106,11 @@ def demo_run() -> str:
         f"steps. The run took {seconds['total']:.0f} s, of which {seconds['Train']:.0f} s were training, and at most "
         f"{found['peak_memory_gb']:.1f} GB of memory in one process."
     )
+
+
+def of_paper(question: str) -> str:
+    """What a script of `paper/` has answered, with its table and picture."""
+    if not (RESULTS / "paper" / f"{question}.json").exists():
+        return "Not measured yet but for the small form in the test suite."
+    answer = read(f"paper/{question}")["answer"]
+    return f"{answer}\n\n![{question.replace('_', ' ')}](results/paper/{question}.png)"

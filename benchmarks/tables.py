@@ -5,11 +5,13 @@ Each stands between two comments with its name. A test compares what is written 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import answers
 import figures
+from evidence import QUESTIONS
 from figures import RESULTS
 from texts import ROOT
 
@@ -31,6 +33,7 @@ PAGES: dict[Any, dict[str, Callable[[], str]]] = {
         "switching": SWITCHING,
         "native answer": answers.native,
         "native": figures.native,
+        **{name: functools.partial(answers.of_paper, name) for name in QUESTIONS},
     },
     RESULTS / "train.md": {"train": figures.train},
     RESULTS / "recall.md": {"recall": figures.recall_table},

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from testing import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
+FILES = sorted([*RESULTS.glob("*.json"), *RESULTS.glob("paper/*.json")])
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FIGURE = re.compile(r"[\d.,]*\d\s?(?:%|MB|GB|ms|s|nats|×)(?![\w·-])|perplexity (?:of )?\d")
 NOT_MEASURED = {  # limits, levels and examples
@@ -47,7 +48,7 @@ def test_no_figure_stands_outside_of_them(tables, page):
     assert set(FIGURE.findall(text)) == known
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_results_file_says_where_it_comes_from(path):
     found = json.loads(path.read_text("utf-8"))
     assert (ROOT / found["script"]).is_file()
@@ -68,7 +69,7 @@ def test_the_card_has_the_figures_of_the_demo():
 def test_evidence_makes_every_results_file(benchmark, tmp_path, capsys):
     evidence = benchmark("evidence")
     made = {script.results or script.name for script in evidence.SCRIPTS}
-    assert {path.relative_to(RESULTS).with_suffix("").as_posix() for path in RESULTS.glob("*.json")} - made == {"demo"}
+    assert {path.relative_to(RESULTS).with_suffix("").as_posix() for path in FILES} - made == {"demo"}
     assert all((ROOT / "benchmarks" / f"{script.name}.py").is_file() for script in evidence.SCRIPTS)
     assert not any(script.is_done(tmp_path) for script in evidence.SCRIPTS)
     assert evidence.main(["--list"]) == 0
