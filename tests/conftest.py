@@ -38,7 +38,6 @@ from huggingface_hub import HfApi, constants, repocard
 
 from not_hf.cards.common import warn_once
 from not_hf.training.data import pack
-from testing.donors import TINY_REPO
 from testing.models import TOKEN_IDS, tiny_model, tiny_tokenizer
 from testing.shapes import FAST
 
@@ -155,7 +154,7 @@ def base_repo(hub: Hub, base_folder: Callable[[str], Path]) -> Callable[[str], s
 
     def repo(model_type: str) -> str:
         if model_type not in made:
-            made[model_type] = HfApi().create_repo(f"{TINY_REPO}{model_type}").repo_id
+            made[model_type] = HfApi().create_repo(f"me/tiny-{model_type}").repo_id
             HfApi().upload_folder(repo_id=made[model_type], folder_path=base_folder(model_type))
         return made[model_type]
 

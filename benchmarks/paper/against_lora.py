@@ -45,7 +45,7 @@ QUICK = {**FULL, "methods": (INSERTED, REFERENCE), "rates": (3e-4, 1e-2), "seeds
 FORMS: dict[str, dict[str, Any]] = {
     "full": FULL,
     "quick": {**QUICK, "test": 8},
-    "smoke": {**QUICK, "methods": COMPARED, "block": 32, "test": 4},
+    "smoke": {**QUICK, "methods": (INSERTED, REFERENCE, "full"), "block": 32, "test": 4},
 }
 
 

@@ -23,7 +23,6 @@ from not_hf.architecture.stack import find_stack, is_encoder
 from testing.models import tiny_model
 
 SPAN = (1, 3)
-TINY_REPO = "me/tiny-"  # with the model type behind it, what the fixture `base_repo` pushes once
 
 
 def moved(donor: DonorModel, seed: int) -> DonorModel:
@@ -48,8 +47,8 @@ def edit_json(file: Path, **values: Any) -> None:
 
 
 def organ(base: PreTrainedModel | str | Path, seed: int, layers: tuple[int, int] = SPAN, **options) -> DonorModel:
-    """Layers of a base, every tensor that seed's own; they are cut once, if the base is as it was."""
-    if isinstance(base, PreTrainedModel) or not (str(base).startswith(TINY_REPO) or Path(base).is_dir()):
+    """Layers of a base, every tensor that seed's own; those of a folder are cut once, if it is as it was."""
+    if isinstance(base, PreTrainedModel) or not Path(base).is_dir():
         return moved(DonorModel.from_base(base, layers, **options), seed)
     files = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(base).rglob("*"))]
     return moved(copy.deepcopy(_cut(str(base), layers, pickle.dumps(options), tuple(files))), seed)
@@ -62,7 +61,7 @@ def tiny_organ(seed: int, model_type: str = "llama", layers: tuple[int, int] = S
 
 @functools.lru_cache(maxsize=64)
 def _cut(base: str, layers: tuple[int, int], options: bytes, files: tuple | None = None) -> DonorModel:
-    """Cut layers of a repo, or of a folder with these files; without them, of a tiny base of that model type."""
+    """Cut layers of a folder with these files; without them, of a tiny base of that model type."""
     return DonorModel.from_base(tiny_model(base) if files is None else base, layers, **pickle.loads(options))
 
 
