@@ -58,7 +58,9 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume)
     trainer.save_model(str(Path(args.output, "organ")))  # on every process: the tensors are gathered
-    trainer.accelerator.end_training()  # the processes part here: one that simply exits may abort the others
+    # gloo's threads still hold tensors of what was gathered; who parts before they let go may abort, or wait forever
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
