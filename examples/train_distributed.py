@@ -58,7 +58,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume)
     trainer.save_model(str(Path(args.output, "organ")))  # on every process: the tensors are gathered
-    # gloo's threads still hold tensors of what was gathered; who parts before they let go may abort, or wait forever
+    # gloo's threads may still hold gathered tensors; a process that ends before they are freed can abort or hang
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

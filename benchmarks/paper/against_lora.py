@@ -23,18 +23,16 @@ from __future__ import annotations
 
 import functools
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from against_lora_report import DOMAIN, SEARCH_SEED, answer, draw, find, perplexity, rates_of
-from question import concluded, opened, parser_of
+from question import ask, parser_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import train  # noqa: E402 (from the folder above, like those that follow)
 from figures import OUTPUTS  # noqa: E402
 from methods import INSERTED, REFERENCE  # noqa: E402
-from record import is_one_run  # noqa: E402
 
 COMPARED = (INSERTED, OUTPUTS, REFERENCE, "rsLoRA, r = 64", "full")
 FULL: dict[str, Any] = {
@@ -51,18 +49,13 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Sweep the rates, train by both protocols, answer."""
-    options = parser_of(__file__, "Organs against LoRA, at one rate and at the best of each.", FORMS)
-    options = options.parse_args(arguments)
-    if is_one_run(options, run_once):
-        return {}
-    with opened(options, run_once) as (record, pool):
-        if not options.report:
-            run_all(record, FORMS[options.form], options.base, pool)
-    return concluded(record, options, find, answer, draw)
+    parser = parser_of(__file__, "Organs against LoRA, at one rate and at the best of each.", FORMS)
+    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
 
 
-def run_all(record: Any, size: dict[str, Any], base: str, pool: ThreadPoolExecutor) -> None:
+def run_all(record: Any, options: Any, pool: Any) -> None:
     """Measure the base, sweep the rates, then train by both protocols."""
+    size, base = FORMS[options.form], options.base
     steps = size["steps"] * longer(base)
     shape = {"domain": DOMAIN, "block": size["block"], "pool": steps * size["batch"], "replay": 0}
     record(method=None, seed=0, **shape, held={"choose": size["choose"], "test": size["test"]}, scales=[0])

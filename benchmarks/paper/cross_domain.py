@@ -27,7 +27,6 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,11 @@ from against_lora import longer
 from against_lora_report import FAIR
 from cross_domain_report import OTHERS, TRAINED, answer, draw, find
 from distance import divergences
-from question import concluded, loaded, opened, parser_of
+from question import ask, loaded, parser_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from figures import OUTPUTS  # noqa: E402
 from methods import INSERTED, METHODS, REFERENCE, fit, mean, prepare, row_losses  # noqa: E402
-from record import is_one_run  # noqa: E402 (from the folder above, like those around it)
 from texts import read_blocks  # noqa: E402
 
 FULL: dict[str, Any] = {
@@ -57,17 +55,13 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, measure, compare, answer."""
-    options = parser_of(__file__, "Trained on one text, measured on others.", FORMS).parse_args(arguments)
-    if is_one_run(options, run_once):
-        return {}
-    with opened(options, run_once) as (record, pool):
-        if not options.report:
-            run_all(record, FORMS[options.form], options.base, pool)
-    return concluded(record, options, find, answer, draw)
+    parser = parser_of(__file__, "Trained on one text, measured on others.", FORMS)
+    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
 
 
-def run_all(record: Any, size: dict[str, Any], base: str, pool: ThreadPoolExecutor) -> None:
+def run_all(record: Any, options: Any, pool: Any) -> None:
     """Measure the base, then train each method with each seed."""
+    size, base = FORMS[options.form], options.base
     rates = best_rates(base, record.path)
     given = {name: size[name] for name in ("batch", "block", "held", "distance", "scales")}
     given["steps"] = size["steps"] * longer(base)

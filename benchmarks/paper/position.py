@@ -30,8 +30,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import Method, Prepared, fit, training_arguments  # noqa: E402 (from the folder above)
 from position_report import answer, draw, find  # noqa: E402
-from question import concluded, opened, parser_of  # noqa: E402
-from record import is_one_run  # noqa: E402
+from question import ask, parser_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
 
 CONTROL, DOMAIN = "english", "kjv"
@@ -47,17 +46,13 @@ FORMS = {"full": FULL, "quick": {**SMALL, "every": 10}, "smoke": {**SMALL, "laye
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Sweep, search rates, train, answer."""
-    options = parser_of(__file__, "Where an organ should stand.", FORMS).parse_args(arguments)
-    if is_one_run(options, run_once):
-        return {}
-    with opened(options, run_once) as (record, pool):
-        if not options.report:
-            run_all(record, FORMS[options.form], pool)
-    return concluded(record, options, find, answer, draw)
+    parser = parser_of(__file__, "Where an organ should stand.", FORMS)
+    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
 
 
-def run_all(record: Any, size: dict[str, Any], pool: Any) -> None:
+def run_all(record: Any, options: Any, pool: Any) -> None:
     """Every sweep and training."""
+    size = FORMS[options.form]
     run = functools.partial(record, **{name: size[name] for name in ("layers", "block", "steps", "batch")})
 
     def search(kind: tuple[str, str]) -> float:

@@ -39,6 +39,25 @@ def opened(options: argparse.Namespace, run_once: Callable[..., Any]) -> Abstrac
     return record.opened(options.script, options, run_once, unpack, about)
 
 
+def ask(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, run_once: Callable[..., Any],
+    run_all: Callable[[record.Record, argparse.Namespace, Any], None], report: tuple[Callable[..., Any], ...],
+) -> dict[str, Any]:  # fmt: skip
+    """What the `main` of a script does: one run, or all that are not there yet and the answer.
+
+    Args:
+        run_all: Makes the runs by the record, the options and the pool.
+        report: The functions of `concluded`.
+    """
+    options = parser.parse_args(arguments)
+    if record.is_one_run(options, run_once):
+        return {}
+    with opened(options, run_once) as (kept, pool):
+        if not options.report:
+            run_all(kept, options, pool)
+    return concluded(kept, options, *report)
+
+
 def concluded(
     kept: record.Record, options: argparse.Namespace, find: Callable[[Runs], Any],
     answer: Callable[[Any], str], draw: Callable[[Any, Path], None],

@@ -32,8 +32,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import METHODS, REFERENCE, Prepared, cut, fit, mean, prepare, row_losses  # noqa: E402 (folder above)
-from question import concluded, loaded, opened, parser_of  # noqa: E402
-from record import is_one_run  # noqa: E402
+from question import ask, loaded, parser_of  # noqa: E402
 from several_report import CONTROL, DOMAINS, answer, draw, find  # noqa: E402
 from texts import read_blocks  # noqa: E402
 
@@ -61,15 +60,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, put together, answer."""
     parser = parser_of(__file__, "Several organs in one model.", FORMS)
     parser.add_argument("--seeds", type=int, default=1)
-    options = parser.parse_args(arguments)
-    if is_one_run(options, run_once):
-        return {}
-    with opened(options, run_once) as (record, pool):
-        if not options.report:
-            ways = [ONE_PLACE] if options.form == "quick" else WAYS
-            pairs = [(seed, way) for seed in range(options.seeds) for way in ways]
-            list(pool.map(lambda pair: record(way=pair[1], seed=pair[0], **FORMS[options.form]), pairs))
-    return concluded(record, options, find, answer, draw)
+    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
+
+
+def run_all(record: Any, options: Any, pool: Any) -> None:
+    """Each way with each seed."""
+    ways = [ONE_PLACE] if options.form == "quick" else WAYS
+    pairs = [(seed, way) for seed in range(options.seeds) for way in ways]
+    list(pool.map(lambda pair: record(way=pair[1], seed=pair[0], **FORMS[options.form]), pairs))
 
 
 def run_once(base: str, way: str, seed: int, steps: int, block: int, held: int) -> dict[str, Any]:

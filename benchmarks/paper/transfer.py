@@ -31,8 +31,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import METHODS, REFERENCE, fit, mean, prepare, row_losses  # noqa: E402 (from the folder above)
-from question import concluded, loaded, opened, parser_of  # noqa: E402
-from record import is_one_run  # noqa: E402
+from question import ask, loaded, parser_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
 from transfer_report import ORIGIN, answer, draw, find  # noqa: E402
 
@@ -58,17 +57,13 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Search rates, train organs and recipients, move, answer."""
-    options = parser_of(__file__, "What an organ does in other models.", FORMS).parse_args(arguments)
-    if is_one_run(options, run_once):
-        return {}
-    with opened(options, run_once) as (record, pool):
-        if not options.report:
-            run_all(record, FORMS[options.form], pool)
-    return concluded(record, options, find, answer, draw)
+    parser = parser_of(__file__, "What an organ does in other models.", FORMS)
+    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
 
 
-def run_all(record: Any, size: dict[str, Any], pool: Any) -> None:
+def run_all(record: Any, options: Any, pool: Any) -> None:
     """The search for rates, then a run for each seed."""
+    size = FORMS[options.form]
     run = functools.partial(record, block=size["block"], batch=size["batch"])
 
     def loss(pair: tuple[str, float]) -> float:
