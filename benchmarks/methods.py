@@ -59,7 +59,7 @@ INSERTED = "organ, three layers inserted early"  # as in arXiv 2601.13580: of GP
 LOWER, UPPER = (0.0, 0.5), (0.5, 1.0)
 CACHED = {"donor_trainer": True, "cached": True}
 METHODS: dict[str, Method] = {
-    REFERENCE: Method(rates(5e-4, 1e-3, 2e-3, 4e-3), lora(16)),
+    REFERENCE: Method(rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), lora(16)),
     "LoRA, r = 64": Method(rates(2.5e-4, 5e-4, 1e-3), lora(64)),
     "rsLoRA, r = 64": Method(rates(6e-5, 1.2e-4, 2.5e-4), lora(64, use_rslora=True)),
     "LoRA+, r = 16": Method(rates(1.2e-4, 2.5e-4, 5e-4), lora(16), plus=8),
@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
     "LoRA, r = 16, upper half, cache": Method(rates(1e-3, 2e-3, 4e-3), lora(16), UPPER, **CACHED),
     "full": Method(rates(3e-5, 6e-5, 1.2e-4)),
     "organ, all layers": Method(rates(5e-5, 1e-4, 2e-4), donor_trainer=True),
-    "organ, outputs": Method(rates(2e-4, 3e-4, 4.5e-4, 6.5e-4), modules="outputs", donor_trainer=True),
+    "organ, outputs": Method(rates(2e-4, 3e-4, 4.5e-4, 6.5e-4, 9e-4), modules="outputs", donor_trainer=True),
     "organ, outputs, values and up": Method(
         rates(1e-4, 1.4e-4, 2e-4), modules=("v_proj", "o_proj", "up_proj", "down_proj"), donor_trainer=True
     ),
