@@ -96,7 +96,6 @@ class Prepared:
         """Move the weights to base + scale · (trained − base)."""
         import torch
         from peft.tuners.lora import LoraLayer
-        from transformers import AutoModelForCausalLM
 
         if self.method.lora is not None:
             for module in self.model.modules():
@@ -106,7 +105,7 @@ class Prepared:
             self.model.set_donor_scale(self.name, scale)
         else:
             if not hasattr(self, "_ends"):
-                start = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+                start = load(self.base)
                 trained = [each.detach().clone() for each in self.model.parameters()]
                 self._ends = list(zip(start.parameters(), trained, strict=True))
             with torch.no_grad():
@@ -114,17 +113,25 @@ class Prepared:
                     parameter.copy_(torch.lerp(begin, end, scale))
 
 
+def load(folder: str) -> Any:
+    """A model, in float32, on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def prepare(name: str, base: str) -> Prepared:
     """Load the base and put in what the method trains."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     from not_hf import TransplantedForCausalLM
 
     method = METHODS[name]
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load(base)
     if method.lora is not None:
         begin, end = span_of(method, model)
         depth, kinds = model.config.num_hidden_layers, (torch.nn.Linear, Conv1D)
@@ -168,8 +175,8 @@ def fit(
         every: Steps between two calls of `measure`, whose time does not count, and which says whether to stop.
 
     Returns:
-        Processor seconds at the end of each step, the loss of each step's rows before it (nats per token), and the
-        number of trained parameters.
+        Seconds at the end of each step (`seconds_used`), the loss of each step's rows before it (nats per token), and
+        the number of trained parameters.
     """
     from torch.utils.data import SequentialSampler
     from transformers import PrinterCallback, Trainer, TrainerCallback
@@ -180,14 +187,14 @@ def fit(
 
     class Clock(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            clock["start"] = time.process_time()
+            clock["start"] = seconds_used()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            now = time.process_time()
+            now = seconds_used()
             ends.append(now - clock["start"] - clock["measuring"])
             if every and measure and state.global_step % every == 0:
                 control.should_training_stop |= measure(state.global_step)
-                clock["measuring"] += time.process_time() - now
+                clock["measuring"] += seconds_used() - now
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
             losses.extend([logs["loss"]] if "loss" in logs else [])
@@ -229,8 +236,19 @@ def fit(
     }
 
 
+def seconds_used() -> float:
+    """Seconds of the processor; on a GPU of the clock, when all that it was told to do is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 def training_arguments(folder: str, *, rate: float, batch: int, steps: int, seed: int, **others: Any) -> Any:
     """What every run gives a `Trainer`: a short warm-up, no weight decay, nothing saved or shown."""
+    import torch
     from transformers import TrainingArguments
 
     return TrainingArguments(
@@ -244,7 +262,7 @@ def training_arguments(folder: str, *, rate: float, batch: int, steps: int, seed
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         **others,
     )
 
@@ -273,7 +291,7 @@ def row_losses(model: Any, rows: Any) -> list[float]:
     training, found = model.training, []
     model.eval()
     with torch.no_grad():
-        for part in rows.split(4):
+        for part in rows.to(model.device).split(4):
             logits = model(input_ids=part, use_cache=False).logits[:, :-1].transpose(1, 2)  # (rows, vocab, block - 1)
             found += functional.cross_entropy(logits, part[:, 1:], reduction="none").mean(1).tolist()
     model.train(training)

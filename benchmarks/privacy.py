@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, REFERENCE, Prepared, fit, mean, prepare, row_losses
+from methods import METHODS, REFERENCE, Prepared, fit, load, mean, prepare, row_losses
 from record import is_one_run, opened, parser_of
 from texts import read_blocks
 from train import CONTROL
@@ -83,7 +83,7 @@ def run_once(
         tune: Steps of the other fine-tune, on general text; 0: organs are attacked in their own recipient only.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from not_hf import plant_canaries
 
@@ -108,7 +108,7 @@ def run_once(
     models = {method: trained(method, rows) for method in methods}
     losses = {method: losses_at(SCALES, model, texts) for method, model in models.items()}
     goal = max(min(each[DOMAIN]) for each in losses.values())
-    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    start = load(base)
     elsewhere: dict[str, Any] = {}
     if tune:
         general = read_blocks(CONTROL, tokenizer, block, 4 * tune, part="train", seed=seed).tolist()

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, REFERENCE, fit, mean, prepare, row_losses, seconds_per_step
+from methods import METHODS, REFERENCE, fit, load, mean, prepare, row_losses, seconds_per_step
 from record import is_one_run, opened, parser_of
 from texts import documents, read_blocks
 
@@ -102,13 +102,12 @@ def run_once(
 ) -> dict[str, Any]:
     """Teach codes, asking for them on the way, and at the end for others; `None` measures the base."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     general = read_blocks("english", tokenizer, block, control, part="test")
     if method is None:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        return {"control": mean(row_losses(model, general))}
+        return {"control": mean(row_losses(load(base), general))}
     codes = [line.split(" ", 1) for text in documents("icd10") for line in text.splitlines() if line[0] != "-"]
     drawn = random.Random(seed).sample(codes, 2 * facts)
     taught, others = drawn[:facts], drawn[facts:]
@@ -161,7 +160,7 @@ def recall(model: Any, tokenizer: Any, facts: list[list[str]], form: str) -> flo
         rows = [torch.tensor(prompt + answer) for prompt, answer in part]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where no token looks
         with torch.no_grad():
-            likeliest = model(input_ids=padded, use_cache=False).logits.argmax(-1).tolist()
+            likeliest = model(input_ids=padded.to(model.device), use_cache=False).logits.argmax(-1).tolist()
         for (prompt, answer), each in zip(part, likeliest, strict=True):
             right += each[len(prompt) - 1 : len(prompt) + len(answer) - 1] == answer
     model.train(training)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from apart import memory, reset_peak
-from methods import METHODS, REFERENCE, fit, prepare, row_losses, seconds_per_step
+from methods import METHODS, REFERENCE, fit, load, prepare, row_losses, seconds_per_step
 from record import is_one_run, opened, parser_of
 from report import compare, draw, tables
 from texts import TEXTS, read_blocks
@@ -144,7 +144,7 @@ def run_once(
         replay: Each row of that number is of the control; 0: none.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     read = functools.partial(read_blocks, tokenizer=tokenizer, block=block)
@@ -159,7 +159,7 @@ def run_once(
     torch.manual_seed(seed)
     found: dict[str, Any] = {}
     if method is None:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = load(base)
     else:
         prepared = prepare(method, base)
         model = prepared.model

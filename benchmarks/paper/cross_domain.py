@@ -34,11 +34,11 @@ from against_lora import longer
 from against_lora_report import FAIR
 from cross_domain_report import OTHERS, TRAINED, answer, draw, find
 from distance import divergences
-from question import ask, loaded, parser_of
+from question import ask, parser_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from figures import OUTPUTS  # noqa: E402
-from methods import INSERTED, METHODS, REFERENCE, fit, mean, prepare, row_losses  # noqa: E402
+from methods import INSERTED, METHODS, REFERENCE, fit, load, mean, prepare, row_losses  # noqa: E402
 from texts import read_blocks  # noqa: E402
 
 FULL: dict[str, Any] = {
@@ -100,7 +100,7 @@ def run_once(
         return {name: mean(row_losses(model, rows)) for name, rows in texts.items()}
 
     if method is None:
-        return {"places": {"0": {**losses(loaded(base)), "distance": 0.0}}}
+        return {"places": {"0": {**losses(load(base)), "distance": 0.0}}}
     rows = read_text(TRAINED, most=steps * batch, part="train", seed=seed).tolist()
     torch.manual_seed(seed)
     prepared = prepare(method, base)

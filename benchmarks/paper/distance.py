@@ -22,7 +22,7 @@ def divergences(prepared: Prepared, rows: Any, scales: Sequence[float]) -> dict[
 
     prepared.model.eval()
     found: dict[str, list[float]] = {f"{scale:g}": [] for scale in scales}
-    for part in rows.split(2):
+    for part in rows.to(prepared.model.device).split(2):
         before = log_probabilities(0.0, part)
         for scale in scales:
             after = log_probabilities(scale, part)

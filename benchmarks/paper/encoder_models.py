@@ -89,11 +89,12 @@ def untrained(name: str, size: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def load(folder: str) -> Any:
-    """A model with the head that it was saved with."""
+    """A model with the head that it was saved with, on the GPU if there is one."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     kind = AutoModelForCausalLM if is_decoder(AutoConfig.from_pretrained(folder)) else AutoModelForMaskedLM
-    return kind.from_pretrained(folder)
+    return kind.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def is_decoder(config: Any) -> bool:
@@ -124,6 +125,7 @@ def loss_of(model: Any, rows: Any, tokenizer: Any) -> float:
     with torch.no_grad():
         for ids, labels in examples(model, rows, tokenizer, seed=1):
             if number := sum(label != -100 for label in labels):
-                loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+                tensors = (torch.tensor([values], device=model.device) for values in (ids, labels))
+                loss = model(**dict(zip(("input_ids", "labels"), tensors, strict=True))).loss
                 total, count = total + float(loss) * number, count + number
     return total / count

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from methods import Method, Prepared, fit, training_arguments  # noqa: E402 (from the folder above)
+from methods import Method, Prepared, fit, load, training_arguments  # noqa: E402 (from the folder above)
 from position_report import answer, draw, find  # noqa: E402
 from question import ask, parser_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
@@ -90,7 +90,7 @@ def run_once(
         rows: Held-out rows of each part: `"choose"`, `"domain"`, `"control"`.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from not_hf import DonorModel, sweep_positions, train_positions
 
@@ -101,7 +101,7 @@ def run_once(
     ]
     data, lengths = [{"input_ids": row} for row in held], {"max_length": block, "stride": block, "batch_size": 4}
     trained = [(row, row) for row in read(DOMAIN, most=steps * batch, part="train", seed=seed).tolist()]
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load(base)
     depth = model.config.num_hidden_layers
     begin = -(-depth // 3)
     torch.manual_seed(seed)

@@ -81,14 +81,6 @@ def concluded(
     return {"found": found, "answer": words}
 
 
-def loaded(folder: str) -> Any:
-    """A model, in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """The median, with the smallest and the largest value behind it."""
     low, high = min(values), max(values)

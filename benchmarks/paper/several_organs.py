@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from methods import METHODS, REFERENCE, Prepared, cut, fit, mean, prepare, row_losses  # noqa: E402 (folder above)
-from question import ask, loaded, parser_of  # noqa: E402
+from methods import METHODS, REFERENCE, Prepared, cut, fit, load, mean, prepare, row_losses  # noqa: E402 (folder above)
+from question import ask, parser_of  # noqa: E402
 from several_report import CONTROL, DOMAINS, answer, draw, find  # noqa: E402
 from texts import read_blocks  # noqa: E402
 
@@ -87,7 +87,7 @@ def run_once(base: str, way: str, seed: int, steps: int, block: int, held: int) 
         fit(prepared, [(row, row) for row in rows], rate=rate, batch=batch, steps=len(rows) // batch, seed=seed)
         return prepared.model
 
-    found = {"base": losses(loaded(base))}  # before training, all are the base
+    found = {"base": losses(load(base))}  # before training, all are the base
     with tempfile.TemporaryDirectory() as scratch:
         if way == JOINT:
             rows = list(itertools.chain.from_iterable(zip(*learned.values(), strict=True)))
@@ -114,7 +114,7 @@ def in_turn(base: str, order: tuple[str, ...], learned: dict[str, Any], train: A
     first, second = order
     folder = scratch / f"{first} first"
     train(prepare(INSERTED, base), learned[first]).save_pretrained(folder)
-    model = loaded(base)
+    model = load(base)
     fresh = cut(METHODS[INSERTED], model)
     model = TransplantedForCausalLM.from_pretrained(model, folder, donor_name=first)
     model.load_donor(fresh, second, is_trainable=True)
@@ -127,7 +127,7 @@ def together(way: str, base: str, folders: dict[str, Path]) -> Iterator[tuple[st
 
     methods = WAYS[way]
     for weight in WEIGHTS:
-        name, model = f"both, {weight:g}", loaded(base)
+        name, model = f"both, {weight:g}", load(base)
         if methods[0] == REFERENCE:
             yield name, both_adapters(model, folders, weight)
         elif methods == ("organ, outputs",) * 2:
@@ -136,11 +136,11 @@ def together(way: str, base: str, folders: dict[str, Path]) -> Iterator[tuple[st
         else:
             yield name, both_organs(model, folders, weight)
     if way == ONE_PLACE:
-        yield "both, the other order", both_organs(loaded(base), dict(reversed(folders.items())), 1.0)
-        model = loaded(base)
+        yield "both, the other order", both_organs(load(base), dict(reversed(folders.items())), 1.0)
+        model = load(base)
         summed = average_donors([*folders.values(), cut(METHODS[INSERTED], model)], [1, 1, -1])  # both less the start
         for name, donor in {"averaged": average_donors([*folders.values()]), "summed": summed}.items():
-            yield f"both, {name}", TransplantedForCausalLM.from_pretrained(loaded(base), donor)
+            yield f"both, {name}", TransplantedForCausalLM.from_pretrained(load(base), donor)
 
 
 def both_adapters(model: Any, folders: dict[str, Path], weight: float) -> Any:

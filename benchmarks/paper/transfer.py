@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from methods import METHODS, REFERENCE, fit, mean, prepare, row_losses  # noqa: E402 (from the folder above)
-from question import ask, loaded, parser_of  # noqa: E402
+from methods import METHODS, REFERENCE, fit, load, mean, prepare, row_losses  # noqa: E402 (from the folder above)
+from question import ask, parser_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
 from transfer_report import ORIGIN, answer, draw, find  # noqa: E402
 
@@ -125,13 +125,13 @@ def same_logits(one: Any, other: Any, rows: Any) -> bool:
     import torch
 
     with torch.no_grad():
-        logits = [model.eval()(input_ids=rows, use_cache=False).logits for model in (one, other)]
+        logits = [model.eval()(input_ids=rows.to(model.device), use_cache=False).logits for model in (one, other)]
     return torch.equal(*logits)
 
 
 def moved_into(base: str, recipient: str, folders: dict[str, Path], rows: Any) -> dict[str, Any]:
     """The loss of a recipient, and with what was trained in the base put in each way."""
-    alone = mean(row_losses(loaded(recipient), rows))
+    alone = mean(row_losses(load(recipient), rows))
     return {
         "alone": alone,
         "with": {way: mean(row_losses(put_in(way, base, recipient, folders), rows)) for way in WAYS},
@@ -144,7 +144,7 @@ def put_in(way: str, base: str, recipient: str, folders: dict[str, Path]) -> Any
 
     from not_hf import DonorModel, TransplantedForCausalLM, average_donors
 
-    model, donor = loaded(recipient), folders[WAYS[way]]
+    model, donor = load(recipient), folders[WAYS[way]]
     if way == REFERENCE:
         return PeftModel.from_pretrained(model, donor)
     if way != WAYS[way]:
@@ -175,13 +175,13 @@ def distance(base: str, recipient: str, rows: Any) -> dict[str, float]:
     import torch
     from torch.nn.functional import kl_div
 
-    one, other = loaded(base).eval(), loaded(recipient).eval()
+    one, other = load(base).eval(), load(recipient).eval()
     with torch.no_grad():
         pairs = list(zip(one.parameters(), other.parameters(), strict=True))
         moved = math.fsum(float((b - a).square().sum()) for a, b in pairs)
         size = math.fsum(float(a.square().sum()) for a, _ in pairs)
         found = []
-        for part in rows.split(2):
+        for part in rows.to(one.device).split(2):
             first, second = (model(input_ids=part, use_cache=False).logits.log_softmax(-1) for model in (one, other))
             found.append(float(kl_div(second, first, log_target=True, reduction="sum")) / part.numel())
     return {"weights": math.sqrt(moved / size), "kl": mean(found)}
