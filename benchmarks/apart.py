@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -57,6 +58,19 @@ def reset_peak() -> int:
     """Make the kernel forget the peak of this process; returns its resident memory in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
+
+
+def start_counting() -> Callable[[], int]:
+    """Forget the peak of memory (of a GPU, if there is one); what is returned tells by how many bytes it has risen."""
+    import torch
+
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - held
+    held = reset_peak()
+    return lambda: memory("VmHWM") - held
 
 
 def memory(key: str) -> int:

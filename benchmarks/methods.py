@@ -61,6 +61,7 @@ CACHED = {"donor_trainer": True, "cached": True}
 METHODS: dict[str, Method] = {
     REFERENCE: Method(rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), lora(16)),
     "LoRA, r = 64": Method(rates(2.5e-4, 5e-4, 1e-3), lora(64)),
+    "LoRA, r = 256": Method(rates(1.2e-4, 2.5e-4, 5e-4), lora(256)),
     "rsLoRA, r = 64": Method(rates(6e-5, 1.2e-4, 2.5e-4), lora(64, use_rslora=True)),
     "LoRA+, r = 16": Method(rates(1.2e-4, 2.5e-4, 5e-4), lora(16), plus=8),
     "LoRA, r = 16, loss in chunks": Method(rates(5e-4, 1e-3, 2e-3), lora(16), donor_trainer=True),
@@ -164,7 +165,7 @@ def span_of(method: Method, base: Any) -> tuple[int, int]:
 
 def fit(
     prepared: Prepared, rows: Sequence[tuple[list[int], list[int]]], *, rate: float, batch: int, steps: int, seed: int,
-    decay: bool = True, gradient_checkpointing: bool = False, every: int = 0,
+    decay: bool = True, gradient_checkpointing: bool = False, bf16: bool = False, every: int = 0,
     measure: Callable[[int], bool] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train on rows in their order, over and over; without dropout and weight decay, with AdamW.
@@ -223,6 +224,7 @@ def fit(
             lr_scheduler_type="linear" if decay else "constant_with_warmup",
             logging_steps=1,
             gradient_checkpointing=gradient_checkpointing,
+            bf16=bf16,
             remove_unused_columns=False,
         )
         options = {"cache_prefix": True, "prefix_dir": Path(folder, "prefixes")} if method.cached else {}

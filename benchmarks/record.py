@@ -100,18 +100,20 @@ def is_one_run(options: argparse.Namespace, run_once: Callable[..., Any]) -> boo
 @contextmanager
 def opened(
     script: str, options: argparse.Namespace, run_once: Callable[..., Any],
-    unpack: Callable[[Path], Path] = demo.unpack_base, about: dict[str, Any] | None = None,
+    unpack: Callable[[Path], Path] = demo.unpack_base, about: dict[str, Any] | None = None, here: bool | None = None,
 ) -> Iterator[tuple[Record, ThreadPoolExecutor]]:  # fmt: skip
-    """The record of a bench, and the pool of its runs; with `--smoke` of a small base, run here one by one.
+    """The record of a bench, and the pool of its runs; with `--smoke` the base is a small one.
 
     Args:
         unpack: Writes the base into the cache, unless it is there, and returns its folder.
         about: As for `Record`.
+        here: Whether the runs are made in this process one by one; default with `--smoke` only.
     """
     smoke = options.form == "smoke"
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if smoke else options.jobs) as pool:
+    here = smoke if here is None else here
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if here else options.jobs) as pool:
         base = small_base(Path(scratch)) if smoke else unpack(options.cache)
-        yield Record(script, str(base), options.output, run_once if smoke else None, about), pool
+        yield Record(script, str(base), options.output, run_once if here else None, about), pool
 
 
 def small_base(folder: Path) -> Path:

@@ -46,14 +46,15 @@ def describe(
     given, test = run["given"], run["held"]["test"]
     scale, reference_scale = chosen_scale(run), chosen_scale(reference)
     other = reference["held"]["test"][reference_scale]
-    cost, cost_of_reference = costs[given["method"], given["batch"]], costs[REFERENCE, 4]
+    batch_of_reference = max(batch for method, batch in costs if method == REFERENCE)  # by which time is counted
+    cost, cost_of_reference = costs[given["method"], given["batch"]], costs[REFERENCE, batch_of_reference]
     seconds, seconds_of_reference = (seconds_per_step(each["plain"]["ends"], 2) for each in (cost, cost_of_reference))
     groups, groups_of_reference = per_group(run), per_group(reference)
     half = min(len(groups), len(groups_of_reference)) // 2
     found = {
         **{name: given[name] for name in ("method", "domain", "seed", "rate", "batch", "steps")},
         **{name: run[name] for name in ("trained", "file_bytes")},
-        "row_cost_ratio": seconds / given["batch"] / (seconds_of_reference / 4),
+        "row_cost_ratio": seconds / given["batch"] / (seconds_of_reference / batch_of_reference),
         **{f"peak_bytes_{way}": each["peak"] for way, each in cost.items()},
         "fresh": paired(groups[half:], groups_of_reference[half:]),
         "scale": float(scale),
@@ -72,8 +73,8 @@ def chosen_scale(run: dict[str, Any]) -> str:
 
 
 def per_group(run: dict[str, Any], size: int = 4) -> list[float]:
-    """Losses of the training rows before they were learned from, each the mean of four rows, in their order."""
-    steps = size // run["given"]["batch"]
+    """Losses of the training rows before they were learned from, each the mean of `size` rows or a batch of more."""
+    steps = max(size // run["given"]["batch"], 1)
     return [mean(run["losses"][n : n + steps]) for n in range(0, len(run["losses"]), steps)]
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -38,11 +39,18 @@ def summaries(language: str) -> list[str]:
     return [row["extract"] for row in json.loads(file.read_text(encoding="utf-8")).values()]
 
 
+def source(package: str) -> list[str]:
+    """The source code of a package, a document for each module."""
+    modules = [Path(file.locate()) for file in files(package) or [] if file.name.endswith(".py")]
+    return [text for module in modules if (text := module.read_text("utf-8"))]
+
+
 TEXTS: dict[str, Callable[[], list[str]]] = {
     "kjv": demo.bible_chapters,
     "icd10": medical_codes,
     "french": lambda: summaries("fr-fr"),
     "english": lambda: summaries("en-us"),
+    "code": lambda: source("transformers"),
 }
 
 
@@ -52,10 +60,11 @@ def documents(name: str) -> list[str]:
     return TEXTS[name]()
 
 
+@functools.lru_cache
 def read_blocks(name: str, tokenizer: Any, block: int, most: int, part: str, seed: int = 0) -> Any:
     """Token ids, `(rows, block)`, of a part of a text: of ten documents one is to choose by and one to test with.
 
-    Documents are drawn by the seed and packed, then the rows are shuffled by it.
+    Documents are drawn by the seed and packed, then the rows are shuffled by it. They are kept: do not change them.
     """
     import torch
     from datasets import Dataset, disable_progress_bars

@@ -4,17 +4,19 @@
     python benchmarks/train.py --quick    # one text, one seed, three methods: ten minutes
     python benchmarks/train.py --long     # ten times the tokens: one text, one seed
     python benchmarks/train.py --replay   # every fourth row is general text
+    python benchmarks/train.py --gpu      # eight million tokens of source code on a GPU, bfloat16: minutes of an H100
     python benchmarks/train.py --smoke    # a small random model, for the test suite
 
-Time is what LoRA of rank 16 takes for 32 steps of 4 × 128 tokens; every method makes as many steps as fit in, by the
-processor seconds of a step, which are measured first. No row is seen twice. Learning rates and batch sizes are
-searched for each text with half the tokens, on text set aside. After training, the weights are moved to
-base + scale · (trained − base), for every method; the scale is chosen on text set aside, too.
+Time is what LoRA of rank 16 takes for 32 steps of 4 × 128 tokens (--gpu: 500 of 32 × 512); every method makes as many
+steps as fit in, by the seconds of a step, which are measured first: of the processor, or on a GPU by the clock. No row
+is seen twice. Learning rates and batch sizes are searched for each text with half the tokens (--gpu: a twelfth), on
+text set aside. After training, the weights are moved to base + scale · (trained − base), for every method; the scale
+is chosen on text set aside, too.
 
 Measured: the loss on 8,192 held-out tokens of the text and of a general one (English encyclopedia), and the loss on
 each training row before the step that learns from it: all methods see the same rows in the same order, so their
-differences are paired, and less noisy. Each run is a process of its own with one thread. What is in the output file is
-not run again, so that a run that was broken off goes on.
+differences are paired, and less noisy. Each run is a process of its own with one thread (--gpu: all are made in this
+one). What is in the output file is not run again, so that a run that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from apart import memory, reset_peak
+from apart import start_counting
 from methods import METHODS, REFERENCE, fit, load, prepare, row_losses, seconds_per_step
 from record import is_one_run, opened, parser_of
 from report import compare, draw, tables
@@ -39,6 +41,7 @@ COMPARED = [
     *MAIN, "organ, outputs, values and up", "organ, all layers", "LoRA+, r = 16", "LoRA, r = 64", "rsLoRA, r = 64",
     "LoRA, r = 16, loss in chunks", "LoRA, r = 16, upper half, cache", "organ, upper half, cache", "full",
 ]  # fmt: skip
+GPU_METHODS = [*MAIN, "LoRA, r = 256", "full", "LoRA, r = 64"]
 FULL: dict[str, Any] = {
     "domains": ["kjv", "icd10", "french"], "methods": COMPARED, "seeds": 3, "steps": 32, "search": 16,
     "block": 128, "choose": 16, "test": 64, "scales": [0.7, 1.0], "replay": 0, "pool": 320,
@@ -49,6 +52,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "quick": {**QUICK, "choose": 4, "test": 16},
     "long": {**QUICK, "steps": 320, "search": 32, "pool": 1536},
     "replay": {**FULL, "methods": MAIN, "seeds": 1, "search": 0, "replay": 4},
+    "gpu": {
+        **{**FULL, "domains": ["code"], "seeds": 1, "steps": 4000, "search": 320, "bf16": True, "batch": 32},
+        **{"block": 512, "pool": 22900, "choose": 32, "methods": GPU_METHODS},
+    },
     "smoke": {**QUICK, "steps": 4, "block": 32, "pool": 24, "choose": 2, "test": 4},
 }
 
@@ -66,9 +73,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     given = {name: value for name in ("domains", "seeds") if (value := getattr(options, name))}
     size = {**FORMS[options.form], **given}
     methods = [REFERENCE, *(name for name in options.methods or size["methods"] if name != REFERENCE)]
-    with opened(__file__, options, run_once) as (record, pool):
+    with opened(__file__, options, run_once, here=options.form in ("gpu", "smoke")) as (record, pool):
         if not options.report:
-            shape = {name: size[name] for name in ("block", "pool", "replay")}
+            shape = {name: size[name] for name in ("block", "pool", "replay", "bf16") if name in size}
             run_all(functools.partial(record, **shape), size, methods, pool)
     found = compare(list(record.runs.values()))
     record.save(form=options.form, comparison=found)
@@ -80,13 +87,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def run_all(run: Any, size: dict[str, Any], methods: list[str], pool: ThreadPoolExecutor) -> None:
     """Measure costs, search settings, train; seed by seed."""
-    costs = {setting: cost(run, *setting) for setting in settings_of(methods)}
+    one_batch = size.get("batch")
+    costs = {setting: cost(run, *setting) for setting in settings_of(methods, one_batch)}
+    cost_of_reference = next(iter(costs.values()))
     pairs = [(domain, method) for domain in size["domains"] for method in methods]
     chosen = dict(zip(pairs, pool.map(lambda pair: search(run, size, *pair), pairs), strict=True))
 
     def train(seed: int, domain: str, method: str) -> None:
         rate, batch = chosen[domain, method]
-        share = costs[REFERENCE, 4]["row"] / costs[method, batch]["row"]
+        share = cost_of_reference["row"] / costs[method, batch]["row"]
         given = {"rate": rate, "batch": batch, "steps": max(2, round(size["steps"] * share) * 4 // batch)}
         held = {"choose": size["choose"], "test": size["test"]}
         run(method=method, domain=domain, seed=seed, **given, held=held, scales=size["scales"])
@@ -95,15 +104,15 @@ def run_all(run: Any, size: dict[str, Any], methods: list[str], pool: ThreadPool
     list(pool.map(lambda each: train(*each), [(seed, *pair) for seed in range(size["seeds"]) for pair in pairs]))
 
 
-def settings_of(methods: list[str]) -> list[tuple[str, int]]:
+def settings_of(methods: list[str], one_batch: int | None) -> list[tuple[str, int]]:
     """Methods with each of their batch sizes; that of LoRA by which time is counted comes first."""
-    pairs = [(name, batch) for name in methods for _, batch in METHODS[name].settings]
-    return list(dict.fromkeys([(REFERENCE, 4), *pairs]))
+    pairs = [(name, one_batch or batch) for name in methods for _, batch in METHODS[name].settings]
+    return list(dict.fromkeys([(REFERENCE, one_batch or 4), *pairs]))
 
 
 def search(run: Any, size: dict[str, Any], domain: str, method: str) -> tuple[float, int]:
     """The learning rate and batch size with the least loss on text set aside, at the better scale."""
-    settings = METHODS[method].settings
+    settings = [(rate, size.get("batch", batch)) for rate, batch in METHODS[method].settings]
     if not size["search"]:
         return settings[len(settings) // 2]
 
@@ -118,10 +127,10 @@ def search(run: Any, size: dict[str, Any], domain: str, method: str) -> tuple[fl
 
 
 def cost(run: Any, method: str, batch: int) -> dict[str, Any]:
-    """Processor seconds of a row of training; besides, the peak memory with gradient checkpointing is measured."""
+    """Seconds of a row of training; besides, the peak memory with gradient checkpointing is measured."""
     given = {"method": method, "batch": batch, "domain": "kjv", "rate": 1e-4, "held": {}, "scales": []}
     run(**given, steps=3, gradient_checkpointing=True)
-    found = run(**given, steps=2 + 24 // batch)
+    found = run(**given, steps=2 + (24 // batch or 24))
     return {"row": seconds_per_step(found["ends"], 2) / batch}
 
 
@@ -133,7 +142,7 @@ def measure_base(run: Any, size: dict[str, Any], domain: str) -> dict[str, Any]:
 def run_once(
     base: str, method: str | None, domain: str, block: int, pool: int, replay: int, held: dict[str, int],
     scales: list[float], seed: int = 0, rate: float = 0.0, batch: int = 1, steps: int = 0,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool = False, bf16: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, then measure at each scale.
 
@@ -142,20 +151,19 @@ def run_once(
         pool: Rows that are read to be trained on, of which the first are used.
         held: Rows of each part of the text that losses are taken on; those of `test` of the control, too.
         replay: Each row of that number is of the control; 0: none.
+        bf16: Whether matrices are multiplied in bfloat16; the weights are float32.
     """
     import torch
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    read = functools.partial(read_blocks, tokenizer=tokenizer, block=block)
-    rows = read(domain, most=pool, part="train", seed=seed)[: steps * batch]
+    read = functools.partial(read_blocks, tokenizer=tokenizer_of(base), block=block)
+    rows = read(domain, most=pool, part="train", seed=seed)[: steps * batch].clone()
     if replay:
         general = read(CONTROL, most=-(-len(rows) // replay), part="train", seed=seed)
         rows[replay - 1 :: replay] = general[: len(rows[replay - 1 :: replay])]
     held_rows = {part: {"domain": read(domain, most=most, part=part)} for part, most in held.items()}
     if "test" in held:
         held_rows["test"]["control"] = read(CONTROL, most=held["test"], part="test")
-    before = reset_peak()  # all that is imported is there; weights count, mapped ones as far as they are read
+    peak = start_counting()  # all that is imported is there; weights count, mapped ones as far as they are read
     torch.manual_seed(seed)
     found: dict[str, Any] = {}
     if method is None:
@@ -165,9 +173,13 @@ def run_once(
         model = prepared.model
         given = {"rate": rate, "batch": batch, "steps": steps, "seed": seed}
         found = fit(
-            prepared, [(row, row) for row in rows.tolist()], **given, gradient_checkpointing=gradient_checkpointing
+            prepared,
+            [(row, row) for row in rows.tolist()],
+            **given,
+            gradient_checkpointing=gradient_checkpointing,
+            bf16=bf16,
         )
-        found |= {"peak": memory("VmHWM") - before, "file_bytes": size_of(model)}
+        found |= {"peak": peak(), "file_bytes": size_of(model)}
     losses: dict[str, dict[str, dict[str, list[float]]]] = {part: {} for part in held}
     for scale in scales:
         if method is not None:
@@ -175,6 +187,14 @@ def run_once(
         for part, texts in held_rows.items():
             losses[part][f"{scale:g}"] = {name: row_losses(model, rows) for name, rows in texts.items()}
     return {**found, "held": losses}
+
+
+@functools.cache
+def tokenizer_of(base: str) -> Any:
+    """The tokenizer of the base, the same object each time: rows are kept by it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base)
 
 
 def size_of(model: Any) -> int:

@@ -487,6 +487,7 @@ def provenance(script: str) -> dict:
             "machine": platform.platform(),
             "processor": processor(),
             "threads": torch.get_num_threads(),
+            **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         },
     }
 
