@@ -4,12 +4,12 @@
     python benchmarks/train.py --quick    # one text, one seed, three methods: ten minutes
     python benchmarks/train.py --long     # ten times the tokens: one text, one seed
     python benchmarks/train.py --replay   # every fourth row is general text
-    python benchmarks/train.py --gpu      # eight million tokens of source code on a GPU, bfloat16: minutes of an H100
+    python benchmarks/train.py --gpu      # millions of tokens of source code on a GPU, bfloat16: minutes of an H100
     python benchmarks/train.py --smoke    # a small random model, for the test suite
 
-Time is what LoRA of rank 16 takes for 32 steps of 4 × 128 tokens (--gpu: 500 of 32 × 512); every method makes as many
+Time is what LoRA of rank 16 takes for 32 steps of 4 × 128 tokens (--gpu: 190 of 32 × 512); every method makes as many
 steps as fit in, by the seconds of a step, which are measured first: of the processor, or on a GPU by the clock. No row
-is seen twice. Learning rates and batch sizes are searched for each text with half the tokens (--gpu: a twelfth), on
+is seen twice. Learning rates and batch sizes are searched for each text with half the tokens (--gpu: a tenth), on
 text set aside. After training, the weights are moved to base + scale · (trained − base), for every method; the scale
 is chosen on text set aside, too.
 
@@ -53,7 +53,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "long": {**QUICK, "steps": 320, "search": 32, "pool": 1536},
     "replay": {**FULL, "methods": MAIN, "seeds": 1, "search": 0, "replay": 4},
     "gpu": {
-        **{**FULL, "domains": ["code"], "seeds": 1, "steps": 4000, "search": 320, "bf16": True, "batch": 32},
+        **{**FULL, "domains": ["code"], "seeds": 1, "steps": 1520, "search": 160, "bf16": True, "batch": 32},
         **{"block": 512, "pool": 22900, "choose": 32, "methods": GPU_METHODS},
     },
     "smoke": {**QUICK, "steps": 4, "block": 32, "pool": 24, "choose": 2, "test": 4},

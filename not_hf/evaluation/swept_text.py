@@ -19,6 +19,7 @@ from not_hf.errors import NotHFError, UnsupportedArchitectureError
 from not_hf.evaluation.perplexity import load_for_texts, load_model
 from not_hf.evaluation.windows import Window, batches_of, check_lengths, context_of, encode, nll_of
 from not_hf.recipient.mixin import Recipient
+from not_hf.version import __version__
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class SweptText:
             "model": live.name_or_path or None,
             "windows_digest": _digest(ids, batches),
             **{"max_length": max_length, "stride": stride},
-            **{package: version(package) for package in ("not_hf", "torch", "transformers")},
+            "not_hf": __version__,
+            **{package: version(package) for package in ("torch", "transformers")},
         }
         return cls(live, ids, batches, about)
 

@@ -23,6 +23,7 @@ from not_hf.training.trained_stack import TrainedStack, is_trainable
 from not_hf.training.trainer_mixin import MAX_PREFIX_BYTES, DonorTrainerMixin
 
 _MAX_LOGITS = 2**24  # in memory at once; 64 MiB in float32
+_MAX_LOGITS_ON_GPU = 2**27  # where small chunks are slow: each is a pass through the model's own forward
 _LAST_TOKEN = torch.tensor([-1])  # `logits_to_keep=1` lets the last layers of Gemma 4 run on that token alone
 
 
@@ -45,7 +46,7 @@ class DonorTrainer(DonorTrainerMixin):
         prefix_dtype: dtype to store them in; `None`: as computed, without rounding. `torch.bfloat16` halves the size
             of float32.
         head_chunk: Maximum number of tokens whose logits are in memory at once; 0: all, as in `Trainer`; `None`: as
-            many as take 64 MiB.
+            many as take 64 MiB, on a GPU 512 MiB.
         optimizer: `None`: as in `TrainingArguments`; `"muon"`: Muon for matrices and AdamW for the rest, with the
             learning rate, weight decay, betas and epsilon of `TrainingArguments`.
         kl_weight: Factor of KL(base ‖ model), the mean over tokens in nats, which is added to the training loss; it
@@ -195,8 +196,9 @@ class DonorTrainer(DonorTrainerMixin):
     def _chunk(self) -> int:
         """Tokens whose logits are in memory at once."""
         config = layers_config(self._native.config)
-        context = getattr(config, "max_position_embeddings", None) or _MAX_LOGITS
-        return min(self.head_chunk or max(1, _MAX_LOGITS // config.vocab_size), context)
+        most = _MAX_LOGITS if self._native.device.type == "cpu" else _MAX_LOGITS_ON_GPU
+        context = getattr(config, "max_position_embeddings", None) or most
+        return min(self.head_chunk or max(1, most // config.vocab_size), context)
 
     @torch.no_grad()
     def _base_hidden(self, stack: TrainedStack, batch: Mapping[str, Any], hidden: torch.Tensor | None) -> torch.Tensor:
