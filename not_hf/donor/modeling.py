@@ -170,7 +170,7 @@ class DonorModel(FilledModel):
             nn.Module.to(organ, base.model.device)
         if config.modules != ALL:
             return organ
-        hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0), device="cpu")
         hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
         organ.require_bare(hidden)
         if config.init == "identity":

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from not_hf.architecture.devices import input_device
 from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.stack import find_stack, layers_config
@@ -220,7 +221,8 @@ class PlaceRunner:
         """Return those layers at which the model, without the organ, can start: the pass then equals a whole one."""
         if self.forward is None:
             return set()
-        inputs: dict[str, Any] = {"input_ids": torch.arange(4, device=self.model.device)[None], "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": torch.arange(4, device=input_device(self.model))[None]}
+        inputs["use_cache"] = False
         with self.forward.capturing(entries) as found:
             whole = self.model(**inputs).logits  # (batch=1, seq=4, vocab)
         startable = set()

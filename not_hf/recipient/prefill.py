@@ -88,7 +88,11 @@ class Prefill:
         times = 0 if ids is None else len(ids) // len(self.input_ids)  # beams, or several answers
         mask = kwargs.get("attention_mask")
         for given, own in ((ids, self.input_ids), (mask, self.attention_mask)):
-            if given is not None and given.ndim == 2 and torch.equal(given, own.repeat_interleave(times, 0)):
+            if (
+                given is not None
+                and given.ndim == 2
+                and torch.equal(given, own.to(given.device).repeat_interleave(times, 0))
+            ):
                 continue
             if given is not None or own is self.input_ids:
                 raise NotHFError("generate() was given another prompt than prefill(); give both the same inputs")
