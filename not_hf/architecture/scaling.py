@@ -145,9 +145,8 @@ def _layer_call(stack: Stack, probe: nn.Module) -> tuple[tuple[Any, ...], dict[s
     view = view_with_layers(base, stack.path, [probe])
     try:
         if not hasattr(embeddings, "weight"):  # of a donor
-            hidden = torch.randn(
-                1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0), device="cpu"
-            )
+            generator = torch.Generator().manual_seed(0)
+            hidden = torch.randn(1, 4, base.config.hidden_size, generator=generator, device="cpu")
             view(inputs_embeds=hidden.to(base.device, base.dtype), use_cache=False)  # (batch=1, seq=4, hidden)
         device = execution_device(embeddings) or embeddings.weight.device
         view(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)

@@ -216,7 +216,7 @@ class PlaceRunner:
         finally:
             self.model.delete_donor(self.name)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _startable(self, entries: Iterable[int]) -> set[int]:
         """Return those layers at which the model, without the organ, can start: the pass then equals a whole one."""
         if self.forward is None:
@@ -234,7 +234,7 @@ class PlaceRunner:
             logger.warning("the model cannot start at layers %s: it is run whole for them", others)
         return startable
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(
         self, batch: list[Window], held: dict[int, torch.Tensor], entry: int | None, passed: Iterable[int]
     ) -> list[float]:

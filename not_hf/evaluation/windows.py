@@ -67,7 +67,7 @@ def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterat
         covered = end
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def nll_of(model: PreTrainedModel, texts: list[list[int]], batch: list[Window]) -> list[float]:
     """Sum the negative log-likelihood (nats) of the scored tokens of each window."""
     found = scored_logits(model, texts, batch)

@@ -72,9 +72,8 @@ def _leaks(model: PreTrainedModel, data_collator: Callable[[list], Any], **optio
     random = torch.Generator().manual_seed(0)
     blocks = []
     for lengths in _LENGTHS:
-        ids = torch.randint(
-            model.config.get_text_config().vocab_size, (sum(lengths),), generator=random, device="cpu"
-        ).tolist()
+        vocab_size = model.config.get_text_config().vocab_size
+        ids = torch.randint(vocab_size, (sum(lengths),), generator=random, device="cpu").tolist()
         positions = [position for length in lengths for position in range(length)]
         labels = [token if position else -100 for token, position in zip(ids, positions, strict=True)]
         blocks.append({"input_ids": ids, "labels": labels, "position_ids": positions})

@@ -130,7 +130,7 @@ class PrefixCache:
         keys, places = self._keyed(inputs)
         if all(key in store.rows for key in keys):
             width = self.forward.stack.base_model.config.hidden_size
-            batch = torch.zeros(*ids.shape, width, dtype=store.dtype, device="cpu")
+            batch = torch.zeros(*ids.shape, width, dtype=store.dtype)
             rows = [
                 store.rows.read(key, batch[place].shape, store.dtype) for key, place in zip(keys, places, strict=True)
             ]
@@ -200,9 +200,7 @@ def row_keys(inputs: Mapping[str, Any]) -> tuple[list[bytes], list[Place]]:
     if mask is not None and mask.shape == ids.shape:
         mask = mask.cpu()
         counts = mask.sum(1)
-        if torch.equal(
-            mask.bool(), torch.arange(ids.shape[1], device="cpu") < counts[:, None]
-        ):  # padding on the right only
+        if torch.equal(mask.bool(), torch.arange(ids.shape[1]) < counts[:, None]):  # padding on the right only
             mask, lengths = None, counts.tolist()
     values = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     values = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in values.items()}

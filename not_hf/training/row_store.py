@@ -63,7 +63,7 @@ class RowStore:
     def read(self, key: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         """Return the tensor of a key; `None` when there is none or it is damaged."""
         location = self._locations.get(key)
-        row = torch.empty(shape, dtype=dtype, device="cpu")
+        row = torch.empty(shape, dtype=dtype)
         if location is not None and location.size == row.nbytes:
             data = _read_at(location.file, location.start, location.size)
             if len(data) == location.size and zlib.crc32(data) == location.checksum:

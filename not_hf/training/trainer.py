@@ -23,9 +23,7 @@ from not_hf.training.trained_stack import TrainedStack, is_trainable
 from not_hf.training.trainer_mixin import MAX_PREFIX_BYTES, DonorTrainerMixin
 
 _MAX_LOGITS = 2**24  # in memory at once; 64 MiB in float32
-_LAST_TOKEN = torch.tensor(
-    [-1], device="cpu"
-)  # `logits_to_keep=1` lets the last layers of Gemma 4 run on that token alone
+_LAST_TOKEN = torch.tensor([-1])  # `logits_to_keep=1` lets the last layers of Gemma 4 run on that token alone
 
 
 class DonorTrainer(DonorTrainerMixin):

@@ -95,8 +95,6 @@ def test_everything_made_on_the_gpu_by_default(init, base_folder, tmp_path):
         donor = DonorModel.from_base(base, SPAN, init=init)
         model = TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
         model.set_donor_scale("default", 0.5)
-        trainer = made(model, tmp_path, use_cpu=False, cache_prefix=True)
-        trainer.train()
         model.save_pretrained(tmp_path / "organ")
         again = TransplantedForCausalLM.from_pretrained(base, tmp_path / "organ")
         require_on_gpu(again)
