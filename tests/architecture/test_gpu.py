@@ -24,6 +24,8 @@ from testing.models import TOKEN_IDS, tiny_model, tiny_tokenizer
 
 pytestmark = needs_gpu
 TYPES = ["llama", "gpt2", "gemma2", "mixtral"]
+PLACES = {each: {"mode": each} for each in ("insert", "replace")}
+PLACES["outputs"] = {"mode": "replace", "modules": "outputs"}
 TEXT: dict[str, Any] = {"predictions": [" ".join(f"w{n}" for n in range(3, 40))], "tokenizer": tiny_tokenizer()}
 
 
@@ -47,10 +49,10 @@ def test_cutting(model_type, init, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["a donor", "a donor on the GPU", "a folder", "a parked one", "moved afterwards"])
-@pytest.mark.parametrize("mode", ["insert", "replace"])
+@pytest.mark.parametrize("mode", PLACES)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_transplanting(model_type, mode, way, tmp_path):
-    donor, native = tiny_organ(1, model_type, mode=mode), scores(tiny_model(model_type))
+    donor, native = tiny_organ(1, model_type, **PLACES[mode]), scores(tiny_model(model_type))
     expected = scores(TransplantedForCausalLM.from_pretrained(tiny_model(model_type), donor))
     source: Any = copy.deepcopy(donor).to(DEVICE) if way == "a donor on the GPU" else donor
     if way == "a folder":
@@ -73,13 +75,13 @@ def life(model_type: str, mode: str, device: str, folder: Any) -> list[torch.Ten
     """Logits after each of an organ's changes; donors are on the CPU."""
     base = tiny_model(model_type).to(device)
     first, second, third = (
-        tiny_organ(seed, model_type, span, mode=mode) for seed, span in ((1, SPAN), (2, SPAN), (3, (0, 1)))
+        tiny_organ(seed, model_type, span, **PLACES[mode]) for seed, span in ((1, SPAN), (2, SPAN), (3, (0, 1)))
     )
     model = TransplantedForCausalLM.from_pretrained(base, first, donor_name="a")
     found = []
     for change in (
         lambda: model.load_donor(third, "b"),
-        lambda: model.set_donor_scale("a", 0.5) if model_type != "gemma2" or mode == "replace" else None,
+        lambda: model.set_donor_scale("a", 0.5) if (model_type, mode) != ("gemma2", "insert") else None,
         lambda: model.save_pretrained(folder / "both"),
         lambda: model.hotswap_donor("a", second),
         lambda: model.load_donor(first, "c", is_trainable=True) if mode == "insert" else None,
@@ -96,7 +98,7 @@ def life(model_type: str, mode: str, device: str, folder: Any) -> list[torch.Ten
     return [*found, scores(model.unload())]
 
 
-@pytest.mark.parametrize("mode", ["insert", "replace"])
+@pytest.mark.parametrize("mode", PLACES)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_life_of_two_organs(model_type, mode, tmp_path):
     for ours, theirs in zip(

@@ -12,6 +12,7 @@ from not_hf import (
     TransplantedForCausalLM,
     choose_scale,
     choose_span,
+    compare_methods,
     compare_perplexity,
     perplexity,
     probe_privacy,
@@ -52,6 +53,15 @@ def measured(device: str, folder: Any) -> list[float]:
 
 def test_evaluation(tmp_path):
     assert measured(DEVICE, tmp_path) == pytest.approx(measured("cpu", tmp_path), rel=1e-3)
+
+
+def test_comparing_methods():
+    how: dict[str, Any] = {"tokenizer": tiny_tokenizer(), "block_length": 8, "budget": 1}
+    texts, base = [" ".join(f"w{n}" for n in ids) for ids in ROWS], tiny_model("llama").to(DEVICE)
+    found = compare_methods(base, texts, texts[:20], donors=[tiny_organ(1, mode="replace")], **how)
+    assert not found.skipped and found.about["device"] == torch.device(DEVICE).type
+    assert all(row["steps"] and row["peak_bytes"] for row in found.rows[1:-1])
+    assert len(found.rows) == 5 and all(row["perplexity"] > 1 for row in found.rows)
 
 
 def test_probing_privacy():

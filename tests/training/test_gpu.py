@@ -75,10 +75,10 @@ def test_options_of_the_donor_trainer(options, tmp_path):
 
 
 def test_rows_of_new_tokens_are_trained(tmp_path):
-    base = on_gpu("llama")
+    base = tiny_model("llama")
     donor = DonorModel.from_base(base, (2, 4), mode="replace", trainable_token_indices=[5, 90])
     model = TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
-    trainer = made(model, tmp_path, use_cpu=False)
+    trainer = made(model, tmp_path, use_cpu=False)  # which moves the model
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
     require_on_gpu(model)
