@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from torch import nn
+from transformers import PreTrainedModel
 
 from not_hf.architecture.upstream import dispatch_hooks
 
@@ -18,6 +19,11 @@ def execution_device(layer: nn.Module) -> torch.device | None:
     """The device on which accelerate runs a layer, wherever its weights are; `None` if it is not dispatched."""
     hook = next(_align_hooks(layer), None)
     return None if hook is None else torch.device(hook.execution_device)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device on which a model takes token ids, wherever accelerate keeps the weights of its embeddings."""
+    return execution_device(model.get_input_embeddings()) or model.device
 
 
 def follow(layer: nn.Module, neighbour: nn.Module, skip_keys: str | Sequence[str] | None) -> None:

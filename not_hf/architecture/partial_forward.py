@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from not_hf.architecture.devices import input_device
 from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.releases import cache_argument
 from not_hf.architecture.stack import Stack
@@ -165,7 +166,7 @@ class PartialForward:
     def _probe(self, entry: int | None) -> None:
         """Find out what layers return, and check that a pass in two parts equals a whole one."""
         model, layers = self.model, self.stack.layers
-        ids = torch.arange(4, device=model.device)[None]  # (batch=1, seq=4)
+        ids = torch.arange(4, device=input_device(model))[None]  # (batch=1, seq=4)
         returned: list[Any] = []
         handle = layers[0].register_forward_hook(lambda layer, args, output: returned.append(output))
         try:

@@ -106,7 +106,7 @@ def _require_scalable(stack: Stack, layer: nn.Module) -> None:
     args, kwargs = _layer_call(stack, probe)
     generator = torch.Generator().manual_seed(0)
     drawn = {
-        name: 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        name: 0.02 * torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
         for name, parameter in output_projections(probe)
     }
 
@@ -145,8 +145,9 @@ def _layer_call(stack: Stack, probe: nn.Module) -> tuple[tuple[Any, ...], dict[s
     view = view_with_layers(base, stack.path, [probe])
     try:
         if not hasattr(embeddings, "weight"):  # of a donor
-            hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
-            view(inputs_embeds=hidden.to(base.dtype), use_cache=False)  # (batch=1, seq=4, hidden)
+            generator = torch.Generator().manual_seed(0)
+            hidden = torch.randn(1, 4, base.config.hidden_size, generator=generator, device="cpu")
+            view(inputs_embeds=hidden.to(base.device, base.dtype), use_cache=False)  # (batch=1, seq=4, hidden)
         device = execution_device(embeddings) or embeddings.weight.device
         view(input_ids=torch.arange(4, device=device)[None], use_cache=False)  # (batch=1, seq=4)
     except _CalledError as called:

@@ -153,7 +153,7 @@ class DonorModel(FilledModel):
         """Build a donor from tensors of a base, apply `init`, and check that it runs without the rest of the base.
 
         Args:
-            base: The base. If it is live, the donor is put on its device.
+            base: The base. If it is live, the donor is put on the device of its layers.
             config: The donor's config.
             tensors: Tensors or lazy views by their names in the base model, with layers numbered from 0.
             dtype: As in `load_tensors`, like `foreign` and the errors.
@@ -167,10 +167,10 @@ class DonorModel(FilledModel):
         options["attn_implementation"] = upstream.attention_of(base.config) if isinstance(base, LiveBase) else None
         organ, _ = cls.load_tensors(config.check(), state, dtype, **options)
         if isinstance(base, LiveBase):
-            nn.Module.to(organ, base.model.device)
+            nn.Module.to(organ, next(base.stack.layers[config.span[0]].parameters()).device)
         if config.modules != ALL:
             return organ
-        hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        hidden = torch.randn(1, 4, base.config.hidden_size, generator=torch.Generator().manual_seed(0), device="cpu")
         hidden = hidden.to(organ.device, organ.dtype)  # (batch=1, seq=4, hidden)
         organ.require_bare(hidden)
         if config.init == "identity":

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from not_hf.architecture.devices import input_device
 from not_hf.architecture.layers import eval_mode
 from not_hf.errors import NotHFError
 from not_hf.evaluation.bootstrap import ConfidenceInterval, Floats, check_level, nll_intervals
@@ -260,8 +261,8 @@ def load_model(source: PreTrainedModel | str, device: str | None = None, **where
         NotHFError: A live model is on another device.
     """
     if isinstance(source, torch.nn.Module):
-        if device is not None and _device(device).type != source.device.type:
-            raise NotHFError(f"the model is on {source.device}, not {device}; move it with model.to({device!r}) first")
+        if device is not None and _device(device).type != (here := input_device(source)).type:
+            raise NotHFError(f"the model is on {here}, not {device}; move it with model.to({device!r}) first")
         return source
     native: Any = writing_class(source).native_auto_class
     return cast(PreTrainedModel, native.from_pretrained(source, **where).to(_device(device)))

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from not_hf.architecture.devices import input_device
 from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.stack import find_stack, layers_config
@@ -215,12 +216,13 @@ class PlaceRunner:
         finally:
             self.model.delete_donor(self.name)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _startable(self, entries: Iterable[int]) -> set[int]:
         """Return those layers at which the model, without the organ, can start: the pass then equals a whole one."""
         if self.forward is None:
             return set()
-        inputs: dict[str, Any] = {"input_ids": torch.arange(4, device=self.model.device)[None], "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": torch.arange(4, device=input_device(self.model))[None]}
+        inputs["use_cache"] = False
         with self.forward.capturing(entries) as found:
             whole = self.model(**inputs).logits  # (batch=1, seq=4, vocab)
         startable = set()
@@ -232,7 +234,7 @@ class PlaceRunner:
             logger.warning("the model cannot start at layers %s: it is run whole for them", others)
         return startable
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(
         self, batch: list[Window], held: dict[int, torch.Tensor], entry: int | None, passed: Iterable[int]
     ) -> list[float]:

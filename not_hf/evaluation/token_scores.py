@@ -24,7 +24,7 @@ class TokenScores(NamedTuple):
     is_likeliest: NDArray[np.bool_]  # whether greedy decoding would write it after these
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_tokens(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], batch_size: int, name: str
 ) -> list[TokenScores]:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from not_hf.architecture.devices import input_device
 from not_hf.errors import NotHFError
 from not_hf.evaluation.bootstrap import Floats
 
@@ -66,7 +67,7 @@ def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterat
         covered = end
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def nll_of(model: PreTrainedModel, texts: list[list[int]], batch: list[Window]) -> list[float]:
     """Sum the negative log-likelihood (nats) of the scored tokens of each window."""
     found = scored_logits(model, texts, batch)
@@ -85,7 +86,8 @@ def scored_logits(
         length = window.end - window.begin
         input_ids[row, :length] = torch.tensor(texts[window.text][window.begin : window.end])
         attention_mask[row, :length] = 1
-    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    device = input_device(model)
+    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (batch, seq, vocab)
     for row, window in enumerate(batch):  # only one row of float32 logits at a time
         scored = slice(window.scored - window.begin, window.end - window.begin)

@@ -58,7 +58,7 @@ class View:
         dtype = torch_dtype(self.dtype)
         start, end = self.data_offsets
         if start == end:
-            return torch.empty(self.shape, dtype=dtype)[index]
+            return torch.empty(self.shape, dtype=dtype, device="cpu")[index]
         self._require_unchanged()
         own = self._map() if MAPS else self._read()
         self._require_unchanged()  # it is of that file

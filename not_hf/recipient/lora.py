@@ -248,7 +248,10 @@ def _adapter(surgery: Surgery, organ: Organ, stack: str, rank: int, with_norms: 
     norms: list[str] = []
     is_conv = False
     for name, ours, theirs in _changed(surgery, organ, stack):
-        changes = {key: p.float() - q.float() for (key, p), (_, q) in zip(*map(_own, (ours, theirs)), strict=True)}
+        changes = {
+            key: p.float() - q.to(p.device).float()
+            for (key, p), (_, q) in zip(*map(_own, (ours, theirs)), strict=True)
+        }
         if isinstance(ours, nn.Linear | Conv1D):
             is_conv = is_conv or isinstance(ours, Conv1D)
             change = changes["weight"].T if isinstance(ours, Conv1D) else changes["weight"]  # (out, in)
@@ -304,7 +307,9 @@ def _changed(surgery: Surgery, organ: Organ, stack: str) -> Iterator[tuple[str, 
         for (path, ours), (_, theirs) in zip(
             layer.named_modules(), surgery.base_layers[n].named_modules(), strict=True
         ):
-            if any(not torch.equal(p, q) for (_, p), (_, q) in zip(_own(ours), _own(theirs), strict=True)):
+            if any(
+                not torch.equal(p, q.to(p.device)) for (_, p), (_, q) in zip(_own(ours), _own(theirs), strict=True)
+            ):
                 yield f"{stack}.{n}.{path}", ours, theirs
 
 

@@ -88,7 +88,8 @@ class Prefill:
         times = 0 if ids is None else len(ids) // len(self.input_ids)  # beams, or several answers
         mask = kwargs.get("attention_mask")
         for given, own in ((ids, self.input_ids), (mask, self.attention_mask)):
-            if given is not None and given.ndim == 2 and torch.equal(given, own.repeat_interleave(times, 0)):
+            expected = own.repeat_interleave(times, 0)
+            if given is not None and given.ndim == 2 and torch.equal(given, expected.to(given.device)):
                 continue
             if given is not None or own is self.input_ids:
                 raise NotHFError("generate() was given another prompt than prefill(); give both the same inputs")
@@ -116,6 +117,7 @@ class _Below:
     def of(cls, stack: Stack, depth: int) -> _Below:
         modules = (stack.base_model.get_input_embeddings(), *list(stack.layers)[:depth])
         tensors = tuple(each for module in modules for each in (*module.parameters(), *module.buffers()))
+        tensors = tuple(each for each in tensors if not each.is_meta)  # accelerate loads offloaded ones for each pass
         return cls(modules, tuple(map(tensor_state, tensors)), tensors)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, default_data_collator
 
+from not_hf.architecture.devices import input_device
 from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.upstream import attention_of
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
@@ -71,12 +72,13 @@ def _leaks(model: PreTrainedModel, data_collator: Callable[[list], Any], **optio
     random = torch.Generator().manual_seed(0)
     blocks = []
     for lengths in _LENGTHS:
-        ids = torch.randint(model.config.get_text_config().vocab_size, (sum(lengths),), generator=random).tolist()
+        vocab_size = model.config.get_text_config().vocab_size
+        ids = torch.randint(vocab_size, (sum(lengths),), generator=random, device="cpu").tolist()
         positions = [position for length in lengths for position in range(length)]
         labels = [token if position else -100 for token, position in zip(ids, positions, strict=True)]
         blocks.append({"input_ids": ids, "labels": labels, "position_ids": positions})
     batch = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        name: value.to(input_device(model)) if isinstance(value, torch.Tensor) else value
         for name, value in data_collator(blocks).items()
         if name != "labels"
     }
@@ -88,6 +90,6 @@ def _leaks(model: PreTrainedModel, data_collator: Callable[[list], Any], **optio
         outputs = model(inputs_embeds=embeddings, **batch, **options)[0].flatten(0, 1)  # (tokens, vocab)
         document = outputs[-_LENGTHS[-1][-1] :].float()
         # random, because behind a norm sums and squares are constant
-        direction = torch.randn(document.shape, generator=random).to(document.device)
+        direction = torch.randn(document.shape, generator=random, device="cpu").to(document.device)
         (gradient,) = torch.autograd.grad((document * direction).sum(), embeddings)
     return bool(gradient.flatten(0, 1)[: -len(document)].any())

@@ -10,9 +10,16 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook
 from transformers import AutoModelForCausalLM, pipeline
 
-from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf import (
+    DonorModel,
+    NotHFError,
+    TransplantedForCausalLM,
+    perplexity,
+    require_isolation,
+    sweep_positions,
+)
 from not_hf.architecture.devices import execution_device, spliced_device_map
-from testing.donors import organ
+from testing.donors import organ, same
 from testing.models import tiny_tokenizer
 
 OUTSIDE = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
@@ -116,6 +123,29 @@ def test_by_id_with_a_device_map_a_dtype_and_a_second_organ(base_repo, token_ids
         "model.layers.1",
         "model.layers.4",
     ]
+
+
+@torch.no_grad()
+def test_offloaded_embeddings(base_folder, token_ids, tmp_path):
+    base, text = str(base_folder("llama")), {"predictions": ["w5 w6 w7 w8 w9"] * 2, "tokenizer": tiny_tokenizer()}
+    device_map = {name: "cpu" if "layers" in name else place for name, place in ON_DISK.items()}
+    device_map |= {"model.embed_tokens": "disk", "model.layers.1": "disk"}
+    spread = load(base, device_map=device_map, offload_folder=str(tmp_path))
+    assert same(DonorModel.from_base(spread, (2, 4)), DonorModel.from_base(base, (2, 4)))
+    donor, how = organ(base, 1), {"data": text["predictions"], "tokenizer": text["tokenizer"]}
+    sweep, plain = (sweep_positions(each, donor, **how).rows for each in (spread, load(base)))
+    assert [row["nats_per_token"] for row in sweep] == [row["nats_per_token"] for row in plain]
+    model = TransplantedForCausalLM.from_pretrained(spread, donor)
+    plain = TransplantedForCausalLM.from_pretrained(base, donor)
+    ours, theirs = (perplexity.compute(model=each, **text) for each in (model, plain))
+    assert ours["perplexities"] == theirs["perplexities"]
+    prefill = model.prefill(token_ids)
+    for _ in range(2):
+        found = model.generate(token_ids, max_new_tokens=4, prefill=prefill)
+        assert torch.equal(found, plain.generate(token_ids, max_new_tokens=4))
+    spread.config.use_cache = False
+    require_isolation(model)
+    assert model.unload() is spread
 
 
 def test_pipeline(base_folder, tmp_path):
