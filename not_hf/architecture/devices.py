@@ -22,8 +22,9 @@ def execution_device(layer: nn.Module) -> torch.device | None:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """The device on which a model takes token ids, wherever accelerate keeps the weights of its embeddings."""
-    return execution_device(model.get_input_embeddings()) or model.device
+    """The device on which a model takes token ids, also where accelerate keeps its first weights elsewhere."""
+    device = model.device
+    return (device.type == "meta" and execution_device(model.get_input_embeddings())) or device
 
 
 def follow(layer: nn.Module, neighbour: nn.Module, skip_keys: str | Sequence[str] | None) -> None:

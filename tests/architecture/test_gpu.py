@@ -152,8 +152,7 @@ def test_generating_from_a_prefill(model_type):
     model = TransplantedForCausalLM.from_pretrained(on_gpu(model_type), low, donor_name="low")
     model.set_donor([])
     model.load_donor(high, "high")
-    ids = TOKEN_IDS.to(DEVICE)
-    mask = torch.ones_like(ids)
+    ids, mask = TOKEN_IDS.to(DEVICE), torch.ones_like(TOKEN_IDS, device=DEVICE)
     mask[0, :2] = 0
     inputs = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
     prefill = model.prefill(ids, mask)
