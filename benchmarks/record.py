@@ -37,8 +37,10 @@ class Record:
         self, script: str, base: str, path: Path | None, alone: Any = None, about: dict[str, Any] | None = None
     ) -> None:
         self.script, self.base, self.path, self.alone, self.about = script, base, path, alone, about or {}
-        kept = json.loads(path.read_text())["runs"] if path and path.exists() else []
-        self.runs: dict[str, dict[str, Any]] = {key_of(run["given"]): run for run in kept}
+        kept = json.loads(path.read_text()) if path and path.exists() else {"runs": []}
+        self.runs: dict[str, dict[str, Any]] = {
+            key_of(run["given"]): {"hardware": kept["hardware"], **run} for run in kept["runs"]
+        }
         self.started, self._writing = time.time(), threading.Lock()
 
     def __call__(self, **given: Any) -> dict[str, Any]:
@@ -48,7 +50,8 @@ class Record:
             print(f"{time.time() - self.started:7.0f} s  {key}", file=sys.stderr, flush=True)
             found = self.alone(self.base, **given) if self.alone else self._in_process(given)
             with self._writing:
-                self.runs[key] = {"given": {**self.about, **given}, "commit": demo.commit(), **found}
+                made = {"commit": demo.commit(), "hardware": demo.provenance(self.script)["hardware"]}
+                self.runs[key] = {"given": {**self.about, **given}, **made, **found}
                 self.save()
         return self.runs[key]
 
