@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +45,7 @@ from not_hf.evaluation.timed_training import train_for
 from not_hf.evaluation.windows import context_of
 from not_hf.recipient.heads import writing_class
 from not_hf.recipient.mixin import Recipient
+from not_hf.version import versions
 
 SCALES = (0.0, 0.5, 0.7, 0.85, 1.0)
 FULL = "full fine-tuning"
@@ -202,7 +202,8 @@ def compare_methods(
         **{"model": _name(base), "budget": budget, "seconds": round(time.perf_counter() - started, 1)},
         **{"dealt_by": parts.dealt_by, "block_length": block_length, "batch_size": batch_size, "seed": seed},
         **{"num_tokens": {"train": len(parts.train) * block_length, **num_tokens}},
-        **{"device": device, "threads": torch.get_num_threads(), **_versions("LoRA" in methods)},
+        **{"device": device, "threads": torch.get_num_threads()},
+        **versions(*(("peft",) if "LoRA" in methods else ())),
     }
     return _compared(nats, costs, skipped, about)
 
@@ -219,10 +220,6 @@ def _compared(
         for name, scale in scales.items()
     }
     return MethodComparison(rows, front[1:], skipped, about, kept)
-
-
-def _versions(with_peft: bool) -> dict[str, str]:
-    return {name: version(name) for name in ("not_hf", "torch", "transformers", *(("peft",) if with_peft else ()))}
 
 
 def _name(base: PreTrainedModel | str | os.PathLike[str]) -> str | None:

@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from not_hf.evaluation.sweep_record import donor_digest, write_record
 from not_hf.evaluation.token_scores import TokenScores, score_tokens
 from not_hf.evaluation.windows import check_lengths, context_of
 from not_hf.recipient.mixin import Recipient
-from not_hf.version import __version__
+from not_hf.version import versions
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,7 @@ def probe_privacy(
         "donor_digest": None if donor is None else donor_digest(donor),
         **{"num_members": len(rows.members), "num_non_members": len(rows.non_members), "num_shared": rows.num_shared},
         **{"max_length": window, "confidence_level": confidence_level, "seed": seed},
-        "not_hf": __version__,
-        **{package: version(package) for package in ("torch", "transformers")},
+        **versions(),
     }
     return PrivacyProbe(**tables, about=about)
 

@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Self
 
 from torch import nn
@@ -19,7 +18,7 @@ from not_hf.errors import NotHFError, UnsupportedArchitectureError
 from not_hf.evaluation.perplexity import load_for_texts, load_model
 from not_hf.evaluation.windows import Window, batches_of, check_lengths, context_of, encode, nll_of
 from not_hf.recipient.mixin import Recipient
-from not_hf.version import __version__
+from not_hf.version import versions
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ class SweptText:
             "model": live.name_or_path or None,
             "windows_digest": _digest(ids, batches),
             **{"max_length": max_length, "stride": stride},
-            "not_hf": __version__,
-            **{package: version(package) for package in ("torch", "transformers")},
+            **versions(),
         }
         return cls(live, ids, batches, about)
 

@@ -20,8 +20,8 @@ def on_gpu(model_type: str, **options: Any) -> PreTrainedModel:
 
 
 def scores(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of the prompt, computed where the model is, `(batch, seq, vocab)` on the CPU."""
-    return logits(model, TOKEN_IDS.to(model.device)).cpu()
+    """Logits of the prompt, computed where the model is, `(batch, seq, vocab)` in float32 on the CPU."""
+    return logits(model, TOKEN_IDS.to(model.device)).float().cpu()
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
