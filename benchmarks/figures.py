@@ -9,7 +9,7 @@ from typing import Any
 
 import recall
 import report
-from methods import REFERENCE
+from methods import REFERENCE, mean, seconds_per_step
 from texts import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,6 +28,40 @@ def train() -> str:
     return f"{report.tables(found['comparison'])}\n{source('train.py', found)}"
 
 
+def gpu() -> str:
+    """What a step costs on a GPU, and what the search for rates there gave."""
+    found = read("train-gpu")
+    base = next(run for run in found["runs"] if run["given"]["method"] is None)
+    runs = [run for run in found["runs"] if run["given"]["method"]]
+    heads = ("method", "ms per step", "÷ LoRA's", "memory, GB", "with checkpointing", "best rate", "perplexity")
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    for method in dict.fromkeys(run["given"]["method"] for run in runs):
+        plain, saving, step = gpu_cost(runs, method)
+        searched = [run for run in runs if run["given"]["method"] == method and run["given"]["held"]]
+        losses = {run["given"]["rate"]: min(losses_aside(run)) for run in searched}
+        rate = min(losses, key=losses.__getitem__)
+        place = ", the end of its grid" if rate in (min(losses), max(losses)) else ""
+        costs = (f"{1000 * step:.0f}", f"{step / gpu_cost(runs, REFERENCE)[2]:.2f}")
+        memory = (f"{run['peak'] / 1e9:.1f}" for run in (plain, saving))
+        lines.append(
+            f"| {' | '.join((method, *costs, *memory, f'{rate:g}{place}', f'{math.exp(losses[rate]):.2f}'))} |"
+        )
+    before = f"Perplexity of the base: {math.exp(*losses_aside(base)):.2f}. "
+    return "\n".join([*lines, "", before + source("train.py --gpu", found)])
+
+
+def losses_aside(run: dict[str, Any]) -> list[float]:
+    """The loss on text set aside at each scale, in nats per token."""
+    return [mean(each["domain"]) for each in run["held"]["choose"].values()]
+
+
+def gpu_cost(runs: list[dict[str, Any]], method: str) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """The runs of a method that measured costs, without and with gradient checkpointing; seconds of a step."""
+    mine = [run for run in runs if run["given"]["method"] == method and not run["given"]["held"]]
+    saving, plain = sorted(mine, key=lambda run: len(run["ends"]))
+    return plain, saving, seconds_per_step(plain["ends"], 2)
+
+
 def recall_table() -> str:
     """What learning by heart gave."""
     found = read("recall")
@@ -38,11 +72,10 @@ def source(script: str, found: dict[str, Any]) -> str:
     """Where numbers come from."""
     commits = ", ".join(f"`{each[:7]}`" for each in dict.fromkeys(run["commit"] for run in found["runs"]))
     versions = found["versions"]
+    made_on = (run.get("hardware", found["hardware"]) for run in found["runs"])
+    hardware = " and ".join(dict.fromkeys(each.get("gpu", each["processor"]) for each in made_on))
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
-    return (
-        f"`{script}`, commit {commits}; {found['hardware']['processor']}, one thread a run; "
-        f"Python {versions['python']}, {packages}."
-    )
+    return f"`{script}`, commit {commits}; {hardware}, one thread a run; Python {versions['python']}, {packages}."
 
 
 def middle(values: list[float], form: str = ".2f") -> str:

@@ -20,8 +20,12 @@ Curve = Callable[[float], float]
 
 
 def compare(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One dict for each run: its losses (nats per token), costs, and how it stands to LoRA's."""
+    """One dict for each run: its losses (nats per token), costs, and how it stands to LoRA's.
+
+    Where a wider search has led to another setting later, the runs with that one count.
+    """
     runs = [run for run in record if run["given"]["method"] and "test" in run["given"]["held"]]
+    runs = list({(run["given"]["method"], *place(run)): run for run in runs}.values())
     order = list(METHODS)
     runs.sort(key=lambda run: (order.index(run["given"]["method"]), run["given"]["seed"]))
     bases = {run["given"]["domain"]: run for run in record if run["given"]["method"] is None}

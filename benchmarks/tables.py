@@ -35,7 +35,7 @@ PAGES: dict[Any, dict[str, Callable[[], str]]] = {
         "native": figures.native,
         **{name: functools.partial(answers.of_paper, name) for name in QUESTIONS},
     },
-    RESULTS / "train.md": {"train": figures.train},
+    RESULTS / "train.md": {"train": figures.train, "gpu": figures.gpu},
     RESULTS / "recall.md": {"recall": figures.recall_table},
 }
 

@@ -122,6 +122,8 @@ def medians(case: dict[str, Any]) -> list[float]:
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """Perplexity over position: a row of panels for each base, a column for each way."""
+    from matplotlib.ticker import MaxNLocator
+
     from not_hf.training.figure import add_grid, new_figure, scale_perplexities
 
     bases = list(dict.fromkeys(case["base"] for case in cases))
@@ -131,10 +133,14 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
         for panel, (title, (mode, trained)) in zip(panels, columns.items(), strict=True):
             shown = [case for case in cases if case["base"] == base and trained == (case["way"] == WAYS[-1])]
             here = [case for case in shown if mode in (None, case["mode"])]
+            if not here:  # not run yet
+                panel.set_axis_off()
+                continue
             draw_panel(panel, here)
             scale_perplexities(panel, [math.exp(loss) for case in here for loss in medians(case)])
             add_grid(panel)
             panel.set_title(f"{base}: organ {title}", loc="left", fontsize="medium")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.set_xlabel("position (layers of the base below the organ)")
             panel.legend(fontsize="small", edgecolor="none")
         panels[0].set_ylabel("perplexity of King James, held out")

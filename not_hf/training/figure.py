@@ -39,6 +39,7 @@ def scale_perplexities(panel: Axes, values: Iterable[float]) -> None:
     finite = [value for value in values if math.isfinite(value)]
     if finite and max(finite) > 3 * min(finite):
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        subs = (1, 2, 5) if max(finite) < 1e4 * min(finite) else (1,)
+        panel.yaxis.set_major_locator(LogLocator(subs=subs))
         panel.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
         panel.minorticks_off()
