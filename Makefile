@@ -13,8 +13,8 @@ SOAK_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# one worker more than cores: some tests wait for processes that they have started
-PYTEST = -m pytest -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 7) + 1)') --dist loadgroup
+# two workers more than cores: many tests wait for processes that they have started
+PYTEST = -m pytest -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 6) + 2)') --dist loadgroup
 SLOW_FOLDERS := faults fuzz soak # every test in them is marked as slow, and what they import takes a second
 READY := $(VENV)/.ready
 

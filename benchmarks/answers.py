@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from figures import CACHED, NAMES, OUTPUTS, RESULTS, middle, read
+from figures import CACHED, NAMES, OUTPUTS, RESULTS, middle, read, source
 from methods import REFERENCE
 
 
@@ -109,8 +109,14 @@ def demo_run() -> str:
 
 
 def of_paper(question: str) -> str:
-    """What a script of `paper/` has answered, with its table and picture."""
+    """What a script of `paper/` has answered, with its picture."""
     if not (RESULTS / "paper" / f"{question}.json").exists():
         return "Not measured yet but for the small form in the test suite."
-    answer = read(f"paper/{question}")["answer"]
-    return f"{answer}\n\n![{question.replace('_', ' ')}](results/paper/{question}.png)"
+    answer, name = read(f"paper/{question}")["answer"], question.replace("_", " ")
+    return f"{paragraph(answer)}\n\n![{name}](results/paper/{question}.png)\n\n[Tables](results/paper/{question}.md)"
+
+
+def details_of_paper(question: str) -> str:
+    """Its tables and what belongs to them."""
+    found = read(f"paper/{question}")
+    return f"{found['details'].strip()}\n\n{source(f'paper/{question}.py', found)}"

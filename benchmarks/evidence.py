@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from texts import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -34,6 +35,7 @@ class Script:
         small: Options of its small form.
         results: Name of its results file, if it is not the script's.
         goes_on: Whether it knows which of its runs are done.
+        on_gpu: Whether it is left out where there is no GPU.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Script:
     small: tuple[str, ...] = ("--quick",)
     results: str = ""
     goes_on: bool = False
+    on_gpu: bool = False
 
     def command(self, folder: Path, small: bool) -> list[str]:
         """What to run; results go into the folder."""
@@ -66,6 +69,7 @@ SCRIPTS = (
     Script("scaffold", 0.5),
     Script("spans", 2),
     Script("train", 8, small=("--smoke",), goes_on=True),
+    Script("train", 0.2, ("--gpu",), ("--smoke",), "train-gpu", goes_on=True, on_gpu=True),
     Script("recall", 6, small=("--smoke",), goes_on=True),
     *(Script(f"paper/{name}", 1, goes_on=True) for name in QUESTIONS),
     Script("privacy", 4, small=("--smoke",), goes_on=True),
@@ -83,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.quick else BENCHMARKS / "results"
         left = [each for each in SCRIPTS if not options.only or each.name in options.only]
-        left = [each for each in left if not each.is_done(folder)]
+        left = [each for each in left if not each.is_done(folder) and (torch.cuda.is_available() or not each.on_gpu)]
         if options.list:
             print(*(f"{each.name}: {each.hours:g} h" for each in left), sep="\n")
             return 0

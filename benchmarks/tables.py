@@ -37,6 +37,11 @@ PAGES: dict[Any, dict[str, Callable[[], str]]] = {
     },
     RESULTS / "train.md": {"train": figures.train, "gpu": figures.gpu},
     RESULTS / "recall.md": {"recall": figures.recall_table},
+    **{
+        RESULTS / "paper" / f"{name}.md": {name: functools.partial(answers.details_of_paper, name)}
+        for name in QUESTIONS
+        if (RESULTS / "paper" / f"{name}.json").exists()
+    },
 }
 
 

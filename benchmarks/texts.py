@@ -60,11 +60,10 @@ def documents(name: str) -> list[str]:
     return TEXTS[name]()
 
 
-@functools.lru_cache
 def read_blocks(name: str, tokenizer: Any, block: int, most: int, part: str, seed: int = 0) -> Any:
     """Token ids, `(rows, block)`, of a part of a text: of ten documents one is to choose by and one to test with.
 
-    Documents are drawn by the seed and packed, then the rows are shuffled by it. They are kept: do not change them.
+    Documents are drawn by the seed and packed, then the rows are shuffled by it.
     """
     import torch
     from datasets import Dataset, disable_progress_bars

@@ -155,7 +155,7 @@ def run_once(
     """
     import torch
 
-    read = functools.partial(read_blocks, tokenizer=tokenizer_of(base), block=block)
+    read = functools.partial(kept_blocks, tokenizer=tokenizer_of(base), block=block)
     rows = read(domain, most=pool, part="train", seed=seed)[: steps * batch].clone()
     if replay:
         general = read(CONTROL, most=-(-len(rows) // replay), part="train", seed=seed)
@@ -187,6 +187,9 @@ def run_once(
         for part, texts in held_rows.items():
             losses[part][f"{scale:g}"] = {name: row_losses(model, rows) for name, rows in texts.items()}
     return {**found, "held": losses}
+
+
+kept_blocks = functools.lru_cache(read_blocks)  # for the runs in one process
 
 
 @functools.cache

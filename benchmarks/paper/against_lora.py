@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from against_lora_report import DOMAIN, SEARCH_SEED, answer, draw, find, perplexity, rates_of
+from against_lora_report import DOMAIN, SEARCH_SEED, details, draw, find, headline, perplexity, rates_of
 from question import ask, parser_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -50,7 +50,7 @@ FORMS: dict[str, dict[str, Any]] = {
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Sweep the rates, train by both protocols, answer."""
     parser = parser_of(__file__, "Organs against LoRA, at one rate and at the best of each.", FORMS)
-    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
+    return ask(parser, arguments, run_once, run_all, (find, headline, details, draw))
 
 
 def run_all(record: Any, options: Any, pool: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import sys
@@ -79,18 +80,48 @@ def described(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def answer(found: list[dict[str, Any]]) -> str:
+def values(each: dict[str, Any], method: str, protocol: str, name: str = "domain") -> list[Any]:
+    """What was measured on a base of a method by a protocol, of all seeds."""
+    rate = each["rates"][method][protocol]
+    return [run[name] for run in each["runs"] if (run["method"], run["rate"]) == (method, rate)]
+
+
+def gap(each: dict[str, Any]) -> tuple[str, float, float]:
+    """The LoRA that is worst at one rate for all, its perplexity ÷ the inserted organ's, and ÷ that of the base."""
+
+    def at_one(method: str) -> float:
+        return statistics.median(values(each, method, ONE))
+
+    worst = max(loras(each["rates"]), key=at_one)
+    return worst, at_one(worst) / at_one(INSERTED), at_one(worst) / each["before"]["domain"]
+
+
+def headline(found: list[dict[str, Any]]) -> str:
+    """Whether one rate for all gives the paper's gap, what it does to LoRA, and who is ahead at the best rates."""
+    cases = [(each, *gap(each)) for each in found]
+    reached = [harm > 1 for _, _, ratio, harm in cases if ratio >= RATIOS["LoRA"][0]]
+    verdict = "A gap like the paper's" if reached else "No such gap"
+    verdict += ", by damaging LoRA" if reached and all(reached) else ""
+    parts = []
+    for each, lora, ratio, harm in cases:
+        fair = sorted((statistics.median(values(each, method, FAIR)), method) for method in each["rates"])
+        ranks = ", ".join(f"{method} {value:.2f}" for value, method in fair)
+        parts.append(
+            f"{each['base']}: at {each['rates'][lora][ONE]:g} for all, the perplexity of {lora} is {ratio:.1f} times "
+            f"the inserted organ's and {harm:.1f} times that of the untrained base; at the best rate of each: {ranks}."
+        )
+    return " ".join([f"**{verdict}.**", *parts])
+
+
+def details(found: list[dict[str, Any]]) -> str:
     """Both protocols on each base as a table, and what they say of the paper's claim."""
-    return "\n\n".join(map(answer_of, found))
+    return "\n\n".join(map(details_of, found))
 
 
-def answer_of(each: dict[str, Any]) -> str:
-    """The answer for a base."""
+def details_of(each: dict[str, Any]) -> str:
+    """Table and words for a base."""
     before, rates = each["before"], each["rates"]
-
-    def of(method: str, protocol: str, name: str = "domain") -> list[Any]:
-        rate = rates[method][protocol]
-        return [run[name] for run in each["runs"] if (run["method"], run["rate"]) == (method, rate)]
+    of = functools.partial(values, each)
 
     one = rates[INSERTED][ONE]
     heads = ["method", f"at {one:g}, domain", "control", "best rate", "domain", "control"]
@@ -98,14 +129,13 @@ def answer_of(each: dict[str, Any]) -> str:
     for method in rates:
         cells = [[spread(of(method, way, name)) for name in ("domain", "control")] for way in (ONE, FAIR)]
         rows.append([method, *cells[0], f"{rates[method][FAIR]:g}", *cells[1]])
-    lora = max(loras(rates), key=lambda method: statistics.median(of(method, ONE)))
+    lora, _, harm = gap(each)
     ratios = {
         method: [theirs / organ for theirs, organ in zip(of(method, ONE), of(INSERTED, ONE), strict=True)]
         for method in (lora, "full")
         if method in rates
     }
     paper = ", ".join(f"{each[0]:.1f} to {each[-1]:.1f} ({method})" for method, each in RATIOS.items())
-    harm = statistics.median(of(lora, ONE)) / before["domain"]
     losses = of(lora, ONE, "training_loss")[0]
     fair = sorted((statistics.median(of(method, FAIR)), method) for method in rates)
     words = [

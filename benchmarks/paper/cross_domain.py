@@ -32,7 +32,7 @@ from typing import Any
 
 from against_lora import longer
 from against_lora_report import FAIR
-from cross_domain_report import OTHERS, TRAINED, answer, draw, find
+from cross_domain_report import OTHERS, TRAINED, details, draw, find, headline
 from distance import divergences
 from question import ask, parser_of
 
@@ -56,7 +56,7 @@ FORMS: dict[str, dict[str, Any]] = {
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, measure, compare, answer."""
     parser = parser_of(__file__, "Trained on one text, measured on others.", FORMS)
-    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
+    return ask(parser, arguments, run_once, run_all, (find, headline, details, draw))
 
 
 def run_all(record: Any, options: Any, pool: Any) -> None:

@@ -40,42 +40,62 @@ def find(runs: Runs) -> list[dict[str, Any]]:
     return found
 
 
-def answer(found: list[dict[str, Any]]) -> str:
-    """Organs against LoRA and full fine-tuning as a table for each base, and what it says."""
-    bases = dict.fromkeys(run["base"] for run in found)
-    return "\n\n".join(answer_of([run for run in found if run["base"] == base]) for base in bases)
-
-
-def answer_of(runs: list[dict[str, Any]]) -> str:
-    """The answer for a base."""
-    losses = {(run["method"], run["seed"]): run["losses"] for run in runs}
-    methods, seeds = (dict.fromkeys(run[name] for run in runs) for name in ("method", "seed"))
-    pairs = [(organ, other) for organ in (INSERTED, OUTPUTS) for other in (REFERENCE, "full")]
-    pairs = [pair for pair in pairs if methods.keys() >= set(pair)]
-    rows, ahead, kept = [], dict.fromkeys(WAYS, 0), 0
-    for text in OTHERS:
-        for pair in pairs:
-            gaps = []
-            for way in WAYS:
-                mine, others = ([losses[method, seed][way][text] for seed in seeds] for method in pair)
-                gaps.append([a - b for a, b in zip(mine, others, strict=True)])
-                ahead[way] += max(gaps[-1]) < 0
-            kept += max(map(max, gaps)) < 0
-            rows.append([f"{text}: {' − '.join(pair)}", *(spread(each, 3) for each in gaps)])
-    before = ", ".join(f"{name} {math.exp(runs[0]['places']['0'][name]):.2f}" for name in (TRAINED, *OTHERS))
-    words = [
-        f"Of {len(rows)} comparisons, the organ has the smaller loss with every seed in",
-        ", ".join(f"{ahead[way]} {way}" for way in WAYS) + f"; {kept} hold all three ways:",
-        "the paper's regularization does not show."
+def headline(found: list[dict[str, Any]]) -> str:
+    """Whether organs lose less on other texts, and whether that is more than a smaller step."""
+    gaps = [each for runs in by_base(found).values() for each in gaps_of(runs).values()]
+    ahead = {way: sum(max(each[way]) < 0 for each in gaps) for way in WAYS}
+    kept = sum(all(max(of_way) < 0 for of_way in each.values()) for each in gaps)
+    verdict = (
+        "The paper's regularization does not show"
         if not ahead[WAYS[0]]
-        else "what shows of the paper's regularization is a smaller step away from the base."
+        else "What shows of the paper's regularization is a smaller step away from the base"
         if not kept
-        else f"{kept} of {ahead[WAYS[0]]} advantages are more than a smaller step away from the base.",
-        equal_time.forgotten() if runs[0]["base"] == "smollm2" else "",
+        else f"{kept} of {ahead[WAYS[0]]} advantages are more than a smaller step away from the base"
+    )
+    return (
+        f"**{verdict}.** Of {len(gaps)} comparisons, the organ has the smaller loss with every seed in "
+        f"{', '.join(f'{ahead[way]} {way}' for way in WAYS)}; {kept} hold all three ways."
+    )
+
+
+def by_base(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each base."""
+    return {
+        base: [run for run in found if run["base"] == base] for base in dict.fromkeys(run["base"] for run in found)
+    }
+
+
+def details(found: list[dict[str, Any]]) -> str:
+    """Organs against LoRA and full fine-tuning as a table for each base."""
+    return "\n\n".join(map(details_of, by_base(found).values()))
+
+
+def details_of(runs: list[dict[str, Any]]) -> str:
+    """Table and words for a base."""
+    rows = [
+        [f"{text}: {' − '.join(pair)}", *(spread(gaps, 3) for gaps in ways.values())]
+        for (text, *pair), ways in gaps_of(runs).items()
     ]
+    before = ", ".join(f"{name} {math.exp(runs[0]['places']['0'][name]):.2f}" for name in (TRAINED, *OTHERS))
     title = f"{runs[0]['base']}, trained on {TRAINED}; perplexity before: {before}."
     heads = ["loss of the organ − the other's, nats per token", *WAYS]
-    return f"{title}\n\n{markdown(heads, rows)}\n\n{' '.join(words).strip()}"
+    words = equal_time.forgotten() if runs[0]["base"] == "smollm2" else ""
+    return f"{title}\n\n{markdown(heads, rows)}\n\n{words}".strip()
+
+
+def gaps_of(runs: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, list[float]]]:
+    """By text, organ and other method: the loss of the organ less the other's in each way, of all seeds."""
+    losses = {(run["method"], run["seed"]): run["losses"] for run in runs}
+    methods, seeds = (dict.fromkeys(run[name] for run in runs) for name in ("method", "seed"))
+    return {
+        (text, organ, other): {
+            way: [losses[organ, seed][way][text] - losses[other, seed][way][text] for seed in seeds] for way in WAYS
+        }
+        for text in OTHERS
+        for organ in (INSERTED, OUTPUTS)
+        for other in (REFERENCE, "full")
+        if methods.keys() >= {organ, other}
+    }
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:

@@ -38,7 +38,7 @@ from encoder_models import (
     loss_of,
     package_folder,
 )
-from encoders_report import COMPARED, LORA, ORGANS, answer, draw, find
+from encoders_report import COMPARED, LORA, ORGANS, details, draw, find, headline
 from question import concluded, parser_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             record = Record(__file__, folder, options.output, run_once if smoke else None, about)
             if not options.report:
                 run_all(record, size, name, pool)
-    return concluded(record, options, find, answer, draw)
+    return concluded(record, options, find, headline, details, draw)
 
 
 def run_all(record: Record, size: dict[str, Any], name: str, pool: ThreadPoolExecutor) -> None:

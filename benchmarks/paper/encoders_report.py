@@ -26,36 +26,45 @@ def find(runs: Runs) -> Runs:
     return found
 
 
-def answer(found: Runs) -> str:
-    """Gains and losses as a table, and whether organs have a smaller share of LoRA's gain in encoders."""
-    heads = ["model, method", "trained", "rate", "domain, nats", "gain", "lost of the control"]
-    rows, shares = [], {}
+def headline(found: Runs) -> str:
+    """Whether organs have a smaller share of LoRA's gain in encoders than in a decoder."""
+    shares = {}
     for base in dict.fromkeys(each["base"] for each in found):
-        gains = {}
+        gains = {method: statistics.median(gains_of(found, base, method)) for method in (*ORGANS, LORA)}
+        if gains[LORA] > 0:
+            shares |= {(base, organ): gains[organ] / gains[LORA] for organ in ORGANS}
+    pairs = [(base, organ) for base, organ in shares if base != DECODER and (DECODER, organ) in shares]
+    lower = sum(shares[pair] < shares[DECODER, pair[1]] for pair in pairs)
+    verdict = (
+        "Organs work less well in encoders here, too"
+        if pairs and lower == len(pairs)
+        else "The paper's remark holds for some of them"
+        if lower
+        else "The paper's remark does not hold here"
+    )
+    text = ", ".join(f"{base} {share:.0%} ({organ.split()[-1]})" for (base, organ), share in shares.items())
+    return (
+        f"**{verdict}.** Share of LoRA's gain that an organ has: {text}; smaller in the encoder than in the decoder "
+        f"({DECODER}) in {lower} of {len(pairs)} comparisons."
+        + ("" if MINILM in (base for base, _ in shares) else " No pretrained encoder is among them.")
+    )
+
+
+def gains_of(found: Runs, base: str, method: str | None) -> list[float]:
+    """What a method gains on a model, of all seeds."""
+    return [each["gain"] for each in found if (each["base"], each["method"]) == (base, method)]
+
+
+def details(found: Runs) -> str:
+    """Gains and losses as a table."""
+    heads = ["model, method", "trained", "rate", "domain, nats", "gain", "lost of the control"]
+    rows = []
+    for base in dict.fromkeys(each["base"] for each in found):
         for method in (None, *COMPARED):
             mine = [each for each in found if (each["base"], each["method"]) == (base, method)]
             figures = (spread([each[name] for each in mine], 3) for name in ("domain", "gain", "lost"))
-            label = f"{base}: {method or 'before'}"
-            rows.append([label, f"{mine[0]['trained']:,}", f"{mine[0]['rate']:g}", *figures])
-            gains[method] = statistics.median(each["gain"] for each in mine)
-        if gains[LORA] > 0:
-            shares |= {(base, organ): gains[organ] / gains[LORA] for organ in ORGANS}
-    text = ", ".join(f"{base} {share:.0%} ({organ.split()[-1]})" for (base, organ), share in shares.items())
-    words = [f"Share of LoRA's gain that an organ has: {text}."]
-    pairs = [(base, organ) for base, organ in shares if base != DECODER and (DECODER, organ) in shares]
-    lower = sum(shares[pair] < shares[DECODER, pair[1]] for pair in pairs)
-    if pairs:
-        words += [
-            f"It is smaller in the encoder than in the decoder in {lower} of {len(pairs)} comparisons:",
-            "organs work less well in encoders here, too."
-            if lower == len(pairs)
-            else "the paper's remark holds for some of them."
-            if lower
-            else "the paper's remark does not hold here.",
-        ]
-    if MINILM not in (base for base, _ in shares):
-        words.append("No pretrained encoder is among them.")
-    return f"{markdown(heads, rows)}\n\n{' '.join(words)}"
+            rows.append([f"{base}: {method or 'before'}", f"{mine[0]['trained']:,}", f"{mine[0]['rate']:g}", *figures])
+    return markdown(heads, rows)
 
 
 def draw(found: Runs, path: Path) -> None:
@@ -64,7 +73,7 @@ def draw(found: Runs, path: Path) -> None:
     figure, ((panel,),) = panels_of(1, 1, width=8)
     for n, method in enumerate(COMPARED):
         for place, base in enumerate(bases):
-            gains = [each["gain"] for each in found if (each["base"], each["method"]) == (base, method)]
+            gains = gains_of(found, base, method)
             middle, x = statistics.median(gains), place + 0.2 * (n - 1.5)
             panel.bar(x, middle, 0.18, color=f"C{n}", label=method)
             panel.vlines(x, min(gains), max(gains), color="black")

@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import Method, Prepared, fit, load, training_arguments  # noqa: E402 (from the folder above)
-from position_report import answer, draw, find  # noqa: E402
+from position_report import details, draw, find, headline  # noqa: E402
 from question import ask, parser_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
 
@@ -47,7 +47,7 @@ FORMS = {"full": FULL, "quick": {**SMALL, "every": 10}, "smoke": {**SMALL, "laye
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Sweep, search rates, train, answer."""
     parser = parser_of(__file__, "Where an organ should stand.", FORMS)
-    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
+    return ask(parser, arguments, run_once, run_all, (find, headline, details, draw))
 
 
 def run_all(record: Any, options: Any, pool: Any) -> None:

@@ -55,7 +55,20 @@ def third_of(position: int, case: dict[str, Any]) -> int:
     return min(2, 3 * position // max(1, case["last"]))
 
 
-def answer(cases: list[dict[str, Any]]) -> str:
+def headline(cases: list[dict[str, Any]]) -> str:
+    """Whether early positions are best, and which organ was."""
+    early = {}
+    for way in (WAYS[-1], WAYS[0]):
+        thirds = [case["best_third"] for case in cases if case["way"] == way and case["best"] is not None]
+        early[way] = (thirds.count(THIRDS[0]), len(thirds))
+    count, of = early[WAYS[-1]]
+    verdict = "Early" if count == of else "Early in some cases" if count else "Not early"
+    without = " of ".join(map(str, early[WAYS[0]]))
+    said = f"the best position lies in the first third in {count} of {of} sweeps with training, in {without} without."
+    return " ".join([f"**{verdict}:** {said}", *best_of_all(cases)])
+
+
+def details(cases: list[dict[str, Any]]) -> str:
     """A table of the best positions, and what they say about early ones."""
     heads = ["base", "organ", "best position", "perplexity there", *THIRDS, "without organ", "control there, without"]
     rows = []
@@ -71,7 +84,7 @@ def answer(cases: list[dict[str, Any]]) -> str:
         of_claim(way, [case for case in cases if case["way"] == way])
         for way in ("untrained", "moved", "trained there")
     ]
-    return "\n".join([markdown(heads, rows), "", *(line for line in said if line), *best_of_all(cases)])
+    return "\n".join([markdown(heads, rows), "", *(line for line in said if line)])
 
 
 def best_of_all(cases: list[dict[str, Any]]) -> list[str]:
@@ -84,11 +97,9 @@ def best_of_all(cases: list[dict[str, Any]]) -> list[str]:
         if here:
             case = min(here, key=lambda case: min(medians(case)))
             loss = min(medians(case))
-            change = 100 * (math.exp(loss - case["without"]["domain"]) - 1)
+            change = f"{100 * (math.exp(loss - case['without']['domain']) - 1):+.1f} %".replace("-", "−")
             organ = f"{case['init']}, {case['mode']}, at {case['best']} of {case['last']}"
-            lines.append(
-                f"- {base}, the best that was trained: {organ}, perplexity {math.exp(loss):.2f} ({change:+.1f} %)."
-            )
+            lines.append(f"{base}, the best that was trained: {organ}, perplexity {math.exp(loss):.2f} ({change}).")
     return lines
 
 

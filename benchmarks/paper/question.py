@@ -60,25 +60,26 @@ def ask(
 
 def concluded(
     kept: record.Record, options: argparse.Namespace, find: Callable[[Runs], Any],
-    answer: Callable[[Any], str], draw: Callable[[Any, Path], None],
+    headline: Callable[[Any], str], details: Callable[[Any], str], draw: Callable[[Any, Path], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Answer the question by all runs of this form, of whatever base; print the answer, and write it and the picture.
 
     Args:
         find: What the runs say, as JSON.
-        answer: That in words, as Markdown.
-        draw: Writes its picture.
+        headline: The answer in a sentence or two.
+        details: Tables and the words that belong to them, as Markdown.
+        draw: Writes the picture.
     """
     runs = [run for run in kept.runs.values() if run["given"]["form"] == options.form]
     if not runs:
         raise SystemExit(f"no {options.form} runs in {options.output}; leave out --report to make them")
     found = find(runs)
-    words = answer(found)
-    kept.save(form=options.form, found=found, answer=words)
-    print(words)
+    words = {"answer": headline(found), "details": details(found)}
+    kept.save(form=options.form, found=found, **words)
+    print(*words.values(), sep="\n\n")
     if options.output:
         draw(found, options.output.with_suffix(".png"))
-    return {"found": found, "answer": words}
+    return {"found": found, **words}
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -33,7 +33,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import METHODS, REFERENCE, Prepared, cut, fit, load, mean, prepare, row_losses  # noqa: E402 (folder above)
 from question import ask, parser_of  # noqa: E402
-from several_report import CONTROL, DOMAINS, answer, draw, find  # noqa: E402
+from several_report import CONTROL, DOMAINS, details, draw, find, headline  # noqa: E402
 from texts import read_blocks  # noqa: E402
 
 INSERTED = "organ, inserted"
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, put together, answer."""
     parser = parser_of(__file__, "Several organs in one model.", FORMS)
     parser.add_argument("--seeds", type=int, default=1)
-    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
+    return ask(parser, arguments, run_once, run_all, (find, headline, details, draw))
 
 
 def run_all(record: Any, options: Any, pool: Any) -> None:

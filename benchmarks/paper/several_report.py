@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,26 @@ def find(runs: Runs) -> dict[str, dict[str, Any]]:
     return found
 
 
-def answer(found: dict[str, Any]) -> str:
+def headline(found: dict[str, Any]) -> str:
+    """How much of what each gains alone is left when both are put into one model."""
+    kept: dict[str, list[float]] = {}
+    for of_base in found.values():
+        middle = medians_of(of_base["losses"])
+        for way in ways_of(middle):
+            if shares := kept_of(way, middle):
+                kept[way] = kept.get(way, []) + list(shares.values())
+    organs = [min(shares) for way, shares in kept.items() if "organs" in way]
+    verdict = (
+        "Yes" if any(share > 0.8 for share in organs) else "In part" if any(share > 0 for share in organs) else "No"
+    )
+    said = "; ".join(f"{way} {100 * min(shares):.0f}–{100 * max(shares):.0f} %" for way, shares in kept.items())
+    said = said or "not measured"
+    return (
+        f"**{verdict}.** Of what each gains alone, this is left when both are in one model with a weight of 1: {said}."
+    )
+
+
+def details(found: dict[str, Any]) -> str:
     """Tables of perplexities, and what is kept when both texts are put together."""
     parts = []
     for base, of_base in found.items():
@@ -58,7 +78,7 @@ def answer(found: dict[str, Any]) -> str:
 
 def said_of(rows: dict[str, dict[str, list[float]]]) -> list[str]:
     """The answers for one base, from its numbers."""
-    middle = {name: {text: statistics.median(losses) for text, losses in of.items()} for name, of in rows.items()}
+    middle = medians_of(rows)
 
     def of_both(name: str) -> float:
         return sum(middle[name][domain] for domain in DOMAINS) / len(DOMAINS)
@@ -73,23 +93,32 @@ def said_of(rows: dict[str, dict[str, list[float]]]) -> list[str]:
     best = min((name for name in combined if "one organ" not in name), key=of_both)
     lines = [f"- Trained apart or in turn, the best for both texts is {best}: {gains(best)}."]
     lines += [f"- {name}: {gains(name)}." for name in combined if "one organ" in name]
-    lines += [kept_line(way, middle) for way in dict.fromkeys(name.partition(":")[0] for name in combined)]
-    return [line for line in lines if line]
+    for way in ways_of(middle):
+        if shares := kept_of(way, middle):
+            said = " and ".join(f"{100 * share:.0f} % on {domain}" for domain, share in shares.items())
+            lines.append(f"- {way}, together: of the gain that each has alone, {said}.")
+    return lines
 
 
-def kept_line(way: str, middle: dict[str, dict[str, float]]) -> str:
-    """How much of what each gains alone is left when both are in one model with a weight of 1."""
-    both = middle.get(f"{way}: both, 1")
-    shares = []
+def medians_of(rows: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """The medians of the seeds."""
+    return {name: {text: statistics.median(losses) for text, losses in of.items()} for name, of in rows.items()}
+
+
+def ways_of(names: Iterable[str]) -> list[str]:
+    """The ways of training that combinations come from."""
+    return list(dict.fromkeys(name.partition(":")[0] for name in names if name != "base"))
+
+
+def kept_of(way: str, middle: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Which share of what each gains alone is left when both are in one model with a weight of 1; empty if unknown."""
+    both, shares = middle.get(f"{way}: both, 1"), {}
     for domain in DOMAINS:
         alone = middle.get(f"{way}: {domain} alone")
-        if not both or not alone:
-            return ""
-        gain = middle["base"][domain] - alone[domain]
-        if gain <= 0:
-            return f"- {way}: alone, {domain} is not learned, so that nothing can be kept."
-        shares.append(f"{100 * (middle['base'][domain] - both[domain]) / gain:.0f} % on {domain}")
-    return f"- {way}, together: of the gain that each has alone, {' and '.join(shares)}."
+        if not both or not alone or (gain := middle["base"][domain] - alone[domain]) <= 0:
+            return {}
+        shares[domain] = (middle["base"][domain] - both[domain]) / gain
+    return shares
 
 
 def compared(pair: tuple[str, dict[str, Any]]) -> str:

@@ -33,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import METHODS, REFERENCE, fit, load, mean, prepare, row_losses  # noqa: E402 (from the folder above)
 from question import ask, parser_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
-from transfer_report import ORIGIN, answer, draw, find  # noqa: E402
+from transfer_report import ORIGIN, details, draw, find, headline  # noqa: E402
 
 DOMAIN, CONTROL = "kjv", "english"
 WAYS = {  # how it is put in: what was trained
@@ -58,7 +58,7 @@ FORMS: dict[str, dict[str, Any]] = {
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Search rates, train organs and recipients, move, answer."""
     parser = parser_of(__file__, "What an organ does in other models.", FORMS)
-    return ask(parser, arguments, run_once, run_all, (find, answer, draw))
+    return ask(parser, arguments, run_once, run_all, (find, headline, details, draw))
 
 
 def run_all(record: Any, options: Any, pool: Any) -> None:

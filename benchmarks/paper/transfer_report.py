@@ -43,7 +43,23 @@ def find(runs: Runs) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def answer(found: list[dict[str, Any]]) -> str:
+def headline(found: list[dict[str, Any]]) -> str:
+    """Whether organs gain in other models, and how much of it they keep there."""
+    gains: list[float] = []
+    kept: dict[str, list[float]] = {}
+    for case in found:
+        for into in (into for name, into in case["recipients"].items() if name != ORIGIN):
+            for way, shares in into["kept"].items():
+                kept.setdefault("organs" if way.startswith("organ") else way, []).append(statistics.median(shares))
+                gains += [statistics.median(into["gain"][way])] if way.startswith("organ") else []
+    count = sum(gain > 0 for gain in gains)
+    verdict = "Yes" if count == len(gains) else "Mostly" if 2 * count > len(gains) else "No"
+    shares = ", ".join(f"{way} {100 * min(each):.0f}–{100 * max(each):.0f} %" for way, each in kept.items())
+    said = f"in another model an organ gains in {count} of {len(gains)} cases"
+    return f"**{verdict}:** {said}. Kept of the gain at home: {shares}."
+
+
+def details(found: list[dict[str, Any]]) -> str:
     """Tables of what is kept of the gain, and how it falls with the distance."""
     parts = []
     for case in found:

@@ -35,8 +35,9 @@ def test_question(script, tmp_path):
     first = run_python(*command, warm=True)
     assert first.returncode == 0, first.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["answer"].strip() and found["answer"] in first.stdout
-    assert "| --- |" in found["answer"] and "nan" not in found["answer"]
+    words = f"{found['answer']}\n\n{found['details']}"
+    assert words in first.stdout and found["answer"].startswith("**")
+    assert "| --- |" in found["details"] and "nan" not in words
     assert found["runs"] and all("seed" in run["given"] and "commit" in run for run in found["runs"])
     picture = tmp_path / "found.png"
     assert picture.stat().st_size > 10_000
@@ -108,7 +109,8 @@ def test_answer_of_position(module, best, verdict):
     run = {"given": given, "depth": 12, "cut_from": 4, "base_losses": {"domain": 3.2}, "places": places}
     report = module("position_report")
     (case,) = cases = report.find([run])
-    assert case["best"] == best and verdict in report.answer(cases)
+    assert case["best"] == best and verdict in report.details(cases)
+    assert report.headline(cases).startswith("**Early:" if best == 1 else "**Not early:")
 
 
 @pytest.mark.parametrize(
@@ -131,8 +133,9 @@ def test_answer_of_against_lora(module, lora, words):
         ]
     found = report.find(runs)
     assert found[0]["rates"]["LoRA"] == {report.ONE: 1e-2, report.FAIR: 1e-4}
-    answer = report.answer(found)
-    assert all(each in answer for each in words) and "With the best rate of each: LoRA 7.39" in answer
+    details = report.details(found)
+    assert all(each in details for each in words) and "With the best rate of each: LoRA 7.39" in details
+    assert report.headline(found).startswith("**A gap like the paper's, by" if lora > 3 else "**No such gap")
 
 
 @pytest.mark.parametrize(
@@ -154,11 +157,11 @@ def test_answer_of_cross_domain(module, far, lost, words):
 
     others = [run(method, far, lost) for method in (report.REFERENCE, "full")]
     found = report.find([run(None, 0.0, 0.0), run(report.INSERTED, 1.0, 0.2), *others])
-    assert words in report.answer(found)
+    assert words in report.headline(found) and "| --- |" in report.details(found)
 
 
 @pytest.mark.parametrize(
-    ("gain", "words"), [(0.1, "organs work less well in encoders here, too"), (0.5, "does not hold here")]
+    ("gain", "words"), [(0.1, "Organs work less well in encoders here, too"), (0.5, "does not hold here")]
 )
 def test_answer_of_encoders(module, gain, words):
     """What is said of encoders turns with the numbers."""
@@ -172,7 +175,7 @@ def test_answer_of_encoders(module, gain, words):
         for base, organ in (("small-bert", gain), (report.DECODER, 0.3))
         for method, each in {**gains, **dict.fromkeys(report.ORGANS, organ)}.items()
     ]
-    assert words in report.answer(report.find(runs))
+    assert words in report.headline(report.find(runs))
 
 
 @pytest.mark.parametrize(
@@ -191,8 +194,10 @@ def test_answer_of_transfer(module, gains, words):
         for n, (text, gain) in enumerate(zip(("base", "english", "english"), gains, strict=True))
     ]
     report = module("transfer_report")
-    answer = report.answer(report.find([{"given": {"base": "b"}, "identical": {"organ": False}, "moved": moved}]))
-    assert words in answer and "in 0 of 1 trainings" in answer
+    found = report.find([{"given": {"base": "b"}, "identical": {"organ": False}, "moved": moved}])
+    details = report.details(found)
+    assert words in details and "in 0 of 1 trainings" in details
+    assert report.headline(found).startswith("**Yes" if min(gains) > 0 else "**No")
 
 
 @pytest.mark.parametrize(
@@ -212,4 +217,4 @@ def test_answer_of_several_organs(module, rows, words):
         "losses": {what: dict.fromkeys(report.NAMES, 3.0) for what in ("base", *losses)},
         "row_losses": {what: dict.fromkeys(report.DOMAINS, each) for what, each in losses.items()},
     }
-    assert words in report.answer(report.find([run]))
+    assert words in report.details(report.find([run]))
