@@ -32,34 +32,41 @@ def gpu() -> str:
     """What a step costs on a GPU, and what the search for rates there gave."""
     found = read("train-gpu")
     base = next(run for run in found["runs"] if run["given"]["method"] is None)
-    runs = [run for run in found["runs"] if run["given"]["method"]]
-    heads = ("method", "ms per step", "÷ LoRA's", "memory, GB", "with checkpointing", "best rate", "perplexity")
+    heads = ("method", "ms per step", "memory, GB", "with checkpointing", "best rate", "perplexity")
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
-    for method in dict.fromkeys(run["given"]["method"] for run in runs):
-        plain, saving, step = gpu_cost(runs, method)
-        searched = [run for run in runs if run["given"]["method"] == method and run["given"]["held"]]
-        losses = {run["given"]["rate"]: min(losses_aside(run)) for run in searched}
-        rate = min(losses, key=losses.__getitem__)
-        place = ", the end of its grid" if rate in (min(losses), max(losses)) else ""
-        costs = (f"{1000 * step:.0f}", f"{step / gpu_cost(runs, REFERENCE)[2]:.2f}")
-        memory = (f"{run['peak'] / 1e9:.1f}" for run in (plain, saving))
-        lines.append(
-            f"| {' | '.join((method, *costs, *memory, f'{rate:g}{place}', f'{math.exp(losses[rate]):.2f}'))} |"
-        )
+    for method, each in on_gpu().items():
+        costs = (f"{1000 * each['seconds']:.0f}", *(f"{each[key] / 1e9:.1f}" for key in ("peak", "peak_saving")))
+        rate = f"{each['rate']:g}{', the end of its grid' if each['at_end'] else ''}"
+        perplexity = f"{math.exp(each['loss']):.2f}"
+        lines.append(f"| {' | '.join((method, *costs, rate, perplexity))} |")
     before = f"Perplexity of the base: {math.exp(*losses_aside(base)):.2f}. "
     return "\n".join([*lines, "", before + source("train.py --gpu", found)])
+
+
+def on_gpu() -> dict[str, dict[str, Any]]:
+    """Of each method: seconds of a step, peak bytes, the best rate and the loss with it (nats per token)."""
+    runs = [run for run in read("train-gpu")["runs"] if run["given"]["method"]]
+    found = {}
+    for method in dict.fromkeys(run["given"]["method"] for run in runs):
+        mine = [run for run in runs if run["given"]["method"] == method]
+        saving, plain = sorted((run for run in mine if not run["given"]["held"]), key=lambda run: len(run["ends"]))
+        losses = {run["given"]["rate"]: min(losses_aside(run)) for run in mine if run["given"]["held"]}
+        rate = min(losses, key=losses.__getitem__)
+        found[method] = {
+            **{"seconds": seconds_per_step(plain["ends"], 2), "peak": plain["peak"], "peak_saving": saving["peak"]},
+            **{
+                "rate": rate,
+                "steps": mine[-1]["given"]["steps"],
+                "loss": losses[rate],
+                "at_end": rate in (min(losses), max(losses)),
+            },
+        }
+    return found
 
 
 def losses_aside(run: dict[str, Any]) -> list[float]:
     """The loss on text set aside at each scale, in nats per token."""
     return [mean(each["domain"]) for each in run["held"]["choose"].values()]
-
-
-def gpu_cost(runs: list[dict[str, Any]], method: str) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """The runs of a method that measured costs, without and with gradient checkpointing; seconds of a step."""
-    mine = [run for run in runs if run["given"]["method"] == method and not run["given"]["held"]]
-    saving, plain = sorted(mine, key=lambda run: len(run["ends"]))
-    return plain, saving, seconds_per_step(plain["ends"], 2)
 
 
 def recall_table() -> str:

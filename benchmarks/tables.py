@@ -22,11 +22,17 @@ FRESH, BY_HEART, SWITCHING = (
 )
 PAGES: dict[Any, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"lora": figures.lora, "native": figures.native},
-    ROOT / "docs" / "choosing.md": {"fresh": FRESH, "by heart": BY_HEART, "switching": SWITCHING},
+    ROOT / "docs" / "choosing.md": {
+        "fresh": FRESH,
+        "on gpu": answers.on_gpu,
+        "by heart": BY_HEART,
+        "switching": SWITCHING,
+    },
     ROOT / "docs" / "install.md": {"demo": figures.demo, "demo run": answers.demo_run},
     ROOT / "benchmarks" / "README.md": {
         "fresh answer": answers.fresh,
         "fresh": FRESH,
+        "on gpu": answers.on_gpu,
         "recall answer": answers.recall,
         "by heart": BY_HEART,
         "switching answer": answers.switching,
