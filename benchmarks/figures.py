@@ -7,6 +7,7 @@ import math
 import statistics
 from typing import Any
 
+import privacy
 import recall
 import report
 from methods import REFERENCE, mean, seconds_per_step
@@ -73,6 +74,12 @@ def recall_table() -> str:
     """What learning by heart gave."""
     found = read("recall")
     return f"{recall.table(found['comparison'])}\n\n{source('recall.py', found)}"
+
+
+def privacy_table() -> str:
+    """What the attacks on trained rows found."""
+    found = read("privacy")
+    return f"{privacy.tables(found['runs'])}\n\n{source('privacy.py', found)}"
 
 
 def source(script: str, found: dict[str, Any]) -> str:

@@ -105,10 +105,10 @@ def headline(found: list[dict[str, Any]]) -> str:
     parts = []
     for each, lora, ratio, harm in cases:
         fair = sorted((statistics.median(values(each, method, FAIR)), method) for method in each["rates"])
-        ranks = ", ".join(f"{method} {value:.2f}" for value, method in fair)
+        ranks = "; ".join(f"{method}: {value:.2f}" for value, method in fair)
         parts.append(
             f"{each['base']}: at {each['rates'][lora][ONE]:g} for all, the perplexity of {lora} is {ratio:.1f} times "
-            f"the inserted organ's and {harm:.1f} times that of the untrained base; at the best rate of each: {ranks}."
+            f"the inserted organ's and {harm:.1f} times that of the untrained base. At the best rate of each: {ranks}."
         )
     return " ".join([f"**{verdict}.**", *parts])
 
@@ -137,7 +137,6 @@ def details_of(each: dict[str, Any]) -> str:
     }
     paper = ", ".join(f"{each[0]:.1f} to {each[-1]:.1f} ({method})" for method, each in RATIOS.items())
     losses = of(lora, ONE, "training_loss")[0]
-    fair = sorted((statistics.median(of(method, FAIR)), method) for method in rates)
     words = [
         f"With one rate for all, {one:g}, the perplexity is so many times that of the inserted organ:",
         ", ".join(f"{spread(each)} ({method})" for method, each in ratios.items()) + f"; in the paper {paper}.",
@@ -148,7 +147,6 @@ def details_of(each: dict[str, Any]) -> str:
         "training has damaged the model" if harm > 1 else "it has learned, but less",
         f"(loss on the rows of a step: {losses['first']:.2f} at first, {losses['highest']:.2f} at most,",
         f"{losses['last']:.2f} at last).",
-        f"With the best rate of each: {', '.join(f'{method} {value:.2f}' for value, method in fair)}.",
         equal_time.learned(DOMAIN) if each["base"] == "smollm2" else "",
     ]
     title = f"{each['base']}, perplexity before: domain {before['domain']:.2f}, control {before['control']:.2f}"
