@@ -37,9 +37,9 @@ class Record:
         self, script: str, base: str, path: Path | None, alone: Any = None, about: dict[str, Any] | None = None
     ) -> None:
         self.script, self.base, self.path, self.alone, self.about = script, base, path, alone, about or {}
-        kept = json.loads(path.read_text()) if path and path.exists() else {"runs": []}
+        self.summary: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {"runs": []}
         self.runs: dict[str, dict[str, Any]] = {
-            key_of(run["given"]): {"hardware": kept["hardware"], **run} for run in kept["runs"]
+            key_of(run["given"]): {"hardware": self.summary["hardware"], **run} for run in self.summary.pop("runs")
         }
         self.started, self._writing = time.time(), threading.Lock()
 
@@ -64,9 +64,10 @@ class Record:
         return json.loads(done.stdout.splitlines()[-1])
 
     def save(self, **summary: Any) -> None:
-        """Write the runs, with what is said about all of them."""
+        """Write the runs, with what is said about all of them, or was said when there were fewer."""
+        self.summary |= {**demo.provenance(self.script), **summary}
         if self.path:
-            document = {**demo.provenance(self.script), **summary, "runs": list(self.runs.values())}
+            document = {**self.summary, "runs": list(self.runs.values())}
             half = self.path.with_suffix(".half")
             half.write_text(json.dumps(document, indent=1) + "\n")
             half.replace(self.path)
