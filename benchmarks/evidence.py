@@ -72,7 +72,7 @@ SCRIPTS = (
     Script("train", 0.2, ("--gpu",), ("--smoke",), "train-gpu", goes_on=True, on_gpu=True),
     Script("recall", 6, small=("--smoke",), goes_on=True),
     *(Script(f"paper/{name}", 1, goes_on=True) for name in QUESTIONS),
-    Script("privacy", 4, small=("--smoke",), goes_on=True),
+    Script("privacy", 8, small=("--smoke",), goes_on=True),
     Script("organs", 1, ("--cards", str(ROOT / "model_cards")), ("--smoke",), goes_on=True),
 )
 

@@ -1,7 +1,7 @@
 """What an organ, LoRA and full fine-tuning give away of the rows that they learned, at equal perplexity of the domain.
 
     python benchmarks/privacy.py            # three seeds: hours (make bench-privacy)
-    python benchmarks/privacy.py --quick    # one seed, few rows, one epoch, own recipient only: ten minutes
+    python benchmarks/privacy.py --quick    # one seed, few rows, one epoch, own recipient only: half an hour
     python benchmarks/privacy.py --smoke    # a small random model, for the test suite
 
 Each method learns every other block of King James, drawn by lot, with canaries among them that stand there 1, 10 and

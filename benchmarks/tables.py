@@ -43,6 +43,7 @@ PAGES: dict[Any, dict[str, Callable[[], str]]] = {
     },
     RESULTS / "train.md": {"train": figures.train, "gpu": figures.gpu},
     RESULTS / "recall.md": {"recall": figures.recall_table},
+    RESULTS / "privacy.md": {"privacy": figures.privacy_table},
     **{
         RESULTS / "paper" / f"{name}.md": {name: functools.partial(answers.details_of_paper, name)}
         for name in QUESTIONS
