@@ -21,14 +21,20 @@ WAYS = ("as trained", "at equal distance", "at equal gain")
 
 
 def find(runs: Runs) -> list[dict[str, Any]]:
-    """For each run its places, and the losses of all texts where it is compared with the others of its seed."""
+    """For each run its places, and the losses of all texts where it is compared with the others of its seed.
+
+    Seeds that not every method has yet are left out.
+    """
     import numpy as np
 
     before = {run["given"]["base"]: run["places"] for run in runs if run["given"]["method"] is None}
     trained = [run for run in runs if run["given"]["method"]]
+    methods = {(run["given"]["base"], run["given"]["method"]) for run in trained}
     found = []
     for base, seed in dict.fromkeys((run["given"]["base"], run["given"]["seed"]) for run in trained):
         mine = [run for run in trained if (run["given"]["base"], run["given"]["seed"]) == (base, seed)]
+        if len(mine) < sum(of == base for of, _ in methods):
+            continue
         places = [{**before[base], **run["places"]} for run in mine]
         curves = [curves_of(each) for each in places]
         distance, gain = min(each["distance"][-1] for each in curves), max(each[TRAINED].min() for each in curves)

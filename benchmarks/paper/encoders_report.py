@@ -14,11 +14,17 @@ COMPARED = (*ORGANS, LORA, "full")
 
 
 def find(runs: Runs) -> Runs:
-    """For each run that was tested: its losses, and what it gained of the domain and lost of the control, in nats."""
+    """For each run that was tested: its losses, and what it gained of the domain and lost of the control, in nats.
+
+    Models that were not yet tested with every method are left out.
+    """
     tested = [run for run in runs if run["given"]["part"] == "test"]
     before = {run["given"]["base"]: run for run in tested if run["given"]["method"] is None}
+    tried = {(run["given"]["base"], run["given"]["method"]) for run in tested}
     found = []
     for run in tested:
+        if not tried >= {(run["given"]["base"], method) for method in COMPARED}:
+            continue
         start = before[run["given"]["base"]]
         given = {name: run["given"][name] for name in ("base", "method", "seed", "rate")}
         gain, lost = start["domain"] - run["domain"], run["control"] - start["control"]
