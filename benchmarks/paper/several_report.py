@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pictures import finish
 from question import Runs, markdown, spread
 from report import paired
 
@@ -133,7 +134,7 @@ def compared(pair: tuple[str, dict[str, Any]]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """What each combination gains on both texts, and on the control: a row of panels for each base."""
-    from not_hf.training.figure import add_grid, new_figure
+    from not_hf.training.figure import new_figure
 
     shown = {base: of["losses"] for base, of in found.items()}
     figure = new_figure(11, (0.26 * max(map(len, shown.values())) + 1.2) * len(shown), "the picture")
@@ -149,10 +150,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
                     panel.hlines(height, min(gains), max(gains), color=color)
             panel.axvline(0, color="0.35", linewidth=0.8)
             panel.set_yticks(range(len(names)), names, fontsize="small")
-            panel.legend(frameon=False, fontsize="small")
-            add_grid(panel)
         panels[0].set_title(f"{base}: gain on the texts learned", loc="left", fontsize="medium")
         panels[1].set_title("gain on the control", loc="left", fontsize="medium")
         for panel in panels:
             panel.set_xlabel("loss of the base − loss, nats per token")
-    figure.savefig(path, dpi=100)
+    finish(figure, path)
