@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from methods import device
 from texts import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.quick else BENCHMARKS / "results"
         left = [each for each in SCRIPTS if not options.only or each.name in options.only]
-        left = [each for each in left if not each.is_done(folder) and (torch.cuda.is_available() or not each.on_gpu)]
+        left = [each for each in left if not each.is_done(folder) and (device() == "cuda" or not each.on_gpu)]
         if options.list:
             print(*(f"{each.name}: {each.hours:g} h" for each in left), sep="\n")
             return 0

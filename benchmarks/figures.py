@@ -54,13 +54,13 @@ def on_gpu() -> dict[str, dict[str, Any]]:
         losses = {run["given"]["rate"]: min(losses_aside(run)) for run in mine if run["given"]["held"]}
         rate = min(losses, key=losses.__getitem__)
         found[method] = {
-            **{"seconds": seconds_per_step(plain["ends"], 2), "peak": plain["peak"], "peak_saving": saving["peak"]},
-            **{
-                "rate": rate,
-                "steps": mine[-1]["given"]["steps"],
-                "loss": losses[rate],
-                "at_end": rate in (min(losses), max(losses)),
-            },
+            "seconds": seconds_per_step(plain["ends"], 2),
+            "peak": plain["peak"],
+            "peak_saving": saving["peak"],
+            "steps": mine[-1]["given"]["steps"],
+            "rate": rate,
+            "at_end": rate in (min(losses), max(losses)),
+            "loss": losses[rate],
         }
     return found
 

