@@ -62,7 +62,7 @@ def headline(cases: list[dict[str, Any]]) -> str:
         thirds = [case["best_third"] for case in cases if case["way"] == way and case["best"] is not None]
         early[way] = (thirds.count(THIRDS[0]), len(thirds))
     count, of = early[WAYS[-1]]
-    verdict = "Early" if count == of else "Early in some cases" if count else "Not early"
+    verdict = "Not early" if not count else "Early" if count == of else "Early in some cases"
     without = " of ".join(map(str, early[WAYS[0]]))
     said = f"the best position lies in the first third in {count} of {of} sweeps with training, in {without} without."
     return " ".join([f"**{verdict}:** {said}", *best_of_all(cases)])
