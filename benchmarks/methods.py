@@ -30,7 +30,6 @@ class Method:
         donor_trainer: Trained by `DonorTrainer`, which computes the loss in chunks.
         cached: The outputs of the layers below are computed once for each row.
         plus: LoRA+: how much faster `B` learns than `A`.
-        optimizer: Of `DonorTrainer`, instead of AdamW.
     """
 
     settings: tuple[Setting, ...]
@@ -40,7 +39,6 @@ class Method:
     donor_trainer: bool = False
     cached: bool = False
     plus: float | None = None
-    optimizer: str | None = None
     inserted: bool = False
     num_layers: int | None = None
     position: float | None = None
@@ -75,9 +73,6 @@ METHODS: dict[str, Method] = {
         rates(1e-4, 1.4e-4, 2e-4, 3e-4, 4.5e-4),
         modules=("v_proj", "o_proj", "up_proj", "down_proj"),
         donor_trainer=True,
-    ),
-    "organ, outputs, Muon": Method(
-        rates(6e-4, 1.2e-3, 2.5e-3, 5e-3), modules="outputs", donor_trainer=True, optimizer="muon"
     ),
     "organ, outputs of the lower half": Method(rates(2e-4), span=LOWER, modules="outputs", donor_trainer=True),
     "organ, outputs of the upper half": Method(rates(2e-4), span=UPPER, modules="outputs", donor_trainer=True),
@@ -241,8 +236,7 @@ def fit(
             bf16=bf16,
             remove_unused_columns=False,
         )
-        options: dict[str, Any] = {"optimizer": method.optimizer} if method.optimizer else {}
-        options |= {"cache_prefix": True, "prefix_dir": Path(folder, "prefixes")} if method.cached else {}
+        options = {"cache_prefix": True, "prefix_dir": Path(folder, "prefixes")} if method.cached else {}
         trainer = InOrder(prepared.model, arguments, padded, list(rows), callbacks=[Clock()], **options)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
