@@ -154,7 +154,7 @@ def test_training_starts_above_no_source(tmp_path):
         trained(tmp_path / str(n), recipient((1, 3)), **options)
         for n, options in enumerate(({"cache_prefix": True}, {"head_chunk": 0}, {"cls": Trainer}))
     )
-    assert cached[0] == pytest.approx(plain[0], abs=1e-4) and whole[0] == plain[0]
+    assert cached[0] == pytest.approx(plain[0], abs=1e-3) and whole[0] == plain[0]
     with pytest.raises(UnsupportedArchitectureError, match=r"cannot run in parts.*use transformers.Trainer"):
         trained(tmp_path / "above", recipient((3, 4)))
 

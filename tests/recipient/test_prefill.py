@@ -38,9 +38,10 @@ def model_of(model_type: str) -> TransplantedForCausalLM:
     return model
 
 
-def same(ours, theirs) -> bool:
-    equal = all(torch.equal(p, q) for p, q in zip(ours.logits, theirs.logits, strict=True))
-    return equal and torch.equal(ours.sequences, theirs.sequences)
+def same(ours, theirs, within: float = 0.0) -> bool:
+    pairs = zip(ours.logits, theirs.logits, strict=True)
+    close = all(torch.allclose(p, q, rtol=0, atol=within) for p, q in pairs)
+    return close and torch.equal(ours.sequences, theirs.sequences)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -48,6 +49,8 @@ def same(ours, theirs) -> bool:
 def test_every_choice_of_organs_goes_on_from_one_prefill(model_type, options):
     if "num_beams" in options and model_type in ("qwen3_next", "bamba", "lfm2"):
         pytest.skip("not every cache with states is reordered by transformers")
+    # without the prefill, a prompt is read once for each beam: the batch is larger, and may be rounded differently
+    within = 1e-5 if "num_beams" in options else 0.0
     model, mask = model_of(model_type), options.get("attention_mask", torch.ones_like(TOKEN_IDS))
     inputs = {"input_ids": TOKEN_IDS, "attention_mask": mask}
     prefill = model.prefill(**inputs)
@@ -57,7 +60,7 @@ def test_every_choice_of_organs_goes_on_from_one_prefill(model_type, options):
         model.set_donor(names)
         fresh = model.generate(**{**inputs, **options}, **HOW)
         for _ in range(2):  # it can be used again
-            assert same(model.generate(**{**inputs, **options}, **HOW, prefill=prefill), fresh)
+            assert same(model.generate(**{**inputs, **options}, **HOW, prefill=prefill), fresh, within)
         found.append(fresh.logits[0])
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
