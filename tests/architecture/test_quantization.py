@@ -39,7 +39,7 @@ def bitsandbytes(**bits):
     return BitsAndBytesConfig(**bits)
 
 
-# quanto compiles an extension when it is first used: once for all tests of this file, not in several workers at a time
+# quanto compiles an extension when 4 bits are first used: once for this file, not in several workers at a time
 pytestmark = pytest.mark.xdist_group("quantization")
 
 # how to make the config; whether its plain weights compute what its packed ones do
@@ -50,6 +50,7 @@ QUANTIZERS = {
     "bitsandbytes int8": (lambda: bitsandbytes(load_in_8bit=True), 1.0),  # it rounds activations to 8 bits too
     "bitsandbytes nf4": (lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"), None),
 }
+COMPILED = "quanto int4"  # the extension is compiled for it
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def _compiled_once() -> None:
     extension.extra_cflags = ["-O0"]
 
 
-@pytest.fixture(params=QUANTIZERS)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name == COMPILED else ()) for name in QUANTIZERS])
 def quantizer(request):
     return request.param
 

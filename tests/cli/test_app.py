@@ -248,6 +248,7 @@ def test_sweep(base, donor, words, tmp_path):
     assert "without the organ" in result.stdout and "(best)" in result.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_says_how_to_go_on(base, donor, words, tmp_path, monkeypatch):
     score, calls = swept_places.nll_of, []
 
@@ -267,6 +268,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(base, donor, words, tmp_path, mo
 TRAINING = ("--block-length", "16", "--batch-size", "4", "--lr", "0.01", "--warmup", "0")
 
 
+@pytest.mark.slow
 def test_train_and_eval(base, donor, words, tmp_path):
     out = tmp_path / "trained"
     shown = done(
@@ -432,6 +434,7 @@ def test_trackio(donor, words, tmp_path):
     assert loss["value"] == pytest.approx(shown["train_loss"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_what_was_saved_and_how_to_continue(donor, words, tmp_path, monkeypatch):
     arguments = ["train", donor, "--data", words, "-o", tmp_path / "my out", "--max-steps", "6", *TRAINING]
     arguments = [str(argument) for argument in arguments]
@@ -554,6 +557,7 @@ def test_a_damaged_organ_is_not_pushed(hub: Hub, donor, tmp_path):
     assert not HfApi().repo_exists("me/cli-damaged")
 
 
+@pytest.mark.slow
 def test_several_organs_in_one_folder(hub: Hub, base, donor, words, tmp_path):
     model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="one")
     model.load_donor(donor, "two", position=0)

@@ -143,6 +143,7 @@ def test_training_ends_by_the_clock_and_the_rate_falls_until_then(monkeypatch):
     assert "forward" not in vars(organ.model)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_scaled_is_measured_as_it_is():
     found = {}
     for model_type, options in (("gemma2", {}), ("llama", {"modules_to_save": ["lm_head"]})):

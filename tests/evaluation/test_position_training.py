@@ -41,7 +41,8 @@ def state(model):
     return type(model), flags, modes, organs, "forward" in vars(model), model.config.to_json_string()
 
 
-@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
 def test_each_is_what_training_there_gives(how, bf16):
     how["args"].bf16 = bf16
     base = tiny_model("llama").train()
@@ -79,6 +80,7 @@ def test_other_organs_stay_as_they_were(how):
     assert found.base == sweep_positions(model, organ(tiny_model("llama"), 2), HELD_OUT, [0]).base
 
 
+@pytest.mark.slow
 def test_other_layers_at_each_position(how):
     base, called = tiny_model("llama"), []
 

@@ -112,6 +112,7 @@ def test_the_auto_class_loads_it_by_id(model_type, name, folder, tmp_path):
     assert type(AutoModel.from_pretrained(tmp_path)) is DonorModel
 
 
+@pytest.mark.slow
 def test_an_organ_cut_under_one_head_fits_another(folder, tmp_path):
     """Cut from a folder or a live model, with a head or without: the same layers, and the same donor."""
     lm = tiny_model("llama")

@@ -97,6 +97,7 @@ def test_a_stream_gives_the_same_examples():
     assert list(found) == list(tokenize_chat(Dataset.from_list(rows), tokenizer(CHAT_TEMPLATE), 16))
 
 
+@pytest.mark.slow
 def test_conversations_are_cached(tmp_path):
     rows = Dataset.from_list([{"messages": chat(f"w{n + 10}", f"w{n + 20} " * (1 + n % 3))} for n in range(10)])
     data = tokenize_chat(rows, tokenizer(CHAT_TEMPLATE), 16)

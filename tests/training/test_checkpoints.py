@@ -27,8 +27,9 @@ def expanded() -> TransplantedForCausalLM:
     ("make", "cls"),
     [
         (two_organs, DonorTrainer),
-        (expanded, Trainer),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((two_organs, Trainer), (expanded, DonorTrainer))),
+        pytest.param(two_organs, Trainer, marks=pytest.mark.slow),
+        pytest.param(expanded, DonorTrainer, marks=pytest.mark.slow),
+        pytest.param(expanded, Trainer, marks=pytest.mark.slow),
     ],
 )
 def test_a_training_of_several_organs_goes_on_where_it_was(cls, make, tmp_path):
@@ -43,6 +44,7 @@ def test_a_training_of_several_organs_goes_on_where_it_was(cls, make, tmp_path):
     assert torch.equal(logits(loaded, TOKEN_IDS), logits(whole.model.eval(), TOKEN_IDS))
 
 
+@pytest.mark.slow
 def test_a_training_that_ended_is_over(tmp_path):
     options = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "lr_scheduler_type": "constant"}
     whole = made(two_organs(), tmp_path, **options)

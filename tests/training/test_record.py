@@ -38,6 +38,7 @@ def test_what_the_trainer_measured_is_on_the_card(tmp_path):
     assert "Nothing was measured yet" not in card
 
 
+@pytest.mark.slow
 def test_numbers_are_of_the_weights_that_are_saved(tmp_path):
     """Of an evaluation after the last step, or of the best model where that was loaded."""
     model = recipient()

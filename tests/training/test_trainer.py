@@ -364,7 +364,7 @@ def test_callbacks_are_those_of_trainer(disable_tqdm, tmp_path):
     assert ours == theirs and EarlyStoppingCallback in ours
 
 
-@pytest.mark.parametrize("disable_tqdm", [True, False])
+@pytest.mark.parametrize("disable_tqdm", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_trainer_prints_is_printed(disable_tqdm, tmp_path, capsys):
     """Losses, and at the end the metrics of the training."""
     printed = []
