@@ -2,7 +2,7 @@
 
     python benchmarks/extract.py            # a random bf16 Llama of 24 layers, 6.4 GB in shards (make bench-extract)
     python benchmarks/extract.py --experts  # a Qwen3-MoE of 8 layers with 64 experts each, which are fused when loaded
-    python benchmarks/extract.py --quick    # a Llama of 8 small layers
+    python benchmarks/extract.py --quick    # a Llama of 8 small layers; with --experts a small Qwen3-MoE
 
 The model lies on a small Hub on this machine (`local_hub/`), which counts the bytes that it serves. Each way runs in a
 process of its own with an empty cache, which first does the same with a tiny model, so that neither imports nor their
@@ -40,6 +40,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 8},
     },
     "quick": {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
+    "quick-experts": {
+        **{"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 256},
+        **{"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8},
+    },
     "tiny": {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4},
 }
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
@@ -61,12 +65,11 @@ WHENCE = ("README.md", "tokenizer_config.json")  # say whether the recipient was
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure every way, print the table, write the numbers."""
     parser = argparse.ArgumentParser(description="Cut and merge an organ: bytes, memory, seconds.")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="a small model, for the test suite")
-    which.add_argument("--experts", action="store_true", help="a mixture of experts")
+    parser.add_argument("--quick", action="store_true", help="a small model, for the test suite")
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     options = parser.parse_args(arguments)
-    found = compare("quick" if options.quick else "experts" if options.experts else "full")
+    found = compare("-".join(name for name in ("quick", "experts") if getattr(options, name)) or "full")
     print(table(found))
     if options.output:
         options.output.write_text(json.dumps(found, indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -64,6 +65,16 @@ def test_the_card_has_the_figures_of_the_demo():
     assert sorted(values.values()) == sorted(each["after"] for each in demo.values())
     for each in demo.values():
         assert f"| {round(each['before'], 2)} | {round(each['after'], 2)} |" in card.content
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_evidence_asks_scripts_for_what_they_have(benchmark, monkeypatch, tmp_path, small):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "paper")
+    for script in benchmark("evidence").SCRIPTS:
+        _, file, *options = script.command(tmp_path, small)
+        with pytest.raises(SystemExit) as ended:
+            benchmark(Path(file).stem).main([*options, "--help"])
+        assert ended.value.code == 0, script
 
 
 def test_evidence_makes_every_results_file(benchmark, tmp_path, capsys):
