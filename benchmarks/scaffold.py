@@ -15,16 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from apart import memory, reset_peak
+from apart import memory, reset_peak, run_apart
 from extract import ROOT
 from transformers import AutoModelForCausalLM
 
@@ -49,11 +49,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--spans", nargs="+", help="other layers, as 8-16")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "not_hf", help="where the base is kept")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # one measurement, in a process of its own
     options = parser.parse_args(arguments)
-    if options.peak:
-        print(json.dumps(peak(*options.peak)))
-        return {}
     commit, size = demo.commit(), dict(QUICK if options.quick else FULL)
     if options.spans:
         size["spans"] = [tuple(map(int, span.split("-"))) for span in options.spans]
@@ -85,7 +81,7 @@ def compare(
     }
     at_start = {"in_the_scaffold": demo.measure(models["alone"], tokenizer, texts)}
     seconds = train(models, blocks, size)
-    peaks = {scaffold: peak_of(scaffold, base, folder / "start") for scaffold in ("full", "minimal")}
+    peaks = {scaffold: run_apart(peak, scaffold, base, folder / "start") for scaffold in ("full", "minimal")}
     found: dict[str, Any] = {"untrained": at_start}
     for way, model in models.items():
         model.save_pretrained(folder / way)
@@ -135,15 +131,9 @@ def train(models: dict[str, Any], blocks: Any, size: dict[str, Any]) -> dict[str
     return seconds
 
 
-def peak_of(scaffold: str, base: Path, organ: Path) -> int:
-    """Bytes by which a process grows that loads and trains."""
-    command = [sys.executable, __file__, "--peak", scaffold, str(base), str(organ)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def peak(scaffold: str, base: str, organ: str) -> int:
-    """As `peak_of`, in this process: two steps of one block of 128 tokens."""
+def peak(scaffold: str, base: Path, organ: Path, warm: Callable[[], None]) -> int:
+    """Bytes by which a process grows that loads, and trains two steps of one block of 128 tokens."""
+    warm()
     before = reset_peak()
     model = TransplantedForCausalLM.from_pretrained(base, organ, scaffold=scaffold, is_trainable=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
