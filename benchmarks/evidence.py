@@ -69,6 +69,7 @@ SCRIPTS = (
     Script("scaffold", 0.5),
     Script("spans", 2),
     Script("train", 8, small=("--smoke",), goes_on=True),
+    Script("train", 0.5, ("--replay",), ("--smoke",), "train-replay", goes_on=True),
     Script("train", 0.2, ("--gpu",), ("--smoke",), "train-gpu", goes_on=True, on_gpu=True),
     Script("recall", 6, small=("--smoke",), goes_on=True),
     *(Script(f"paper/{name}", 1, goes_on=True) for name in QUESTIONS),

@@ -12,7 +12,6 @@ again; the cards are written from it.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from importlib.metadata import version
@@ -21,8 +20,8 @@ from typing import Any
 
 from methods import fit, prepare
 from record import is_one_run, opened, parser_of
-from texts import ROOT, documents, read_blocks
-from train import CONTROL
+from texts import documents, read_blocks
+from train import CONTROL, best_settings
 
 METHOD, BASE = "organ, outputs", "HuggingFaceTB/SmolLM2-135M-Instruct"
 DOMAINS = {  # what a card calls a text, and where it is from
@@ -45,21 +44,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if is_one_run(options, run_once):
         return {}
     domains, best = list(DOMAINS)[: None if options.form == "full" else 1], best_settings()
+
+    def run(domain: str) -> dict[str, Any]:
+        rate, batch = best[domain, METHOD]
+        return record(domain=domain, rate=rate, batch=batch, **FORMS[options.form])
+
     with opened(__file__, options, run_once) as (record, pool):
-        runs = list(pool.map(lambda name: record(domain=name, **best[name], **FORMS[options.form]), domains))
+        runs = list(pool.map(run, domains))
     record.save(form=options.form)
     for name, run in zip(domains, runs, strict=True):
         if options.cards:
             write_card(options.cards / f"smollm2-135m-instruct-{name}-outputs.md", run)
     return {"runs": runs}
-
-
-def best_settings() -> dict[str, dict[str, Any]]:
-    """Learning rate and rows per batch that were best for each text."""
-    found = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text("utf-8"))["comparison"]
-    return {
-        each["domain"]: {"rate": each["rate"], "batch": each["batch"]} for each in found if each["method"] == METHOD
-    }
 
 
 def run_once(base: str, domain: str, rate: float, batch: int, steps: int, block: int, chars: int) -> dict[str, Any]:

@@ -3,15 +3,15 @@
     python benchmarks/train.py            # three texts, three seeds: hours on two cores (make bench-train)
     python benchmarks/train.py --quick    # one text, one seed, three methods: ten minutes
     python benchmarks/train.py --long     # ten times the tokens: one text, one seed
-    python benchmarks/train.py --replay   # every fourth row is general text
+    python benchmarks/train.py --replay   # every fourth row is general text: three texts, one seed, two methods
     python benchmarks/train.py --gpu      # millions of tokens of source code on a GPU, bfloat16: minutes of an H100
     python benchmarks/train.py --smoke    # a small random model, for the test suite
 
 Time is what LoRA of rank 16 takes for 32 steps of 4 × 128 tokens (--gpu: 190 of 32 × 512); every method makes as many
 steps as fit in, by the seconds of a step, which are measured first: of the processor, or on a GPU by the clock. No row
-is seen twice. Learning rates and batch sizes are searched for each text with half the tokens (--gpu: a tenth), on
-text set aside. After training, the weights are moved to base + scale · (trained − base), for every method; the scale
-is chosen on text set aside, too.
+is seen twice. Learning rates and batch sizes are searched for each text with half the tokens (--gpu: a tenth), on text
+set aside; --quick and --replay take what the full form found best. After training, the weights are moved to base +
+scale · (trained − base), for every method; the scale is chosen on text set aside, too.
 
 Measured: the loss on 8,192 held-out tokens of the text and of a general one (English encyclopedia), and the loss on
 each training row before the step that learns from it: all methods see the same rows in the same order, so their
@@ -22,6 +22,7 @@ one). What is in the output file is not run again, so that a run that was broken
 from __future__ import annotations
 
 import functools
+import json
 import math
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from apart import start_counting
 from methods import METHODS, REFERENCE, fit, load, prepare, row_losses, seconds_per_step
 from record import is_one_run, opened, parser_of
 from report import compare, draw, tables
-from texts import TEXTS, read_blocks
+from texts import ROOT, TEXTS, read_blocks
 
 CONTROL = "english"
 MAIN = [REFERENCE, "organ, outputs"]
@@ -114,7 +115,7 @@ def search(run: Any, size: dict[str, Any], domain: str, method: str) -> tuple[fl
     """The learning rate and batch size with the least loss on text set aside, at the better scale."""
     settings = [(rate, size.get("batch", batch)) for rate, batch in METHODS[method].settings]
     if not size["search"]:
-        return settings[len(settings) // 2]
+        return best_settings().get((domain, method), settings[len(settings) // 2])
 
     def loss(setting: tuple[float, int]) -> float:
         rate, batch = setting
@@ -124,6 +125,12 @@ def search(run: Any, size: dict[str, Any], domain: str, method: str) -> tuple[fl
         return min(math.fsum(each["domain"]) for each in found["held"]["choose"].values())
 
     return min(settings, key=loss)
+
+
+def best_settings() -> dict[tuple[str, str], tuple[float, int]]:
+    """The learning rate and batch size of each text and method in the results of the full form."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text("utf-8"))["comparison"]
+    return {(each["domain"], each["method"]): (each["rate"], each["batch"]) for each in found}
 
 
 def cost(run: Any, method: str, batch: int) -> dict[str, Any]:
