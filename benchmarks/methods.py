@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
     "rsLoRA, r = 64": Method(rates(6e-5, 1.2e-4, 2.5e-4), lora(64, use_rslora=True)),
     "LoRA+, r = 16": Method(rates(1.2e-4, 2.5e-4, 5e-4), lora(16), plus=8),
     "LoRA, r = 16, loss in chunks": Method(rates(5e-4, 1e-3, 2e-3), lora(16), donor_trainer=True),
-    "LoRA, r = 16, upper half, cache": Method(rates(1e-3, 2e-3, 4e-3), lora(16), UPPER, **CACHED),
+    "LoRA, r = 16, upper half, cache": Method(rates(1e-3, 2e-3, 4e-3, 8e-3), lora(16), UPPER, **CACHED),
     "full": Method(rates(3e-5, 6e-5, 1.2e-4)),
     "organ, all layers": Method(rates(5e-5, 1e-4, 2e-4), donor_trainer=True),
     "organ, outputs": Method(rates(2e-4, 3e-4, 4.5e-4, 6.5e-4, 9e-4), modules="outputs", donor_trainer=True),
