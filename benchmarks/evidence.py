@@ -101,16 +101,16 @@ def main(arguments: list[str] | None = None) -> int:
 def run_all(scripts: list[Script], folder: Path, small: bool) -> int:
     """Run, with a line for each script that says how much time is left; the number of those that failed."""
     start, failed = time.monotonic(), 0
-    pace = 0.0  # minutes for what is thought to take an hour
+    shares = [1.0 if small else each.hours for each in scripts]  # small forms take about as long as each other
+    pace = 0.0  # minutes for a share
     for n, script in enumerate(scripts):
-        to_come = sum(each.hours for each in scripts[n:])
-        left = f", about {pace * to_come:.0f} minutes left" if pace else ""
+        left = f", about {pace * sum(shares[n:]):.0f} minutes left" if pace else ""
         print(f"{n + 1} of {len(scripts)}: {script.name}{left}", flush=True)
         done = subprocess.run(script.command(folder, small), check=False, capture_output=small, text=True)
         if done.returncode:
             failed += 1
             print(f"{script.name} failed ({done.returncode})", (done.stderr or "")[-2000:], sep="\n", file=sys.stderr)
-        pace = (time.monotonic() - start) / 60 / sum(each.hours for each in scripts[: n + 1])
+        pace = (time.monotonic() - start) / 60 / sum(shares[: n + 1])
     print(f"{len(scripts) - failed} of {len(scripts)} done in {(time.monotonic() - start) / 60:.0f} minutes")
     return failed
 

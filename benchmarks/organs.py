@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     if is_one_run(options, run_once):
         return {}
+    if options.cards:
+        options.cards.mkdir(parents=True, exist_ok=True)
     domains, best = list(DOMAINS)[: None if options.form == "full" else 1], best_settings()
 
     def run(domain: str) -> dict[str, Any]:

@@ -67,6 +67,18 @@ def test_the_card_has_the_figures_of_the_demo():
         assert f"| {round(each['before'], 2)} | {round(each['after'], 2)} |" in card.content
 
 
+def test_the_cards_of_organs_have_the_figures_of_their_runs():
+    for run in json.loads((RESULTS / "organs.json").read_text("utf-8"))["runs"]:
+        path = ROOT / "model_cards" / f"smollm2-135m-instruct-{run['given']['domain']}-outputs.md"
+        card = ModelCard.load(path)
+        after = {each["after"] for each in run["metrics"].values()}
+        assert {each.metric_value for each in card.data.eval_results} == after
+        for name, each in run["metrics"].items():
+            row = f"| {name.replace('_', ' ')} | {each['before']:.4g} | {each['after']:.4g} |"
+            assert row in card.content
+        assert f"saved at {run['scale']:g}," in card.content and path.with_suffix(".png").exists()
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_evidence_asks_scripts_for_what_they_have(benchmark, monkeypatch, tmp_path, small):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "paper")
