@@ -64,7 +64,7 @@ SCRIPTS = (
     Script("extract", 0.05, ("--experts",), ("--experts", "--quick"), "extract-experts"),
     Script("runtime", 0.3),
     Script("prefill", 0.1),
-    Script("lora_export", 0.3),
+    Script("lora_export", 0.3, (), ("--only", "adapters", "--quick")),
     Script("lora_export", 0.1, ("--only", "deltas"), ("--only", "deltas", "--quick"), "lora_export-deltas"),
     Script("scaffold", 0.5),
     Script("spans", 2),
