@@ -32,7 +32,7 @@ class Script:
         name: File below `benchmarks/`, without its ending.
         hours: What it takes on two cores.
         options: Of its full form.
-        small: Options of its small form.
+        small: Options of its small form; `None`: it has none beside that of an entry above.
         results: Name of its results file, if it is not the script's.
         goes_on: Whether it knows which of its runs are done.
         on_gpu: Whether it is left out where there is no GPU.
@@ -41,7 +41,7 @@ class Script:
     name: str
     hours: float
     options: tuple[str, ...] = ()
-    small: tuple[str, ...] = ("--quick",)
+    small: tuple[str, ...] | None = ("--quick",)
     results: str = ""
     goes_on: bool = False
     on_gpu: bool = False
@@ -50,7 +50,7 @@ class Script:
         """What to run; results go into the folder."""
         file = folder / f"{self.results or self.name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        options = self.small if small else self.options
+        options = (self.small or ()) if small else self.options
         return [sys.executable, str(BENCHMARKS / f"{self.name}.py"), "--output", str(file), *options]
 
     def is_done(self, folder: Path) -> bool:
@@ -64,13 +64,13 @@ SCRIPTS = (
     Script("extract", 0.05, ("--experts",), ("--experts", "--quick"), "extract-experts"),
     Script("runtime", 0.3),
     Script("prefill", 0.1),
-    Script("lora_export", 0.3, (), ("--only", "adapters", "--quick")),
-    Script("lora_export", 0.1, ("--only", "deltas"), ("--only", "deltas", "--quick"), "lora_export-deltas"),
+    Script("lora_export", 0.3),
+    Script("lora_export", 0.1, ("--only", "deltas"), None, "lora_export-deltas"),
     Script("scaffold", 0.5),
     Script("spans", 2),
     Script("train", 8, small=("--smoke",), goes_on=True),
-    Script("train", 0.5, ("--replay",), ("--smoke",), "train-replay", goes_on=True),
-    Script("train", 0.2, ("--gpu",), ("--smoke",), "train-gpu", goes_on=True, on_gpu=True),
+    Script("train", 0.5, ("--replay",), None, "train-replay", goes_on=True),
+    Script("train", 0.2, ("--gpu",), None, "train-gpu", goes_on=True, on_gpu=True),
     Script("recall", 6, small=("--smoke",), goes_on=True),
     *(Script(f"paper/{name}", 1, goes_on=True) for name in QUESTIONS),
     Script("privacy", 8, small=("--smoke",), goes_on=True),
@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(scratch) if options.quick else BENCHMARKS / "results"
         left = [each for each in SCRIPTS if not options.only or each.name in options.only]
         left = [each for each in left if not each.is_done(folder) and (device() == "cuda" or not each.on_gpu)]
+        left = [each for each in left if not options.quick or each.small is not None]
         if options.list:
             print(*(f"{each.name}: {each.hours:g} h" for each in left), sep="\n")
             return 0
