@@ -15,7 +15,8 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return a view of a transplanted model without its organs, as a reference model for trainers (TRL's `ref_model`).
 
     It is of the native class and shares every module with `model`, so it takes no memory. Its `forward` and `generate`
-    run inside `model.disable_donors()`. Do not shard (FSDP, ZeRO-3) or save it, nor use it after `unload` or a merge.
+    run inside `model.disable_donors()`. Do not shard (FSDP, ZeRO-3) or save it, nor use it after `unload` or a merge,
+    nor with TRL's `sync_ref_model=True`, which writes into the weights of the reference: these are the model's own.
 
     Raises:
         NotHFError: `model` has no organs.
