@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from not_hf.architecture.partial_forward import router_loss_configs
 from not_hf.architecture.stack import layers_config
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
@@ -124,8 +125,8 @@ class DonorTrainer(DonorTrainerMixin):
         if self.kl_weight and model.training:
             if not is_chunked:
                 raise NotHFError(
-                    "kl_weight needs the chunked loss, which head_chunk=0, label smoothing, a loss "
-                    "function of your own or a trainable head turn off; use kl_weight=0 or leave those out"
+                    "kl_weight needs the chunked loss, which head_chunk=0, label smoothing, a loss function of your "
+                    "own, a router loss or a trainable head turn off; use kl_weight=0 or leave those out"
                 )
             batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
             base_hidden = self._base_hidden(stack, batch, hidden)
@@ -155,7 +156,7 @@ class DonorTrainer(DonorTrainerMixin):
             and self.compute_loss_func is None
             and not (return_outputs and not self._prediction_loss_only)
             and native.loss_function is ForCausalLMLoss
-            and not getattr(native.config, "output_router_logits", False)
+            and not router_loss_configs(native)
             and "logits_to_keep" in inspect.signature(native.forward).parameters
             and not any(map(is_trainable, stack.outside))
         )

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from not_hf.architecture.partial_forward import router_loss_configs
 from not_hf.architecture.stack import find_stack
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import unite
@@ -138,6 +139,12 @@ class DonorTrainerMixin(Trainer):
                     "each process; leave that out with FSDP, ZeRO-3, offloading and DataParallel"
                 )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.cache_prefix and router_loss_configs(self._native):
+            raise NotHFError(
+                "cache_prefix skips the layers below the organ, but the router loss is of all layers; use "
+                "cache_prefix=False, or turn that loss off: model.config.output_router_logits = False (in TRL "
+                "router_aux_loss_coef=0.0)"
+            )
         stack = self._current_stack()
         batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
         hidden = None if stack.prefix is None else stack.prefix.hidden(batch)

@@ -75,6 +75,27 @@ def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
     assert chunked[0] == pytest.approx(plain[0], abs=1e-4)
 
 
+def with_router_loss(model_type: str) -> TransplantedForCausalLM:
+    model = recipient(model_type)
+    model.config.output_router_logits = True
+    model.train()
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", *in_matrix("gpt_oss", "qwen3_moe")])
+def test_the_loss_of_routers_is_that_of_the_plain_trainer(model_type, tmp_path):
+    options = {"max_steps": 2, "eval_dataset": rows(4, seed=1)}
+    ours, plain = (
+        made(with_router_loss(model_type), tmp_path / cls.__name__, cls=cls, **options)
+        for cls in (DonorTrainer, Trainer)
+    )
+    for trainer in (ours, plain):
+        trainer.train()
+    assert_same((losses(ours), organ(ours.model)), (losses(plain), organ(plain.model)))
+    assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert ours.model.config.output_router_logits
+
+
 @pytest.mark.slow
 def test_the_prefix_is_run_once_for_each_row_and_not_at_all_in_the_next_run(tmp_path, monkeypatch):
     def rows_through_the_first_layer() -> int:
@@ -427,6 +448,8 @@ def test_a_trainer_s_card_of_a_model_without_organs_is_its_own(hub, tmp_path):
         (lambda: tiny_model("llama"), {"kl_weight": 1.0}, "needs a model with organs"),
         (recipient, {"kl_weight": -1.0}, "0 or more"),
         (recipient, {"kl_weight": 1.0, "head_chunk": 0}, "chunked loss"),
+        (lambda: with_router_loss("mixtral"), {"kl_weight": 1.0}, "chunked loss.*a router loss"),
+        (lambda: with_router_loss("mixtral"), {"cache_prefix": True}, "the router loss is of all layers"),
     ],
 )
 def test_what_cannot_be_had_is_refused(model, options, message, tmp_path):
