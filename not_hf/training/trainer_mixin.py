@@ -20,6 +20,7 @@ from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import unite
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
+from not_hf.recipient.trainer_card import gives_perplexity
 from not_hf.training.checkpoints import last_complete_checkpoint
 from not_hf.training.optimizers import MuonWithAdamW
 from not_hf.training.prefix_cache import PrefixCache, prefix_folder
@@ -43,7 +44,6 @@ class DonorTrainerMixin(Trainer):
     """
 
     _of_whole_models: tuple[str, ...] = ("cache_prefix",)  # options that need the whole model on one device
-    _measures_perplexity = True  # exp(loss) is a perplexity
     _beside_inputs: tuple[str, ...] = ("labels", "shift_labels")  # of a batch; hidden states do not depend on them
 
     def __init__(
@@ -111,9 +111,12 @@ class DonorTrainerMixin(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given."""
+        """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given.
+
+        They are perplexities, and so none if the loss is another one or something is added to it.
+        """
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if self._measures_perplexity and (eval_dataset is None or isinstance(eval_dataset, str)):
+        if (eval_dataset is None or isinstance(eval_dataset, str)) and gives_perplexity(self, self._native):
             self._record.add_evaluation(self.state.global_step, metrics)
             self.note_tokens()
         return metrics

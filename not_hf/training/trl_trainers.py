@@ -82,7 +82,6 @@ class DonorSFTTrainer(DonorTrainerMixin, SFTTrainer):
 
     def __init__(self, *trainer_args: Any, **trainer_kwargs: Any) -> None:
         super().__init__(*trainer_args, **trainer_kwargs)
-        self._measures_perplexity = getattr(self.args, "loss_type", "nll") == "nll"
         if self.cache_prefix and self.padding_free:
             self._prefix_options["by_document"] = True
             try:
