@@ -64,11 +64,12 @@ class DonorTrainerMixin(Trainer):
             raise NotHFError(f"max_prefix_bytes must be 0 or more, got {max_prefix_bytes}")
         prefixes = prefix_folder(prefix_dir) if cache_prefix else None
         super().__init__(*trainer_args, **trainer_kwargs)
-        if optimizer == "muon":
-            args = self.args
-            options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-            options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-            self.optimizer_cls_and_kwargs = (cast(Any, MuonWithAdamW), options)
+        if optimizer and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
+            raise NotHFError(
+                f"optimizer={optimizer!r} makes the optimizer; leave out either it, or optimizers and "
+                "optimizer_cls_and_kwargs"
+            )
+        self._uses_muon = optimizer == "muon"
         self.cache_prefix = cache_prefix
         self._prefix_options: dict[str, Any] = {
             "folder": prefixes,
@@ -103,6 +104,15 @@ class DonorTrainerMixin(Trainer):
         trained = super().train(resume_from_checkpoint, *args, **kwargs)
         self.note_tokens()
         return trained
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in `Trainer`; Muon's options are those of the arguments now, as others' are."""
+        if self._uses_muon:
+            given = self.args
+            options: dict[str, Any] = {"lr": given.learning_rate, "weight_decay": given.weight_decay}
+            options |= {"betas": (given.adam_beta1, given.adam_beta2), "eps": given.adam_epsilon}
+            self.optimizer_cls_and_kwargs = (cast(Any, MuonWithAdamW), options)
+        return super().create_optimizer(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As in `Trainer`, but none after the last step, beyond which it would go if it resumes there."""

@@ -462,6 +462,27 @@ def test_what_cannot_be_had_is_refused(model, options, message, tmp_path):
     assert not any(type(layer).__name__ == "SkippedLayer" for layer in layers)
 
 
+@pytest.mark.parametrize("name", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_two_optimizers_are_refused(name, tmp_path):
+    model = recipient()
+    values = {
+        "optimizers": (torch.optim.SGD(model.parameters()), None),
+        "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0}),
+    }
+    with pytest.raises(NotHFError, match="optimizer='muon' makes the optimizer; leave out"):
+        made(model, tmp_path, optimizer="muon", **{name: values[name]})
+
+
+@pytest.mark.parametrize("optimizer", [None, "muon"])
+def test_arguments_that_are_changed_before_the_training_count(optimizer, tmp_path):
+    """As `hyperparameter_search` changes them."""
+    trainer = made(recipient(), tmp_path, max_steps=1, optimizer=optimizer, lr_scheduler_type="constant")
+    trainer.args.learning_rate, trainer.args.weight_decay = 1e-5, 0.5
+    trainer.train()
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-5}
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.5, 0.0}
+
+
 def with_trainable_embeddings() -> TransplantedForCausalLM:
     model = recipient()
     model.get_input_embeddings().requires_grad_(True)
