@@ -108,7 +108,7 @@ class DonorTrainer(DonorTrainerMixin):
                 "kl_weight compares the model with its base, so it needs a model with organs and layers of its own; "
                 "use kl_weight=0"
             )
-        self._prediction_loss_only = True
+        self._prediction_loss_only = False
 
     def _loss_from(
         self,
@@ -126,7 +126,8 @@ class DonorTrainer(DonorTrainerMixin):
             if not is_chunked:
                 raise NotHFError(
                     "kl_weight needs the chunked loss, which head_chunk=0, label smoothing, a loss function of your "
-                    "own, a router loss or a trainable head turn off; use kl_weight=0 or leave those out"
+                    "own, a compute_loss that asks for outputs, a router loss or a trainable head turn off; use "
+                    "kl_weight=0 or leave those out"
                 )
             batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
             base_hidden = self._base_hidden(stack, batch, hidden)
@@ -144,17 +145,18 @@ class DonorTrainer(DonorTrainerMixin):
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
-            self._prediction_loss_only = True
+            self._prediction_loss_only = False
 
     def _loss_is_chunked(self, stack: TrainedStack, inputs: Mapping[str, Any], return_outputs: bool) -> bool:
         """Whether only the loss is needed, and can be computed without the logits of all tokens."""
         native: Any = self._native
+        is_overridden = getattr(self.compute_loss, "__func__", None) is not DonorTrainer.compute_loss
         return (
             self.head_chunk != 0
             and "labels" in inputs
             and self.label_smoother is None
             and self.compute_loss_func is None
-            and not (return_outputs and not self._prediction_loss_only)
+            and (not return_outputs or (self._prediction_loss_only and not is_overridden))
             and native.loss_function is ForCausalLMLoss
             and not router_loss_configs(native)
             and "logits_to_keep" in inspect.signature(native.forward).parameters

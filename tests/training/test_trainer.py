@@ -249,6 +249,25 @@ def test_logits_are_there_for_whoever_asks(tmp_path):
     assert np.array_equal(found[0].predict(rows(4)).predictions, found[1].predict(rows(4)).predictions)
 
 
+def with_penalty(trainer, model, inputs, return_outputs=False, **options):
+    """A `compute_loss` that needs logits, as subclasses of `Trainer` are written."""
+    loss, outputs = super(type(trainer), trainer).compute_loss(model, inputs, return_outputs=True, **options)
+    loss = loss + outputs["logits"].pow(2).mean()
+    return (loss, outputs) if return_outputs else loss
+
+
+def test_a_compute_loss_of_a_subclass_gets_logits(tmp_path):
+    ours, plain = (
+        made(recipient(), tmp_path / cls.__name__, cls=own, max_steps=2, eval_dataset=rows(4, seed=1))
+        for cls in (DonorTrainer, Trainer)
+        for own in [type("Own", (cls,), {"compute_loss": with_penalty})]
+    )
+    for trainer in (ours, plain):
+        trainer.train()
+    assert_same((losses(ours), organ(ours.model)), (losses(plain), organ(plain.model)))
+    assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
