@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.partial_forward import router_loss_configs
 from not_hf.architecture.stack import find_stack
 from not_hf.architecture.upstream import is_partitioned
@@ -187,14 +188,16 @@ class DonorTrainerMixin(Trainer):
 
     @contextlib.contextmanager
     def _without_donors(self, stack: TrainedStack, hidden: torch.Tensor | None) -> Iterator[None]:
-        """Make forward passes in the block those of the base, from the entry on if the layers below it are the same.
+        """Make forward passes in the block those of the base, in eval mode.
+
+        They start at the entry if the layers below it are the same.
 
         Args:
             stack: Layers of the model.
             hidden: Hidden states at the organ's entry, if they are known.
         """
         native: Any = self._native
-        with native.disable_donors():
+        with native.disable_donors(), eval_mode(native):
             shared = list(stack.forward.stack.layers)[: stack.entry] == stack.layers[: stack.entry]
             with stack.starting_at(hidden if shared else None):
                 yield

@@ -293,6 +293,16 @@ def test_the_reference_is_the_base_on_shared_weights(base_folder, token_ids):
     assert model.training and reference.eval() is reference and model.model.training  # the mode is the carrier's
 
 
+@torch.no_grad()
+def test_the_reference_has_no_dropout(token_ids):
+    model = recipient("gpt2", mode="insert")
+    reference = reference_model(model)
+    expected = reference(token_ids).logits
+    model.train()
+    assert torch.equal(reference(token_ids).logits, expected)
+    assert model.transformer.h[0].mlp.dropout.training
+
+
 def test_a_reference_needs_organs():
     with pytest.raises(NotHFError, match="LlamaForCausalLM has no organs"):
         reference_model(tiny_model("llama"))
