@@ -51,7 +51,7 @@ class DonorTrainer(DonorTrainerMixin):
         optimizer: `None`: as in `TrainingArguments`; `"muon"`: Muon for matrices and AdamW for the rest, with the
             learning rate, weight decay, betas and epsilon of `TrainingArguments`.
         kl_weight: Factor of KL(base ‖ model), the mean over tokens in nats, which is added to the training loss; it
-            keeps predictions close to those of the model without its organs.
+            keeps predictions close to those of the model without its organs, whose dropout is off.
         **trainer_kwargs: Passed to `Trainer`.
 
     Raises:
@@ -184,6 +184,7 @@ class DonorTrainer(DonorTrainerMixin):
         labels, shift_labels = batch.pop("labels"), batch.pop("shift_labels", None)  # (batch, seq)
         with stack.forward.capturing_last() as last:
             model(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
+        self._native.get_input_embeddings().eval()  # passes through the head draw no noise (NEFTune)
         if shift_labels is None:
             shift_labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
         shift_labels = shift_labels.to(last[0].device)

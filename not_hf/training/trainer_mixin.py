@@ -238,6 +238,8 @@ class DonorTrainerMixin(Trainer):
         if native.training:
             for module in stack.frozen:
                 module.eval()
+            if self.neftune_noise_alpha is not None:  # the noise is a hook of the embeddings, off in eval mode
+                native.get_input_embeddings().train()
         if self.cache_prefix and stack.prefix is None and (native.training or 0 < stack.entry < len(stack.layers)):
             prefix = PrefixCache(stack.forward, stack.entry, stack.below, stack.around, **self._prefix_options)
             stack = dataclasses.replace(stack, prefix=prefix)

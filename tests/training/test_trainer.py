@@ -136,6 +136,28 @@ def test_dropout_of_the_organ_stays_and_that_below_it_is_off(tmp_path):
     assert model.transformer.training and not model.transformer.drop.training
 
 
+@pytest.mark.parametrize("options", [{}, {"head_chunk": 0}, {"cache_prefix": True}], ids=str)
+def test_noisy_embeddings_are_those_of_the_plain_trainer(options, tmp_path):
+    once = {"max_steps": 2, "neftune_noise_alpha": 20.0}
+    plain = trained(tmp_path / "a", cls=Trainer, **once)
+    ours = trained(tmp_path / "b", **once, **options)
+    assert ours[0] == pytest.approx(plain[0], abs=1e-4)
+    assert ours[0] != pytest.approx(trained(tmp_path / "c", max_steps=2)[0], abs=1e-2)
+
+
+def test_the_base_of_the_kl_term_runs_without_dropout_and_noise(tmp_path):
+    """The embeddings and the last layer run twice, in the base and in the model."""
+    model = recipient("gpt2", mode="insert", init="identity")
+    seen: list[tuple[int, bool]] = []
+    for n, module in enumerate((model.transformer.wte, model.transformer.h[4].mlp.dropout)):
+        module.register_forward_hook(lambda module, args, output, n=n: seen.append((n, module.training)))
+    trainer = made(model, tmp_path, max_steps=1, kl_weight=1.0, neftune_noise_alpha=5.0)
+    trainer.train()
+    first = seen.index((0, True))
+    assert seen[first - 2 : first + 2] == [(0, False), (1, False), (0, True), (1, True)]
+    assert (0, True) not in seen[first + 2 :] and model.transformer.h[4].training
+
+
 @pytest.mark.slow
 def test_padding_on_the_right_is_not_kept(tmp_path):
     tokenizer = copy.deepcopy(tiny_tokenizer())
