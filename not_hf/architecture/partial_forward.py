@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.devices import input_device
 from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.releases import cache_argument
-from not_hf.architecture.stack import Stack
+from not_hf.architecture.stack import Stack, layers_config
 from not_hf.architecture.upstream import swapped_layers
 from not_hf.errors import UnsupportedArchitectureError
 
@@ -39,6 +39,12 @@ class SkippedLayer(nn.Module):
         """Return hidden states, `(batch, seq, hidden)`."""
         out = hidden_states if self.hidden is None else self.hidden
         return out if self.tuple_length is None else (out, *[None] * (self.tuple_length - 1))
+
+
+def router_loss_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs of a model that turn on the loss of its routers, which needs the router logits of all layers."""
+    configs = (model.config, layers_config(model.config))
+    return [config for config in configs if getattr(config, "output_router_logits", False)]
 
 
 class _EntryReached(Exception):
@@ -100,7 +106,7 @@ class PartialForward:
 
     @contextlib.contextmanager
     def running_from(self, n: int, hidden: torch.Tensor) -> Iterator[None]:
-        """Make forward passes in the block, of the model or a wrapper of it, start at layer `n`.
+        """Make passes in the block, of the model or a wrapper of it, start at layer `n`, without a router loss.
 
         Args:
             n: At least 1; the number of layers leaves norm and head only.
@@ -109,8 +115,15 @@ class PartialForward:
         layers = list(self.stack.layers)
         skipped = [SkippedLayer(layer, self._tuple_length) for layer in layers[:n]]
         skipped[-1].hidden = hidden
-        with swapped_layers(self.stack.layers, [*skipped, *layers[n:]]):
-            yield
+        configs = router_loss_configs(self.model)
+        try:
+            for config in configs:
+                config.output_router_logits = False
+            with swapped_layers(self.stack.layers, [*skipped, *layers[n:]]):
+                yield
+        finally:
+            for config in configs:
+                config.output_router_logits = True
 
     @contextlib.contextmanager
     def capturing(self, entries: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:

@@ -118,6 +118,7 @@ def train(
 
         from not_hf import DonorConfig, DonorTrainer, ProgressLine, TrainingCurve
         from not_hf.recipient.heads import writing_class
+        from not_hf.training.early_stopping import EarlyStopping
         from not_hf.training.examples import TrainingData, collator, mix_replay
 
         DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
@@ -157,7 +158,7 @@ def train(
             disable_tqdm=False,  # so that the bar is there to be replaced
             eval_strategy="steps" if eval_steps else "no",
             eval_steps=eval_steps,
-            eval_on_start=bool(eval_steps),
+            eval_on_start=bool(eval_steps) and checkpoint is None,  # else it is in the log
             save_steps=eval_steps if eval_steps and patience else save_steps,
             load_best_model_at_end=bool(patience),
             metric_for_best_model="eval_held-out_loss" if patience else None,
@@ -168,7 +169,7 @@ def train(
         )
         callbacks: list[Any] = [ProgressLine(), TrainingCurve()]
         if patience:
-            callbacks.append(transformers.EarlyStoppingCallback(patience))
+            callbacks.append(EarlyStopping(patience))
         trainer = DonorTrainer(
             model,
             arguments,

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from not_hf.architecture.layers import eval_mode
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
 
@@ -15,7 +16,9 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return a view of a transplanted model without its organs, as a reference model for trainers (TRL's `ref_model`).
 
     It is of the native class and shares every module with `model`, so it takes no memory. Its `forward` and `generate`
-    run inside `model.disable_donors()`. Do not shard (FSDP, ZeRO-3) or save it, nor use it after `unload` or a merge.
+    run inside `model.disable_donors()`, in eval mode. Do not shard (FSDP, ZeRO-3) or save it, nor use it after
+    `unload` or a merge, nor with TRL's `sync_ref_model=True`, which writes into the weights of the reference: these
+    are the model's own.
 
     Raises:
         NotHFError: `model` has no organs.
@@ -40,10 +43,11 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
 @functools.cache
 def _reference_class(native: Any) -> Any:
     class Reference(native):
-        """The native class, run without organs."""
+        """The native class, run without organs and dropout."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            with self.__dict__["_carrier"].disable_donors():
+            carrier = self.__dict__["_carrier"]
+            with carrier.disable_donors(), eval_mode(carrier):
                 return super().__call__(*args, **kwargs)
 
         def generate(self, *args: Any, **kwargs: Any) -> Any:

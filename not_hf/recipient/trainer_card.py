@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import CONFIG_NAME
 
+from not_hf.architecture.partial_forward import router_loss_configs
 from not_hf.cards.common import README, unite
 from not_hf.cards.donor import updated_card
 from not_hf.cards.metrics import perplexities, trainer_metrics
@@ -20,6 +21,7 @@ from not_hf.hub.partial_download import list_tensors
 from not_hf.recipient.mixin import Recipient
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from transformers.trainer_callback import TrainerState
 
 
@@ -45,7 +47,8 @@ def complete_card(
     config = DonorConfig.from_pretrained(folder)
     if config.donors is None:
         config.datasets = unite(config.datasets, dataset_tags or dataset) or None
-        config.metrics = config.metrics or _evaluations(trainer.state)
+        if gives_perplexity(trainer, trainer.model):
+            config.metrics = config.metrics or _evaluations(trainer.state)
         config.save_pretrained(folder)
     places = ["."] if config.donors is None else [each["subfolder"] for each in config.donors if "donor" not in each]
     tensors = [tensor for place in places for tensor in list_tensors(os.path.join(folder, place)).values()]
@@ -56,6 +59,24 @@ def complete_card(
     data.language = language or data.language
     data.license = license or data.license
     card.save(Path(folder, README))
+
+
+def gives_perplexity(trainer: Any, model: PreTrainedModel) -> bool:
+    """Whether the exponential of a trainer's evaluation loss is a perplexity: that of tokens, and nothing added to it.
+
+    Args:
+        trainer: The trainer.
+        model: Its model, without PEFT's wrapper.
+    """
+    is_known = trainer.compute_loss.__module__.partition(".")[0] in ("transformers", "trl", "not_hf")
+    return (
+        is_known
+        and trainer.compute_loss_func is None
+        and trainer.label_smoother is None
+        and getattr(trainer.args, "loss_type", "nll") == "nll"  # of TRL
+        and not router_loss_configs(model)
+        and model.get_output_embeddings() is not None
+    )
 
 
 def _evaluations(state: TrainerState) -> dict[str, Any] | None:

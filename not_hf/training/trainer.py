@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from not_hf.architecture.partial_forward import router_loss_configs
 from not_hf.architecture.stack import layers_config
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
@@ -50,7 +51,7 @@ class DonorTrainer(DonorTrainerMixin):
         optimizer: `None`: as in `TrainingArguments`; `"muon"`: Muon for matrices and AdamW for the rest, with the
             learning rate, weight decay, betas and epsilon of `TrainingArguments`.
         kl_weight: Factor of KL(base ‖ model), the mean over tokens in nats, which is added to the training loss; it
-            keeps predictions close to those of the model without its organs.
+            keeps predictions close to those of the model without its organs, whose dropout is off.
         **trainer_kwargs: Passed to `Trainer`.
 
     Raises:
@@ -107,7 +108,7 @@ class DonorTrainer(DonorTrainerMixin):
                 "kl_weight compares the model with its base, so it needs a model with organs and layers of its own; "
                 "use kl_weight=0"
             )
-        self._prediction_loss_only = True
+        self._prediction_loss_only = False
 
     def _loss_from(
         self,
@@ -124,8 +125,9 @@ class DonorTrainer(DonorTrainerMixin):
         if self.kl_weight and model.training:
             if not is_chunked:
                 raise NotHFError(
-                    "kl_weight needs the chunked loss, which head_chunk=0, label smoothing, a loss "
-                    "function of your own or a trainable head turn off; use kl_weight=0 or leave those out"
+                    "kl_weight needs the chunked loss, which head_chunk=0, label smoothing, a loss function of your "
+                    "own, a compute_loss that asks for outputs, a router loss or a trainable head turn off; use "
+                    "kl_weight=0 or leave those out"
                 )
             batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
             base_hidden = self._base_hidden(stack, batch, hidden)
@@ -143,19 +145,20 @@ class DonorTrainer(DonorTrainerMixin):
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
-            self._prediction_loss_only = True
+            self._prediction_loss_only = False
 
     def _loss_is_chunked(self, stack: TrainedStack, inputs: Mapping[str, Any], return_outputs: bool) -> bool:
         """Whether only the loss is needed, and can be computed without the logits of all tokens."""
         native: Any = self._native
+        is_overridden = getattr(self.compute_loss, "__func__", None) is not DonorTrainer.compute_loss
         return (
             self.head_chunk != 0
             and "labels" in inputs
             and self.label_smoother is None
             and self.compute_loss_func is None
-            and not (return_outputs and not self._prediction_loss_only)
+            and (not return_outputs or (self._prediction_loss_only and not is_overridden))
             and native.loss_function is ForCausalLMLoss
-            and not getattr(native.config, "output_router_logits", False)
+            and not router_loss_configs(native)
             and "logits_to_keep" in inspect.signature(native.forward).parameters
             and not any(map(is_trainable, stack.outside))
         )
@@ -181,6 +184,7 @@ class DonorTrainer(DonorTrainerMixin):
         labels, shift_labels = batch.pop("labels"), batch.pop("shift_labels", None)  # (batch, seq)
         with stack.forward.capturing_last() as last:
             model(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
+        self._native.get_input_embeddings().eval()  # passes through the head draw no noise (NEFTune)
         if shift_labels is None:
             shift_labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
         shift_labels = shift_labels.to(last[0].device)

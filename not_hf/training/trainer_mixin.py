@@ -14,11 +14,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from not_hf.architecture.layers import eval_mode
+from not_hf.architecture.partial_forward import router_loss_configs
 from not_hf.architecture.stack import find_stack
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import unite
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
+from not_hf.recipient.trainer_card import gives_perplexity
 from not_hf.training.checkpoints import last_complete_checkpoint
 from not_hf.training.optimizers import MuonWithAdamW
 from not_hf.training.prefix_cache import PrefixCache, prefix_folder
@@ -42,7 +45,6 @@ class DonorTrainerMixin(Trainer):
     """
 
     _of_whole_models: tuple[str, ...] = ("cache_prefix",)  # options that need the whole model on one device
-    _measures_perplexity = True  # exp(loss) is a perplexity
     _beside_inputs: tuple[str, ...] = ("labels", "shift_labels")  # of a batch; hidden states do not depend on them
 
     def __init__(
@@ -63,11 +65,12 @@ class DonorTrainerMixin(Trainer):
             raise NotHFError(f"max_prefix_bytes must be 0 or more, got {max_prefix_bytes}")
         prefixes = prefix_folder(prefix_dir) if cache_prefix else None
         super().__init__(*trainer_args, **trainer_kwargs)
-        if optimizer == "muon":
-            args = self.args
-            options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-            options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-            self.optimizer_cls_and_kwargs = (cast(Any, MuonWithAdamW), options)
+        if optimizer and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
+            raise NotHFError(
+                f"optimizer={optimizer!r} makes the optimizer; leave out either it, or optimizers and "
+                "optimizer_cls_and_kwargs"
+            )
+        self._uses_muon = optimizer == "muon"
         self.cache_prefix = cache_prefix
         self._prefix_options: dict[str, Any] = {
             "folder": prefixes,
@@ -103,6 +106,15 @@ class DonorTrainerMixin(Trainer):
         self.note_tokens()
         return trained
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As in `Trainer`; Muon's options are those of the arguments now, as others' are."""
+        if self._uses_muon:
+            given = self.args
+            options: dict[str, Any] = {"lr": given.learning_rate, "weight_decay": given.weight_decay}
+            options |= {"betas": (given.adam_beta1, given.adam_beta2), "eps": given.adam_epsilon}
+            self.optimizer_cls_and_kwargs = (cast(Any, MuonWithAdamW), options)
+        return super().create_optimizer(*args, **kwargs)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As in `Trainer`, but none after the last step, beyond which it would go if it resumes there."""
         if self.state.global_step >= self.state.max_steps:
@@ -110,9 +122,12 @@ class DonorTrainerMixin(Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given."""
+        """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given.
+
+        They are perplexities, and so none if the loss is another one or something is added to it.
+        """
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if self._measures_perplexity and (eval_dataset is None or isinstance(eval_dataset, str)):
+        if (eval_dataset is None or isinstance(eval_dataset, str)) and gives_perplexity(self, self._native):
             self._record.add_evaluation(self.state.global_step, metrics)
             self.note_tokens()
         return metrics
@@ -138,6 +153,12 @@ class DonorTrainerMixin(Trainer):
                     "each process; leave that out with FSDP, ZeRO-3, offloading and DataParallel"
                 )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.cache_prefix and router_loss_configs(self._native):
+            raise NotHFError(
+                "cache_prefix skips the layers below the organ, but the router loss is of all layers; use "
+                "cache_prefix=False, or turn that loss off: model.config.output_router_logits = False (in TRL "
+                "router_aux_loss_coef=0.0)"
+            )
         stack = self._current_stack()
         batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
         hidden = None if stack.prefix is None else stack.prefix.hidden(batch)
@@ -167,14 +188,16 @@ class DonorTrainerMixin(Trainer):
 
     @contextlib.contextmanager
     def _without_donors(self, stack: TrainedStack, hidden: torch.Tensor | None) -> Iterator[None]:
-        """Make forward passes in the block those of the base, from the entry on if the layers below it are the same.
+        """Make forward passes in the block those of the base, in eval mode.
+
+        They start at the entry if the layers below it are the same.
 
         Args:
             stack: Layers of the model.
             hidden: Hidden states at the organ's entry, if they are known.
         """
         native: Any = self._native
-        with native.disable_donors():
+        with native.disable_donors(), eval_mode(native):
             shared = list(stack.forward.stack.layers)[: stack.entry] == stack.layers[: stack.entry]
             with stack.starting_at(hidden if shared else None):
                 yield
@@ -215,6 +238,8 @@ class DonorTrainerMixin(Trainer):
         if native.training:
             for module in stack.frozen:
                 module.eval()
+            if self.neftune_noise_alpha is not None:  # the noise is a hook of the embeddings, off in eval mode
+                native.get_input_embeddings().train()
         if self.cache_prefix and stack.prefix is None and (native.training or 0 < stack.entry < len(stack.layers)):
             prefix = PrefixCache(stack.forward, stack.entry, stack.below, stack.around, **self._prefix_options)
             stack = dataclasses.replace(stack, prefix=prefix)

@@ -82,7 +82,6 @@ class DonorSFTTrainer(DonorTrainerMixin, SFTTrainer):
 
     def __init__(self, *trainer_args: Any, **trainer_kwargs: Any) -> None:
         super().__init__(*trainer_args, **trainer_kwargs)
-        self._measures_perplexity = getattr(self.args, "loss_type", "nll") == "nll"
         if self.cache_prefix and self.padding_free:
             self._prefix_options["by_document"] = True
             try:
@@ -104,6 +103,7 @@ class DonorDPOTrainer(DonorTrainerMixin, DPOTrainer):
         model: As in `DPOTrainer`.
         ref_model: The reference; `None`: `reference_model(model)`, the model without its organs, on the same weights.
             With PEFT (`peft_config`, or a model that it has wrapped) and for a model by name, as in `DPOTrainer`.
+        args: As in `DPOTrainer`; `sync_ref_model=True` needs a reference with weights of its own.
         *trainer_args: Passed to `DPOTrainer`.
         **trainer_kwargs: `cache_prefix`, `prefix_dir`, `max_prefix_bytes`, `prefix_dtype` and `optimizer` as in
             `DonorTrainer`; all others are passed to `DPOTrainer`.
@@ -146,11 +146,21 @@ class DonorDPOTrainer(DonorTrainerMixin, DPOTrainer):
     _beside_inputs = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
     def __init__(
-        self, model: Any, ref_model: PreTrainedModel | None = None, *trainer_args: Any, **trainer_kwargs: Any
+        self,
+        model: Any,
+        ref_model: PreTrainedModel | None = None,
+        args: Any = None,
+        *trainer_args: Any,
+        **trainer_kwargs: Any,
     ) -> None:
         if ref_model is None and isinstance(model, Recipient) and trainer_kwargs.get("peft_config") is None:
             ref_model = reference_model(model)
-        super().__init__(model, ref_model, *trainer_args, **trainer_kwargs)
+        if getattr(args, "sync_ref_model", False) and hasattr(ref_model, "_carrier"):
+            raise NotHFError(
+                "sync_ref_model moves the reference's weights towards the model's, but reference_model shares the "
+                "model's own; give ref_model=copy.deepcopy(model), or use sync_ref_model=False"
+            )
+        super().__init__(model, ref_model, args, *trainer_args, **trainer_kwargs)
 
     def _loss_from(
         self,

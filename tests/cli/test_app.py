@@ -33,6 +33,7 @@ from not_hf import (
 )
 from not_hf.cli import app
 from not_hf.evaluation import swept_places
+from not_hf.training.early_stopping import EarlyStopping
 from testing.commands import done, failed, invoke
 from testing.donors import organ, same
 from testing.models import tiny_model, tiny_tokenizer
@@ -461,6 +462,25 @@ def test_ctrl_c_says_what_was_saved_and_how_to_continue(donor, words, tmp_path, 
     continued = shlex.split(following)
     assert continued == ["not-hf", *arguments[:-1], "--resume"]
     assert done(*continued[1:])["steps"] == 6
+
+
+@pytest.mark.slow
+def test_a_training_with_patience_stops_as_late_when_resumed(donor, words, tmp_path, monkeypatch):
+    """Nothing is gained after the first evaluation; that of the control is none without a gain."""
+    arguments = ["train", donor, "-o", tmp_path / "out"]
+    arguments += ["--data", words, "--eval-data", words, "--control-data", words]
+    arguments += ["--block-length", "16", "--max-steps", "9", "--lr", "0", "--eval-steps", "1", "--patience", "3"]
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EarlyStopping, "on_step_end", interrupt)
+        assert invoke(*arguments).exit_code == 130
+    result = invoke(*arguments, "--resume", "--json")
+    assert json.loads(result.stdout)["steps"] == 4
+    assert "early stopping is disabled" not in result.stderr
 
 
 @pytest.mark.slow

@@ -242,6 +242,25 @@ def test_dpo_of_an_adapter_or_against_another_model(base_folder, tmp_path):
         assert found[0] == found[1] and len(found[0]) > 2
 
 
+def test_a_reference_on_the_model_s_own_weights_is_not_synchronized(tmp_path):
+    model = recipient()
+    args = DPOConfig(output_dir=str(tmp_path), sync_ref_model=True, **COMMON)
+    for reference in (None, reference_model(model)):
+        with pytest.raises(NotHFError, match=r"give ref_model=copy\.deepcopy\(model\)"):
+            DonorDPOTrainer(model, reference, args, train_dataset=PAIRS, processing_class=tiny_tokenizer())
+
+
+def test_a_reference_of_its_own_is_synchronized(tmp_path):
+    model = recipient()
+    reference, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    sync = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5}
+    args = DPOConfig(output_dir=str(tmp_path), **COMMON, **sync)
+    DonorDPOTrainer(model, reference, args, train_dataset=PAIRS, processing_class=tiny_tokenizer()).train()
+    assert reference.active_donors == model.active_donors
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(tensor, (before[name] + model.state_dict()[name]) / 2)
+
+
 def test_without_trl_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     names = runpy.run_path(sys.modules[DonorSFTTrainer.__module__].__file__)
@@ -272,6 +291,16 @@ def test_the_reference_is_the_base_on_shared_weights(base_folder, token_ids):
     assert reference.config is model.base_config and type(reference).__name__ == "LlamaForCausalLM"
     model.train()
     assert model.training and reference.eval() is reference and model.model.training  # the mode is the carrier's
+
+
+@torch.no_grad()
+def test_the_reference_has_no_dropout(token_ids):
+    model = recipient("gpt2", mode="insert")
+    reference = reference_model(model)
+    expected = reference(token_ids).logits
+    model.train()
+    assert torch.equal(reference(token_ids).logits, expected)
+    assert model.transformer.h[0].mlp.dropout.training
 
 
 def test_a_reference_needs_organs():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from transformers import Trainer
 
-from not_hf import DonorModel, TrainingCurve
+from not_hf import DonorModel, DonorTrainer, TrainingCurve
+from not_hf.recipient.trainer_card import complete_card
 from testing.training import made, recipient, rows
 
 SETS = {"domain": rows(4, seed=1), "control": rows(4, seed=2)}
@@ -36,6 +38,32 @@ def test_what_the_trainer_measured_is_on_the_card(tmp_path):
     assert "\n- domain perplexity: the evaluation set of its training, in the trainer's batches\n" in card
     assert "](training_curve.png)" in card and (tmp_path / "run/training_curve.png").exists()
     assert "Nothing was measured yet" not in card
+
+
+def of_logits(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.pow(2).mean()
+
+
+def doubled(trainer, model, inputs, return_outputs=False, **options):
+    loss = 2 * super(type(trainer), trainer).compute_loss(model, inputs, **options)
+    return (loss, {"loss": loss}) if return_outputs else loss
+
+
+@pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
+@pytest.mark.parametrize("change", ["label_smoothing_factor", "compute_loss_func", "compute_loss", "router loss"])
+def test_a_loss_that_is_not_that_of_tokens_alone_gives_no_perplexity(change, cls, tmp_path):
+    model = recipient("mixtral")
+    model.config.output_router_logits = change == "router loss"
+    values = {"label_smoothing_factor": 0.2, "compute_loss_func": of_logits}
+    options = {change: values[change]} if change in values else {}
+    cls = type("Own", (cls,), {"compute_loss": doubled}) if change == "compute_loss" else cls
+    trainer = made(model, tmp_path, cls=cls, **{**EVALUATED, "max_steps": 1}, **options)
+    trainer.train()
+    trainer.save_model()
+    complete_card(trainer)
+    assert "eval_domain_loss" in trainer.state.log_history[1]
+    assert DonorModel.from_pretrained(tmp_path / "run").config.metrics is None
+    assert "perplexity |" not in (tmp_path / "run/README.md").read_text()
 
 
 @pytest.mark.slow

@@ -75,6 +75,27 @@ def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
     assert chunked[0] == pytest.approx(plain[0], abs=1e-4)
 
 
+def with_router_loss(model_type: str) -> TransplantedForCausalLM:
+    model = recipient(model_type)
+    model.config.output_router_logits = True
+    model.train()
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", *in_matrix("gpt_oss", "qwen3_moe")])
+def test_the_loss_of_routers_is_that_of_the_plain_trainer(model_type, tmp_path):
+    options = {"max_steps": 2, "eval_dataset": rows(4, seed=1)}
+    ours, plain = (
+        made(with_router_loss(model_type), tmp_path / cls.__name__, cls=cls, **options)
+        for cls in (DonorTrainer, Trainer)
+    )
+    for trainer in (ours, plain):
+        trainer.train()
+    assert_same((losses(ours), organ(ours.model)), (losses(plain), organ(plain.model)))
+    assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert ours.model.config.output_router_logits
+
+
 @pytest.mark.slow
 def test_the_prefix_is_run_once_for_each_row_and_not_at_all_in_the_next_run(tmp_path, monkeypatch):
     def rows_through_the_first_layer() -> int:
@@ -113,6 +134,28 @@ def test_dropout_of_the_organ_stays_and_that_below_it_is_off(tmp_path):
     made(model, tmp_path, max_steps=1).train()
     assert not any(seen[1]) and seen[2][-1]
     assert model.transformer.training and not model.transformer.drop.training
+
+
+@pytest.mark.parametrize("options", [{}, {"head_chunk": 0}, {"cache_prefix": True}], ids=str)
+def test_noisy_embeddings_are_those_of_the_plain_trainer(options, tmp_path):
+    once = {"max_steps": 2, "neftune_noise_alpha": 20.0}
+    plain = trained(tmp_path / "a", cls=Trainer, **once)
+    ours = trained(tmp_path / "b", **once, **options)
+    assert ours[0] == pytest.approx(plain[0], abs=1e-4)
+    assert ours[0] != pytest.approx(trained(tmp_path / "c", max_steps=2)[0], abs=1e-2)
+
+
+def test_the_base_of_the_kl_term_runs_without_dropout_and_noise(tmp_path):
+    """The embeddings and the last layer run twice, in the base and in the model."""
+    model = recipient("gpt2", mode="insert", init="identity")
+    seen: list[tuple[int, bool]] = []
+    for n, module in enumerate((model.transformer.wte, model.transformer.h[4].mlp.dropout)):
+        module.register_forward_hook(lambda module, args, output, n=n: seen.append((n, module.training)))
+    trainer = made(model, tmp_path, max_steps=1, kl_weight=1.0, neftune_noise_alpha=5.0)
+    trainer.train()
+    first = seen.index((0, True))
+    assert seen[first - 2 : first + 2] == [(0, False), (1, False), (0, True), (1, True)]
+    assert (0, True) not in seen[first + 2 :] and model.transformer.h[4].training
 
 
 @pytest.mark.slow
@@ -226,6 +269,25 @@ def test_logits_are_there_for_whoever_asks(tmp_path):
     ]
     assert found[0].evaluate()["eval_mean"] == found[1].evaluate()["eval_mean"]
     assert np.array_equal(found[0].predict(rows(4)).predictions, found[1].predict(rows(4)).predictions)
+
+
+def with_penalty(trainer, model, inputs, return_outputs=False, **options):
+    """A `compute_loss` that needs logits, as subclasses of `Trainer` are written."""
+    loss, outputs = super(type(trainer), trainer).compute_loss(model, inputs, return_outputs=True, **options)
+    loss = loss + outputs["logits"].pow(2).mean()
+    return (loss, outputs) if return_outputs else loss
+
+
+def test_a_compute_loss_of_a_subclass_gets_logits(tmp_path):
+    ours, plain = (
+        made(recipient(), tmp_path / cls.__name__, cls=own, max_steps=2, eval_dataset=rows(4, seed=1))
+        for cls in (DonorTrainer, Trainer)
+        for own in [type("Own", (cls,), {"compute_loss": with_penalty})]
+    )
+    for trainer in (ours, plain):
+        trainer.train()
+    assert_same((losses(ours), organ(ours.model)), (losses(plain), organ(plain.model)))
+    assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
 @pytest.mark.slow
@@ -427,6 +489,8 @@ def test_a_trainer_s_card_of_a_model_without_organs_is_its_own(hub, tmp_path):
         (lambda: tiny_model("llama"), {"kl_weight": 1.0}, "needs a model with organs"),
         (recipient, {"kl_weight": -1.0}, "0 or more"),
         (recipient, {"kl_weight": 1.0, "head_chunk": 0}, "chunked loss"),
+        (lambda: with_router_loss("mixtral"), {"kl_weight": 1.0}, "chunked loss.*a router loss"),
+        (lambda: with_router_loss("mixtral"), {"cache_prefix": True}, "the router loss is of all layers"),
     ],
 )
 def test_what_cannot_be_had_is_refused(model, options, message, tmp_path):
@@ -437,6 +501,27 @@ def test_what_cannot_be_had_is_refused(model, options, message, tmp_path):
         made(model, tmp_path, **options).compute_loss(model, batch)
     layers = model.model.layers
     assert not any(type(layer).__name__ == "SkippedLayer" for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_two_optimizers_are_refused(name, tmp_path):
+    model = recipient()
+    values = {
+        "optimizers": (torch.optim.SGD(model.parameters()), None),
+        "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0}),
+    }
+    with pytest.raises(NotHFError, match="optimizer='muon' makes the optimizer; leave out"):
+        made(model, tmp_path, optimizer="muon", **{name: values[name]})
+
+
+@pytest.mark.parametrize("optimizer", [None, "muon"])
+def test_arguments_that_are_changed_before_the_training_count(optimizer, tmp_path):
+    """As `hyperparameter_search` changes them."""
+    trainer = made(recipient(), tmp_path, max_steps=1, optimizer=optimizer, lr_scheduler_type="constant")
+    trainer.args.learning_rate, trainer.args.weight_decay = 1e-5, 0.5
+    trainer.train()
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-5}
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.5, 0.0}
 
 
 def with_trainable_embeddings() -> TransplantedForCausalLM:
