@@ -48,7 +48,8 @@ def push_donor(
         folder: Folder of the donor. Organs that a composition lists from elsewhere must be on the Hub.
         repo_id: As in `push_to_hub`.
         ignore: Patterns of file names to leave out, besides Trainer's checkpoints and names that begin with a dot; of
-            the latter, results of benchmarks in `.eval_results` are pushed.
+            the latter, results of benchmarks in `.eval_results` are pushed. Folders of a composition's organs always
+            are.
         delta: Push a delta, as in `DonorModel.save_pretrained`; the folder keeps its whole tensors.
         rank: Rank of its products.
         **options: As in `push_to_hub`.
@@ -86,6 +87,7 @@ def push_donor(
     num_parameters, size = _measured(folder, inside, token)
     if len(inside) < len(organs):  # the sizes of organs in other repos are unknown
         num_parameters = size = None
+    needed = {place for organ in inside for path in [folder / (organ.subfolder or "")] for place in (path, *path.parents)}
     stated = config.license
     inherit_license(config, revision=config.base_revision, token=token)
 
@@ -95,7 +97,8 @@ def push_donor(
         ignored, hidden = shutil.ignore_patterns(f"{DRAFT}*", "checkpoint-*", *ignore), shutil.ignore_patterns(".*")
 
         def left_out(place: str, names: list[str]) -> set[str]:
-            return ignored(place, names) | (hidden(place, names) - {EVAL_RESULTS})
+            found = ignored(place, names) | (hidden(place, names) - {EVAL_RESULTS})
+            return {name for name in found if Path(place, name) not in needed}
 
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=left_out)
         require_same_save(target, None, config.digests)
