@@ -17,7 +17,7 @@ from not_hf.cards.license import inherit_license
 from not_hf.composition.resolve import ResolvedOrgan, resolve_donor
 from not_hf.composition.sources import OrganSource
 from not_hf.config import DELTA
-from not_hf.donor.delta import plan_delta, write_delta
+from not_hf.donor.delta import Delta, plan_delta, require_on_hub, write_delta
 from not_hf.donor.loading import refuse
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saving import digests_of
@@ -55,7 +55,8 @@ def push_donor(
         **options: As in `push_to_hub`.
 
     Raises:
-        NotHFError: The folder is not a donor, or lists an organ from another folder, or no delta can be made of it.
+        NotHFError: The folder is not a donor, or lists an organ from another folder; no delta can be made of it, or it is one of a
+            base on this machine.
         CorruptDonorError: An organ is damaged.
         OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
 
@@ -80,6 +81,10 @@ def push_donor(
             raise NotHFError(
                 f"organ {organ.name!r} is in {organ.donor}, a folder of this machine; copy it into {folder}"
             )
+        if organ.spec.config.delta is not None:
+            where = folder / (organ.subfolder or "")
+            base = Delta.of(organ.spec.config).base_model_name_or_path
+            require_on_hub(base, f"save {where} whole, or name the base's Hub ID in its config.json under delta")
     planned = plan_delta(delta, rank, config, is_pushed=True)
     if planned is not None and (config.donors is not None or config.delta is not None):
         kind = "a composition, whose organs are pushed one by one as" if config.delta is None else "already"

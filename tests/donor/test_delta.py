@@ -265,6 +265,21 @@ def test_a_whole_folder_is_pushed_as_a_delta(base_repo, tmp_path):
         push_donor(tmp_path / "delta", "me/pushed-again", delta="bfloat16")
 
 
+def test_a_delta_of_a_folder_on_this_machine_is_not_pushed(base_folder, base_repo, tmp_path):
+    """Until its config names a base on the Hub that holds the same layers."""
+    trained(base_folder("llama")).save_pretrained(tmp_path / "alone", delta="bfloat16")
+    compose([tmp_path / "alone"]).save_pretrained(tmp_path / "listed")
+    for folder, place in (("alone", ""), ("listed", "alone")):
+        where = tmp_path / folder / place
+        with pytest.raises(NotHFError, match=f"folder on this machine; save {where} whole, or name the base's Hub ID"):
+            push_donor(tmp_path / folder, "me/delta-of-a-folder")
+        edit_json(where / "config.json", delta__base_model_name_or_path=base_repo("llama"))
+        push_donor(tmp_path / folder, f"me/delta-{folder}")
+    assert not HfApi().repo_exists("me/delta-of-a-folder")
+    pushed = DonorModel.from_pretrained("me/delta-listed", subfolder="alone")
+    assert same(pushed, DonorModel.from_pretrained(tmp_path / "alone"))
+
+
 def test_a_save_removes_what_it_replaces(base, tmp_path):
     donor = trained(base)
     for options, files in (({}, {"model.safetensors"}), ({"delta": "bfloat16"}, {FILE}), ({}, {"model.safetensors"})):
