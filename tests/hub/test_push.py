@@ -118,6 +118,19 @@ def test_save_pretrained_pushes_too(base, api, tmp_path):
     assert "model.safetensors.index.json" in api.list_repo_files("me/save-pretrained-2")
 
 
+def test_what_is_pushed_beside_a_save_is_what_was_saved(base, api, repo_id, tmp_path):
+    donor = organ(base, 1)
+    halved = {name: tensor / 2 for name, tensor in donor.state_dict().items()}
+    options = {"push_to_hub": True, "repo_id": repo_id}
+    donor.save_pretrained(tmp_path / "donor", state_dict=halved, variant="half", **options)
+    assert "model.safetensors" not in api.list_repo_files(repo_id)
+    assert same(DonorModel.from_pretrained(repo_id, variant="half", verify=True), halved)
+    model = T(base, donor)
+    gathered = {name: tensor / 2 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "model", state_dict=gathered, **options)
+    assert same(DonorModel.from_pretrained(repo_id), halved)
+
+
 def test_trainer_pushes_the_organ_and_its_tags(base, api, repo_id, tmp_path):
     donor = organ(base, 1)
     model = T(base, donor, is_trainable=True)
