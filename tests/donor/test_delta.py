@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
+from local_hub import DEFAULT_TOKEN
 from not_hf import (
     CorruptDonorError,
     DonorConfig,
@@ -278,6 +279,17 @@ def test_a_delta_of_a_folder_on_this_machine_is_not_pushed(base_folder, base_rep
     assert not HfApi().repo_exists("me/delta-of-a-folder")
     pushed = DonorModel.from_pretrained("me/delta-listed", subfolder="alone")
     assert same(pushed, DonorModel.from_pretrained(tmp_path / "alone"))
+
+
+def test_the_token_of_a_save_reads_the_base(base_folder, tmp_path, monkeypatch):
+    HfApi().create_repo("me/delta-private", private=True)
+    HfApi().upload_folder(repo_id="me/delta-private", folder_path=base_folder("llama"))
+    donor = trained("me/delta-private", cache_dir=tmp_path / "cache")
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), donor)
+    monkeypatch.delenv("HF_TOKEN")
+    for name, each in (("donor", donor), ("model", model)):
+        each.save_pretrained(tmp_path / name, delta="bfloat16", token=DEFAULT_TOKEN)
+        assert (tmp_path / name / FILE).exists()
 
 
 def test_a_save_removes_what_it_replaces(base, tmp_path):
