@@ -13,14 +13,15 @@ from typing import TypedDict
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from not_hf.cards.common import README
 from not_hf.errors import reaching_hub, require_plain_token
 from not_hf.hub.atomic_write import files_in, require_donor_folder, stale_weights
 
-# Read before saving: the card to update, the kind of model, what may be outdated
-_SEEDS = (README, CONFIG_NAME, GENERATION_CONFIG_NAME)
+# Read before saving: the card to update, the kind of model, what may be outdated, and whether there is a tokenizer
+_SEEDS = (README, CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_FILE)
 _ATTEMPTS = 5
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from local_hub import Fault
 from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors, push_donor
@@ -129,6 +129,18 @@ def test_what_is_pushed_beside_a_save_is_what_was_saved(base, api, repo_id, tmp_
     gathered = {name: tensor / 2 for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path / "model", state_dict=gathered, **options)
     assert same(DonorModel.from_pretrained(repo_id), halved)
+
+
+@pytest.mark.parametrize("seeds", [None, (1,), (1, 2)], ids=["donor", "organ", "composition"])
+def test_a_tokenizer_that_the_repo_has_stays(base_folder, seeds, api, repo_id):
+    folder = base_folder("llama")
+    model = organ(folder, 1) if seeds is None else with_organs(folder, *seeds)
+    model.push_to_hub(repo_id)
+    tokenizer = AutoTokenizer.from_pretrained(repo_id)
+    tokenizer.add_tokens(["<verse>"])
+    tokenizer.push_to_hub(repo_id)
+    model.push_to_hub(repo_id)
+    assert "<verse>" in AutoTokenizer.from_pretrained(repo_id).get_vocab()
 
 
 def test_trainer_pushes_the_organ_and_its_tags(base, api, repo_id, tmp_path):
