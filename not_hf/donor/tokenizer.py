@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
@@ -53,17 +54,21 @@ class DonorProcessor(DonorTokenizer):
     auto_class = AutoProcessor
 
 
-def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
-    """Save the tokenizer of a local base in `draft`, unless `folder`, to which the draft is moved, has one.
+def save_local_tokenizer(
+    config: DonorConfig, folder: str | os.PathLike[str], draft: str | os.PathLike[str]
+) -> None:
+    """Save the tokenizer of a donor's local base in `draft`, unless `folder`, to which the draft is moved, has one.
 
     Of a base for images or sounds, the processor is saved, of which the tokenizer is a part. A tokenizer with code of
     its own is left out, with a warning: saving a donor runs no code, and asks nothing.
     """
+    base = config.base_model_name_or_path
     if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
         return
+    base = str(Path(base, config.base_subfolder or ""))
     try:
-        config = AutoConfig.from_pretrained(base)
-        auto_class: Any = AutoTokenizer if layers_config(config) is config else AutoProcessor
+        native = AutoConfig.from_pretrained(base)
+        auto_class: Any = AutoTokenizer if layers_config(native) is native else AutoProcessor
         auto_class.from_pretrained(base, trust_remote_code=False).save_pretrained(draft)
     except ImportError as error:  # of what a processor needs
         logger.warning("the processor of %s is not saved with the donor: %s", base, one_line(error, 200))
@@ -73,5 +78,5 @@ def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft
                 "the tokenizer of %s has code of its own, so it is not saved with the donor; load it from there: "
                 "AutoTokenizer.from_pretrained(%r, trust_remote_code=True)",
                 base,
-                os.fspath(base),
+                base,
             )

@@ -133,7 +133,7 @@ def save_organs(
                 _save_for_trainers(states, draft, folder)
             if generation is not None:
                 save_generation_config(generation, draft)
-            save_local_tokenizer(config.base_model_name_or_path, folder, draft)
+            save_local_tokenizer(config, folder, draft)
 
 
 def _cut_from(organ: Organ, shell: DonorModel) -> DonorConfig:
