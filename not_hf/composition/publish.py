@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from huggingface_hub import CommitInfo
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
@@ -105,6 +106,8 @@ def push_donor(
             found = ignored(place, names) | (hidden(place, names) - {EVAL_RESULTS})
             return {name for name in found if Path(place, name) not in needed}
 
+        if not (folder / GENERATION_CONFIG_NAME).exists():  # an earlier donor's, which a load would use for this one
+            Path(target, GENERATION_CONFIG_NAME).unlink(missing_ok=True)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=left_out)
         require_same_save(target, None, config.digests)
         for organ in inside:

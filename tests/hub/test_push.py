@@ -429,6 +429,17 @@ def test_checkpoints_of_a_trainer_are_not_pushed(base, repo_id, tmp_path):
     assert not [file for file in HfApi().list_repo_files(repo_id) if "checkpoint" in file]
 
 
+def test_the_generation_config_of_an_earlier_push_goes_with_a_folder_that_has_none(base, api, repo_id, tmp_path):
+    model = with_organs(base, 1)
+    model.generation_config.max_new_tokens = 7
+    model.push_to_hub(repo_id)
+    assert T(repo_id).generation_config.max_new_tokens == 7
+    organ(base, 2).save_pretrained(tmp_path)
+    push_donor(tmp_path, repo_id)
+    assert "generation_config.json" not in api.list_repo_files(repo_id) and titles(repo_id)[1] == "Upload organ"
+    assert T(repo_id).generation_config.max_new_tokens != 7
+
+
 def test_results_of_benchmarks_are_pushed(base, repo_id, tmp_path):
     organ(base, 1).save_pretrained(tmp_path)
     for folder in (".eval_results", ".cache"):
