@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import AUTO_KWARGS, HUB_KWARGS
+from not_hf.cards.common import hub_id
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError, one_line, reading_base
 
@@ -63,7 +64,10 @@ def save_local_tokenizer(
     its own is left out, with a warning: saving a donor runs no code, and asks nothing.
     """
     base = config.base_model_name_or_path
-    if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
+    if os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
+        _warn_of_another_base(config, folder)
+        return
+    if base is None or not os.path.isdir(base):
         return
     base = str(Path(base, config.base_subfolder or ""))
     try:
@@ -80,3 +84,18 @@ def save_local_tokenizer(
                 base,
                 base,
             )
+
+
+def _warn_of_another_base(config: DonorConfig, folder: str | os.PathLike[str]) -> None:
+    """Warn if the tokenizer in a folder, which is kept, may be that of the base of the donor saved there before."""
+    try:
+        before = DonorConfig.from_pretrained(folder)
+    except (OSError, ValueError):  # no donor, or one that the save replaces
+        return
+    old, new = ((each.base_model_name_or_path, each.base_subfolder) for each in (before, config))
+    if old != new and old[0] and hub_id(old[0]) is None:
+        logger.warning(
+            "the tokenizer beside the donor is kept, but the donor saved there before was of another base, %s; if it "
+            "is the tokenizer of that base, delete its files and save again",
+            "/".join(filter(None, old)),
+        )

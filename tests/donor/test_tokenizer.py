@@ -59,3 +59,16 @@ def test_that_of_a_base_in_a_subfolder_is_saved(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     for name in ("donor", "composed", "saved"):
         assert (tmp_path / name / "tokenizer_config.json").exists()
+
+
+def test_one_that_may_be_of_the_base_of_before_is_kept_with_a_warning(tmp_path, caplog):
+    """It may as well be the user's own."""
+    for name in ("a", "b"):
+        tiny_model("llama").save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    first, second = (DonorModel.from_base(tmp_path / name, (1, 3)) for name in ("a", "b"))
+    first.save_pretrained(tmp_path / "donor")
+    first.save_pretrained(tmp_path / "donor")
+    assert "tokenizer" not in caplog.text
+    second.save_pretrained(tmp_path / "donor")
+    assert f"was of another base, {tmp_path / 'a'}; if it is the tokenizer of that base, delete" in caplog.text
