@@ -70,7 +70,8 @@ class Transplanted(Recipient):
         Args:
             pretrained_model_name_or_path: With `donor`, the recipient: a folder, a Hub ID, or a live model, which is
                 transplanted in place. Without `donor`, a donor repo, whose config names the base and its revision.
-            donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied.
+            donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied. Of a donor saved with `variant`, give
+                `DonorModel.from_pretrained(donor, variant=...)`.
             donor_name: Name of the organ in the model.
             position: Position among the recipient's own layers; default: the donor's. `"best"`: where a sweep found it
                 best, as `PositionSweep.record` noted it in the donor's config.
@@ -88,7 +89,7 @@ class Transplanted(Recipient):
                 loaded into the whole recipient. `"full"` loads the whole recipient.
             verify: Compare the donor's tensors with the digest in its config, which costs a pass over their bytes.
             config: Config of the first argument, if already loaded.
-            **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `revision`, …). `token`,
+            **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `variant`, …). `token`,
                 `cache_dir`, `force_download` and `local_files_only` also apply to the donor. Without `donor`,
                 `revision` and `subfolder` are those of the donor.
 
@@ -164,8 +165,16 @@ class Transplanted(Recipient):
             state_dict: Tensors of the whole model, if already gathered (as by `Trainer`).
             dtype: dtype of the files. `None`: that of each organ, which is float32 for one that is trained.
             delta: Store changes of the layers that each organ was cut from; `rank` is as there, too.
+
+        Raises:
+            NotHFError: A `variant` is given; only a `DonorModel` is saved, and loaded, as one.
         """
         names = self._selected(selected_donors)
+        if variant := kwargs.get("variant"):
+            raise NotHFError(
+                f"models load organs from model.safetensors, so variant={variant!r} would not be found; leave it out, "
+                "and choose the dtype of the files: dtype=torch.float16"
+            )
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs: Any = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
         kwargs |= {"state_dict": state_dict, "dtype": dtype, "max_shard_size": max_shard_size}

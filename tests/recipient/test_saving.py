@@ -46,6 +46,12 @@ def test_an_organ_is_saved_in_its_own_dtype_or_as_asked_for(tmp_path):
         assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
 
 
+def test_a_variant_which_no_model_would_load_is_refused(tmp_path):
+    with pytest.raises(NotHFError, match=r"variant='fp16' would not be found; leave it out, .*dtype=torch.float16"):
+        transplanted(("a", A, {})).save_pretrained(tmp_path / "out", variant="fp16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_folder):
     base = base_folder("llama")
     a, b = (tiny_organ(seed) for seed in (1, 2))
