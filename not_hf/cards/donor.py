@@ -26,7 +26,7 @@ from not_hf.cards.common import (
     updated,
 )
 from not_hf.cards.license import License
-from not_hf.cards.metrics import INTERVAL, KINDS, MEASURED_ON, PRIVACY
+from not_hf.cards.metrics import INTERVAL, KINDS, MEASURED_AT, MEASURED_ON, PRIVACY, place_of
 from not_hf.config import DonorConfig
 from not_hf.limits import is_of
 
@@ -55,7 +55,8 @@ def donor_card(
     task = task_of(config.native_config("base_config")) if config.base_config else "text-generation"
     measured = _measured(config.metrics or {})
     finite = {name: value["after"] for name, value in measured.items() if math.isfinite(value.get("after", math.nan))}
-    results = [_eval_result(name, value, task, config.domain) for name, value in finite.items()]
+    elsewhere = _measured_elsewhere(config)
+    results = [_eval_result(name, value, task, config.domain) for name, value in finite.items() if not elsewhere]
     data = ModelCardData(
         library_name=LIBRARY,
         base_model=base,
@@ -73,6 +74,7 @@ def donor_card(
         "beside": beside_layers(config),
         "delta": describe_delta(config),
         "conditions": dict(_conditions(config.metrics or {})),
+        "elsewhere": elsewhere,
         "privacy": _privacy(config.metrics or {}),
         "curve": CURVE if has_curve else None,
     }
@@ -146,6 +148,12 @@ def _measured(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
+def _measured_elsewhere(config: DonorConfig) -> dict[str, Any] | None:
+    """Return the place and scale that the numbers were measured at, if they are not the organ's."""
+    at: Any = (config.metrics or {}).get(MEASURED_AT)
+    return at if isinstance(at, dict) and at != place_of(config) else None
+
+
 def _privacy(metrics: dict[str, Any]) -> list[str]:
     """Return what a privacy probe found, a sentence each."""
     found: Any = metrics.get(PRIVACY)
@@ -188,7 +196,7 @@ def _name(path: tuple[str, ...]) -> str:
 def _numbers(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
     for key, value in metrics.items():
         if isinstance(value, dict):
-            yield from _numbers(value, (*path, str(key))) if key != MEASURED_ON else ()
+            yield from _numbers(value, (*path, str(key))) if key not in (MEASURED_ON, MEASURED_AT) else ()
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield (*path, str(key)), float(value)
 
