@@ -11,13 +11,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from not_hf.architecture.part_names import ALL
-from not_hf.architecture.stack import task_of
+from not_hf.architecture.stack import is_encoder
 from not_hf.cards.common import (
     ADAPTER_TAG,
     DONOR_TAG,
     LIBRARY,
     METHOD_TAGS,
     README,
+    TASKS,
     has_own_text,
     hub_id,
     named_base,
@@ -52,11 +53,15 @@ def donor_card(
     """
     base = named_base(config.base_model_name_or_path)
     title = short_name(repo_id) if repo_id else f"{short_name(config.base_model_name_or_path)}-organ"
-    task = task_of(config.native_config("base_config")) if config.base_config else "text-generation"
+    encodes = bool(config.base_config) and is_encoder(config.native_config("base_config"))
+    head = _head(config) or ("MaskedLM" if encodes else "CausalLM")
+    task = None if head == "SequenceClassification" else TASKS[f"AutoModelFor{head}"]  # it may be one of tokens
     measured = _measured(config.metrics or {})
     finite = {name: value["after"] for name, value in measured.items() if math.isfinite(value.get("after", math.nan))}
     elsewhere = _measured_elsewhere(config)
-    results = [_eval_result(name, value, task, config.domain) for name, value in finite.items() if not elsewhere]
+    results = [
+        _eval_result(name, value, task or "other", config.domain) for name, value in finite.items() if not elsewhere
+    ]
     data = ModelCardData(
         library_name=LIBRARY,
         base_model=base,
@@ -70,6 +75,8 @@ def donor_card(
     )
     facts: dict[str, Any] = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
     facts |= {
+        "head": head,
+        "is_encoder": encodes,
         "parts": parts_of_layers(config),
         "beside": beside_layers(config),
         "delta": describe_delta(config),
@@ -138,6 +145,16 @@ def describe_delta(config: DonorConfig) -> str | None:
 def hub_datasets(config: DonorConfig) -> list[str]:
     """List the training datasets that are on the Hub."""
     return [name for name in config.datasets or [] if hub_id(name) and not name.endswith(_DATA_FILES)]
+
+
+def _head(config: DonorConfig) -> str | None:
+    """Return the head of the model that a donor was trained in, as Auto classes call it, if it holds one."""
+    names = {
+        name.rpartition(".")[2] for name in (*(config.modules_to_save or ()), *(config.trainable_token_indices or ()))
+    }
+    if "qa_outputs" in names:
+        return "QuestionAnswering"
+    return "SequenceClassification" if config.labels and names & {"score", "classifier"} else None
 
 
 def _measured(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
