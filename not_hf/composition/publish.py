@@ -56,8 +56,8 @@ def push_donor(
         **options: As in `push_to_hub`.
 
     Raises:
-        NotHFError: The folder is not a donor, or lists an organ from another folder; no delta can be made of it, or it is one of a
-            base on this machine.
+        NotHFError: The folder is not a donor, or lists an organ from another folder; or no delta can be made of it, or
+            it is one of a base on this machine.
         CorruptDonorError: An organ is damaged.
         OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
 
@@ -93,7 +93,9 @@ def push_donor(
     num_parameters, size = _measured(folder, inside, token)
     if len(inside) < len(organs):  # the sizes of organs in other repos are unknown
         num_parameters = size = None
-    needed = {place for organ in inside for path in [folder / (organ.subfolder or "")] for place in (path, *path.parents)}
+    needed = {
+        place for organ in inside for path in [folder / (organ.subfolder or "")] for place in (path, *path.parents)
+    }
     stated = config.license
     inherit_license(config, revision=config.base_revision, token=token)
 

@@ -199,9 +199,7 @@ def plan_delta(kind: str | None, rank: int | None, config: DonorConfig, is_pushe
             "from a folder or Hub ID"
         )
     if is_pushed:
-        require_on_hub(
-            base, "leave out delta, or name the base's Hub ID when cutting (not-hf extract --base-name)"
-        )
+        require_on_hub(base, "leave out delta, or name the base's Hub ID when cutting (not-hf extract --base-name)")
     return Delta(kind, rank, base, config.base_revision, config.base_subfolder)
 
 

@@ -55,9 +55,7 @@ class DonorProcessor(DonorTokenizer):
     auto_class = AutoProcessor
 
 
-def save_local_tokenizer(
-    config: DonorConfig, folder: str | os.PathLike[str], draft: str | os.PathLike[str]
-) -> None:
+def save_local_tokenizer(config: DonorConfig, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
     """Save the tokenizer of a donor's local base in `draft`, unless `folder`, to which the draft is moved, has one.
 
     Of a base for images or sounds, the processor is saved, of which the tokenizer is a part. A tokenizer with code of

@@ -70,8 +70,8 @@ class Transplanted(Recipient):
         Args:
             pretrained_model_name_or_path: With `donor`, the recipient: a folder, a Hub ID, or a live model, which is
                 transplanted in place. Without `donor`, a donor repo, whose config names the base and its revision.
-            donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied. Of a donor saved with `variant`, give
-                `DonorModel.from_pretrained(donor, variant=...)`.
+            donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied. One that was saved with `variant` is
+                given as `DonorModel.from_pretrained(donor, variant=...)`.
             donor_name: Name of the organ in the model.
             position: Position among the recipient's own layers; default: the donor's. `"best"`: where a sweep found it
                 best, as `PositionSweep.record` noted it in the donor's config.

@@ -177,7 +177,9 @@ def test_the_licence_and_the_sizes_are_known_however_it_was_made(base, tmp_path)
 def test_an_organ_that_was_a_trainers_checkpoint_is_pushed_with_the_others(base, kjv, tmp_path):
     """It is named after its folder, like the checkpoints that a push leaves out."""
     DonorModel.from_pretrained(kjv).save_pretrained(tmp_path / "runs" / "checkpoint-500")
-    compose([kjv, OrganSource("", tmp_path / "runs" / "checkpoint-500", position=0)]).save_pretrained(tmp_path / "both")
+    compose([kjv, OrganSource("", tmp_path / "runs" / "checkpoint-500", position=0)]).save_pretrained(
+        tmp_path / "both"
+    )
     for other in (tmp_path / "both" / "checkpoint-9", tmp_path / "both" / "checkpoint-500" / "checkpoint-1"):
         other.mkdir()
         (other / "optimizer.pt").write_bytes(b"large")

@@ -54,7 +54,10 @@ def test_a_variant_which_no_model_would_load_is_refused(tmp_path):
 
 
 def test_a_card_says_where_its_numbers_were_measured(tmp_path, base_folder):
-    metrics, elsewhere = {"perplexity": {"before": 30.0, "after": 12.5}}, "Measured at position 3, mode insert, scale 1.0:"
+    metrics, elsewhere = (
+        {"perplexity": {"before": 30.0, "after": 12.5}},
+        "Measured at position 3, mode insert, scale 1.0:",
+    )
     donor = tiny_organ(1)
     donor.config.metrics = metrics
     model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), donor, donor_name="a", position=1)
