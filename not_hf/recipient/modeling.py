@@ -70,8 +70,7 @@ class Transplanted(Recipient):
         Args:
             pretrained_model_name_or_path: With `donor`, the recipient: a folder, a Hub ID, or a live model, which is
                 transplanted in place. Without `donor`, a donor repo, whose config names the base and its revision.
-            donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied. One that was saved with `variant` is
-                given as `DonorModel.from_pretrained(donor, variant=...)`.
+            donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied.
             donor_name: Name of the organ in the model.
             position: Position among the recipient's own layers; default: the donor's. `"best"`: where a sweep found it
                 best, as `PositionSweep.record` noted it in the donor's config.
@@ -89,9 +88,10 @@ class Transplanted(Recipient):
                 loaded into the whole recipient. `"full"` loads the whole recipient.
             verify: Compare the donor's tensors with the digest in its config, which costs a pass over their bytes.
             config: Config of the first argument, if already loaded.
-            **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `variant`, …). `token`,
+            **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `revision`, …). `token`,
                 `cache_dir`, `force_download` and `local_files_only` also apply to the donor. Without `donor`,
-                `revision` and `subfolder` are those of the donor.
+                `revision` and `subfolder` are those of the donor. A donor that was saved with `variant` is given as
+                `DonorModel.from_pretrained(donor, variant=...)`.
 
         Returns:
             The native model with organs, in eval mode unless a live recipient was in train mode.
