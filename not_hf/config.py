@@ -32,6 +32,7 @@ DELTA = "delta"  # variant of the weight files that hold changes of the base's l
 _CHOICES = ("attn_implementation", "experts_implementation", "quantization_config")
 # What does not concern its layers either: code, names, and labels, of which transformers makes as many as it is told
 _NOT_OF_LAYERS = ("auto_map", "trust_remote_code", "name_or_path", "num_labels", "id2label", "label2id")
+_TAKEN = ("return_unused_kwargs", "name_or_path", "attn_implementation", "experts_implementation")  # by `from_dict`
 # Root keys that transformers writes, and the types of their values
 _WRITTEN = {
     **{"model_type": str, "architectures": list[str] | None, "transformers_version": str | None},
@@ -170,8 +171,9 @@ class DonorConfig(PreTrainedConfig):
             made: Any = super().from_dict(values, **kwargs)
         except (StrictDataclassError, TypeError, AttributeError, IndexError, KeyError) as error:
             raise CorruptDonorError(f"donor config.json: {one_line(error, 300)}") from error
-        if kwargs.get("return_unused_kwargs"):  # the dtype is meant for the model, which older releases do not tell
-            made[1].update({key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs})
+        if kwargs.get("return_unused_kwargs"):  # what every config has (num_labels, …) is meant for the recipient
+            own = {*cls.__annotations__, *_TAKEN}
+            made[1].update({key: value for key, value in kwargs.items() if key not in own and not key.startswith("_")})
         return made
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaForCausalLM,
     pipeline,
@@ -25,6 +26,7 @@ from not_hf import (
     DonorModel,
     NotHFError,
     TransplantedForCausalLM,
+    TransplantedForSequenceClassification,
 )
 from testing.models import logits, tiny_model
 from testing.processes import run_python
@@ -92,6 +94,16 @@ def test_options_reach_the_organ_and_the_base(where, load):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager" and model.config.num_hidden_layers == 4
     assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("load", [TransplantedForSequenceClassification, AutoModelForSequenceClassification])
+def test_values_that_every_config_has_reach_the_recipient(where, load):
+    chosen = {"num_labels": 1, "problem_type": "regression", "output_hidden_states": True, "return_dict": False}
+    model = load.from_pretrained(where[1], **chosen)
+    assert model.score.weight.shape[0] == 1
+    assert {key: getattr(model.config, key) for key in chosen} == chosen
+    named = load.from_pretrained(where[1], id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    assert named.score.weight.shape[0] == 3 and named.config.id2label[2] == "c"
 
 
 def test_the_tokenizer_is_the_bases(where):

@@ -177,8 +177,3 @@ def saved_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     found = getattr(transformers, name, None) if name.isidentifier() else None
     is_native = isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)
     return found if is_native and found not in native_classes(AutoModel, config) else None
-
-
-def task_of(config: PreTrainedConfig) -> str:
-    """The Hub's name for the task of a language model of this config."""
-    return "fill-mask" if is_encoder(config) else "text-generation"

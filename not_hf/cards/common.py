@@ -26,6 +26,17 @@ README = "README.md"
 DONOR_TAG = "not-hf"  # of donors only: `list_donors` searches for it
 ADAPTER_TAG = "base_model:adapter:"  # before the Hub ID of the base
 METHOD_TAGS = ("neural-organ-transplantation", "arxiv:2601.13580")  # of everything made with the method
+# The Hub's names of tasks, by the Auto class of the model
+TASKS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForMultimodalLM": "any-to-any",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
 
 # A part of a card that not_hf writes. Cards of versions without checksums have the block "facts" only. No part holds
 # the mark of another one: so a text of marks alone is searched once, not once per mark.

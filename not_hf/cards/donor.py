@@ -11,13 +11,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from not_hf.architecture.part_names import ALL
-from not_hf.architecture.stack import task_of
+from not_hf.architecture.stack import is_encoder
 from not_hf.cards.common import (
     ADAPTER_TAG,
     DONOR_TAG,
     LIBRARY,
     METHOD_TAGS,
     README,
+    TASKS,
     has_own_text,
     hub_id,
     named_base,
@@ -26,7 +27,7 @@ from not_hf.cards.common import (
     updated,
 )
 from not_hf.cards.license import License
-from not_hf.cards.metrics import INTERVAL, KINDS, MEASURED_ON, PRIVACY
+from not_hf.cards.metrics import INTERVAL, KINDS, MEASURED_AT, MEASURED_ON, PRIVACY, place_of
 from not_hf.config import DonorConfig
 from not_hf.limits import is_of
 
@@ -52,10 +53,15 @@ def donor_card(
     """
     base = named_base(config.base_model_name_or_path)
     title = short_name(repo_id) if repo_id else f"{short_name(config.base_model_name_or_path)}-organ"
-    task = task_of(config.native_config("base_config")) if config.base_config else "text-generation"
+    encodes = bool(config.base_config) and is_encoder(config.native_config("base_config"))
+    head = _head(config) or ("MaskedLM" if encodes else "CausalLM")
+    task = None if head == "SequenceClassification" else TASKS[f"AutoModelFor{head}"]  # it may be one of tokens
     measured = _measured(config.metrics or {})
     finite = {name: value["after"] for name, value in measured.items() if math.isfinite(value.get("after", math.nan))}
-    results = [_eval_result(name, value, task, config.domain) for name, value in finite.items()]
+    elsewhere = _measured_elsewhere(config)
+    results = [
+        _eval_result(name, value, task or "other", config.domain) for name, value in finite.items() if not elsewhere
+    ]
     data = ModelCardData(
         library_name=LIBRARY,
         base_model=base,
@@ -69,10 +75,13 @@ def donor_card(
     )
     facts: dict[str, Any] = {"config": config, "num_parameters": num_parameters, "size": size, "measured": measured}
     facts |= {
+        "head": head,
+        "is_encoder": encodes,
         "parts": parts_of_layers(config),
         "beside": beside_layers(config),
         "delta": describe_delta(config),
         "conditions": dict(_conditions(config.metrics or {})),
+        "elsewhere": elsewhere,
         "privacy": _privacy(config.metrics or {}),
         "curve": CURVE if has_curve else None,
     }
@@ -138,12 +147,28 @@ def hub_datasets(config: DonorConfig) -> list[str]:
     return [name for name in config.datasets or [] if hub_id(name) and not name.endswith(_DATA_FILES)]
 
 
+def _head(config: DonorConfig) -> str | None:
+    """Return the head of the model that a donor was trained in, as Auto classes call it, if it holds one."""
+    names = {
+        name.rpartition(".")[2] for name in (*(config.modules_to_save or ()), *(config.trainable_token_indices or ()))
+    }
+    if "qa_outputs" in names:
+        return "QuestionAnswering"
+    return "SequenceClassification" if config.labels and names & {"score", "classifier"} else None
+
+
 def _measured(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Collect the numbers in nested `metrics`: by name, their values "before" and "after" the transplant."""
     found: dict[str, dict[str, float]] = {}
     for path, value in _numbers(metrics):
         found.setdefault(_name(path), {})["before" if "before" in path else "after"] = value
     return found
+
+
+def _measured_elsewhere(config: DonorConfig) -> dict[str, Any] | None:
+    """Return the place and scale that the numbers were measured at, if they are not the organ's."""
+    at: Any = (config.metrics or {}).get(MEASURED_AT)
+    return at if isinstance(at, dict) and at != place_of(config) else None
 
 
 def _privacy(metrics: dict[str, Any]) -> list[str]:
@@ -188,7 +213,7 @@ def _name(path: tuple[str, ...]) -> str:
 def _numbers(metrics: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
     for key, value in metrics.items():
         if isinstance(value, dict):
-            yield from _numbers(value, (*path, str(key))) if key != MEASURED_ON else ()
+            yield from _numbers(value, (*path, str(key))) if key not in (MEASURED_ON, MEASURED_AT) else ()
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield (*path, str(key)), float(value)
 

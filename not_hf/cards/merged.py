@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from not_hf.architecture.stack import task_of
-from not_hf.cards.common import METHOD_TAGS, README, named_base, render, unite, updated
+from not_hf.cards.common import METHOD_TAGS, README, TASKS, named_base, render, unite, updated
 from not_hf.cards.donor import hub_datasets
 from not_hf.cards.license import base_license, joint_license, organ_license
 from not_hf.version import __version__
@@ -42,6 +41,7 @@ def merged_card(model: Transplanted, folder: str | os.PathLike[str], **hub_kwarg
     surgery = model._surgery
     base, commit = surgery.base_config, surgery.base_revision
     organs = [organ for organ in surgery.organs.values() if organ.active]
+    auto_class = model.native_auto_class.__name__
     parts = unite(*map(named_base, [base.name_or_path, *(organ.repo for organ in organs)]))
     licenses = [base_license(base.name_or_path or "", revision=commit, **hub_kwargs)]
     licenses += [organ_license(organ.config, revision=organ.config.base_revision, **hub_kwargs) for organ in organs]
@@ -49,10 +49,11 @@ def merged_card(model: Transplanted, folder: str | os.PathLike[str], **hub_kwarg
         library_name="transformers",
         base_model=parts or None,
         base_model_relation="merge" if parts else None,
-        pipeline_tag=task_of(base),
+        pipeline_tag=TASKS[auto_class],
         tags=["merge", *METHOD_TAGS],
         datasets=unite(*(hub_datasets(organ.config) for organ in organs)) or None,
         **joint_license(licenses).metadata(),
     )
-    card = render("merged_card.md", data, model=model, base=base, commit=commit, organs=organs, version=__version__)
+    facts: dict[str, Any] = {"model": model, "auto_class": auto_class, "base": base, "commit": commit}
+    card = render("merged_card.md", data, organs=organs, version=__version__, **facts)
     return updated(Path(folder, README), card)

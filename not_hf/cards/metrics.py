@@ -7,10 +7,29 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from not_hf.config import DonorConfig
+
 MEASURED_ON = "measured_on"  # key beside a number: the text that it was measured on, its tokens and the window
+MEASURED_AT = "measured_at"  # key in the metrics: the place and scale of the organ then, if it was moved since
 INTERVAL = "confidence_interval"  # key beside a number: the ends of its 95 % interval, by "before" and "after"
 PRIVACY = "privacy"  # key in the metrics, of sentences: what a probe found
 KINDS = ("perplexity", "bits_per_byte")  # of numbers; nats per token would say what perplexity says
+
+
+def place_of(config: DonorConfig) -> dict[str, Any]:
+    """Return the place and scale of an organ, as `metrics` note them."""
+    return {"position": config.position, "mode": config.mode, "scale": config.scale}
+
+
+def metrics_after_move(config: DonorConfig, before: DonorConfig) -> dict[str, Any] | None:
+    """Return an organ's `metrics`, with a note of where it was measured if it has another place or scale than before.
+
+    Numbers that were written since are taken for those of its place.
+    """
+    metrics = config.metrics
+    if not metrics or metrics != before.metrics or MEASURED_AT in metrics or place_of(config) == place_of(before):
+        return metrics
+    return {**metrics, MEASURED_AT: place_of(before)}
 
 
 def organ_metrics(

@@ -133,7 +133,7 @@ class Plan:
             config.digests = digests or None
             config.save_pretrained(draft)
             card.save(Path(draft, README))
-            save_local_tokenizer(self.base, folder, draft)
+            save_local_tokenizer(config, folder, draft)
 
     def _files(self, organ: PlannedOrgan) -> dict[str, str]:
         """Fetch the files of a donor, and return their local paths by name."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from huggingface_hub import CommitInfo
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
@@ -17,7 +18,7 @@ from not_hf.cards.license import inherit_license
 from not_hf.composition.resolve import ResolvedOrgan, resolve_donor
 from not_hf.composition.sources import OrganSource
 from not_hf.config import DELTA
-from not_hf.donor.delta import plan_delta, write_delta
+from not_hf.donor.delta import Delta, plan_delta, require_on_hub, write_delta
 from not_hf.donor.loading import refuse
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saving import digests_of
@@ -48,13 +49,15 @@ def push_donor(
         folder: Folder of the donor. Organs that a composition lists from elsewhere must be on the Hub.
         repo_id: As in `push_to_hub`.
         ignore: Patterns of file names to leave out, besides Trainer's checkpoints and names that begin with a dot; of
-            the latter, results of benchmarks in `.eval_results` are pushed.
+            the latter, results of benchmarks in `.eval_results` are pushed. Folders of a composition's organs always
+            are.
         delta: Push a delta, as in `DonorModel.save_pretrained`; the folder keeps its whole tensors.
         rank: Rank of its products.
         **options: As in `push_to_hub`.
 
     Raises:
-        NotHFError: The folder is not a donor, or lists an organ from another folder, or no delta can be made of it.
+        NotHFError: The folder is not a donor, or lists an organ from another folder; or no delta can be made of it, or
+            it is one of a base on this machine.
         CorruptDonorError: An organ is damaged.
         OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
 
@@ -79,6 +82,10 @@ def push_donor(
             raise NotHFError(
                 f"organ {organ.name!r} is in {organ.donor}, a folder of this machine; copy it into {folder}"
             )
+        if organ.spec.config.delta is not None:
+            where = folder / (organ.subfolder or "")
+            base = Delta.of(organ.spec.config).base_model_name_or_path
+            require_on_hub(base, f"save {where} whole, or name the base's Hub ID in its config.json under delta")
     planned = plan_delta(delta, rank, config, is_pushed=True)
     if planned is not None and (config.donors is not None or config.delta is not None):
         kind = "a composition, whose organs are pushed one by one as" if config.delta is None else "already"
@@ -86,6 +93,9 @@ def push_donor(
     num_parameters, size = _measured(folder, inside, token)
     if len(inside) < len(organs):  # the sizes of organs in other repos are unknown
         num_parameters = size = None
+    needed = {
+        place for organ in inside for path in [folder / (organ.subfolder or "")] for place in (path, *path.parents)
+    }
     stated = config.license
     inherit_license(config, revision=config.base_revision, token=token)
 
@@ -95,8 +105,11 @@ def push_donor(
         ignored, hidden = shutil.ignore_patterns(f"{DRAFT}*", "checkpoint-*", *ignore), shutil.ignore_patterns(".*")
 
         def left_out(place: str, names: list[str]) -> set[str]:
-            return ignored(place, names) | (hidden(place, names) - {EVAL_RESULTS})
+            found = ignored(place, names) | (hidden(place, names) - {EVAL_RESULTS})
+            return {name for name in found if Path(place, name) not in needed}
 
+        if not (folder / GENERATION_CONFIG_NAME).exists():  # an earlier donor's, which a load would use for this one
+            Path(target, GENERATION_CONFIG_NAME).unlink(missing_ok=True)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=left_out)
         require_same_save(target, None, config.digests)
         for organ in inside:

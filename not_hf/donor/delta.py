@@ -198,12 +198,15 @@ def plan_delta(kind: str | None, rank: int | None, config: DonorConfig, is_pushe
             "a delta is read together with its base, and this donor names none; leave out delta, or cut the organ "
             "from a folder or Hub ID"
         )
-    if is_pushed and os.path.isdir(base):
-        raise NotHFError(
-            f"a delta is read together with its base, and {base} is a folder on this machine; leave out delta, or "
-            "name the base's Hub ID when cutting (not-hf extract --base-name)"
-        )
+    if is_pushed:
+        require_on_hub(base, "leave out delta, or name the base's Hub ID when cutting (not-hf extract --base-name)")
     return Delta(kind, rank, base, config.base_revision, config.base_subfolder)
+
+
+def require_on_hub(base: str, instead: str) -> None:
+    """Check that the base of a delta that is pushed means something elsewhere; `instead` says what to do if not."""
+    if os.path.isdir(base):
+        raise NotHFError(f"a delta is read together with its base, and {base} is a folder on this machine; {instead}")
 
 
 @torch.no_grad()

@@ -274,11 +274,12 @@ class DonorModel(FilledModel):
             NotHFError: No delta can be made, or it would be no smaller.
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
+        push_kwargs: Any = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
         kwargs |= {"max_shard_size": max_shard_size, "delta": plan_delta(delta, rank, self.config, push_to_hub)}
-        write_donor(self, save_directory, is_main_process, state_dict, **kwargs)
+        kwargs |= {"tensors": state_dict, "token": push_kwargs.get("token")}
+        write_donor(self, save_directory, is_main_process, **kwargs)
         if push_to_hub:
-            self.push_to_hub(repo_id, max_shard_size=max_shard_size, delta=delta, rank=rank, **push_kwargs)
+            self._push(repo_id, kwargs, push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -295,11 +296,15 @@ class DonorModel(FilledModel):
             NotHFError: The repo holds another kind of model.
             OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
         """
-        planned, token = plan_delta(delta, rank, self.config, is_pushed=True), options.get("token")
-        inherit_license(self.config, revision=self.config.base_revision, token=token)
+        of_files = {"max_shard_size": max_shard_size, "delta": plan_delta(delta, rank, self.config, is_pushed=True)}
+        return self._push(repo_id, {**of_files, "token": options.get("token")}, options)
+
+    def _push(self, repo_id: str, of_files: dict[str, Any], options: PushOptions) -> CommitInfo:
+        """Push what `write_donor` writes with the arguments `of_files`."""
+        inherit_license(self.config, revision=self.config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
-            write_donor(self, folder, repo_id=repo_id, delta=planned, token=token, max_shard_size=max_shard_size)
+            write_donor(self, folder, repo_id=repo_id, **of_files)
 
         return push_folder(save, repo_id, self.model_tags, **options)
 

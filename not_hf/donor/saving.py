@@ -92,7 +92,7 @@ def write_donor(
         if generation_config is not None:
             save_generation_config(generation_config, place)
         if draft is None:
-            save_local_tokenizer(donor.config.base_model_name_or_path, folder, place)
+            save_local_tokenizer(config, folder, place)
     return config.digests
 
 

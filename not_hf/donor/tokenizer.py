@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
@@ -11,6 +12,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import AUTO_KWARGS, HUB_KWARGS
+from not_hf.cards.common import hub_id
 from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError, one_line, reading_base
 
@@ -53,17 +55,22 @@ class DonorProcessor(DonorTokenizer):
     auto_class = AutoProcessor
 
 
-def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
-    """Save the tokenizer of a local base in `draft`, unless `folder`, to which the draft is moved, has one.
+def save_local_tokenizer(config: DonorConfig, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
+    """Save the tokenizer of a donor's local base in `draft`, unless `folder`, to which the draft is moved, has one.
 
     Of a base for images or sounds, the processor is saved, of which the tokenizer is a part. A tokenizer with code of
     its own is left out, with a warning: saving a donor runs no code, and asks nothing.
     """
-    if base is None or not os.path.isdir(base) or os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
+    base = config.base_model_name_or_path
+    if os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
+        _warn_of_another_base(config, folder)
         return
+    if base is None or not os.path.isdir(base):
+        return
+    base = str(Path(base, config.base_subfolder or ""))
     try:
-        config = AutoConfig.from_pretrained(base)
-        auto_class: Any = AutoTokenizer if layers_config(config) is config else AutoProcessor
+        native = AutoConfig.from_pretrained(base)
+        auto_class: Any = AutoTokenizer if layers_config(native) is native else AutoProcessor
         auto_class.from_pretrained(base, trust_remote_code=False).save_pretrained(draft)
     except ImportError as error:  # of what a processor needs
         logger.warning("the processor of %s is not saved with the donor: %s", base, one_line(error, 200))
@@ -73,5 +80,20 @@ def save_local_tokenizer(base: str | None, folder: str | os.PathLike[str], draft
                 "the tokenizer of %s has code of its own, so it is not saved with the donor; load it from there: "
                 "AutoTokenizer.from_pretrained(%r, trust_remote_code=True)",
                 base,
-                os.fspath(base),
+                base,
             )
+
+
+def _warn_of_another_base(config: DonorConfig, folder: str | os.PathLike[str]) -> None:
+    """Warn if the tokenizer in a folder, which is kept, may be that of the base of the donor saved there before."""
+    try:
+        before = DonorConfig.from_pretrained(folder)
+    except (OSError, ValueError):  # no donor, or one that the save replaces
+        return
+    old, new = ((each.base_model_name_or_path, each.base_subfolder) for each in (before, config))
+    if old != new and old[0] and hub_id(old[0]) is None:
+        logger.warning(
+            "the tokenizer beside the donor is kept, but the donor saved there before was of another base, %s; if it "
+            "is the tokenizer of that base, delete its files and save again",
+            "/".join(filter(None, old)),
+        )

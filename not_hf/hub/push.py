@@ -13,14 +13,15 @@ from typing import TypedDict
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.constants import DEFAULT_REVISION
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from not_hf.cards.common import README
 from not_hf.errors import reaching_hub, require_plain_token
 from not_hf.hub.atomic_write import files_in, require_donor_folder, stale_weights
 
-# Read before saving: the card to update, the kind of model, what may be outdated
-_SEEDS = (README, CONFIG_NAME, GENERATION_CONFIG_NAME)
+# Read before saving: the card to update, the kind of model, what may be outdated, and whether there is a tokenizer
+_SEEDS = (README, CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_FILE)
 _ATTEMPTS = 5
 
 
@@ -59,7 +60,7 @@ def push_folder(
     earlier push that a load would prefer to the new ones are deleted in the same commit.
 
     Args:
-        save: Called with a temporary folder that holds the repo's cards and configs, which it may update.
+        save: Called with a temporary folder that holds the repo's cards and configs, which it may update or remove.
         repo_id: `owner/name`, or a name in the namespace of the token's owner.
         model_tags: Tags for the card besides `tags`, from `add_model_tags`.
         commit_message: See `PushOptions` for this and the other arguments.
@@ -78,9 +79,10 @@ def push_folder(
             head = _find_head(api, repo_id, revision)
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    written = _save(save, api, repo_id, head, folder, all_tags)
+                    written, removed = _save(save, api, repo_id, head, folder, all_tags)
                     additions = [CommitOperationAdd(path, os.path.join(folder, path)) for path in written]
-                    deletions = [CommitOperationDelete(path) for path in stale_weights(head.files, written)]
+                    stale = [*removed, *stale_weights(head.files, written)]
+                    deletions = [CommitOperationDelete(path) for path in stale]
                     with _ready(api, repo_id, head, private, additions) as parent:
                         return api.create_commit(
                             repo_id,
@@ -135,8 +137,12 @@ def _explaining_tokens(repo_id: str) -> Iterator[None]:
 
 def _save(
     save: Callable[[str, str], None], api: HfApi, repo_id: str, head: _Head, folder: str, tags: list[str]
-) -> list[str]:
-    """Fill the folder, first with what is read before saving; returns the files that are new or changed."""
+) -> tuple[list[str], list[str]]:
+    """Fill the folder, first with what is read before saving.
+
+    Returns:
+        The files that are new or changed, and those that `save` has removed.
+    """
     seeds = {}
     for path in (path for path in head.files if PurePosixPath(path).name in _SEEDS and path.count("/") < 2):
         # copied: hf_hub_download gives a file in the cache, which must not change
@@ -149,7 +155,9 @@ def _save(
         card = ModelCard.load(path := os.path.join(folder, README))
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
         card.save(path)
-    return [path for path in files_in(folder) if path not in seeds or Path(folder, path).read_bytes() != seeds[path]]
+    present = files_in(folder)
+    written = [path for path in present if path not in seeds or Path(folder, path).read_bytes() != seeds[path]]
+    return written, sorted(seeds.keys() - set(present))
 
 
 @contextlib.contextmanager

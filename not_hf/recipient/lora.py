@@ -19,7 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from not_hf.architecture.differences import describe, native_differences
 from not_hf.architecture.quantization import is_quantized
-from not_hf.cards.common import README, warn_once
+from not_hf.cards.common import README, named_base, render, updated, warn_once
 from not_hf.donor.cutting import StoredBase, layer_pattern, open_base
 from not_hf.donor.delta import low_rank
 from not_hf.donor.modeling import DonorModel
@@ -70,7 +70,8 @@ def to_lora(
     """Save an organ that replaces layers as a LoRA adapter for the recipient, which PEFT, vLLM or llama.cpp can load.
 
     Each matrix of the organ less that of the recipient is approximated by a product of that rank, by singular value
-    decomposition. Norms that differ are saved whole, among the adapter's `modules_to_save`.
+    decomposition. Norms that differ are saved whole, among the adapter's `modules_to_save`. The folder's card is
+    updated, as with donors.
 
     Args:
         model: A transplanted model; it is not changed.
@@ -84,7 +85,7 @@ def to_lora(
 
     Raises:
         NotHFError: There is no organ of that name, the rank is not positive, the recipient is quantized or a scaffold,
-            or the folder holds a model.
+            or the folder holds a model or a card that cannot be read.
         IncompatibleDonorError: The organ is inserted, or differs in structure from the layers that it replaces.
         UnsupportedArchitectureError: A change is neither in a matrix, a bias nor a norm (experts in one tensor).
         OSError: The folder cannot be written; it is as it was.
@@ -123,11 +124,12 @@ def to_lora(
         task_type="CAUSAL_LM" if model.can_generate() else None,
         inference_mode=True,
     )
+    card = _card(save_directory, base, rank, adapter.matrices)
     with replacing(save_directory) as draft:
         config.save_pretrained(draft)
         files = {f"{_PEFT}{key}": tensor.contiguous().cpu() for key, tensor in adapter.tensors.items()}
         Path(draft, "adapter_model.safetensors").write_bytes(safetensors.torch.save(files, {"format": "pt"}))
-        _card(base or "", rank, adapter.matrices).save(Path(draft, README))
+        card.save(Path(draft, README))
     return adapter.matrices
 
 
@@ -317,12 +319,7 @@ def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
-def _card(base: str, rank: int, matrices: list[LoraMatrix]) -> ModelCard:
-    """Describe the adapter, with what is lost by matrix."""
-    data = ModelCardData(base_model=base or None, library_name="peft", tags=["lora", "not_hf"])
-    rows = "\n".join(f"| `{matrix.name}` | {matrix.error:.4f} |" for matrix in matrices)
-    return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# LoRA of an organ\n\n"
-        "Made by `not_hf.to_lora`: layers that were trained whole, less those of the base, approximated at rank "
-        f"{rank}.\n\n| matrix | share of the change that is lost |\n| --- | --- |\n{rows}\n"
-    )
+def _card(folder: str | os.PathLike[str], base: str | None, rank: int, matrices: list[LoraMatrix]) -> ModelCard:
+    """Describe the adapter, with what is lost by matrix, in the card of its folder or a new one."""
+    data = ModelCardData(base_model=named_base(base), library_name="peft", tags=["lora", "not_hf"])
+    return updated(Path(folder, README), render("lora_card.md", data, rank=rank, matrices=matrices))

@@ -90,7 +90,8 @@ class Transplanted(Recipient):
             config: Config of the first argument, if already loaded.
             **base_kwargs: For the recipient's `from_pretrained` (`dtype`, `device_map`, `revision`, …). `token`,
                 `cache_dir`, `force_download` and `local_files_only` also apply to the donor. Without `donor`,
-                `revision` and `subfolder` are those of the donor.
+                `revision` and `subfolder` are those of the donor. A donor that was saved with `variant` is given as
+                `DonorModel.from_pretrained(donor, variant=...)`.
 
         Returns:
             The native model with organs, in eval mode unless a live recipient was in train mode.
@@ -164,16 +165,24 @@ class Transplanted(Recipient):
             state_dict: Tensors of the whole model, if already gathered (as by `Trainer`).
             dtype: dtype of the files. `None`: that of each organ, which is float32 for one that is trained.
             delta: Store changes of the layers that each organ was cut from; `rank` is as there, too.
+
+        Raises:
+            NotHFError: A `variant` is given; only a `DonorModel` is saved, and loaded, as one.
         """
         names = self._selected(selected_donors)
+        if variant := kwargs.get("variant"):
+            raise NotHFError(
+                f"models load organs from model.safetensors, so variant={variant!r} would not be found; leave it out, "
+                "and choose the dtype of the files: dtype=torch.float16"
+            )
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        push_kwargs = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
-        of_files: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "delta": delta, "rank": rank}
-        options = {"is_main_process": is_main_process, "is_pushed": push_to_hub, **of_files, **kwargs}
-        save_organs(self, self._surgery, names, save_directory, state_dict=state_dict, **options)
+        push_kwargs: Any = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
+        kwargs |= {"state_dict": state_dict, "dtype": dtype, "max_shard_size": max_shard_size}
+        kwargs |= {"delta": delta, "rank": rank, "token": push_kwargs.get("token"), "is_pushed": push_to_hub}
+        save_organs(self, self._surgery, names, save_directory, is_main_process=is_main_process, **kwargs)
         keep_card_from_trainers()
         if push_to_hub:
-            self.push_to_hub(repo_id, selected_donors=names, **of_files, **push_kwargs)
+            self._push(repo_id, names, kwargs, push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -187,14 +196,17 @@ class Transplanted(Recipient):
         **options: Unpack[PushOptions],
     ) -> CommitInfo:
         """Push organs and cards as one commit. Arguments as in `save_pretrained` and `DonorModel.push_to_hub`."""
-        names = self._selected(selected_donors)
+        of_files: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "delta": delta, "rank": rank}
+        of_files |= {"token": options.get("token"), "is_pushed": True}
+        return self._push(repo_id, self._selected(selected_donors), of_files, options)
+
+    def _push(self, repo_id: str, names: Sequence[str], of_files: dict[str, Any], options: PushOptions) -> CommitInfo:
+        """Push what `save_organs` writes of these organs with the arguments `of_files`."""
         for config in (self.donor_config[name] for name in names):
             inherit_license(config, revision=config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
-            of_files: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "delta": delta, "rank": rank}
-            of_files |= {"repo_id": repo_id, "is_pushed": True, "token": options.get("token")}
-            save_organs(self, self._surgery, names, folder, **of_files)
+            save_organs(self, self._surgery, names, folder, repo_id=repo_id, **of_files)
 
         return push_folder(save, repo_id, self.model_tags, **options)
 

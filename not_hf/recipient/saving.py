@@ -20,6 +20,7 @@ from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License
+from not_hf.cards.metrics import metrics_after_move
 from not_hf.composition.sources import composition_config, write_entry
 from not_hf.config import DonorConfig
 from not_hf.donor.delta import plan_delta
@@ -133,7 +134,7 @@ def save_organs(
                 _save_for_trainers(states, draft, folder)
             if generation is not None:
                 save_generation_config(generation, draft)
-            save_local_tokenizer(config.base_model_name_or_path, folder, draft)
+            save_local_tokenizer(config, folder, draft)
 
 
 def _cut_from(organ: Organ, shell: DonorModel) -> DonorConfig:
@@ -183,6 +184,7 @@ def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
 def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> DonorModel:
     """Build a `DonorModel` on the meta device, in the organ's dtype unless told; the recipient is its base."""
     config = copy.deepcopy(organ.config)
+    config.metrics = metrics_after_move(config, organ.spec.config)
     if name := surgery.base_config.name_or_path:
         if surgery.base_revision or name != config.base_model_name_or_path:
             config.base_revision, config.base_subfolder = surgery.base_revision, surgery.base_subfolder

@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from transformers import LlamaForSequenceClassification
 
+from not_hf import TransplantedForSequenceClassification
 from not_hf.cards import common as readme
 from not_hf.cards.donor import donor_card
 from not_hf.config import DonorConfig
@@ -247,3 +250,29 @@ def test_snippets_of_a_saved_organ_run(tmp_path, monkeypatch, capsys):
         exec(code, names := {})
         assert names["model"].config.num_hidden_layers == NUM_LAYERS + 2
     assert "In the beginning" in capsys.readouterr().out
+
+
+def test_snippets_of_an_organ_with_a_classifier_run(tmp_path, monkeypatch, capsys):
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    donor = DonorModel.from_base(base, layers=(1, 3))
+    chosen = {"modules_to_save": ["score"], "id2label": {0: "law", 1: "kjv"}, "label2id": {"law": 0, "kjv": 1}}
+    model = TransplantedForSequenceClassification.from_pretrained(base, donor, is_trainable=True, **chosen)
+    model.save_pretrained(tmp_path / "organ")
+    card = ModelCard.load(tmp_path / "organ" / "README.md")
+    assert card.data.pipeline_tag is None and "`TokenClassification`" in card.text  # which of the two is not recorded
+    monkeypatch.chdir(tmp_path / "organ")
+    recipient, by_itself = python_blocks(card.text)
+    for code in (recipient.replace("path/to/base", str(base)), by_itself):
+        exec(code, names := {})
+        assert isinstance(names["model"], LlamaForSequenceClassification)
+        assert torch.equal(names["model"].score.weight, model.score.weight)
+    assert "'label': " in capsys.readouterr().out
+
+
+def test_the_card_of_an_organ_that_answers_questions_names_that_head():
+    card = donor_card(make_config(modules_to_save=["qa_outputs"], labels=["LABEL_0", "LABEL_1"]), repo_id="me/organ")
+    assert card.data.pipeline_tag == "question-answering" and "pipeline(" not in card.text
+    assert "import AutoModelForQuestionAnswering\n" in card.text and "TransplantedForQuestionAnswering" in card.text
+    assert donor_card(make_config(modules_to_save=["norm"], labels=["LABEL_0"])).data.pipeline_tag == "text-generation"

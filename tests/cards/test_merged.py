@@ -7,9 +7,19 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
+from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from local_hub import Hub
-from not_hf import DonorModel, TransplantedForCausalLM, TransplantedForMaskedLM
+from not_hf import (
+    DonorModel,
+    TransplantedForCausalLM,
+    TransplantedForImageTextToText,
+    TransplantedForMaskedLM,
+    TransplantedForQuestionAnswering,
+    TransplantedForSequenceClassification,
+    TransplantedForTokenClassification,
+    TransplantedModel,
+)
 from not_hf.cards import common as readme
 from not_hf.cards.merged import merged_card
 from testing.commands import done, failed
@@ -148,3 +158,36 @@ def test_a_broken_card_stops_the_merge_before_anything_is_written(organ, tmp_pat
     (tmp_path / "README.md").write_text("---\na: [\n---\n")
     assert "metadata that cannot be read" in failed("merge", organ, "-o", tmp_path, "--force")
     assert [Path(file).name for file in tmp_path.iterdir()] == ["README.md"]
+
+
+HEADS = {
+    "text-classification": TransplantedForSequenceClassification,
+    "token-classification": TransplantedForTokenClassification,
+    "question-answering": TransplantedForQuestionAnswering,
+    "feature-extraction": TransplantedModel,
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_the_card_names_the_task_and_code_of_the_head(task, base_folder, tmp_path, monkeypatch):
+    donor = DonorModel.from_base(base_folder("llama"), (1, 3))
+    model = HEADS[task].from_pretrained(base_folder("llama"), donor, num_labels=2)
+    card = merged_card(model, tmp_path)
+    assert card.data.pipeline_tag == task
+    model.merge_and_unload().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base_folder("llama")).save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], names := {})
+    found = names["pipe"].model if "pipe" in names else names["model"]
+    assert found.config.num_hidden_layers == 6 and type(found).__name__ == type(model).__name__
+
+
+def test_the_card_of_a_vision_language_model_names_its_class(tmp_path):
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=9, num_hidden_layers=4, **shape)
+    vision = CLIPVisionConfig(num_hidden_layers=2, image_size=4, patch_size=2, **shape)
+    base = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=8))
+    model = TransplantedForImageTextToText.from_pretrained(base, DonorModel.from_base(base, (1, 3)))
+    card = merged_card(model, tmp_path)
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert 'model = AutoModelForImageTextToText.from_pretrained(".")' in card.text and "pipeline(" not in card.text

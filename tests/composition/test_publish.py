@@ -17,6 +17,7 @@ from not_hf import (
     OrganSource,
     TransplantedForCausalLM,
     compose,
+    push_donor,
 )
 from not_hf.architecture.differences import config_differences
 from testing import tree
@@ -171,3 +172,17 @@ def test_the_licence_and_the_sizes_are_known_however_it_was_made(base, tmp_path)
         assert "license: mit" in text
         rows.append([line for line in text.splitlines() if line.startswith(("| Parameters", "| Size"))])
     assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
+def test_an_organ_that_was_a_trainers_checkpoint_is_pushed_with_the_others(base, kjv, tmp_path):
+    """It is named after its folder, like the checkpoints that a push leaves out."""
+    DonorModel.from_pretrained(kjv).save_pretrained(tmp_path / "runs" / "checkpoint-500")
+    compose([kjv, OrganSource("", tmp_path / "runs" / "checkpoint-500", position=0)]).save_pretrained(
+        tmp_path / "both"
+    )
+    for other in (tmp_path / "both" / "checkpoint-9", tmp_path / "both" / "checkpoint-500" / "checkpoint-1"):
+        other.mkdir()
+        (other / "optimizer.pt").write_bytes(b"large")
+    push_donor(tmp_path / "both", "me/c-checkpoint", ignore=["check*"])
+    assert TransplantedForCausalLM.from_pretrained("me/c-checkpoint").active_donors == ["c-kjv", "checkpoint-500"]
+    assert not [file for file in HfApi().list_repo_files("me/c-checkpoint") if "optimizer" in file]

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
+from local_hub import DEFAULT_TOKEN
 from not_hf import (
     CorruptDonorError,
     DonorConfig,
@@ -263,6 +264,32 @@ def test_a_whole_folder_is_pushed_as_a_delta(base_repo, tmp_path):
     assert same(DonorModel.from_pretrained("me/pushed-again"), DonorModel.from_pretrained(tmp_path / "delta"))
     with pytest.raises(NotHFError, match="is already a delta"):
         push_donor(tmp_path / "delta", "me/pushed-again", delta="bfloat16")
+
+
+def test_a_delta_of_a_folder_on_this_machine_is_not_pushed(base_folder, base_repo, tmp_path):
+    """Until its config names a base on the Hub that holds the same layers."""
+    trained(base_folder("llama")).save_pretrained(tmp_path / "alone", delta="bfloat16")
+    compose([tmp_path / "alone"]).save_pretrained(tmp_path / "listed")
+    for folder, place in (("alone", ""), ("listed", "alone")):
+        where = tmp_path / folder / place
+        with pytest.raises(NotHFError, match=f"folder on this machine; save {where} whole, or name the base's Hub ID"):
+            push_donor(tmp_path / folder, "me/delta-of-a-folder")
+        edit_json(where / "config.json", delta__base_model_name_or_path=base_repo("llama"))
+        push_donor(tmp_path / folder, f"me/delta-{folder}")
+    assert not HfApi().repo_exists("me/delta-of-a-folder")
+    pushed = DonorModel.from_pretrained("me/delta-listed", subfolder="alone")
+    assert same(pushed, DonorModel.from_pretrained(tmp_path / "alone"))
+
+
+def test_the_token_of_a_save_reads_the_base(base_folder, tmp_path, monkeypatch):
+    HfApi().create_repo("me/delta-private", private=True)
+    HfApi().upload_folder(repo_id="me/delta-private", folder_path=base_folder("llama"))
+    donor = trained("me/delta-private", cache_dir=tmp_path / "cache")
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), donor)
+    monkeypatch.delenv("HF_TOKEN")
+    for name, each in (("donor", donor), ("model", model)):
+        each.save_pretrained(tmp_path / name, delta="bfloat16", token=DEFAULT_TOKEN)
+        assert (tmp_path / name / FILE).exists()
 
 
 def test_a_save_removes_what_it_replaces(base, tmp_path):

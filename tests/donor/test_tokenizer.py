@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from not_hf import DonorModel
+from not_hf import DonorModel, TransplantedForCausalLM, compose
 from testing.models import tiny_model, tiny_tokenizer
 
 
@@ -46,3 +46,29 @@ def test_a_processor_whose_packages_are_missing_is_left_out_with_a_warning(tmp_p
     monkeypatch.setattr("not_hf.donor.tokenizer.AutoTokenizer.from_pretrained", missing)
     DonorModel.from_base(tmp_path / "base", (1, 3)).save_pretrained(tmp_path / "donor")
     assert f"the processor of {tmp_path / 'base'} is not saved with the donor: PixtralProcessor" in caplog.text
+
+
+def test_that_of_a_base_in_a_subfolder_is_saved(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "root" / "sub")
+    tiny_tokenizer().save_pretrained(tmp_path / "root" / "sub")
+    donor = DonorModel.from_base(tmp_path / "root", (1, 3), subfolder="sub")
+    donor.save_pretrained(tmp_path / "donor")
+    compose([tmp_path / "donor"]).save_pretrained(tmp_path / "composed")
+    model = TransplantedForCausalLM.from_pretrained(tmp_path / "donor")
+    model.load_donor(donor, "other")
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("donor", "composed", "saved"):
+        assert (tmp_path / name / "tokenizer_config.json").exists()
+
+
+def test_one_that_may_be_of_the_base_of_before_is_kept_with_a_warning(tmp_path, caplog):
+    """It may as well be the user's own."""
+    for name in ("a", "b"):
+        tiny_model("llama").save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    first, second = (DonorModel.from_base(tmp_path / name, (1, 3)) for name in ("a", "b"))
+    first.save_pretrained(tmp_path / "donor")
+    first.save_pretrained(tmp_path / "donor")
+    assert "tokenizer" not in caplog.text
+    second.save_pretrained(tmp_path / "donor")
+    assert f"was of another base, {tmp_path / 'a'}; if it is the tokenizer of that base, delete" in caplog.text

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from local_hub import Fault
 from not_hf import DonorConfig, DonorModel, NotHFError, TransplantedForCausalLM, list_donors, push_donor
@@ -116,6 +116,31 @@ def test_save_pretrained_pushes_too(base, api, tmp_path):
     with_organs(base, 1).save_pretrained(tmp_path / "other", **elsewhere)
     assert holds("me/save-pretrained-2", donor)
     assert "model.safetensors.index.json" in api.list_repo_files("me/save-pretrained-2")
+
+
+def test_what_is_pushed_beside_a_save_is_what_was_saved(base, api, repo_id, tmp_path):
+    donor = organ(base, 1)
+    halved = {name: tensor / 2 for name, tensor in donor.state_dict().items()}
+    options = {"push_to_hub": True, "repo_id": repo_id}
+    donor.save_pretrained(tmp_path / "donor", state_dict=halved, variant="half", **options)
+    assert "model.safetensors" not in api.list_repo_files(repo_id)
+    assert same(DonorModel.from_pretrained(repo_id, variant="half", verify=True), halved)
+    model = T(base, donor)
+    gathered = {name: tensor / 2 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "model", state_dict=gathered, **options)
+    assert same(DonorModel.from_pretrained(repo_id), halved)
+
+
+@pytest.mark.parametrize("seeds", [None, (1,), (1, 2)], ids=["donor", "organ", "composition"])
+def test_a_tokenizer_that_the_repo_has_stays(base_folder, seeds, api, repo_id):
+    folder = base_folder("llama")
+    model = organ(folder, 1) if seeds is None else with_organs(folder, *seeds)
+    model.push_to_hub(repo_id)
+    tokenizer = AutoTokenizer.from_pretrained(repo_id)
+    tokenizer.add_tokens(["<verse>"])
+    tokenizer.push_to_hub(repo_id)
+    model.push_to_hub(repo_id)
+    assert "<verse>" in AutoTokenizer.from_pretrained(repo_id).get_vocab()
 
 
 def test_trainer_pushes_the_organ_and_its_tags(base, api, repo_id, tmp_path):
@@ -402,6 +427,17 @@ def test_checkpoints_of_a_trainer_are_not_pushed(base, repo_id, tmp_path):
     result = invoke("push", tmp_path, repo_id)
     assert result.exit_code == 0, result.stderr
     assert not [file for file in HfApi().list_repo_files(repo_id) if "checkpoint" in file]
+
+
+def test_the_generation_config_of_an_earlier_push_goes_with_a_folder_that_has_none(base, api, repo_id, tmp_path):
+    model = with_organs(base, 1)
+    model.generation_config.max_new_tokens = 7
+    model.push_to_hub(repo_id)
+    assert T(repo_id).generation_config.max_new_tokens == 7
+    organ(base, 2).save_pretrained(tmp_path)
+    push_donor(tmp_path, repo_id)
+    assert "generation_config.json" not in api.list_repo_files(repo_id) and titles(repo_id)[1] == "Upload organ"
+    assert T(repo_id).generation_config.max_new_tokens != 7
 
 
 def test_results_of_benchmarks_are_pushed(base, repo_id, tmp_path):

@@ -73,7 +73,7 @@ def test_the_error_is_what_the_product_loses(tmp_path):
 
 
 def test_files_are_those_that_servers_read(tmp_path, caplog):
-    """One rank for all, no `modules_to_save` if norms are left out, which is said; a card names the base."""
+    """One rank for all, no `modules_to_save` if norms are left out, which is said; a card that keeps edits."""
     base = tiny_model("llama")
     base.save_pretrained(tmp_path / "base")
     donor = moved(DonorModel.from_base(tmp_path / "base", (1, 3), mode="replace"), 1)
@@ -85,8 +85,13 @@ def test_files_are_those_that_servers_read(tmp_path, caplog):
     assert config["r"] == config["lora_alpha"] == 4 and not config["rank_pattern"] and not config["modules_to_save"]
     assert config["base_model_name_or_path"] == str(tmp_path / "base") and config["task_type"] == "CAUSAL_LM"
     assert len(config["target_modules"]) == 14
-    card = ModelCard.load(tmp_path / "lora" / "README.md")
+    readme = tmp_path / "lora" / "README.md"
+    card = ModelCard.load(readme)
     assert card.data.library_name == "peft" and "`model.layers.1.mlp.up_proj`" in card.text
+    assert card.data.base_model is None and str(tmp_path) not in readme.read_text()  # a path is nobody else's
+    readme.write_text(f"{card}\nWritten by hand.\n")
+    to_lora(model, "kjv", tmp_path / "lora", rank=2, with_norms=False)
+    assert "Written by hand." in readme.read_text() and "Rank: 2" in readme.read_text()
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
         "README.md",
         "adapter_config.json",

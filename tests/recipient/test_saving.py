@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -44,6 +45,37 @@ def test_an_organ_is_saved_in_its_own_dtype_or_as_asked_for(tmp_path):
         model.save_pretrained(tmp_path, dtype=asked)
         assert DonorConfig.from_pretrained(tmp_path).dtype == dtype
         assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+
+
+def test_a_variant_which_no_model_would_load_is_refused(tmp_path):
+    with pytest.raises(NotHFError, match=r"variant='fp16' would not be found; leave it out, .*dtype=torch.float16"):
+        transplanted(("a", A, {})).save_pretrained(tmp_path / "out", variant="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_where_its_numbers_were_measured(tmp_path, base_folder):
+    metrics, elsewhere = (
+        {"perplexity": {"before": 30.0, "after": 12.5}},
+        "Measured at position 3, mode insert, scale 1.0:",
+    )
+    donor = tiny_organ(1)
+    donor.config.metrics = metrics
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), donor, donor_name="a", position=1)
+    model.set_donor_scale("a", 0.25)
+    for folder in (tmp_path / "moved", tmp_path / "again"):
+        model.save_pretrained(folder)
+        card = ModelCard.load(folder / "README.md")
+        assert "| perplexity | 30 | 12.5 |" in card.text and elsewhere in card.text and not card.data.eval_results
+        model = TransplantedForCausalLM.from_pretrained(folder, position=0)
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), tmp_path / "again", position=3)
+    model.set_donor_scale("default", 1.0)
+    model.save_pretrained(tmp_path / "back")
+    model.set_donor_scale("default", 0.5)
+    model.donor_config["default"].metrics = metrics  # measured anew
+    model.save_pretrained(tmp_path / "anew")
+    for name in ("back", "anew"):
+        card = ModelCard.load(tmp_path / name / "README.md")
+        assert elsewhere not in card.text and card.data.eval_results
 
 
 def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_folder):
