@@ -100,8 +100,8 @@ def average_donors(
             they name, of which only these layers are read.
 
     Returns:
-        A donor with the place and dtype of the first one, and the licences of all. Its scale is 1: weights are combined
-        at scale 1, whatever scales the donors' configs have.
+        A donor with the place and dtype of the first one, and the licences of all. Its scale is 1, since weights are
+        combined at scale 1, whatever scales the donors' configs have.
 
     Raises:
         IncompatibleDonorError: The donors have different spans, layers or labels, or the base has other layers.
