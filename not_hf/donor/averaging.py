@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from not_hf.architecture.differences import computing_differences
+from not_hf.architecture.layers import is_finite
 from not_hf.cards.common import unite
 from not_hf.cards.license import joint_license, organ_license
 from not_hf.config import DonorConfig
@@ -105,7 +106,7 @@ def average_donors(
 
     Raises:
         IncompatibleDonorError: The donors have different spans, layers or labels, or the base has other layers.
-        NotHFError: An argument is out of range, or the donors do not name one base.
+        NotHFError: An argument is out of range, a value overflows in the dtype, or the donors do not name one base.
         OSError: A donor or the base cannot be read.
 
     Examples:
@@ -152,6 +153,7 @@ def combined(
 
     Raises:
         IncompatibleDonorError: They have other names or shapes.
+        NotHFError: A value overflows in the dtype of the first organ.
     """
     named = {f"donor {n}": state for n, state in enumerate(states, 1)} | ({} if base is None else {"the base": base})
     first = {name: tensor.shape for name, tensor in states[0].items()}
@@ -162,7 +164,12 @@ def combined(
     def one(name: str, like: torch.Tensor) -> torch.Tensor:
         ours = [state[name].to(like.device, torch.float32) for state in named.values()]
         theirs = None if base is None else ours.pop()
-        return combination(ours, weights, theirs).to(like.dtype)
+        made = combination(ours, weights, theirs).to(like.dtype)
+        if not is_finite(made):
+            raise NotHFError(
+                f"the combination has non-finite values in {name} as {like.dtype}; choose smaller weights"
+            )
+        return made
 
     return {name: one(name, tensor) for name, tensor in states[0].items()}
 

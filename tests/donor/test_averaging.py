@@ -106,6 +106,18 @@ def test_what_cannot_be_averaged_is_refused(names, weight, name, kind, message):
     assert list(model.donor_config) == ["a", "b", "c"]
 
 
+def test_values_that_overflow_are_refused():
+    donors, base = [tiny_organ(seed).half() for seed in (1, 2)], tiny_model("llama")
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama").half(), donors[0], donor_name="a")
+    model.load_donor(donors[1], "b")
+    message = "non-finite values in .* as torch.float16; choose smaller weights"
+    with pytest.raises(NotHFError, match=message):
+        average_donors(donors, [1e6, 1e6], "task_arithmetic", base=base)
+    with pytest.raises(NotHFError, match=message):
+        model.add_weighted_donor(["a", "b"], [1e6, 1e6], "sum", "task_arithmetic", base=base)
+    assert list(model.donor_config) == model.active_donors == ["a", "b"]
+
+
 def differences(donor: DonorModel, base: DonorModel) -> dict[str, torch.Tensor]:
     return {name: tensor - base.state_dict()[name] for name, tensor in donor.state_dict().items()}
 
