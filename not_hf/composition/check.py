@@ -24,7 +24,7 @@ from not_hf.donor.compatibility import Mismatches
 from not_hf.donor.delta import assembled
 from not_hf.donor.loading import dtype_of, expert_problems, loading_problems, tensor_problems
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.saved_modules import is_saved, saved_problems
+from not_hf.donor.saved_modules import is_saved, module_problems, saved_problems
 from not_hf.errors import CorruptDonorError, IncompatibleDonorError, UnsupportedArchitectureError, some
 from not_hf.hub.checkpoint import open_checkpoint
 from not_hf.hub.digest import digest_problem
@@ -213,15 +213,16 @@ def recipient_problems(
     **hub_kwargs: Any,
 ) -> Mismatches:
     """`check_donor` for organs returned by `survey`; digests are compared if `verify`."""
-    if isinstance(recipient, PreTrainedModel):
-        recipient = getattr(recipient, "base_config", recipient.config)
-    elif not isinstance(recipient, PreTrainedConfig):
+    if not isinstance(recipient, PreTrainedModel | PreTrainedConfig):
         name = os.fspath(recipient)
         revision = resolve_commit(name, hub_kwargs)
         recipient, _ = read_base_config(name, None, {**hub_kwargs, "revision": revision})
-    recipient = layers_config(recipient)
-    fit = examine([each.organ for each in surveyed], recipient)
-    problems, differences = fit.problems, []
+    whole = (
+        recipient if isinstance(recipient, PreTrainedConfig) else getattr(recipient, "base_config", recipient.config)
+    )
+    config = layers_config(whole)
+    fit = examine([each.organ for each in surveyed], config)
+    problems, differences = [*fit.problems], []
     if fit.differences:
         differences.append(f"can run but not be merged into a native model: {some(fit.differences)}")
     for each in surveyed:
@@ -229,11 +230,11 @@ def recipient_problems(
         found = [each.unreadable] if each.unreadable else header_problems(each.organ.spec, each.tensors)
         if verify and not found:
             found = _local_digest_problem(each.organ, hub_kwargs)
+        if not fit.problems:
+            found += module_problems(each.organ.spec.config, recipient)
         problems += [f"{prefix}{problem}" for problem in found]
-        others = compatibility.recipient_differences(each.organ.spec, recipient, hub_kwargs.get("cache_dir"))
-        others += compatibility.layer_type_differences(
-            each.organ.spec, recipient, each.organ.position, each.organ.mode
-        )
+        others = compatibility.recipient_differences(each.organ.spec, config, hub_kwargs.get("cache_dir"))
+        others += compatibility.layer_type_differences(each.organ.spec, config, each.organ.position, each.organ.mode)
         differences += [f"{prefix}{other}" for other in others]
     return Mismatches(problems, () if problems else differences)
 

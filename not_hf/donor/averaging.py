@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from not_hf.architecture.differences import computing_differences
+from not_hf.architecture.layers import is_finite
 from not_hf.cards.common import unite
+from not_hf.cards.license import joint_license, organ_license
 from not_hf.config import DonorConfig
 from not_hf.donor.combining import MEANS, OF_VECTORS, SIGN_METHODS, SPARSE
 from not_hf.donor.modeling import DonorModel
@@ -99,11 +101,12 @@ def average_donors(
             they name, of which only these layers are read.
 
     Returns:
-        A donor with the place and dtype of the first one.
+        A donor with the place and dtype of the first one, and the licences of all. Its scale is 1, since weights are
+        combined at scale 1, whatever scales the donors' configs have.
 
     Raises:
-        IncompatibleDonorError: The donors have different spans or layers, or the base has others.
-        NotHFError: An argument is out of range, or the donors do not name one base.
+        IncompatibleDonorError: The donors have different spans, layers or labels, or the base has other layers.
+        NotHFError: An argument is out of range, a value overflows in the dtype, or the donors do not name one base.
         OSError: A donor or the base cannot be read.
 
     Examples:
@@ -150,6 +153,7 @@ def combined(
 
     Raises:
         IncompatibleDonorError: They have other names or shapes.
+        NotHFError: A value overflows in the dtype of the first organ.
     """
     named = {f"donor {n}": state for n, state in enumerate(states, 1)} | ({} if base is None else {"the base": base})
     first = {name: tensor.shape for name, tensor in states[0].items()}
@@ -160,7 +164,12 @@ def combined(
     def one(name: str, like: torch.Tensor) -> torch.Tensor:
         ours = [state[name].to(like.device, torch.float32) for state in named.values()]
         theirs = None if base is None else ours.pop()
-        return combination(ours, weights, theirs).to(like.dtype)
+        made = combination(ours, weights, theirs).to(like.dtype)
+        if not is_finite(made):
+            raise NotHFError(
+                f"the combination has non-finite values in {name} as {like.dtype}; choose smaller weights"
+            )
+        return made
 
     return {name: one(name, tensor) for name, tensor in states[0].items()}
 
@@ -195,10 +204,10 @@ def base_layers(configs: Sequence[DonorConfig], combination_type: str, base: Bas
 
 
 def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
-    """Make the config of a combination: the place of the first donor, and the training data of all.
+    """Make the config of a combination: the place of the first donor, and the training data and licences of all.
 
     Raises:
-        IncompatibleDonorError: The donors have different spans or configs.
+        IncompatibleDonorError: The donors have different spans, configs or labels.
     """
     config = copy.deepcopy(configs[0])
     for other in configs[1:]:
@@ -207,12 +216,13 @@ def combined_config(configs: Sequence[DonorConfig]) -> DonorConfig:
                 f"layers {interval(config.span)} and {interval(other.span)} cannot be averaged; "
                 "choose donors of one span"
             )
-        for key in ("modules", "modules_to_save", "trainable_token_indices"):
+        for key in ("modules", "modules_to_save", "trainable_token_indices", "labels"):
             if (ours := getattr(config, key)) != (theirs := getattr(other, key)):
                 raise IncompatibleDonorError(f"donors with {key} {ours!r} and {theirs!r} cannot be averaged")
         if differences := computing_differences(config.native_config(), other.native_config()):
             raise IncompatibleDonorError(f"layers with different configs cannot be averaged: {some(differences)}")
-    config.scale, config.metrics, config.init = 1.0, None, "copy"
+    config.scale, config.metrics, config.best_position, config.init = 1.0, None, None, "copy"
+    joint_license(organ_license(each, revision=each.base_revision) for each in configs).set(config)
     config.domain = " + ".join(unite([each.domain for each in configs if each.domain])) or None
     config.datasets = unite(*(each.datasets for each in configs)) or None
     counts = [each.tokens_seen for each in configs]

@@ -16,6 +16,7 @@ from not_hf.architecture.stack import layers_config
 from not_hf.architecture.twin import meta_twin
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.saved_modules import module_problems, sharing_differences
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
 from not_hf.errors import UnsupportedArchitectureError, printable, reading_repo
 
@@ -89,10 +90,11 @@ def check_compatibility(
         >>> check_compatibility(donor, GPT2Config(vocab_size=9, n_embd=16, n_layer=4, n_head=2))
         ['donor hidden_size 8 does not fit recipient hidden_size 16 (the recipient); choose a recipient ...']
     """
-    donor_config, config = _donor_config(donor, hub_kwargs), _recipient_config(recipient, hub_kwargs)
-    spec = donor_config.check()
+    donor_config, whole = _donor_config(donor, hub_kwargs), _recipient_config(recipient, hub_kwargs)
+    spec, config = donor_config.check(), layers_config(whole)
     place = (donor_config.position if position is None else position, mode or donor_config.mode)
-    if problems := mismatches(spec, config, *place):
+    live = recipient if isinstance(recipient, PreTrainedModel) else whole
+    if problems := mismatches(spec, config, *place) or module_problems(donor_config, live):
         return Mismatches(problems)
     differences = recipient_differences(spec, config, hub_kwargs.get("cache_dir"))
     return Mismatches((), differences + layer_type_differences(spec, config, *place))
@@ -183,6 +185,7 @@ def recipient_differences(
             f"{key} is {theirs!r} in the recipient, {ours!r} in the base"
             for key, ours, theirs in computing_differences(spec.base, recipient)
         ]
+        differences += sharing_differences(spec.config, spec.base, recipient)
     return differences + vocabulary_differences(spec, recipient, recipient_repo=Repo(name), cache_dir=cache_dir)
 
 
@@ -306,10 +309,8 @@ def _donor_config(donor: DonorLike, hub_kwargs: dict[str, Any]) -> DonorConfig:
 
 def _recipient_config(recipient: RecipientLike, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
     if isinstance(recipient, PreTrainedConfig):
-        config = recipient
-    elif isinstance(recipient, PreTrainedModel):
-        config = getattr(recipient, "base_config", recipient.config)  # without organs
-    else:
-        with reading_repo(os.fspath(recipient)):
-            config = AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)
-    return layers_config(config)
+        return recipient
+    if isinstance(recipient, PreTrainedModel):
+        return getattr(recipient, "base_config", recipient.config)  # without organs
+    with reading_repo(os.fspath(recipient)):
+        return AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)

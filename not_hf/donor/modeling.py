@@ -267,10 +267,11 @@ class DonorModel(FilledModel):
             delta: Store the change of the base's layers, and read it together with them: `"low_rank"`, each matrix as
                 a product of that `rank` (default: 64); or `"bfloat16"`, rounded.
             rank: Rank of the products.
-            **kwargs: As in `PreTrainedModel.save_pretrained` and `push_to_hub`.
+            **kwargs: `dtype`, that of the files (default: the donor's own); others as in
+                `PreTrainedModel.save_pretrained` and `push_to_hub`.
 
         Raises:
-            CorruptDonorError: A tensor is empty, on the meta device or not finite; nothing is written.
+            CorruptDonorError: A tensor is empty, on the meta device or, in that dtype, not finite; nothing is written.
             NotHFError: No delta can be made, or it would be no smaller.
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))

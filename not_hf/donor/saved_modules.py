@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.outer_modules import find_outer_module, tied_modules
-from not_hf.architecture.stack import Stack, saved_class
-from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.stack import Stack, find_stack, layers_config, saved_class
+from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.config import DonorConfig
 from not_hf.donor.cutting import LiveBase, StoredBase
 from not_hf.errors import NotHFError
@@ -130,12 +132,12 @@ def cut_modules(base: LiveBase | StoredBase, config: DonorConfig) -> dict[str, A
     Raises:
         NotHFError: A stored base has them under other names.
     """
-    if not (config.modules_to_save or config.trainable_token_indices):
+    if not _names(config):
         return {}
     stack = base_stack(base)
     stored = {} if isinstance(base, LiveBase) else base.outside()
     found: dict[str, Any] = {}
-    for name in (*(config.modules_to_save or ()), *(config.trainable_token_indices or ())):
+    for name in _names(config):
         indices = (config.trainable_token_indices or {}).get(name)
         paths = tied_modules(stack, find_outer_module(stack, name))
         for key, tensor in stack.model.get_submodule(paths[0]).state_dict().items():
@@ -146,9 +148,66 @@ def cut_modules(base: LiveBase | StoredBase, config: DonorConfig) -> dict[str, A
     return found
 
 
+def module_problems(config: DonorConfig, recipient: PreTrainedModel | PreTrainedConfig) -> list[str]:
+    """List why a recipient cannot take the modules that a donor's config names; they are not compared by shape.
+
+    A config does not tell the head, nor, of models for more than text, what is tied: the rest is looked at.
+    """
+    if not _names(config):
+        return []
+    if isinstance(recipient, PreTrainedModel):
+        stack = find_stack(recipient)
+    elif layers_config(recipient) is recipient:
+        stack = _tied(meta_twin(recipient))
+    else:
+        return []
+    problems: list[str] = []
+    owners: dict[str, str] = {}
+    for name in _names(config):
+        try:
+            group = tied_modules(stack, find_outer_module(stack, name))
+        except NotHFError as error:
+            if isinstance(recipient, PreTrainedModel):
+                problems.append(str(error))
+            continue
+        if taken := [owners[path] for path in group if path in owners]:
+            problems.append(
+                f"the recipient shares one weight between {taken[0]} and {name}, and the donor holds one for each; "
+                "choose a recipient whose embeddings and head have weights of their own"
+            )
+        owners |= dict.fromkeys(group, name)
+    return problems
+
+
+def sharing_differences(config: DonorConfig, base: PreTrainedConfig, recipient: PreTrainedConfig) -> list[str]:
+    """List the modules that a donor's config names and that share their weight in its base or a recipient alone."""
+    differences = []
+    for name in _names(config):
+        with contextlib.suppress(NotHFError):  # a classifier, which a language model does not have
+            ours, theirs = (
+                tied_modules(stack, find_outer_module(stack, name))[1:]
+                for stack in (_tied(meta_twin(base)), _tied(meta_twin(recipient)))
+            )
+            if ours != theirs:
+                here, there = (", ".join(others) or "no module" for others in (theirs, ours))
+                differences.append(f"{name} shares its weight with {here} in the recipient, {there} in the base")
+    return differences
+
+
+def _names(config: DonorConfig) -> list[str]:
+    """Return the modules that a donor holds, whole or rows of them."""
+    return [*(config.modules_to_save or ()), *(config.trainable_token_indices or ())]
+
+
 def base_stack(base: LiveBase | StoredBase) -> Stack:
     """Return the stack of a base; that of a stored one is on the meta device."""
-    return base.stack if isinstance(base, LiveBase) else meta_twin(base.config, saved_class(base.config)).stack
+    return base.stack if isinstance(base, LiveBase) else _tied(meta_twin(base.config, saved_class(base.config)))
+
+
+def _tied(twin: Twin) -> Stack:
+    """Return the stack of a twin that shares weights as its config says; one that is built within a load does not."""
+    twin.model.tie_weights()
+    return twin.stack
 
 
 def _name_of_embeddings(stack: Stack) -> str:

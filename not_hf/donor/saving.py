@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from not_hf.architecture.layers import is_finite
+from not_hf.architecture.layers import computes, is_finite
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
 from not_hf.config import DELTA
@@ -38,6 +38,7 @@ def write_donor(
     generation_config: GenerationConfig | None = None,
     delta: Delta | None = None,
     token: bool | str | None = None,
+    dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> dict[str, str] | None:
     """Write the folder of a donor, with the digest of its tensors in the config.
@@ -52,6 +53,7 @@ def write_donor(
         generation_config: Also saved, if given.
         delta: How to store a change of the base's layers, from `plan_delta`.
         token: Of the Hub, to read them.
+        dtype: dtype of the files; `None`: that of the tensors.
         **kwargs: For `PreTrainedModel.save_pretrained`.
 
     Returns:
@@ -63,6 +65,8 @@ def write_donor(
         OSError: The folder cannot be written, or the base not read; the folder is as it was.
     """
     tensors = donor.state_dict() if tensors is None else tensors
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) if computes(tensor) else tensor for name, tensor in tensors.items()}
     beside = {name: tensor for name, tensor in tensors.items() if is_saved(name)}
     refuse(f"cannot save to {folder}", saved_problems(donor.config, beside))
     if hollow := [name for name, tensor in tensors.items() if tensor.numel() == 0 or tensor.is_meta]:
@@ -82,7 +86,7 @@ def write_donor(
         if not is_main_process:
             return None
         config = copy.copy(donor.config)
-        config.delta = None
+        config.delta, config.dtype = None, dtype or config.dtype
         if delta is not None:
             config.delta, size = write_delta(place, delta, config, token=token)
         config.digests = digests_of(folder, place, kwargs.get("variant") or config.weights_variant)

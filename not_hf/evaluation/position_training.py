@@ -7,7 +7,7 @@ import copy
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from not_hf.recipient.mixin import Recipient
 from not_hf.training.trainer import DonorTrainer
 
 _PATHS = ("output_dir", "logging_dir", "run_name")  # arguments of a trainer that do not change what is learnt
-_DIGESTED_ROWS = 1000
+_DIGESTED_ROWS = 1000  # of a stream
 
 
 def train_positions(
@@ -66,7 +66,8 @@ def train_positions(
         args: As for `DonorTrainer`: `max_steps`, `learning_rate`, … No checkpoints are saved.
         tokenizer: As for `sweep_positions`, like `max_length`, `stride`, `add_start_token`, `batch_size` and `seed`.
         folder: Where `sweep.json` is written after each position. If it holds one of the same organ, text and
-            training, only the positions that are missing there are trained. What a function returns is not compared.
+            training, only the positions that are missing there are trained. What a function returns is not compared,
+            nor what a stream yields after its first 1,000 rows.
         **trainer_kwargs: For `DonorTrainer`: `data_collator`, `optimizer`, `cache_prefix`, `callbacks`, …
 
     Returns:
@@ -189,8 +190,16 @@ def _train(recipient: Recipient, args: TrainingArguments, train_dataset: Any, tr
 
 
 def _digest(train_dataset: Any, args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) -> str:
-    """Digest the arguments of a training, as far as they can be compared, and its first rows."""
+    """Digest the arguments of a training, as far as they can be compared, and its rows; of a stream the first ones."""
     values = {key: value for key, value in args.to_dict().items() if key not in _PATHS}
     plain = {key: value for key, value in trainer_kwargs.items() if isinstance(value, str | int | float | None)}
-    rows = [[*map(int, row["input_ids"])] for row in itertools.islice(train_dataset, _DIGESTED_ROWS)]
-    return hashlib.sha256(repr((sorted(values.items()), sorted(plain.items()), rows)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((sorted(values.items()), sorted(plain.items()))).encode())
+    count = len(train_dataset) if isinstance(train_dataset, Sized) else _DIGESTED_ROWS
+    for row in itertools.islice(train_dataset, count):
+        digest.update(repr([(key, _plain(value)) for key, value in sorted(row.items())]).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return the numbers of a tensor or array, of which `repr` leaves some out; other values as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value

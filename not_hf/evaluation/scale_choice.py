@@ -14,7 +14,7 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from not_hf.errors import NotHFError
-from not_hf.evaluation.perplexity import perplexity
+from not_hf.evaluation.perplexity import check_texts, perplexity
 from not_hf.recipient.mixin import Recipient
 from not_hf.training.figure import add_grid, new_figure
 
@@ -106,7 +106,8 @@ def choose_scale(
         **perplexity_kwargs: For `perplexity.compute`: `batch_size`, `max_length`, `stride`, `add_start_token`.
 
     Raises:
-        NotHFError: There is no organ of that name, it is not active, or a scale is no finite number.
+        NotHFError: There is no organ of that name, it is not active, a scale is no finite number, or `data` or
+            `control` is no list of texts.
         IncompatibleDonorError: The organ cannot be scaled; the errors are those of `set_donor_scale`.
 
     Examples:
@@ -128,7 +129,9 @@ def choose_scale(
     wanted = sorted({float(scale) for scale in scales})
     if not wanted or not all(map(math.isfinite, wanted)):
         raise NotHFError(f"scales must be finite numbers, at least one, got {scales!r:.200}")
-    texts = {"perplexity": "\n".join(data)} | ({} if control is None else {"control_perplexity": "\n".join(control)})
+    texts = {"perplexity": "\n".join(check_texts(data, "data"))}
+    if control is not None:
+        texts["control_perplexity"] = "\n".join(check_texts(control, "control"))
     before, counts = model.donor_config[donor_name].scale, dict.fromkeys(texts, 0)
     rows: list[dict[str, float]] = []
     try:

@@ -193,6 +193,9 @@ class PlaceRunner:
         span = slice(chunk[0][0].start, chunk[-1][0].stop)
         left = [place for place in places if np.isnan(nats[place.key][span]).any()]
         if not left and not np.isnan(nats[BASE][span]).any():
+            if span.start == 0:  # a record may be whole, and of another model
+                where, batch = chunk[0]
+                require_same(nats[BASE][where], nll_of(self.model, self.texts, batch))
             return
         entries = {place.entry for place in left} & startable
         held: list[dict[int, torch.Tensor]] = [{} for _ in chunk]

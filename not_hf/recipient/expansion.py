@@ -17,7 +17,12 @@ from not_hf.recipient.modeling import Transplanted
 
 
 def expand(
-    base: str | os.PathLike[str] | PreTrainedModel, num_blocks: int, *, is_trainable: bool = False, **base_kwargs: Any
+    base: str | os.PathLike[str] | PreTrainedModel,
+    num_blocks: int,
+    *,
+    is_trainable: bool = False,
+    autocast_donor_dtype: bool = True,
+    **base_kwargs: Any,
 ) -> Transplanted:
     """Insert silent copies of layers, spread evenly over the stack of a model (LLaMA Pro, arXiv 2401.02415).
 
@@ -29,6 +34,7 @@ def expand(
         base: Folder, Hub ID or live model, which is expanded in place.
         num_blocks: Number of copies, at most one for each layer.
         is_trainable: Make the copies trainable. All other parameters are frozen.
+        autocast_donor_dtype: As in `from_pretrained`, for all copies.
         **base_kwargs: For the model's `from_pretrained` (`dtype`, `device_map`, `revision`, …).
 
     Raises:
@@ -60,10 +66,11 @@ def expand(
         raise NotHFError(f"num_blocks must be between 1 and {num_layers}, the model's layers, got {num_blocks!r}")
     ends = [num_layers * (n + 1) // num_blocks for n in range(num_blocks)]
     blocks = [DonorModel.from_base(base, (end - 1, end), init="identity", **hub_kwargs) for end in ends]
-    model = kind.from_pretrained(base, blocks[0], donor_name="block0", is_trainable=is_trainable, **base_kwargs)
+    training: dict[str, Any] = {"is_trainable": is_trainable, "autocast_donor_dtype": autocast_donor_dtype}
+    model = kind.from_pretrained(base, blocks[0], donor_name="block0", **training, **base_kwargs)
     try:
         for n, block in enumerate(blocks[1:], 1):
-            model.load_donor(block, f"block{n}", is_trainable=is_trainable)
+            model.load_donor(block, f"block{n}", **training)
     except BaseException:
         model.unload()
         raise

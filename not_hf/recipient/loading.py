@@ -22,7 +22,7 @@ from not_hf.composition.check import validate
 from not_hf.composition.resolve import ResolvedOrgan, resolve_organ
 from not_hf.composition.sources import OrganSource
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.saved_modules import Indices, choose_modules, held_by
+from not_hf.donor.saved_modules import Indices, choose_modules, held_by, sharing_differences
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
 from not_hf.errors import NotHFError, some
 from not_hf.hub.consistent_read import read_steadily
@@ -173,6 +173,8 @@ def _fit_organ(
         organ.rescale(resolved.scale)
     if others := computing_differences(spec.organ, surgery.base_config):
         logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))
+    if shared := sharing_differences(spec.config, spec.base, surgery.base_config):
+        logger.warning("organ %r holds modules that share weights otherwise here: %s", organ.name, some(shared))
     there = None if repo is None else Repo(repo, resolved.revision, resolved.subfolder)
     here = Repo(surgery.base_config.name_or_path, surgery.base_revision, surgery.base_subfolder)
     if tokens := vocabulary_differences(spec, layers_config(model.config), there, here, cache_dir, bool(saved)):

@@ -47,12 +47,13 @@ class TrainingData:
 
 
 def mix_replay(examples: Any, replay: Any, fraction: float, seed: int) -> Dataset | IterableDataset:
-    """Add examples of another text, which are the same ones in each epoch.
+    """Add examples of another text, which are the same ones in each epoch; of a stream the first ones.
 
     Args:
         examples: What is to be learned; each example comes once.
         replay: What is to be remembered; repeated where there is too little of it.
-        fraction: Share of all examples that it makes up, between 0 and 1; of a stream, the share on average.
+        fraction: Share of all examples that it makes up, between 0 and 1; of a stream, the share on average,
+            so that their number differs a little by epoch.
         seed: Chooses them.
     """
     if examples.features != replay.features:  # blocks have one length

@@ -52,6 +52,21 @@ def test_an_average_has_the_dtype_of_the_first():
         assert {tensor.dtype for tensor in weights(model, f"{first} and {second}").values()} == {dtype}
 
 
+def test_an_average_has_the_licences_of_all_and_no_place_found_for_others():
+    first, second = tiny_organ(1, license="apache-2.0"), tiny_organ(2, license="cc-by-nc-4.0")
+    first.config.best_position, first.config.scale = {"position": 0, "mode": "insert"}, 0.5
+    model = transplanted(("a", first, {}), ("b", second, {}))
+    model.add_weighted_donor(["a", "b"], None, "mean")
+    for config in (average_donors([first, second]).config, model.donor_config["mean"]):
+        assert config.license == ["apache-2.0", "cc-by-nc-4.0"]
+        assert (config.best_position, config.scale) == (None, 1)
+    assert average_donors([first, tiny_organ(2)]).config.license is None  # unknown
+    for donor, labels in ((first, ["good", "bad"]), (second, ["bad", "good"])):
+        donor.config.labels = labels
+    with pytest.raises(IncompatibleDonorError, match=r"labels \['good', 'bad'\] and \['bad', 'good'\] cannot"):
+        average_donors([first, second])
+
+
 def test_slerp_meets_the_ends():
     a, b = tiny_organ(1), tiny_organ(2)
     for weight, end in (([1, 0], a), ([0, 1], b)):
@@ -89,6 +104,18 @@ def test_what_cannot_be_averaged_is_refused(names, weight, name, kind, message):
     with pytest.raises(NotHFError, match=message):
         model.add_weighted_donor(names, weight, name, kind)
     assert list(model.donor_config) == ["a", "b", "c"]
+
+
+def test_values_that_overflow_are_refused():
+    donors, base = [tiny_organ(seed).half() for seed in (1, 2)], tiny_model("llama")
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama").half(), donors[0], donor_name="a")
+    model.load_donor(donors[1], "b")
+    message = "non-finite values in .* as torch.float16; choose smaller weights"
+    with pytest.raises(NotHFError, match=message):
+        average_donors(donors, [1e6, 1e6], "task_arithmetic", base=base)
+    with pytest.raises(NotHFError, match=message):
+        model.add_weighted_donor(["a", "b"], [1e6, 1e6], "sum", "task_arithmetic", base=base)
+    assert list(model.donor_config) == model.active_donors == ["a", "b"]
 
 
 def differences(donor: DonorModel, base: DonorModel) -> dict[str, torch.Tensor]:

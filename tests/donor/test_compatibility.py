@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import runpy
 import sys
@@ -12,16 +14,18 @@ import torch
 from huggingface_hub import HfApi
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     default_data_collator,
 )
 
-from not_hf import DonorModel, TransplantedForCausalLM, check_compatibility
+from not_hf import DonorModel, NotHFError, TransplantedForCausalLM, check_compatibility, check_donor
 from testing import EXAMPLES
 from testing.commands import invoke
 from testing.donors import organ, tiny_organ, transplanted
-from testing.models import logits, tiny_model, tiny_tokenizer
+from testing.models import logits, tiny_config, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -107,6 +111,40 @@ def test_compatibility_counts_the_own_layers_of_a_transplanted_recipient():
     assert model.config.num_hidden_layers == 6 and model.base_config.num_hidden_layers == 4
     assert check_compatibility(a, model, position=4) == []
     assert "between 0 and 4" in check_compatibility(a, model, position=5)[0]
+
+
+def test_modules_beside_the_layers_are_compared(caplog, tmp_path):
+    """What would be refused or shared when the donor is loaded."""
+    apart, tied = tiny_model("llama"), tiny_model("llama", tie_word_embeddings=True)
+    both = DonorModel.from_base(apart, (1, 3), modules_to_save=["embed_tokens", "lm_head"])
+    embeddings = DonorModel.from_base(tied, (1, 3), modules_to_save=["embed_tokens"])
+    classes = tiny_config("llama", num_labels=3)
+    classifier = DonorModel.from_base(
+        AutoModelForSequenceClassification.from_config(classes), (1, 3), modules_to_save=["score"]
+    )
+    shared = "lm_head, and the donor holds one for each"
+    only_here = "embed_tokens shares its weight with no module in the recipient, lm_head in the base"
+    for n, (donor, recipient, problem, difference) in enumerate(
+        (
+            (both, tied, shared, None),
+            (both, tied.config, shared, None),
+            (both, apart, None, None),
+            (embeddings, apart, None, only_here),
+            (embeddings, tied.config, None, None),
+            (classifier, apart, "the model has no module 'score' beside its layers", None),
+            (classifier, apart.config, None, None),  # a classifier may be built of it
+        )
+    ):
+        donor.save_pretrained(tmp_path / str(n))
+        for found in (check_compatibility(donor, recipient), check_donor(tmp_path / str(n), recipient)):
+            assert len(found) == bool(problem) and all(problem in each for each in found)
+            assert (difference in found.differences) if difference else not found.differences
+        if isinstance(recipient, PreTrainedModel):
+            model = copy.deepcopy(recipient)
+            with pytest.raises(NotHFError) if problem else contextlib.nullcontext():
+                TransplantedForCausalLM.from_pretrained(model, donor)
+            assert (only_here in caplog.text) == bool(difference)
+            caplog.clear()
 
 
 def test_organs_of_another_build_are_refused():

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from not_hf import (
+    CorruptDonorError,
     DonorModel,
     NotHFError,
     TransplantedForCausalLM,
 )
-from testing.donors import tiny_organ
+from testing.donors import same, tiny_organ
 from testing.models import tiny_model
 
 A, B = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2))
@@ -40,6 +41,20 @@ def test_an_organ_is_sharded_by_its_own_size_wherever_it_was_cut(tmp_path):
     for limit, whole in ((size, True), (size // 2, False)):
         donor.save_pretrained(tmp_path / f"{limit}", max_shard_size=limit)
         assert (tmp_path / f"{limit}" / "model.safetensors").exists() == whole
+
+
+def test_the_files_have_the_dtype_that_is_asked_for(tmp_path):
+    donor = copy.deepcopy(A)
+    donor.save_pretrained(tmp_path, dtype=torch.float16)
+    again, expected = DonorModel.from_pretrained(tmp_path), copy.deepcopy(A).half()
+    assert again.dtype == again.config.dtype == torch.float16 and same(again, expected)
+    assert donor.dtype == torch.float32
+    written = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        next(donor.parameters()).fill_(1e6)
+    with pytest.raises(CorruptDonorError, match="with NaN or infinity"):
+        donor.save_pretrained(tmp_path, dtype=torch.float16)
+    assert (tmp_path / "model.safetensors").read_bytes() == written
 
 
 def test_an_organ_alone_uses_the_attention_of_its_live_base(token_ids):

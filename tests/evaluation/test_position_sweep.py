@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 
@@ -232,11 +233,11 @@ def test_an_interrupted_sweep_leaves_the_model_and_goes_on(tmp_path, monkeypatch
     assert len(saved["rows"]) == 4 and None in saved["windows"]["nats"]["insert 0"]
     resumed = sweep_positions(base, donor, TEXT, folder=tmp_path, **how)
     assert resumed.rows == whole.rows and resumed.base == whole.base
-    assert len(calls) - 15 == 9 * 2 - 14 + 1  # what is missing, and the base of that batch again
+    assert len(calls) - 15 == 9 * 2 - 14 + 2  # what is missing, the base of that batch again, and of the first one
     assert json.loads((tmp_path / "sweep.json").read_text())["rows"] == whole.rows
     calls.clear()
     assert sweep_positions(base, donor, TEXT, folder=tmp_path, positions=[1], **HOW).rows == whole.rows
-    assert not calls
+    assert len(calls) == 1  # whether it is the same model
 
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path):
@@ -244,13 +245,16 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path):
     donor = organ(base, 1)
     sweep_positions(base, donor, TEXT, [1], folder=tmp_path, **HOW)
     written = (tmp_path / "sweep.json").read_bytes()
-    for arguments, reason in (
-        ((base, organ(base, 2), TEXT), "of another organ"),
-        ((base, donor, [*TEXT, "w9"]), "of another text"),
-        ((moved(tiny_model("llama"), 5), donor, TEXT), "sweep of another model"),
+    for positions, (arguments, reason) in itertools.product(
+        ([2], [1]),  # something is missing, or nothing
+        (
+            ((base, organ(base, 2), TEXT), "of another organ"),
+            ((base, donor, [*TEXT, "w9"]), "of another text"),
+            ((moved(tiny_model("llama"), 5), donor, TEXT), "sweep of another model"),
+        ),
     ):
         with pytest.raises(NotHFError, match=reason):
-            sweep_positions(*arguments, [2], folder=tmp_path, **HOW)
+            sweep_positions(*arguments, positions, folder=tmp_path, **HOW)
     assert (tmp_path / "sweep.json").read_bytes() == written
     (tmp_path / "sweep.json").write_text("[]")
     with pytest.raises(NotHFError, match="is no record of a sweep"):

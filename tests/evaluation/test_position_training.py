@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from not_hf import (
@@ -125,6 +126,21 @@ def test_an_interrupted_one_goes_on(how, tmp_path, monkeypatch):
             train_positions(**arguments | change)
     with pytest.raises(NotHFError, match="of another training"):
         sweep_positions(base, donor, HELD_OUT, [3], folder=folder)
+
+
+def test_any_other_training_data_are_noticed(how):
+    def digest(rows):
+        return position_training._digest(rows, how["args"], {})
+
+    rows = [{"input_ids": [*range(n, n + 4)], "labels": [*range(n, n + 4)]} for n in range(1200)]
+    other_labels = [*rows[:-1], {**rows[-1], "labels": [-100, *rows[-1]["labels"][1:]]}]
+    stream, longer = (Dataset.from_list(each).to_iterable_dataset() for each in (rows, rows[:1100]))
+    assert len({digest(each) for each in (rows, rows[:1000], [*rows, rows[0]], other_labels)}) == 4
+    assert digest(rows) == digest([{key: torch.tensor(value) for key, value in row.items()} for row in rows])
+    assert digest(rows) == digest(Dataset.from_list(rows))
+    assert digest(stream) == digest(longer) == digest(rows[:1000])
+    wide = [{"input_ids": torch.arange(n, 2000 + n) % 90} for n in range(2)]
+    assert digest(wide[:1]) != digest([{"input_ids": wide[0]["input_ids"].index_fill(0, torch.tensor(1000), 0)}])
 
 
 def test_what_fits_nowhere_is_refused(how):

@@ -55,6 +55,9 @@ def test_what_cannot_be_measured_is_refused():
     for scales in ((), (float("nan"),)):
         with pytest.raises(NotHFError, match="scales must be finite numbers"):
             choose_scale(model, "a", DOMAIN, scales=scales, **HOW)
+    for texts in ({"data": DOMAIN[0]}, {"data": DOMAIN, "control": CONTROL[0]}):
+        with pytest.raises(NotHFError, match="must be a list of texts, got a string"):
+            choose_scale(model, "a", **texts, **HOW)
     with pytest.raises(NotHFError, match="context"):
         choose_scale(model, "a", DOMAIN, tokenizer=tiny_tokenizer(), max_length=10_000)
     assert model.donor_config["a"].scale == 1

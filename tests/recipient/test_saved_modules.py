@@ -32,7 +32,7 @@ from not_hf import (
     TransplantedForSequenceClassification,
     merge_donor,
 )
-from testing.donors import moved, organ
+from testing.donors import moved, organ, same
 from testing.models import TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
 from testing.shapes import VOCAB
 from testing.training import made, rows
@@ -141,6 +141,17 @@ def test_whole_modules_travel_with_the_organ(model_type, tmp_path):
     restored = model.unload()
     assert torch.equal(logits(restored), logits(base))
     assert all(parameter.requires_grad for parameter in restored.parameters())
+
+
+def test_a_head_is_cut_from_files_that_hold_only_the_embeddings_it_shares(tmp_path):
+    base = tiny_model("llama", tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    stored, live = (
+        DonorModel.from_base(each, (1, 3), modules_to_save=["lm_head"]) for each in (tmp_path / "base", base)
+    )
+    assert same(stored, live)
+    with pytest.raises(NotHFError, match="lm_head and embed_tokens are or share lm_head; name one of them"):
+        DonorModel.from_base(tmp_path / "base", (1, 3), modules_to_save=["embed_tokens", "lm_head"])
 
 
 def test_a_classifier_travels_with_the_organ(tmp_path):

@@ -70,6 +70,12 @@ def test_replay_in_a_stream(text, chats):
     replay = TrainingData.load(str(text), **how).examples(tokenizer(), 16)
     rows = [row["input_ids"] for row in itertools.islice(mix_replay(domain, replay, 0.5, seed=0), 40)]
     assert sum(row[0] == 4 for row in rows) == 8 and len(rows) > 9
+    shuffled = mix_replay(domain, replay, 0.5, seed=0).shuffle(seed=0, buffer_size=1)
+    general = [row["input_ids"] for row in replay]
+    for epoch in range(3):  # each takes the first ones, over and over
+        shuffled.set_epoch(epoch)
+        taken = [row["input_ids"] for row in shuffled if row["input_ids"][0] != 4]
+        assert taken == [general[n % len(general)] for n in range(len(taken))]
 
 
 def test_replay_rows_are_cached(text, chats, tmp_path):
