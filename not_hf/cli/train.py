@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from not_hf.cli.app import CHECKPOINTS, Result, command, facts, output_folder, saying_how_to_resume
-from not_hf.cli.eval import measure, window_of
-from not_hf.cli.loading import load_model
 from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, SampleBy, Split, given
+from not_hf.cli.trained import measure_trained, save_trained
 from not_hf.errors import NotHFError
-
-if TYPE_CHECKING:
-    from not_hf import DonorConfig
-    from not_hf.training.examples import TrainingData
 
 
 @command("not-hf train organ --data kjv.txt --eval-data held-out.txt -o gpt2-kjv")
@@ -184,11 +176,13 @@ def train(
         trained = trainer.train(resume_from_checkpoint=checkpoint)
 
         trainer.note_tokens()
-        _save(model, output, [data, *([replay_data] if replay_data else [])], domain)
+        save_trained(model, output, [data, *([replay_data] if replay_data else [])], domain)
         tokens_seen = max(each.tokens_seen for each in model.donor_config.values())
         del model, trainer
         if evaluated:
-            _measure(output, base, {name: (texts[name][0], rows) for name, rows in evaluated.items()}, block_length)
+            measure_trained(
+                output, base, {name: (texts[name][0], rows) for name, rows in evaluated.items()}, block_length
+            )
         _clean_up(output)
     config = DonorConfig.from_pretrained(output)
     document = {
@@ -219,64 +213,6 @@ def _view(document: dict[str, Any], block_length: int | None) -> dict[str, Any]:
     if block_length:
         rows["perplexity while training"] = f"in blocks of {block_length:,} tokens, without the text before each"
     return rows
-
-
-def _save(model: Any, folder: Path, data: list[str], domain: str | None) -> None:
-    """Save organs in the dtypes of their donors, whatever dtype they were trained in, and record the text."""
-    from not_hf.cards.donor import CURVE
-
-    configs: list[DonorConfig] = list(model.donor_config.values())
-    for config in configs:
-        config.domain = domain or config.domain
-        config.datasets = list(dict.fromkeys([*(config.datasets or []), *map(_public_name, data)]))
-        config.metrics = None  # those of an earlier training no longer hold
-    if (curve := folder / CHECKPOINTS / CURVE).exists():
-        shutil.copy(curve, folder)  # now, for the card
-    for parameter in model.parameters():
-        if parameter.requires_grad and configs[0].dtype is not None:
-            parameter.data = parameter.data.to(configs[0].dtype)
-    model.save_pretrained(folder)
-
-
-def _measure(folder: Path, base: str | None, texts: Mapping[str, tuple[str, TrainingData]], length: int) -> None:
-    """Measure perplexity of what was saved, as it will be loaded by others, and write it into its config and card.
-
-    Args:
-        folder: Of the donor.
-        base: The recipient, if not the donor's base.
-        texts: Source and rows of each text, by what it is: `"held-out"` or `"control"`.
-        length: Tokens of a conversation that are measured, at most.
-    """
-    from not_hf import DonorConfig, DonorModel
-    from not_hf.cards.common import README
-    from not_hf.cards.donor import updated_card
-    from not_hf.cards.metrics import organ_metrics
-    from not_hf.composition.check import survey
-    from not_hf.evaluation.chat_perplexity import measure_chat
-    from not_hf.hub.headers import size_of
-
-    model, tokenizer = load_model(str(folder), base)
-    metrics: dict[str, Any] = {}
-    for name, (source, rows) in texts.items():
-        if rows.is_chat:
-            found, window = measure_chat(model, rows.examples(tokenizer, length)), length
-        else:
-            found, window = measure(model, tokenizer, rows.rows["text"]), window_of(model)
-        on = {"text": _public_name(source), "num_tokens": found["after"]["num_tokens"], "window": window}
-        metrics |= organ_metrics(found, on, prefix="" if name == "held-out" else f"{name}_")
-    config = DonorConfig.from_pretrained(folder)
-    config.metrics = metrics
-    if config.donors is None:
-        donor = DonorModel.from_pretrained(folder)
-        donor.config.metrics = metrics
-        donor.save_pretrained(folder)
-        return
-    _, organs = survey(folder)
-    tensors = [tensor for organ in organs for tensor in organ.tensors.values()]
-    num_parameters, size = sum(math.prod(each.shape) for each in tensors), sum(map(size_of, tensors))
-    card = updated_card(folder, config, num_parameters, size)
-    config.save_pretrained(folder)
-    card.save(folder / README)
 
 
 def _checkpoint(folder: Path, resume: bool) -> str | None:
@@ -330,8 +266,3 @@ def _check_context(model: Any, block_length: int) -> None:
             f"block length {block_length} exceeds the recipient's context of {context} tokens; "
             f"use --block-length {context}"
         )
-
-
-def _public_name(source: str) -> str:
-    """Reduce a local path to its last part, which may be published; a Hub ID stays as it is."""
-    return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
