@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import shutil
 import sys
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from not_hf.cli.app import CHECKPOINTS, Result, command, facts, output_folder, saying_how_to_resume
+from not_hf.cli.loading import load_tokenizer
 from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, SampleBy, Split, given
 from not_hf.cli.trained import measure_trained, save_trained
 from not_hf.errors import NotHFError
@@ -106,7 +108,8 @@ def train(
     with output_folder(output, force or resume, can_resume=True), saying_how_to_resume(lambda: _how_to_resume(output)):
         import torch
         import transformers
-        from transformers import AutoTokenizer, TrainingArguments
+        from transformers import TrainingArguments
+        from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
         from not_hf import DonorConfig, DonorTrainer, ProgressLine, TrainingCurve
         from not_hf.recipient.heads import writing_class
@@ -114,7 +117,6 @@ def train(
 
         DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
-        tokenizer = AutoTokenizer.from_pretrained(base or donor)
         texts: Any = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
         how: dict[str, Any] = {"column": column, "sample_by": sample_by}
         evaluated = {
@@ -123,7 +125,13 @@ def train(
         sources = {"data": TrainingData.load(data, split=split, streaming=streaming, **how)}
         if replay_data:
             sources["replay"] = TrainingData.load(replay_data, streaming=streaming, **how)
-        collate = collator(tokenizer, any(each.is_chat for each in (*evaluated.values(), *sources.values())))
+        model: Any = writing_class(base or donor).from_pretrained(
+            *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
+        )
+        _check_context(model, block_length)
+        tokenizer = load_tokenizer(model, donor, base)
+        has_chats = any(each.is_chat for each in (*evaluated.values(), *sources.values()))
+        collate = collator(copy.deepcopy(tokenizer), has_chats)  # it changes how the tokenizer pads
         eval_blocks = {name: each.examples(tokenizer, block_length) for name, each in evaluated.items() if eval_steps}
         blocks: Any = sources["data"].examples(tokenizer, block_length)
         if replay_data:
@@ -131,10 +139,6 @@ def train(
             blocks = mix_replay(blocks, replay, replay_fraction or 0.2, seed)
         if streaming:
             blocks = blocks.shuffle(seed=seed, buffer_size=1000)  # blocks of a Dataset are shuffled by the Trainer
-        model: Any = writing_class(base or donor).from_pretrained(
-            *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
-        )
-        _check_context(model, block_length)
         arguments = TrainingArguments(
             output_dir=str(output / CHECKPOINTS),
             num_train_epochs=epochs,
@@ -177,12 +181,13 @@ def train(
 
         trainer.note_tokens()
         save_trained(model, output, [data, *([replay_data] if replay_data else [])], domain)
+        if tokenizer.name_or_path == donor or (output / TOKENIZER_CONFIG_FILE).exists():  # else it is the base's
+            tokenizer.save_pretrained(output)
         tokens_seen = max(each.tokens_seen for each in model.donor_config.values())
         del model, trainer
         if evaluated:
-            measure_trained(
-                output, base, {name: (texts[name][0], rows) for name, rows in evaluated.items()}, block_length
-            )
+            rows_of = {name: (texts[name][0], rows) for name, rows in evaluated.items()}
+            measure_trained(output, base, tokenizer, rows_of, block_length)
         _clean_up(output)
     config = DonorConfig.from_pretrained(output)
     document = {
@@ -209,7 +214,8 @@ def _view(document: dict[str, Any], block_length: int | None) -> dict[str, Any]:
     for name, found in (document["metrics"] or {}).items():
         on = found["measured_on"]
         how = f"{on['num_tokens']:,} tokens of {on['text']}, windows of {on['window']:,}"
-        rows[name.replace("_", " ")] = f"{found['before']:.4g} → {found['after']:.4g} with the organ ({how})"
+        before = f"{found['before']:.4g} → " if "before" in found else ""
+        rows[name.replace("_", " ")] = f"{before}{found['after']:.4g} with the organ ({how})"
     if block_length:
         rows["perplexity while training"] = f"in blocks of {block_length:,} tokens, without the text before each"
     return rows

@@ -14,6 +14,8 @@ from not_hf.cli.eval import measure, window_of
 from not_hf.cli.loading import load_model
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from not_hf import DonorConfig
     from not_hf.training.examples import TrainingData
 
@@ -36,13 +38,18 @@ def save_trained(model: Any, folder: Path, data: list[str], domain: str | None) 
 
 
 def measure_trained(
-    folder: Path, base: str | None, texts: Mapping[str, tuple[str, TrainingData]], length: int
+    folder: Path,
+    base: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, tuple[str, TrainingData]],
+    length: int,
 ) -> None:
     """Measure perplexity of what was saved, as it will be loaded by others, and write it into its config and card.
 
     Args:
         folder: Of the donor.
         base: The recipient, if not the donor's base.
+        tokenizer: That of the training.
         texts: Source and rows of each text, by what it is: `"held-out"` or `"control"`.
         length: Tokens of a conversation that are measured, at most.
     """
@@ -54,7 +61,7 @@ def measure_trained(
     from not_hf.evaluation.chat_perplexity import measure_chat
     from not_hf.hub.headers import size_of
 
-    model, tokenizer = load_model(str(folder), base)
+    model, _ = load_model(str(folder), base)
     metrics: dict[str, Any] = {}
     for name, (source, rows) in texts.items():
         if rows.is_chat:
