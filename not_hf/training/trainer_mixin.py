@@ -19,7 +19,7 @@ from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import unite
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
-from not_hf.training.checkpoints import last_complete_checkpoint
+from not_hf.training.checkpoints import last_complete_checkpoint, require_same_organs
 from not_hf.training.optimizers import MuonWithAdamW
 from not_hf.training.prefix_cache import PrefixCache, prefix_folder
 from not_hf.training.record import TrainingRecord, trained_organs
@@ -93,11 +93,17 @@ class DonorTrainerMixin(Trainer):
         return native
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`. `resume_from_checkpoint=True` resumes from the last complete checkpoint."""
+        """As in `Trainer`. `resume_from_checkpoint=True` resumes from the last complete checkpoint.
+
+        Raises:
+            NotHFError: There is none, or it is of other organs.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise NotHFError(f"no complete checkpoint in {self.args.output_dir}; leave out resume_from_checkpoint")
+        if resume_from_checkpoint:
+            require_same_organs(self._native, resume_from_checkpoint)
         self._stack = None  # weights below the organ may have changed since the last run
         trained = super().train(resume_from_checkpoint, *args, **kwargs)
         self.note_tokens()
