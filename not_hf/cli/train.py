@@ -183,7 +183,7 @@ def train(
         save_trained(model, output, [data, *([replay_data] if replay_data else [])], domain)
         if tokenizer.name_or_path == donor or (output / TOKENIZER_CONFIG_FILE).exists():  # else it is the base's
             tokenizer.save_pretrained(output)
-        tokens_seen = max(each.tokens_seen for each in model.donor_config.values())
+        tokens_seen = max(each.tokens_seen or 0 for each in model.donor_config.values())
         del model, trainer
         if evaluated:
             rows_of = {name: (texts[name][0], rows) for name, rows in evaluated.items()}

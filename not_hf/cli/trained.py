@@ -31,9 +31,10 @@ def save_trained(model: Any, folder: Path, data: list[str], domain: str | None) 
         config.metrics = None  # those of an earlier training no longer hold
     if (curve := folder / CHECKPOINTS / CURVE).exists():
         shutil.copy(curve, folder)  # now, for the card
-    for parameter in model.parameters():
-        if parameter.requires_grad and configs[0].dtype is not None:
-            parameter.data = parameter.data.to(configs[0].dtype)
+    for organ in model._surgery.organs.values():
+        for parameter in organ.parameters():
+            if parameter.requires_grad and organ.config.dtype is not None:
+                parameter.data = parameter.data.to(organ.config.dtype)
     model.save_pretrained(folder)
 
 

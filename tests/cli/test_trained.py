@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
@@ -16,6 +18,7 @@ from testing.training import CHAT_TEMPLATE, chat
 
 TRAINING = ("--block-length", "16", "--max-steps", "1", "--batch-size", "4")
 NEW = ["<verse>", "<chapter>"]
+TEXT = "\n".join(" ".join(f"w{3 + (7 * line + n) % 90}" for n in range(20)) for line in range(8))
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +72,24 @@ def test_new_tokens_stay_with_the_organ_and_are_measured(base, verses, tmp_path)
         result = invoke("eval", out, "--data", text, "--json", *options[:2])
         assert json.loads(result.stdout)["perplexity"] == perplexity["after"]
         assert "not measured without the organ, which has the only rows for some tokens" in result.stderr
+
+
+@pytest.fixture
+def both(base: Path, tmp_path: Path) -> Path:
+    """A composition of an organ in bfloat16 and one in float32, and a text beside it."""
+    model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, (0, 1)), donor_name="low")
+    model.load_donor(DonorModel.from_base(base, (2, 3)), "top")
+    model.save_pretrained(tmp_path / "both")
+    DonorModel.from_base(base, (0, 1)).to(torch.bfloat16).save_pretrained(tmp_path / "both/low")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "both"
+
+
+@pytest.mark.parametrize("how", [("--max-steps", "1"), ("--epochs", "0")])
+def test_each_organ_is_saved_in_its_own_dtype(how, both, tmp_path):
+    arguments = ("--data", tmp_path / "text.txt", "--block-length", "16", *how)
+    shown = done("train", both, *arguments, "-o", tmp_path / "out")
+    assert shown["tokens_seen"] == (8 * 16 if shown["steps"] else 0)
+    for name, dtype in (("low", torch.bfloat16), ("top", torch.float32)):
+        saved = load_file(tmp_path / "out" / name / "model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {dtype}
