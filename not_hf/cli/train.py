@@ -114,6 +114,7 @@ def train(
         from not_hf import DonorConfig, DonorTrainer, ProgressLine, TrainingCurve
         from not_hf.recipient.heads import writing_class
         from not_hf.training.examples import TrainingData, collator, mix_replay
+        from not_hf.training.record import trained_organs
 
         DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
@@ -183,7 +184,7 @@ def train(
         save_trained(model, output, [data, *([replay_data] if replay_data else [])], domain)
         if tokenizer.name_or_path == donor or (output / TOKENIZER_CONFIG_FILE).exists():  # else it is the base's
             tokenizer.save_pretrained(output)
-        tokens_seen = max(each.tokens_seen or 0 for each in model.donor_config.values())
+        tokens_seen = max((each.tokens_seen or 0 for each in trained_organs(model).values()), default=0)
         del model, trainer
         if evaluated:
             rows_of = {name: (texts[name][0], rows) for name, rows in evaluated.items()}

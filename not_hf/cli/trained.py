@@ -16,16 +16,15 @@ from not_hf.cli.loading import load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from not_hf import DonorConfig
     from not_hf.training.examples import TrainingData
 
 
 def save_trained(model: Any, folder: Path, data: list[str], domain: str | None) -> None:
     """Save organs in the dtypes of their donors, whatever dtype they were trained in, and record the text."""
     from not_hf.cards.donor import CURVE
+    from not_hf.training.record import trained_organs
 
-    configs: list[DonorConfig] = list(model.donor_config.values())
-    for config in configs:
+    for config in trained_organs(model).values():
         config.domain = domain or config.domain
         config.datasets = list(dict.fromkeys([*(config.datasets or []), *map(_public_name, data)]))
         config.metrics = None  # those of an earlier training no longer hold

@@ -15,6 +15,8 @@ from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError, interval
 from not_hf.recipient.mixin import Recipient
 
+ALONE = ""  # for the name of the only organ of a checkpoint
+
 
 def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """Find the newest checkpoint of a `Trainer` that was written completely; `None` when there is none.
@@ -34,25 +36,36 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return next((str(each) for each in found if is_complete(each)), None)
 
 
+def saved_organs(checkpoint: str | os.PathLike[str]) -> dict[str, DonorConfig]:
+    """Read the configs of the organs in a checkpoint by name, which an organ `ALONE` does not have.
+
+    There are none if the checkpoint is of adapters or of sharded weights.
+    """
+    if not os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):
+        return {}
+    root = DonorConfig.from_pretrained(checkpoint)
+    if root.donors is None:
+        return {ALONE: root}
+    return {each["name"]: DonorConfig.from_pretrained(checkpoint, subfolder=each["name"]) for each in root.donors}
+
+
 def require_same_organs(model: PreTrainedModel, checkpoint: str | os.PathLike[str]) -> None:
     """Check that a checkpoint holds the organs of a model, as far as configs tell; others may have the same shapes.
 
     Raises:
         NotHFError: It holds others: of other layers, at another place, or for another recipient.
     """
-    if not isinstance(model, Recipient) or not os.path.isfile(os.path.join(checkpoint, CONFIG_NAME)):
-        return  # no organs, or those of adapters and of sharded weights, which have no config
-    root = DonorConfig.from_pretrained(checkpoint)
-    names = None if root.donors is None else [entry["name"] for entry in root.donors]
+    if not isinstance(model, Recipient) or not (saved := saved_organs(checkpoint)):
+        return
     ours = model.donor_config
-    if len(ours) != (1 if names is None else len(names)) or (names and set(names) != ours.keys()):
+    if len(ours) != len(saved) or (ALONE not in saved and saved.keys() != ours.keys()):
         raise NotHFError(
-            f"{checkpoint} is of {'one organ' if names is None else f'organs {names}'}, and the model has {[*ours]}; "
-            "resume with the same donors, or start a new training"
+            f"{checkpoint} is of {'one organ' if ALONE in saved else f'organs {[*saved]}'}, and the model has "
+            f"{[*ours]}; resume with the same donors, or start a new training"
         )
     for name, config in ours.items():
-        saved = root if names is None else DonorConfig.from_pretrained(checkpoint, subfolder=name)
-        if differences := _differences(saved, config, model.base_config.name_or_path):
+        theirs = saved[ALONE if ALONE in saved else name]
+        if differences := _differences(theirs, config, model.base_config.name_or_path):
             raise NotHFError(
                 f"{checkpoint} is of another organ than {name!r}: {', '.join(differences)}; resume with the donor "
                 "that it was made with, or start a new training"

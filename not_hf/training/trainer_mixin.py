@@ -78,7 +78,8 @@ class DonorTrainerMixin(Trainer):
         find_stack(self._native)  # raises now rather than in the first step
         if self.args.include_num_input_tokens_seen == "no":
             self.args.include_num_input_tokens_seen = "all"  # for `tokens_seen` in the organs' configs
-        self._record = TrainingRecord(self._native)
+        self._noted: TrainingRecord | None = None  # of the last training, which resumed from `_checkpoint`
+        self._checkpoint: str | None = None
         self._stack: TrainedStack | None = None
 
     @property
@@ -92,6 +93,12 @@ class DonorTrainerMixin(Trainer):
             raise NotHFError(f"{type(self).__name__} needs a language model, got {type(native).__name__}; use Trainer")
         return native
 
+    @property
+    def _record(self) -> TrainingRecord:
+        if self._noted is None:
+            self._noted = TrainingRecord(self._native, self._checkpoint)
+        return self._noted
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`. `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
@@ -104,6 +111,9 @@ class DonorTrainerMixin(Trainer):
                 raise NotHFError(f"no complete checkpoint in {self.args.output_dir}; leave out resume_from_checkpoint")
         if resume_from_checkpoint:
             require_same_organs(self._native, resume_from_checkpoint)
+        self._checkpoint = resume_from_checkpoint or None
+        is_later = getattr(self, "model_init", None) is not None  # then the model is not there yet
+        self._noted = None if is_later else TrainingRecord(self._native, self._checkpoint)
         self._stack = None  # weights below the organ may have changed since the last run
         trained = super().train(resume_from_checkpoint, *args, **kwargs)
         self.note_tokens()
@@ -197,8 +207,8 @@ class DonorTrainerMixin(Trainer):
         """
         state = self.state
         is_best = self.args.load_best_model_at_end and not self.is_in_train and state.best_model_checkpoint
-        step = state.best_global_step if is_best else state.global_step
-        self._record.note_tokens(self._native, state)
+        step = (state.best_global_step or 0) if is_best else state.global_step
+        self._record.note_tokens(self._native, state, step)
         if step:
             self._record.note_evaluations(self._native, step)
 

@@ -93,3 +93,17 @@ def test_each_organ_is_saved_in_its_own_dtype(how, both, tmp_path):
     for name, dtype in (("low", torch.bfloat16), ("top", torch.float32)):
         saved = load_file(tmp_path / "out" / name / "model.safetensors")
         assert {tensor.dtype for tensor in saved.values()} == {dtype}
+
+
+@pytest.mark.slow
+def test_an_inactive_organ_is_not_said_to_be_trained(both, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(both)
+    model.donor_config["top"].metrics = {"perplexity": {"after": 3.0}}
+    model.set_donor("low")
+    model.save_pretrained(both)
+    arguments = ("--data", tmp_path / "text.txt", "--block-length", "16", "--max-steps", "1", "--domain", "words")
+    done("train", both, *arguments, "-o", tmp_path / "out")
+    low, top = (DonorConfig.from_pretrained(tmp_path / "out" / name) for name in ("low", "top"))
+    assert (low.domain, low.datasets, low.tokens_seen) == ("words", ["text.txt"], 128)
+    assert (top.domain, top.datasets, top.tokens_seen) == (None, None, None)
+    assert top.metrics == {"perplexity": {"after": 3.0}}
