@@ -76,7 +76,8 @@ class DonorTrainerMixin(Trainer):
             "mixed_precision": str(self.accelerator.mixed_precision),
         }
         find_stack(self._native)  # raises now rather than in the first step
-        if self.args.include_num_input_tokens_seen == "no":
+        self._chooses_tokens = self.args.include_num_input_tokens_seen == "no"
+        if self._chooses_tokens:
             self.args.include_num_input_tokens_seen = "all"  # for `tokens_seen` in the organs' configs
         self._noted: TrainingRecord | None = None  # of the last training, which resumed from `_checkpoint`
         self._checkpoint: str | None = None
@@ -123,7 +124,11 @@ class DonorTrainerMixin(Trainer):
         """As in `Trainer`, but none after the last step, beyond which it would go if it resumes there."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        return super().get_batch_samples(*args, **kwargs)
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self._chooses_tokens and batches:  # those to count; a mask of another shape does not tell
+            is_masked = all(getattr(batch.get("attention_mask"), "ndim", 0) == 2 for batch in batches)
+            self.args.include_num_input_tokens_seen = "non_padding" if is_masked else "all"
+        return batches, count
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from not_hf import DonorModel, TrainingCurve, TransplantedForCausalLM
 from testing.models import tiny_model
@@ -100,6 +101,15 @@ def test_each_model_of_model_init_has_its_own_record(tmp_path):
     for _ in range(2):
         trainer.train()
         assert config_of(trainer.model).tokens_seen == 64 and config_of(trainer.model).metrics
+
+
+@pytest.mark.parametrize(("masked", "count"), [(True, 8 * 12), (False, 8 * 16)])
+def test_padding_counts_only_where_no_mask_tells_it(masked, count, tmp_path, caplog):
+    model, data = recipient(), rows(8)
+    for row in data if masked else ():
+        row["attention_mask"] = (torch.arange(16) < 12).long()
+    made(model, tmp_path, data, num_train_epochs=1).train()
+    assert config_of(model).tokens_seen == count and "count non-padding tokens" not in caplog.text
 
 
 def test_only_active_organs_were_trained(tmp_path):
