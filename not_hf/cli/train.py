@@ -200,18 +200,22 @@ def train(
         "tokens_seen": tokens_seen,
         "metrics": config.metrics,
     }
-    return Result(document, facts("Trained", _view(document, block_length if eval_steps else None)))
+    return Result(document, facts("Trained", _view(document, block_length if eval_steps else None, resume)))
 
 
-def _view(document: dict[str, Any], block_length: int | None) -> dict[str, Any]:
+def _view(document: dict[str, Any], block_length: int | None, resume: bool) -> dict[str, Any]:
     """Name the numbers for people: what each was measured on, and how.
 
     Args:
         document: The result of the command.
         block_length: That of the blocks on which perplexity was measured while training, if it was.
+        resume: Whether the training was resumed: `Trainer` gives loss and time since then.
     """
     rows = {key.replace("_", " "): value for key, value in document.items() if key not in ("metrics", "train_loss")}
-    rows["training loss, mean of all steps"] = document["train_loss"]
+    steps = "the steps since it was resumed" if resume else "all steps"
+    rows[f"training loss, mean of {steps}"] = document["train_loss"]
+    if resume:
+        rows["seconds since it was resumed"] = rows.pop("seconds")
     for name, found in (document["metrics"] or {}).items():
         on = found["measured_on"]
         how = f"{on['num_tokens']:,} tokens of {on['text']}, windows of {on['window']:,}"
