@@ -33,6 +33,7 @@ def evaluate(
     """Measure perplexity on text, with the organ and without it. The rows of the text are scored as one stream.
 
     In brackets are 95 % intervals, over windows of the text. Bits per byte compare models with different tokenizers.
+    A text with tokens for which only the organ has rows is measured with the organ only.
     """
     from not_hf import load_text
 
@@ -82,6 +83,7 @@ def measure(
         `change`, as by `compare_perplexity`.
     """
     from not_hf import compare_perplexity, perplexity
+    from not_hf.evaluation.windows import encode, needs_organs
 
     window = window_of(model)
     how: dict[str, Any] = {
@@ -91,6 +93,9 @@ def measure(
         "batch_size": 1 if model.device.type == "cpu" else 16,  # a CPU is busy with one, and the progress bar moves
     }
     stream = ["\n".join(texts)]
+    if without_organ and needs_organs(model, encode(stream, tokenizer, how["add_start_token"])[0]):
+        typer.echo("not measured without the organ, which has the only rows for some tokens of the text", err=True)
+        without_organ = False
     if without_organ:
         change = compare_perplexity(None, model, stream, tokenizer=tokenizer, **how)
         return {"before": change.pop("model_a"), "after": change.pop("model_b"), "change": change}

@@ -16,14 +16,33 @@ def load_model(model: str, base: str | None) -> tuple[Any, PreTrainedTokenizerBa
         base: Recipient of the donor; `None`: the base the donor was cut from.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from not_hf.recipient.heads import writing_class
 
     kind: Any = writing_class(base or model)
-    tokenizer = AutoTokenizer.from_pretrained(base or model)
     loaded = kind.from_pretrained(base, model) if base else kind.native_auto_class.from_pretrained(model)
+    tokenizer = load_tokenizer(loaded, model, base)
     return loaded.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
+
+
+def load_tokenizer(loaded: Any, model: str, base: str | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model: in another recipient that one's, unless organs have rows for more tokens.
+
+    Args:
+        loaded: The model.
+        model: As in `load_model`, like `base`.
+    """
+    from transformers import AutoTokenizer
+
+    from not_hf.architecture.stack import layers_config
+
+    tokenizer = AutoTokenizer.from_pretrained(base or model)
+    if base is None or not has_organ(loaded):
+        return tokenizer
+    rows = (ids for config in loaded.donor_config.values() for ids in (config.trainable_token_indices or {}).values())
+    has_more = layers_config(loaded.config).vocab_size > loaded.base_config.vocab_size
+    has_more |= any(max(ids) >= len(tokenizer) for ids in rows)  # some models have spare rows
+    return AutoTokenizer.from_pretrained(model) if has_more else tokenizer
 
 
 def has_organ(model: Any) -> bool:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import os
+import copy
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from not_hf.cli.app import CHECKPOINTS, Result, command, facts, output_folder, saying_how_to_resume
-from not_hf.cli.eval import measure, window_of
-from not_hf.cli.loading import load_model
+from not_hf.cli.loading import load_tokenizer
 from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, SampleBy, Split, given
+from not_hf.cli.trained import measure_trained, save_trained
 from not_hf.errors import NotHFError
-
-if TYPE_CHECKING:
-    from not_hf import DonorConfig
-    from not_hf.training.examples import TrainingData
 
 
 @command("not-hf train organ --data kjv.txt --eval-data held-out.txt -o gpt2-kjv")
@@ -114,16 +108,17 @@ def train(
     with output_folder(output, force or resume, can_resume=True), saying_how_to_resume(lambda: _how_to_resume(output)):
         import torch
         import transformers
-        from transformers import AutoTokenizer, TrainingArguments
+        from transformers import TrainingArguments
+        from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
         from not_hf import DonorConfig, DonorTrainer, ProgressLine, TrainingCurve
         from not_hf.recipient.heads import writing_class
         from not_hf.training.early_stopping import EarlyStopping
         from not_hf.training.examples import TrainingData, collator, mix_replay
+        from not_hf.training.record import trained_organs
 
         DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
         checkpoint = _checkpoint(output / CHECKPOINTS, resume)
-        tokenizer = AutoTokenizer.from_pretrained(base or donor)
         texts: Any = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
         how: dict[str, Any] = {"column": column, "sample_by": sample_by}
         evaluated = {
@@ -132,7 +127,13 @@ def train(
         sources = {"data": TrainingData.load(data, split=split, streaming=streaming, **how)}
         if replay_data:
             sources["replay"] = TrainingData.load(replay_data, streaming=streaming, **how)
-        collate = collator(tokenizer, any(each.is_chat for each in (*evaluated.values(), *sources.values())))
+        model: Any = writing_class(base or donor).from_pretrained(
+            *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
+        )
+        _check_context(model, block_length)
+        tokenizer = load_tokenizer(model, donor, base)
+        has_chats = any(each.is_chat for each in (*evaluated.values(), *sources.values()))
+        collate = collator(copy.deepcopy(tokenizer), has_chats)  # it changes how the tokenizer pads
         eval_blocks = {name: each.examples(tokenizer, block_length) for name, each in evaluated.items() if eval_steps}
         blocks: Any = sources["data"].examples(tokenizer, block_length)
         if replay_data:
@@ -140,10 +141,6 @@ def train(
             blocks = mix_replay(blocks, replay, replay_fraction or 0.2, seed)
         if streaming:
             blocks = blocks.shuffle(seed=seed, buffer_size=1000)  # blocks of a Dataset are shuffled by the Trainer
-        model: Any = writing_class(base or donor).from_pretrained(
-            *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
-        )
-        _check_context(model, block_length)
         arguments = TrainingArguments(
             output_dir=str(output / CHECKPOINTS),
             num_train_epochs=epochs,
@@ -185,11 +182,14 @@ def train(
         trained = trainer.train(resume_from_checkpoint=checkpoint)
 
         trainer.note_tokens()
-        _save(model, output, [data, *([replay_data] if replay_data else [])], domain)
-        tokens_seen = max(each.tokens_seen for each in model.donor_config.values())
+        save_trained(model, output, [data, *([replay_data] if replay_data else [])], domain)
+        if tokenizer.name_or_path == donor or (output / TOKENIZER_CONFIG_FILE).exists():  # else it is the base's
+            tokenizer.save_pretrained(output)
+        tokens_seen = max((each.tokens_seen or 0 for each in trained_organs(model).values()), default=0)
         del model, trainer
         if evaluated:
-            _measure(output, base, {name: (texts[name][0], rows) for name, rows in evaluated.items()}, block_length)
+            rows_of = {name: (texts[name][0], rows) for name, rows in evaluated.items()}
+            measure_trained(output, base, tokenizer, rows_of, block_length)
         _clean_up(output)
     config = DonorConfig.from_pretrained(output)
     document = {
@@ -201,83 +201,30 @@ def train(
         "tokens_seen": tokens_seen,
         "metrics": config.metrics,
     }
-    return Result(document, facts("Trained", _view(document, block_length if eval_steps else None)))
+    return Result(document, facts("Trained", _view(document, block_length if eval_steps else None, resume)))
 
 
-def _view(document: dict[str, Any], block_length: int | None) -> dict[str, Any]:
+def _view(document: dict[str, Any], block_length: int | None, resume: bool) -> dict[str, Any]:
     """Name the numbers for people: what each was measured on, and how.
 
     Args:
         document: The result of the command.
         block_length: That of the blocks on which perplexity was measured while training, if it was.
+        resume: Whether the training was resumed: `Trainer` gives loss and time since then.
     """
     rows = {key.replace("_", " "): value for key, value in document.items() if key not in ("metrics", "train_loss")}
-    rows["training loss, mean of all steps"] = document["train_loss"]
+    steps = "the steps since it was resumed" if resume else "all steps"
+    rows[f"training loss, mean of {steps}"] = document["train_loss"]
+    if resume:
+        rows["seconds since it was resumed"] = rows.pop("seconds")
     for name, found in (document["metrics"] or {}).items():
         on = found["measured_on"]
         how = f"{on['num_tokens']:,} tokens of {on['text']}, windows of {on['window']:,}"
-        rows[name.replace("_", " ")] = f"{found['before']:.4g} → {found['after']:.4g} with the organ ({how})"
+        before = f"{found['before']:.4g} → " if "before" in found else ""
+        rows[name.replace("_", " ")] = f"{before}{found['after']:.4g} with the organ ({how})"
     if block_length:
         rows["perplexity while training"] = f"in blocks of {block_length:,} tokens, without the text before each"
     return rows
-
-
-def _save(model: Any, folder: Path, data: list[str], domain: str | None) -> None:
-    """Save organs in the dtypes of their donors, whatever dtype they were trained in, and record the text."""
-    from not_hf.cards.donor import CURVE
-
-    configs: list[DonorConfig] = list(model.donor_config.values())
-    for config in configs:
-        config.domain = domain or config.domain
-        config.datasets = list(dict.fromkeys([*(config.datasets or []), *map(_public_name, data)]))
-        config.metrics = None  # those of an earlier training no longer hold
-    if (curve := folder / CHECKPOINTS / CURVE).exists():
-        shutil.copy(curve, folder)  # now, for the card
-    for parameter in model.parameters():
-        if parameter.requires_grad and configs[0].dtype is not None:
-            parameter.data = parameter.data.to(configs[0].dtype)
-    model.save_pretrained(folder)
-
-
-def _measure(folder: Path, base: str | None, texts: Mapping[str, tuple[str, TrainingData]], length: int) -> None:
-    """Measure perplexity of what was saved, as it will be loaded by others, and write it into its config and card.
-
-    Args:
-        folder: Of the donor.
-        base: The recipient, if not the donor's base.
-        texts: Source and rows of each text, by what it is: `"held-out"` or `"control"`.
-        length: Tokens of a conversation that are measured, at most.
-    """
-    from not_hf import DonorConfig, DonorModel
-    from not_hf.cards.common import README
-    from not_hf.cards.donor import updated_card
-    from not_hf.cards.metrics import organ_metrics
-    from not_hf.composition.check import survey
-    from not_hf.evaluation.chat_perplexity import measure_chat
-    from not_hf.hub.headers import size_of
-
-    model, tokenizer = load_model(str(folder), base)
-    metrics: dict[str, Any] = {}
-    for name, (source, rows) in texts.items():
-        if rows.is_chat:
-            found, window = measure_chat(model, rows.examples(tokenizer, length)), length
-        else:
-            found, window = measure(model, tokenizer, rows.rows["text"]), window_of(model)
-        on = {"text": _public_name(source), "num_tokens": found["after"]["num_tokens"], "window": window}
-        metrics |= organ_metrics(found, on, prefix="" if name == "held-out" else f"{name}_")
-    config = DonorConfig.from_pretrained(folder)
-    config.metrics = metrics
-    if config.donors is None:
-        donor = DonorModel.from_pretrained(folder)
-        donor.config.metrics = metrics
-        donor.save_pretrained(folder)
-        return
-    _, organs = survey(folder)
-    tensors = [tensor for organ in organs for tensor in organ.tensors.values()]
-    num_parameters, size = sum(math.prod(each.shape) for each in tensors), sum(map(size_of, tensors))
-    card = updated_card(folder, config, num_parameters, size)
-    config.save_pretrained(folder)
-    card.save(folder / README)
 
 
 def _checkpoint(folder: Path, resume: bool) -> str | None:
@@ -331,8 +278,3 @@ def _check_context(model: Any, block_length: int) -> None:
             f"block length {block_length} exceeds the recipient's context of {context} tokens; "
             f"use --block-length {context}"
         )
-
-
-def _public_name(source: str) -> str:
-    """Reduce a local path to its last part, which may be published; a Hub ID stays as it is."""
-    return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from not_hf.architecture.layers import eval_mode
+from not_hf.evaluation.windows import needs_organs
 
 
 def measure_chat(model: Any, examples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -18,9 +19,11 @@ def measure_chat(model: Any, examples: Iterable[Mapping[str, Any]]) -> dict[str,
 
     Returns:
         `num_tokens` that have a label, and their `perplexity`: `after` the transplant, and `before` it, without the
-        organ.
+        organ, unless that has the only rows for a token.
     """
     after = _perplexity(model, examples)
+    if needs_organs(model, (example["input_ids"] for example in examples)):
+        return {"after": after}
     with model.disable_donors():
         before = _perplexity(model, examples)
     return {"before": before, "after": after}

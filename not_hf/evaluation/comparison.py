@@ -20,7 +20,7 @@ from not_hf.evaluation.perplexity import (
     score,
     summarize,
 )
-from not_hf.evaluation.windows import batches_of, check_lengths, context_of, encode
+from not_hf.evaluation.windows import batches_of, check_lengths, context_of, encode, needs_organs
 from not_hf.recipient.heads import recipient_config
 from not_hf.recipient.mixin import Recipient
 
@@ -69,7 +69,8 @@ def compare_perplexity(
 
     Raises:
         NotHFError: There are no texts, or one that the models tokenize differently; an argument is out of range; a
-            tokenizer is missing; `model_a` is `None`, and `model_b` has no organs.
+            tokenizer is missing; `model_a` is `None`, and `model_b` has no organs, or they have the only rows for a
+            token.
 
     Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -110,6 +111,11 @@ def compare_perplexity(
         model = load_model(model_b, device)
         if not isinstance(model, Recipient):
             raise NotHFError(f"{type(model).__name__} has no organs to leave out; give a model to compare with")
+        if needs_organs(model, ids_a):
+            raise NotHFError(
+                "the texts hold tokens for which only the organs have rows; give "
+                "tokenizer=(the recipient's, that of the organs) and at least 2 texts, or use perplexity"
+            )
         with model.disable_donors():
             a = scored(model, ids_a, ends_a)
         b = scored(model, ids_b, ends_b)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.devices import input_device
+from not_hf.architecture.stack import layers_config
 from not_hf.errors import NotHFError
 from not_hf.evaluation.bootstrap import Floats
+from not_hf.recipient.mixin import Recipient
 
 
 def context_of(config: PreTrainedConfig) -> float:
@@ -38,6 +40,12 @@ def check_lengths(context: float, max_length: int | None, stride: int | None, ba
     if batch_size < 1:
         raise NotHFError(f"batch_size must be at least 1, got {batch_size}")
     return max_length, stride
+
+
+def needs_organs(model: Recipient, texts: Iterable[Sequence[int]]) -> bool:
+    """Whether token ids are among those for which only the organs of a model have rows."""
+    most, own = layers_config(model.config).vocab_size, model.base_config.vocab_size
+    return bool(most > own and any(max(ids, default=0) >= own for ids in texts))
 
 
 class Window(NamedTuple):

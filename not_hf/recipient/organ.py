@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -135,12 +136,20 @@ class Organ:
             for parameter in self.parameters():
                 parameter.requires_grad_(False)
             return
-        natives = meta_twin(self.spec.base).stack.layers[slice(*self.config.span)]
-        for n, (layer, native) in enumerate(zip(self.layers, natives, strict=True)):
-            flags = {name: parameter.requires_grad for name, parameter in native.named_parameters()}
-            for name, parameter in layer.named_parameters():
-                if f"{n}.{name}" not in self.kept:
-                    parameter.requires_grad_(flags[name])
+        flags = {name: parameter.requires_grad for name, parameter in self._native_parameters()}
+        for name, parameter in nn.ModuleList(self.layers).named_parameters():
+            if name not in self.kept:
+                parameter.requires_grad_(flags[name])
+
+    def learns(self) -> bool:
+        """Whether parameters of its own require gradients, and not only adapters (LoRA) in its layers."""
+        natives = {name for name, _ in self._native_parameters()} - self.kept
+        own = (p for name, p in nn.ModuleList(self.layers).named_parameters() if name in natives)
+        return any(parameter.requires_grad for parameter in itertools.chain(own, self.saved.parameters()))
+
+    def _native_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of native layers, on the meta device, by `<layer>.<name in the layer>`."""
+        yield from nn.ModuleList(meta_twin(self.spec.base).stack.layers[slice(*self.config.span)]).named_parameters()
 
     def release_master_weights(self, neighbour: nn.Module) -> None:
         """Round master weights to the dtype of the recipient's layer `neighbour`, and put token rows in their places.

@@ -38,7 +38,8 @@ def tokenize_chat(
     dropped. `DataCollatorForSeq2Seq(tokenizer)` pads them to batches.
 
     Args:
-        dataset: Conversations, each a list of dicts with `role` and `content`.
+        dataset: Conversations, each a list of dicts with `role` and `content`. Keys whose value is `None` are left
+            out, in tool calls too.
         tokenizer: The tokenizer of the model to be trained, with a chat template.
         max_length: Tokens per example at most.
         column: Column that holds the conversations; others are dropped.
@@ -109,8 +110,7 @@ def _examples(
     """Tokenize conversations; leave out those without a label."""
     found: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for row, chat in zip(rows, chats, strict=True):
-        # a table holds None for what other turns have
-        turns = [{key: value for key, value in turn.items() if value is not None} for turn in chat or []]
+        turns = _without_nulls(chat or [])
         if not any(turn.get("role") == "assistant" for turn in turns):
             continue
         try:
@@ -128,6 +128,15 @@ def _examples(
             found["input_ids"].append(ids[:max_length])
             found["labels"].append(labels)
     return found
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove keys whose value is `None`, as TRL does: a table holds it for what other turns or tool calls have."""
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return value
 
 
 class _NotAPrefix(Exception):

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from not_hf.cards.metrics import perplexities, trainer_metrics
 from not_hf.config import DonorConfig
 from not_hf.recipient.mixin import Recipient
+from not_hf.training.checkpoints import ALONE, saved_organs
 
 
 class TrainingRecord:
-    """Remembers what was known of the trainable organs before a training.
+    """Remembers what was known of the trained organs before a training.
 
     Args:
         model: The model to be trained, with organs or without.
+        checkpoint: That the training resumes from, if it does.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: str | None = None) -> None:
         organs = trained_organs(model)
         self._tokens = {name: config.tokens_seen or 0 for name, config in organs.items()}
+        if checkpoint and organs and (saved := saved_organs(checkpoint)):
+            # the donor may be the checkpoint itself, or the model that the interrupted training left
+            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            seen = {name: saved[ALONE if ALONE in saved else name].tokens_seen or 0 for name in organs}
+            self._tokens = {name: max(0, count - int(state.num_input_tokens_seen)) for name, count in seen.items()}
         self._metrics = {name: config.metrics for name, config in organs.items()}
         self._perplexities: dict[int, dict[str, float]] = {}  # by step and name of the evaluation set
 
-    def note_tokens(self, model: PreTrainedModel, state: TrainerState) -> None:
-        """Write how many tokens the organs were trained on, earlier trainings included."""
+    def note_tokens(self, model: PreTrainedModel, state: TrainerState, step: int) -> None:
+        """Write how many tokens the organs were trained on up to a step, earlier trainings included."""
+        logs = [log for log in state.log_history if log["step"] == step < state.global_step]
+        found = (log["num_input_tokens_seen"] for log in logs if "num_input_tokens_seen" in log)
+        count = int(next(found, state.num_input_tokens_seen))
         for name, config in trained_organs(model).items():
-            if name in self._tokens and state.num_input_tokens_seen:
-                config.tokens_seen = self._tokens[name] + int(state.num_input_tokens_seen)
+            if name in self._tokens and count:
+                config.tokens_seen = self._tokens[name] + count
 
     def add_evaluation(self, step: int, logs: Mapping[str, Any]) -> None:
         """Remember what the trainer measured on its evaluation sets after a step."""
@@ -54,8 +66,8 @@ class TrainingRecord:
 
 
 def trained_organs(model: PreTrainedModel) -> dict[str, DonorConfig]:
-    """Configs of the trainable organs, by name."""
+    """Configs of the organs that learn: the active ones of which parameters of their own are trainable, by name."""
     if not isinstance(model, Recipient):
         return {}
-    trained = {each.name for each in model.get_donor_status().values() if each.num_trainable_parameters}
-    return {name: config for name, config in model.donor_config.items() if name in trained}
+    organs, active = model._surgery.organs, model.active_donors
+    return {name: organ.config for name, organ in organs.items() if name in active and organ.learns()}

@@ -22,7 +22,7 @@ from not_hf.cards.common import unite
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.trainer_card import gives_perplexity
-from not_hf.training.checkpoints import last_complete_checkpoint
+from not_hf.training.checkpoints import last_complete_checkpoint, require_same_organs
 from not_hf.training.optimizers import MuonWithAdamW
 from not_hf.training.prefix_cache import PrefixCache, prefix_folder
 from not_hf.training.record import TrainingRecord, trained_organs
@@ -79,9 +79,11 @@ class DonorTrainerMixin(Trainer):
             "mixed_precision": str(self.accelerator.mixed_precision),
         }
         find_stack(self._native)  # raises now rather than in the first step
-        if self.args.include_num_input_tokens_seen == "no":
+        self._chooses_tokens = self.args.include_num_input_tokens_seen == "no"
+        if self._chooses_tokens:
             self.args.include_num_input_tokens_seen = "all"  # for `tokens_seen` in the organs' configs
-        self._record = TrainingRecord(self._native)
+        self._noted: TrainingRecord | None = None  # of the last training, which resumed from `_checkpoint`
+        self._checkpoint: str | None = None
         self._stack: TrainedStack | None = None
 
     @property
@@ -95,12 +97,27 @@ class DonorTrainerMixin(Trainer):
             raise NotHFError(f"{type(self).__name__} needs a language model, got {type(native).__name__}; use Trainer")
         return native
 
+    @property
+    def _record(self) -> TrainingRecord:
+        if self._noted is None:
+            self._noted = TrainingRecord(self._native, self._checkpoint)
+        return self._noted
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`. `resume_from_checkpoint=True` resumes from the last complete checkpoint."""
+        """As in `Trainer`. `resume_from_checkpoint=True` resumes from the last complete checkpoint.
+
+        Raises:
+            NotHFError: There is none, or it is of other organs.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise NotHFError(f"no complete checkpoint in {self.args.output_dir}; leave out resume_from_checkpoint")
+        if resume_from_checkpoint:
+            require_same_organs(self._native, resume_from_checkpoint)
+        self._checkpoint = resume_from_checkpoint or None
+        is_later = getattr(self, "model_init", None) is not None  # then the model is not there yet
+        self._noted = None if is_later else TrainingRecord(self._native, self._checkpoint)
         self._stack = None  # weights below the organ may have changed since the last run
         trained = super().train(resume_from_checkpoint, *args, **kwargs)
         self.note_tokens()
@@ -119,7 +136,11 @@ class DonorTrainerMixin(Trainer):
         """As in `Trainer`, but none after the last step, beyond which it would go if it resumes there."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        return super().get_batch_samples(*args, **kwargs)
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self._chooses_tokens and batches:  # those to count; a mask of another shape does not tell
+            is_masked = all(getattr(batch.get("attention_mask"), "ndim", 0) == 2 for batch in batches)
+            self.args.include_num_input_tokens_seen = "non_padding" if is_masked else "all"
+        return batches, count
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `Trainer`; updates `metrics` in the organs' configs if no other dataset is given.
@@ -214,8 +235,8 @@ class DonorTrainerMixin(Trainer):
         """
         state = self.state
         is_best = self.args.load_best_model_at_end and not self.is_in_train and state.best_model_checkpoint
-        step = state.best_global_step if is_best else state.global_step
-        self._record.note_tokens(self._native, state)
+        step = (state.best_global_step or 0) if is_best else state.global_step
+        self._record.note_tokens(self._native, state, step)
         if step:
             self._record.note_evaluations(self._native, step)
 

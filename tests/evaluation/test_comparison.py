@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -11,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from not_hf import NotHFError, TransplantedForCausalLM, compare_perplexity, perplexity
+from not_hf import DonorModel, NotHFError, TransplantedForCausalLM, compare_perplexity, perplexity
 from not_hf.evaluation.bootstrap import nll_difference_intervals, nll_intervals
 from testing.donors import organ
 from testing.models import tiny_model, tiny_tokenizer
@@ -116,6 +117,20 @@ def test_says_what_is_wrong(model, change, message):
     arguments = {"model_a": tiny_model("llama"), "model_b": model, "texts": TEXTS, **HOW, **change}
     with pytest.raises(NotHFError, match=message):
         compare_perplexity(**arguments)
+
+
+def test_without_organs_there_are_no_rows_for_their_tokens():
+    mine = copy.deepcopy(tiny_tokenizer())
+    mine.add_tokens(["<verse>"])
+    recipient, rows = tiny_model("llama"), {"embed_tokens": [96], "lm_head": [96]}
+    recipient.resize_token_embeddings(len(mine), mean_resizing=False)
+    donor = DonorModel.from_base(recipient, (2, 3), mode="replace", trainable_token_indices=rows)
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor)
+    with pytest.raises(NotHFError, match="tokens for which only the organs have rows; give tokenizer="):
+        compare_perplexity(None, model, ["<verse> w5", "w6 w7"], tokenizer=mine)
+    assert compare_perplexity(None, model, ["w5 w6", "w6 w7"], tokenizer=mine)["paired_by"] == "window"
+    found = compare_perplexity(None, model, ["<verse> w5", "w6 w7"], tokenizer=(tiny_tokenizer(), mine))
+    assert found["paired_by"] == "text"
 
 
 def test_paired_intervals_cover_what_they_should_and_are_narrow():

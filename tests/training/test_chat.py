@@ -61,6 +61,17 @@ def test_fields_that_other_turns_have_are_not_there():
     assert ids == [4, 10, 2, 5, 11, 2] and labels == [*[-100] * 4, 11, 2]
 
 
+def test_arguments_that_other_tool_calls_have_are_not_there():
+    call = "{% for c in m.tool_calls or [] %}{{ c.function.arguments.keys() | join(' ') }} </s> {% endfor %}"
+    template = CHAT_TEMPLATE.replace("{% endfor %}", call + "{% endfor %}", 1)
+    template = template.replace("+ m.content + ' </s> '", "+ (m.content or '') + ' '")
+    chats = []
+    for name in ("w20", "w21"):
+        calls = [{"function": {"name": "w9", "arguments": {name: "w12"}}}]
+        chats.append([*chat("w10"), {"role": "assistant", "content": None, "tool_calls": calls}])
+    assert [ids for ids, _ in examples(template, *chats)] == [[4, 10, 5, 20, 2], [4, 10, 5, 21, 2]]
+
+
 def test_templates_that_rewrite_earlier_turns():
     ((ids, labels),) = examples(FORGETFUL, chat("w10", "w11"))
     assert (ids, labels) == ([4, 10, 2, 5, 8, 11, 2], [*[-100] * 4, 8, 11, 2])

@@ -6,11 +6,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
+from transformers.trainer_callback import TrainerState
 
-from not_hf import DonorTrainer, TransplantedForCausalLM, expand
+from not_hf import DonorModel, DonorTrainer, NotHFError, TransplantedForCausalLM, expand
+from not_hf.training.checkpoints import require_same_organs
 from testing.models import TOKEN_IDS, logits, tiny_model
-from testing.training import losses, made, rows, two_organs
+from testing.training import losses, made, organ, rows, two_organs
 
 EPOCHS = {"num_train_epochs": 3, "save_strategy": "epoch", "learning_rate": 0.05}
 
@@ -66,12 +68,64 @@ def test_the_best_of_several_organs_comes_back(cls, tmp_path):
     assert torch.equal(logits(loaded, TOKEN_IDS), logits(trainer.model.eval(), TOKEN_IDS))
 
 
+def placed(span, base=None, **place) -> TransplantedForCausalLM:
+    base = tiny_model("llama") if base is None else base
+    options = {key: place.pop(key) for key in ("modules",) if key in place}
+    donor = DonorModel.from_base(base, span, mode=place.get("mode", "replace"), **options)
+    return TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor, is_trainable=True, **place)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: placed((2, 3)), r"layers \[0, 1\), not \[2, 3\), position 0, not 2; resume with the donor"),
+        (lambda: placed((0, 1), position=1), "position 0, not 1"),
+        (lambda: placed((0, 1), mode="insert", position=0), "mode replace, not insert"),
+        (lambda: placed((0, 1), modules="outputs"), "modules all, not outputs"),
+        (two_organs, r"is of one organ, and the model has \['low', 'top'\]"),
+    ],
+)
+def test_a_checkpoint_of_other_organs_is_refused(other, message, tmp_path):
+    placed((0, 1)).save_pretrained(tmp_path / "run/checkpoint-1")
+    TrainerState().save_to_json(tmp_path / "run/checkpoint-1/trainer_state.json")
+    model = other()
+    before = organ(model)
+    with pytest.raises(NotHFError, match=message):
+        made(model, tmp_path).train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, before[name]) for name, value in organ(model).items())
+
+
+def test_a_checkpoint_of_another_base_is_refused_unless_it_was_moved(tmp_path):
+    for name in ("one", "other"):
+        tiny_model("llama").save_pretrained(tmp_path / name)
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "other"))
+    donor = DonorModel.from_base(one, (0, 1))
+    TransplantedForCausalLM.from_pretrained(one, donor).save_pretrained(tmp_path / "checkpoint-1")
+    model = TransplantedForCausalLM.from_pretrained(other, donor)
+    with pytest.raises(NotHFError, match=r"is of another organ than 'default': base .*one, not .*other; resume"):
+        require_same_organs(model, tmp_path / "checkpoint-1")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    require_same_organs(model, tmp_path / "checkpoint-1")
+
+
+def test_a_checkpoint_of_several_other_organs_is_refused(tmp_path):
+    two_organs().save_pretrained(tmp_path)
+    require_same_organs(two_organs(), tmp_path)
+    model = two_organs()
+    model.donor_config["top"].position = 4
+    with pytest.raises(NotHFError, match="is of another organ than 'top': position 3, not 4"):
+        require_same_organs(model, tmp_path)
+    model.delete_donor("low")
+    with pytest.raises(NotHFError, match=r"is of organs \['low', 'top'\], and the model has \['top'\]"):
+        require_same_organs(model, tmp_path)
+
+
 def test_names_of_organs_do_not_confuse_their_checkpoint(tmp_path):
     model = two_organs()
     surgery = model._surgery
     surgery.organs = dict(zip(("organ", "token_rows"), surgery.organs.values(), strict=True))
-    for name, organ in surgery.organs.items():
-        organ.name = name
+    for name, each in surgery.organs.items():
+        each.name = name
     model.save_pretrained(tmp_path / "checkpoint-1")
     before = logits(model.eval(), TOKEN_IDS)
     with torch.no_grad():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from transformers import Trainer
 
-from not_hf import DonorModel, DonorTrainer, TrainingCurve
+from not_hf import DonorModel, DonorTrainer, TrainingCurve, TransplantedForCausalLM
 from not_hf.recipient.trainer_card import complete_card
-from testing.training import made, recipient, rows
+from testing.models import tiny_model
+from testing.training import made, recipient, rows, two_organs
 
 SETS = {"domain": rows(4, seed=1), "control": rows(4, seed=2)}
 EVALUATED = {"eval_dataset": SETS, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
@@ -102,3 +104,82 @@ def test_numbers_from_before_the_training_go_and_those_of_others_stay(tmp_path):
     config.metrics = {"accuracy": 0.5}
     trainer.evaluate()
     assert config.metrics == {"accuracy": 0.5}
+
+
+def config_of(model):
+    return model.donor_config["default"]
+
+
+def test_each_training_of_a_trainer_counts(tmp_path):
+    model = recipient()
+    trainer = made(model, tmp_path, num_train_epochs=1, eval_dataset=rows(4, seed=1))
+    later = made(model, tmp_path, num_train_epochs=1)
+    trainer.train()
+    trainer.evaluate()
+    assert config_of(model).tokens_seen == 160 and config_of(model).metrics
+    trainer.train()
+    assert config_of(model).tokens_seen == 2 * 160 and config_of(model).metrics is None  # measured of other weights
+    later.train()
+    assert config_of(model).tokens_seen == 3 * 160
+
+
+def test_each_model_of_model_init_has_its_own_record(tmp_path):
+    options = {"max_steps": 1, "eval_dataset": rows(4), "eval_strategy": "epoch"}
+    trainer = made(None, tmp_path, model_init=lambda: recipient(), **options)
+    for _ in range(2):
+        trainer.train()
+        assert config_of(trainer.model).tokens_seen == 64 and config_of(trainer.model).metrics
+
+
+@pytest.mark.parametrize(("masked", "count"), [(True, 8 * 12), (False, 8 * 16)])
+def test_padding_counts_only_where_no_mask_tells_it(masked, count, tmp_path, caplog):
+    model, data = recipient(), rows(8)
+    for row in data if masked else ():
+        row["attention_mask"] = (torch.arange(16) < 12).long()
+    made(model, tmp_path, data, num_train_epochs=1).train()
+    assert config_of(model).tokens_seen == count and "count non-padding tokens" not in caplog.text
+
+
+def test_only_active_organs_were_trained(tmp_path):
+    model = two_organs()
+    top = model.donor_config["top"]
+    top.tokens_seen, top.metrics = 5, {"perplexity": {"after": 3.0}}
+    model.set_donor("low")
+    trainer = made(model, tmp_path, max_steps=1, eval_dataset=rows(4))
+    trainer.train()
+    trainer.evaluate()
+    assert model.donor_config["low"].tokens_seen == 64 and model.donor_config["low"].metrics
+    assert (top.tokens_seen, top.metrics) == (5, {"perplexity": {"after": 3.0}})
+
+
+def test_what_trains_adapters_trains_no_organ(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = recipient()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    trainer = made(adapted, tmp_path, max_steps=1, eval_dataset=rows(4))
+    trainer.train()
+    trainer.evaluate()
+    assert (config_of(model).tokens_seen, config_of(model).metrics) == (None, None)
+
+
+def test_resuming_counts_no_token_twice(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    model = recipient()
+    config_of(model).tokens_seen = 1000
+    trainer = made(model, tmp_path, **options)
+    trainer.train()
+    assert config_of(model).tokens_seen == 1000 + 320
+    checkpoint = str(tmp_path / "run/checkpoint-3")
+    loaded = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), checkpoint, is_trainable=True)
+    for resumed in (trainer, made(loaded, tmp_path, **options)):
+        resumed.train(resume_from_checkpoint=checkpoint)
+        assert config_of(resumed.model).tokens_seen == 1000 + 320
+
+
+def test_tokens_are_those_of_the_best_model(tmp_path):
+    model = recipient()
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_domain_loss", "greater_is_better": True}
+    trainer = made(model, tmp_path, **EVALUATED, **best, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert trainer.state.best_global_step < 3
+    assert config_of(model).tokens_seen == 64 * trainer.state.best_global_step
