@@ -82,7 +82,7 @@ class Transplanted(Recipient):
                 bfloat16, in which most updates would be rounded away. The organ computes in the recipient's dtype.
             modules_to_save: Names of modules beside the layers that the organ holds, as in `DonorModel.from_base`,
                 besides those of its donor. They start as those of the recipient.
-            trainable_token_indices: Ids of tokens whose rows it holds, as in `DonorModel.from_base`.
+            trainable_token_indices: Ids of tokens whose rows it holds, likewise.
             scaffold: `"minimal"` leaves out the recipient's own layers: only its embeddings, final norm and head are
                 loaded, to train an organ when the whole recipient does not fit in memory. The saved organ can be
                 loaded into the whole recipient. `"full"` loads the whole recipient.

@@ -190,6 +190,36 @@ def test_an_organ_that_is_loaded_may_get_modules(tmp_path):
     assert "`norm`, `lm_head`" in (tmp_path / "more" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("chosen", [[6, 8], [8], [8, 5, 6, 8]])
+def test_rows_are_held_besides_those_of_the_donor(chosen, is_trainable, tmp_path):
+    base = tiny_model("llama")
+    donor = organ(base, 1, trainable_token_indices=[6, 5])
+    expected = base.model.embed_tokens.weight.detach().clone()
+    expected[[6, 5]] = donor.token_rows.embed_tokens.weight.detach()
+    options = {"trainable_token_indices": chosen, "is_trainable": is_trainable}
+    model = TransplantedForCausalLM.from_pretrained(base, donor, **options)
+    assert model.donor_config["default"].trainable_token_indices == {"embed_tokens": [6, 5, 8]}
+    assert torch.equal(model.model.embed_tokens(torch.arange(VOCAB)), expected)
+    model.save_pretrained(tmp_path)
+    held = DonorModel.from_pretrained(tmp_path).token_rows.embed_tokens.weight
+    assert torch.equal(held, expected[[6, 5, 8]])
+
+
+def test_token_ids_are_chosen_once(tmp_path):
+    base, new = tiny_model("llama"), [VOCAB, VOCAB + 1]
+    donor = DonorModel.from_base(base, (1, 3), trainable_token_indices=[5, 5])
+    assert donor.config.trainable_token_indices == {"embed_tokens": [5]}
+    donor.save_pretrained(tmp_path)
+    for none in ([], {"embed_tokens": ()}):
+        with pytest.raises(NotHFError, match="trainable_token_indices of embed_tokens must be ids of tokens, got none"):
+            TransplantedForCausalLM.from_pretrained(base, donor, trainable_token_indices=none)
+    base.resize_token_embeddings(VOCAB + 2)
+    grown = DonorModel.from_base(base, (1, 3), trainable_token_indices={"embed_tokens": new, "lm_head": new})
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), grown, trainable_token_indices=[new[0], 3])
+    assert model.donor_config["default"].trainable_token_indices == {"embed_tokens": [*new, 3], "lm_head": new}
+
+
 def test_master_weights_of_modules(tmp_path):
     base = tiny_model("llama").bfloat16()
     donor = DonorModel.from_base(base, (1, 3), modules_to_save=["lm_head"], trainable_token_indices=[3])
