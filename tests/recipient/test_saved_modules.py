@@ -212,7 +212,7 @@ def test_token_ids_are_chosen_once(tmp_path):
     assert donor.config.trainable_token_indices == {"embed_tokens": [5]}
     donor.save_pretrained(tmp_path)
     for none in ([], {"embed_tokens": ()}):
-        with pytest.raises(NotHFError, match="trainable_token_indices of embed_tokens must be ids of tokens, got none"):
+        with pytest.raises(NotHFError, match="of embed_tokens must be ids of tokens, got none"):
             TransplantedForCausalLM.from_pretrained(base, donor, trainable_token_indices=none)
     base.resize_token_embeddings(VOCAB + 2)
     grown = DonorModel.from_base(base, (1, 3), trainable_token_indices={"embed_tokens": new, "lm_head": new})
@@ -257,6 +257,8 @@ def test_swapping_and_deleting(tmp_path):
     assert torch.equal(logits(model), logits(fresh))
     with pytest.raises(IncompatibleDonorError, match=r"modules beside the layers.*lm_head"):
         model.hotswap_donor("a", organ(base, 3))
+    with pytest.raises(IncompatibleDonorError, match=r"rows of \{'embed_tokens': \[4\]\}, not .*3"):
+        model.hotswap_donor("a", organ(base, 3, **held | {"trainable_token_indices": [4]}))
     with pytest.raises(IncompatibleDonorError, match=r"'a' and 'c' both hold lm_head; choose one with set_donor"):
         model.load_donor(organ(base, 3, layers=(3, 4), modules_to_save=["lm_head"]), "c")
     assert list(model.donor_config) == ["a"] and torch.equal(logits(model), logits(fresh))
