@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from not_hf.architecture.layers import own_configs
 from not_hf.architecture.stack import require_head
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of, native_classes
 from not_hf.cards.license import inherit_license
@@ -69,7 +70,8 @@ class Transplanted(Recipient):
 
         Args:
             pretrained_model_name_or_path: With `donor`, the recipient: a folder, a Hub ID, or a live model, which is
-                transplanted in place. Without `donor`, a donor repo, whose config names the base and its revision.
+                transplanted in place, with a copy of its config. Without `donor`, a donor repo, whose config names the
+                base and its revision.
             donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied.
             donor_name: Name of the organ in the model.
             position: Position among the recipient's own layers; default: the donor's. `"best"`: where a sweep found it
@@ -271,6 +273,7 @@ class Transplanted(Recipient):
                 vars(base)["_surgery"] = surgery
                 base.__class__ = _transplanted_class(cast(Any, cls), cast(Any, type(base)))
                 base.requires_grad_(False)
+                own_configs(base)
                 # with a list, Trainer keeps the tags of our card
                 base.model_tags = base.model_tags or []
             surgery.organs |= {organ.name: organ for organ in organs}

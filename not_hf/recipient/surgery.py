@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, spliced_device_map
 from not_hf.architecture.differences import describe, native_differences
-from not_hf.architecture.layers import adopt, is_finite
+from not_hf.architecture.layers import adopt, configs_of, is_finite
 from not_hf.architecture.master_weights import MasterWeights, hold_master_weights
 from not_hf.architecture.sharing import LayerOrigin
 from not_hf.architecture.splicing import (
@@ -130,7 +130,8 @@ class Surgery:
         Args:
             model: The live model.
             change: Makes the change; the stack is rebuilt afterwards.
-            flags: Whether it changes `requires_grad` flags or master weights, which are then restored too.
+            flags: Whether it changes `requires_grad` flags, master weights or the configs that modules hold, which are
+                then restored too.
         """
 
         def whole() -> None:
@@ -148,6 +149,7 @@ class Surgery:
         kept = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
         parts = (model, *self.parked(model)) if flags else ()
         parameters = {p: p.requires_grad for part in parts for p in part.parameters()}
+        configs = [held for part in parts for held in configs_of(part)]
         held = organs.values() if flags else ()
         layers = [layer for organ in held for layer in organ.layers if isinstance(layer, MasterWeights)]
         masters = [
@@ -170,6 +172,8 @@ class Surgery:
                     parameter.grad = grad
             for parameter, flag in parameters.items():
                 parameter.requires_grad_(flag)
+            for module, key, config in configs:
+                vars(module)[key] = config
             self.apply(model)
 
         return undo
