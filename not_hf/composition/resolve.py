@@ -101,6 +101,8 @@ def resolve(
             f"the recipient ({type(first).__name__}) has adapters or is wrapped; merge or unload them "
             "(merge_and_unload()), load the organ, then add adapters again"
         )
+    if isinstance(first, nn.Module) and vars(first).get("active_donors"):
+        raise NotHFError("the recipient is get_base_model() of a model with organs; give that model")
     kwargs = {key: value for key, value in base_kwargs.items() if key not in AUTO_KWARGS}
     shared = {key: value for key, value in kwargs.items() if key in SHARED_KWARGS}
     if isinstance(first, PreTrainedModel):
