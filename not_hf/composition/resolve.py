@@ -136,7 +136,7 @@ def resolve(
         if root.base_subfolder:
             kwargs["subfolder"] = root.base_subfolder
     if not (isinstance(config, PreTrainedConfig) or _LABELS & kwargs.keys()):
-        kwargs |= _labels(organs)
+        kwargs |= _num_labels(organs)
     native, kwargs = read_base_config(base, config, kwargs, named_by)
     return Resolved(base, layers_config(native), kwargs, organs, shared, named_by, generation)
 
@@ -145,11 +145,10 @@ def resolve(
 _LABELS = {"num_labels", "id2label", "label2id"}
 
 
-def _labels(organs: Sequence[ResolvedOrgan]) -> dict[str, Any]:
-    """Return the classes of a classifier that an organ holds, as config values of the recipient; else none."""
-    labels = next((organ.spec.config.labels for organ in organs if organ.spec.config.labels), [])
-    named = dict(enumerate(labels))
-    return {"id2label": named, "label2id": {label: n for n, label in named.items()}} if named else {}
+def _num_labels(organs: Sequence[ResolvedOrgan]) -> dict[str, int]:
+    """Return how many classes a recipient has by the classifier that an organ holds, an active one if any does."""
+    labels = [organ.spec.config.labels for organ in sorted(organs, key=lambda organ: not organ.active)]
+    return next(({"num_labels": len(each)} for each in labels if each), {})
 
 
 def read_base_config(

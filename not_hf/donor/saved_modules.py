@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from not_hf.architecture.outer_modules import find_outer_module, tied_modules
 from not_hf.architecture.stack import Stack, saved_class
@@ -114,7 +115,8 @@ def choose_modules(
         rows[name] = list(dict.fromkeys([*held, *chosen]))
     if isinstance(modules_to_save, str):
         raise NotHFError(f"modules_to_save must be a list of names, got {modules_to_save!r}")
-    names = list(dict.fromkeys([*(config.modules_to_save or []), *(modules_to_save or [])]))
+    added = [name for name in modules_to_save or () if name not in (config.modules_to_save or ())]
+    names = list(dict.fromkeys([*(config.modules_to_save or []), *added]))
     owners: dict[str, str] = {}
     for name in (*names, *rows):
         for path in tied_modules(stack, find_outer_module(stack, name)):
@@ -123,8 +125,20 @@ def choose_modules(
             owners[path] = name
     config.modules_to_save, config.trainable_token_indices = names or None, rows or None
     model: Any = stack.model
-    if names and model.get_output_embeddings() is None:
-        config.labels = [str(label) for _, label in sorted(model.config.id2label.items())]
+    if model.get_output_embeddings() is None and any(_is_classifier(stack, name) for name in added):
+        config.labels = class_names(model.config)
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """Return the names of the classes that a native config has, in order."""
+    return [str(label) for _, label in sorted((config.id2label or {}).items())]
+
+
+def _is_classifier(stack: Stack, name: str) -> bool:
+    """Whether a module has a row for each class."""
+    model: Any = stack.model
+    module = model.get_submodule(find_outer_module(stack, name))
+    return any(parameter.shape[:1] == (model.config.num_labels,) for parameter in module.parameters())
 
 
 def cut_modules(base: LiveBase | StoredBase, config: DonorConfig) -> dict[str, Any]:

@@ -145,7 +145,12 @@ class Recipient(ModelWithOrgans):
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
             )
         new.rescale(old.config.scale)
-        surgery.changes.make(lambda: old.take_over(new, surgery.changes), lambda: None)  # undone within
+
+        def swap() -> None:
+            old.take_over(new, surgery.changes)
+            surgery.name_classes(self)
+
+        surgery.changes.make(swap, lambda: surgery.name_classes(self))  # weights and config are undone within
 
     def add_weighted_donor(
         self,

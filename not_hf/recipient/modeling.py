@@ -27,7 +27,7 @@ from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.saved_modules import Indices, is_saved
+from not_hf.donor.saved_modules import Indices, class_names, is_saved
 from not_hf.errors import NotHFError, reading_base
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
@@ -129,6 +129,8 @@ class Transplanted(Recipient):
         chosen = (modules_to_save, trainable_token_indices)
         training = Training(is_trainable, is_trainable and autocast_donor_dtype, *chosen)
         organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, training, cache_dir)
+        for organ in organs if {"id2label", "label2id"} & base_kwargs.keys() else ():
+            organ.config.labels = organ.config.labels and class_names(base.config)
         model = cls._splice(base, surgery, organs)
         if resolved.generation_config is not None:
             model.generation_config = resolved.generation_config

@@ -90,6 +90,7 @@ def save_organs(
         dtype: dtype of the files; `None`: that of each organ.
         delta: As in `plan_delta`, like `rank` and `is_pushed`.
     """
+    surgery.name_classes(model)  # which notes names that the user has changed
     shells = {name: _shell(surgery, surgery.organs[name], dtype) for name in names}
     origins = {name: _cut_from(surgery.organs[name], shell) for name, shell in shells.items()}
     deltas = {name: plan_delta(delta, rank, config, is_pushed) for name, config in origins.items()}

@@ -30,8 +30,10 @@ from not_hf.architecture.stack import Stack, find_stack, layers_config, with_lay
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange, require_free_names
+from not_hf.donor.saved_modules import class_names
 from not_hf.errors import NotHFError
 from not_hf.recipient.changes import Changes
+from not_hf.recipient.class_names import ClassNames
 from not_hf.recipient.derived_attributes import DerivedAttributes
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saved_modules import standing_modules
@@ -74,6 +76,7 @@ class Surgery:
         self._shows_base = True  # whether the stack is the base's, because no organ is active
         self.device_map = copy.copy(getattr(model, "hf_device_map", None))
         self._derived = DerivedAttributes(self.base_layers)
+        self._class_names = ClassNames(class_names(model.config))
 
     def __getstate__(self) -> dict[str, Any]:
         """Enable the organs of a copy made inside `disable_donors()`."""
@@ -214,6 +217,7 @@ class Surgery:
         for key, value in values.items():
             setattr(config, key, value)
             setattr(layers_config(model.config), key, value)  # the same object, or what was copied
+        self.name_classes(model)
         for path, module in modules.items():
             if model.get_submodule(path) is not module:
                 module.train(model.training)
@@ -231,6 +235,11 @@ class Surgery:
         self._shows_base = not self.active
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
+
+    def name_classes(self, model: PreTrainedModel) -> None:
+        """Have the config name the classes of a classifier as its organ does."""
+        loaded, active = ([organ.config for organ in organs] for organs in (self.organs.values(), self._chosen()))
+        self._class_names.show(model.config, loaded, active)
 
     def _origin(self, organ: Organ, n: int) -> LayerOrigin:
         """Return the origin of an organ's layer; one that holds parts of layers is in those of the base."""

@@ -32,7 +32,7 @@ from not_hf import (
     TransplantedForSequenceClassification,
     merge_donor,
 )
-from testing.donors import moved, organ
+from testing.donors import moved, organ, tiny_organ
 from testing.models import TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
 from testing.shapes import VOCAB
 from testing.training import made, rows
@@ -167,6 +167,52 @@ def test_a_classifier_travels_with_the_organ(tmp_path):
     with pytest.raises(IncompatibleDonorError, match=r"score\.weight has shape \(3, 32\).*num_labels=3"):
         TransplantedForSequenceClassification.from_pretrained(other, tmp_path / "organ")
     assert other.score.weight.shape == (4, 32)
+
+
+def test_the_names_of_classes_are_those_of_the_active_classifier(tmp_path):
+    def named(*names: str) -> dict:
+        return {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+
+    load = TransplantedForSequenceClassification.from_pretrained
+    AutoModelForSequenceClassification.from_config(tiny_config("llama", **named("yes", "no"))).save_pretrained(
+        tmp_path / "base"
+    )
+    options = {"mode": "replace", "modules_to_save": ["score"]}
+    for name, classes in (("mood", named("good", "bad")), ("mail", named("spam", "news"))):
+        donor = DonorModel.from_base(load(tmp_path / "base", tiny_organ(1), **classes).unload(), (1, 3), **options)
+        assert donor.config.labels == [*classes["label2id"]]
+        donor.save_pretrained(tmp_path / name)
+
+    def classes(model: PreTrainedModel) -> list[str]:
+        assert model.config.label2id == {name: n for n, name in model.config.id2label.items()}
+        return list(model.config.id2label.values())
+
+    model = load(tmp_path / "mood")
+    assert classes(model) == ["good", "bad"]
+    with model.disable_donors():
+        assert classes(model) == ["yes", "no"]
+    model.set_donor([])
+    model.load_donor(tmp_path / "mail", "mail")
+    assert classes(model) == ["spam", "news"]
+    model.save_pretrained(tmp_path / "both")
+    assert classes(load(tmp_path / "both")) == ["spam", "news"]
+    model.set_donor("default")
+    assert classes(model) == ["good", "bad"]
+    model.hotswap_donor("default", tmp_path / "mail")
+    assert classes(model) == ["spam", "news"]
+    model.config.id2label, model.config.label2id = named("junk", "rest").values()
+    model.set_donor("mail")
+    model.set_donor("default")
+    assert classes(model) == ["junk", "rest"]
+    model.config.id2label, model.config.label2id = named("junk", "mail").values()
+    model.save_pretrained(tmp_path / "named", ["default"])
+    assert DonorConfig.from_pretrained(tmp_path / "named").labels == ["junk", "mail"]
+    assert classes(copy.deepcopy(model).merge_and_unload()) == ["junk", "mail"]
+    assert classes(model.unload()) == ["yes", "no"]
+    more = {"modules_to_save": ["embed_tokens"], "is_trainable": True}
+    assert classes(load(model, tmp_path / "mood", **more)) == ["good", "bad"]  # a live base
+    assert classes(load(tmp_path / "base", tmp_path / "mood", num_labels=2)) == ["good", "bad"]
+    assert classes(load(tmp_path / "base", tmp_path / "mood", **named("+", "-"))) == ["+", "-"]  # the caller's choice
 
 
 def test_an_organ_that_is_loaded_may_get_modules(tmp_path):
