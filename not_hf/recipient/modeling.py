@@ -131,9 +131,9 @@ class Transplanted(Recipient):
         organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, training, cache_dir)
         for organ in organs if {"id2label", "label2id"} & base_kwargs.keys() else ():
             organ.config.labels = organ.config.labels and class_names(base.config)
-        model = cls._splice(base, surgery, organs)
         if resolved.generation_config is not None:
-            model.generation_config = resolved.generation_config
+            surgery.generation_configs.organs = resolved.generation_config
+        model = cls._splice(base, surgery, organs)
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
     @classmethod

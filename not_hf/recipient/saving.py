@@ -156,8 +156,8 @@ def _save_for_trainers(
 def _generation_config(
     model: PreTrainedModel, surgery: Surgery, folder: str | os.PathLike[str]
 ) -> GenerationConfig | None:
-    """Return the generation config if it is not the base's, or if `folder` has one, which may be outdated."""
-    config = getattr(model, "generation_config", None)
+    """Return the organs' generation config if it is not the base's, or if `folder` has one, which may be outdated."""
+    config = surgery.generation_configs.of_organs(model)
     is_saved = os.path.exists(os.path.join(folder, GENERATION_CONFIG_NAME))
     return config if is_saved or config != surgery.generation_config else None
 

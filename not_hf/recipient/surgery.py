@@ -35,6 +35,7 @@ from not_hf.errors import NotHFError
 from not_hf.recipient.changes import Changes
 from not_hf.recipient.class_names import ClassNames
 from not_hf.recipient.derived_attributes import DerivedAttributes
+from not_hf.recipient.generation_configs import GenerationConfigs
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saved_modules import standing_modules
 
@@ -66,6 +67,7 @@ class Surgery:
         self._model_config = copy.deepcopy(model.config)  # of which `base_config` is a part, if it has a text model
         self.base_config.name_or_path = model.config.name_or_path
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # the base's
+        self.generation_configs = GenerationConfigs(getattr(model, "generation_config", None))
         self.base_revision = base_revision  # commit, if known
         self.base_subfolder = base_subfolder
         self.base_modules: dict[str, nn.Module] = {}  # by path, in whose place those of organs may stand
@@ -218,6 +220,7 @@ class Surgery:
             setattr(config, key, value)
             setattr(layers_config(model.config), key, value)  # the same object, or what was copied
         self.name_classes(model)
+        self.generation_configs.choose(model, bool(self.active))
         for path, module in modules.items():
             if model.get_submodule(path) is not module:
                 module.train(model.training)
