@@ -280,6 +280,20 @@ def test_master_weights_of_modules(tmp_path):
     assert torch.equal(logits(native), with_organ)
 
 
+@pytest.mark.parametrize("active", ["b", "a"], ids=["in the stack", "parked"])
+def test_embeddings_with_master_weights_follow_a_cast(active):
+    base = tiny_model("gpt2").bfloat16()
+    model = TransplantedForCausalLM.from_pretrained(base, tiny_organ(1, "gpt2"), donor_name="a")
+    model.load_donor(tiny_organ(2, "gpt2"), "b", position=0, is_trainable=True, modules_to_save=["wte"])
+    moved(model.transformer.wte, 1)
+    model.set_donor(active)
+    model.float()
+    model.set_donor("b")
+    embeddings = model.transformer.wte
+    assert embeddings(TOKEN_IDS).dtype == logits(model).dtype == torch.float32
+    assert torch.equal(embeddings(TOKEN_IDS), embeddings.weight[TOKEN_IDS])
+
+
 def test_the_best_checkpoint_brings_its_modules_back(tmp_path):
     base = tiny_model("llama")
     donor = DonorModel.from_base(base, (1, 3), modules_to_save=["lm_head"], trainable_token_indices=[3])
