@@ -204,7 +204,9 @@ class Surgery:
         if signature not in self._derived:
             self._derived.note(signature, self.base_twin(), self.twin(placed))
         attributes, of_places = self._derived.of(signature)
-        self._note_modules(model)
+        held = {path for organ in self.organs.values() for path in organ.saved.modules}
+        for path in held - self.base_modules.keys():
+            self.base_modules[path] = model.get_submodule(path)  # the recipient's, as no organ's was put there yet
         modules = self._standing(self._chosen())
         if self.base_modules:
             sizes = [organ.saved.vocab_size for organ in self._chosen() if organ.saved.vocab_size]
@@ -238,6 +240,7 @@ class Surgery:
         self._shows_base = not self.active
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
+        self.base_modules = {path: self.base_modules[path] for path in held}
 
     def name_classes(self, model: PreTrainedModel) -> None:
         """Have the config name the classes of a classifier as its organ does."""
@@ -250,11 +253,6 @@ class Surgery:
 
     def _standing(self, organs: Iterable[Organ]) -> dict[str, nn.Module]:
         return standing_modules(self.base_modules, {organ.name: organ.saved for organ in organs})
-
-    def _note_modules(self, model: PreTrainedModel) -> None:
-        """Note the recipient's modules in whose place those of organs may stand, while they are in the model."""
-        for path in {path for organ in self.organs.values() for path in organ.saved.modules}:
-            self.base_modules.setdefault(path, model.get_submodule(path))
 
     def _require_standing(self, model: PreTrainedModel) -> None:
         """Check that the modules beside the layers are those that organs and recipient have put there.

@@ -323,7 +323,11 @@ def test_swapping_and_deleting(tmp_path):
         model.load_donor(organ(base, 3, layers=(3, 4), modules_to_save=["lm_head"]), "c")
     assert list(model.donor_config) == ["a"] and torch.equal(logits(model), logits(fresh))
     model.load_donor(organ(base, 3, layers=(3, 4)), "c")
+    with pytest.raises(NotHFError, match="resize the recipient before organs"):
+        model.resize_token_embeddings(VOCAB + 1)
     model.delete_donor("a")
+    model.resize_token_embeddings(VOCAB + 1)  # no other organ has such modules
+    model.resize_token_embeddings(VOCAB)
     assert torch.equal(
         logits(model), logits(TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(base, 3, (3, 4))))
     )
