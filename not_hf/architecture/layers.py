@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -141,6 +143,19 @@ def adopt(layer: nn.Module, config: PreTrainedConfig, reference: Mapping[str, nn
         if isinstance(vars(module).get("config"), PreTrainedConfig):
             vars(module)["config"] = config
     copy_checkpointing(layer, reference)
+
+
+def configs_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, PreTrainedConfig]]:
+    """Yield the native configs that modules of a model hold: the module, the attribute and the config."""
+    for module in model.modules():
+        yield from ((module, key, value) for key, value in vars(module).items() if isinstance(value, PreTrainedConfig))
+
+
+def own_configs(model: nn.Module) -> None:
+    """Give a model copies of its configs: the objects may be those of other models too."""
+    memo: dict[int, Any] = {}  # what several modules share is copied once
+    for module, key, config in list(configs_of(model)):
+        vars(module)[key] = copy.deepcopy(config, memo)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ In bfloat16 most updates of a weight are smaller than the distance to the next n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Self
 
 import torch
 from torch import nn
@@ -19,13 +20,19 @@ class MasterWeights(ComputedWeights):
 
     attributes = ("not_cast", "computes_in")
     not_cast: frozenset[str]  # names of parameters that are float32 in the recipient too
-    computes_in: torch.dtype  # dtype of the recipient's layers when the organ was loaded
+    computes_in: torch.dtype  # dtype of the recipient's layers
 
     def computed(self, given: torch.Tensor) -> dict[str, torch.Tensor]:
         """Cast the parameters; for token ids, as embeddings take them, to the dtype of the recipient."""
         dtype = given.dtype if given.is_floating_point() else self.computes_in
         masters = {name: p for name, p in parameters_in(self) if p.dtype == torch.float32 != dtype}
         return {name: p.to(dtype) for name, p in masters.items() if name not in self.not_cast}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """As in torch; a cast of the model changes what embeddings compute in, too."""
+        super()._apply(fn, recurse)
+        self.computes_in = fn(torch.empty(0, dtype=self.computes_in)).dtype
+        return self
 
 
 def hold_master_weights(module: nn.Module, not_cast: Iterable[str], computes_in: torch.dtype) -> None:

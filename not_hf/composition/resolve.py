@@ -101,6 +101,8 @@ def resolve(
             f"the recipient ({type(first).__name__}) has adapters or is wrapped; merge or unload them "
             "(merge_and_unload()), load the organ, then add adapters again"
         )
+    if isinstance(first, nn.Module) and vars(first).get("active_donors"):
+        raise NotHFError("the recipient is get_base_model() of a model with organs; give that model")
     kwargs = {key: value for key, value in base_kwargs.items() if key not in AUTO_KWARGS}
     shared = {key: value for key, value in kwargs.items() if key in SHARED_KWARGS}
     if isinstance(first, PreTrainedModel):
@@ -134,7 +136,7 @@ def resolve(
         if root.base_subfolder:
             kwargs["subfolder"] = root.base_subfolder
     if not (isinstance(config, PreTrainedConfig) or _LABELS & kwargs.keys()):
-        kwargs |= _labels(organs)
+        kwargs |= _num_labels(organs)
     native, kwargs = read_base_config(base, config, kwargs, named_by)
     return Resolved(base, layers_config(native), kwargs, organs, shared, named_by, generation)
 
@@ -143,11 +145,10 @@ def resolve(
 _LABELS = {"num_labels", "id2label", "label2id"}
 
 
-def _labels(organs: Sequence[ResolvedOrgan]) -> dict[str, Any]:
-    """Return the classes of a classifier that an organ holds, as config values of the recipient; else none."""
-    labels = next((organ.spec.config.labels for organ in organs if organ.spec.config.labels), [])
-    named = dict(enumerate(labels))
-    return {"id2label": named, "label2id": {label: n for n, label in named.items()}} if named else {}
+def _num_labels(organs: Sequence[ResolvedOrgan]) -> dict[str, int]:
+    """Return how many classes a recipient has by the classifier that an organ holds, an active one if any does."""
+    labels = [organ.spec.config.labels for organ in sorted(organs, key=lambda organ: not organ.active)]
+    return next(({"num_labels": len(each)} for each in labels if each), {})
 
 
 def read_base_config(

@@ -85,7 +85,7 @@ def held_by(donor: nn.Module) -> dict[str, torch.Tensor]:
 def choose_modules(
     config: DonorConfig, stack: Stack, modules_to_save: Sequence[str] | None, token_indices: Indices | None
 ) -> None:
-    """Enter into a donor's config the modules of a model that its organ is to hold, besides those that it has.
+    """Enter into a donor's config the modules of a model that its organ is to hold, behind those that it has.
 
     Args:
         config: Is changed.
@@ -93,7 +93,7 @@ def choose_modules(
         modules_to_save: As in `DonorModel.from_base`, like `token_indices`.
 
     Raises:
-        NotHFError: There is no such module, or it has no such rows.
+        NotHFError: There is no such module, or it has no such rows, or none are chosen.
     """
     rows = dict(config.trainable_token_indices or {})
     if token_indices is not None and not isinstance(token_indices, Mapping):
@@ -101,8 +101,11 @@ def choose_modules(
     for name, indices in (token_indices or {}).items():
         module = stack.model.get_submodule(find_outer_module(stack, name))
         weight = getattr(module, "weight", None)
-        chosen = list(map(int, indices))
-        if not (isinstance(weight, nn.Parameter) and weight.ndim == 2) or not set(chosen) <= {*range(len(weight))}:
+        held, chosen = rows.get(name, []), list(map(int, indices))
+        if not chosen:
+            raise NotHFError(f"trainable_token_indices of {name} must be ids of tokens, got none; leave it out")
+        unknown = {*chosen} - {*held}
+        if not (isinstance(weight, nn.Parameter) and weight.ndim == 2) or not unknown <= {*range(len(weight))}:
             size = "no rows" if weight is None else f"{len(weight)} rows"
             raise NotHFError(
                 f"trainable_token_indices {chosen!r:.100} are not rows of {name}, which has {size}; "
@@ -110,10 +113,11 @@ def choose_modules(
             )
         if getattr(module, "bias", None) is not None:
             raise NotHFError(f"{name} has a bias beside its rows; use modules_to_save=[{name!r}]")
-        rows[name] = chosen
+        rows[name] = list(dict.fromkeys([*held, *chosen]))
     if isinstance(modules_to_save, str):
         raise NotHFError(f"modules_to_save must be a list of names, got {modules_to_save!r}")
-    names = list(dict.fromkeys([*(config.modules_to_save or []), *(modules_to_save or [])]))
+    added = [name for name in modules_to_save or () if name not in (config.modules_to_save or ())]
+    names = list(dict.fromkeys([*(config.modules_to_save or []), *added]))
     owners: dict[str, str] = {}
     for name in (*names, *rows):
         for path in tied_modules(stack, find_outer_module(stack, name)):
@@ -122,8 +126,20 @@ def choose_modules(
             owners[path] = name
     config.modules_to_save, config.trainable_token_indices = names or None, rows or None
     model: Any = stack.model
-    if names and model.get_output_embeddings() is None:
-        config.labels = [str(label) for _, label in sorted(model.config.id2label.items())]
+    if model.get_output_embeddings() is None and any(_is_classifier(stack, name) for name in added):
+        config.labels = class_names(model.config)
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """Return the names of the classes that a native config has, in order."""
+    return [str(label) for _, label in sorted((config.id2label or {}).items())]
+
+
+def _is_classifier(stack: Stack, name: str) -> bool:
+    """Whether a module has a row for each class."""
+    model: Any = stack.model
+    module = model.get_submodule(find_outer_module(stack, name))
+    return any(parameter.shape[:1] == (model.config.num_labels,) for parameter in module.parameters())
 
 
 def cut_modules(base: LiveBase | StoredBase, config: DonorConfig) -> dict[str, Any]:

@@ -147,9 +147,8 @@ def hollow_merge(opened: OpenedMerge, folder: str | os.PathLike[str]) -> HollowM
         of_organs[organ.name] = _organ_tensors(found, organ, donor.stack.full_path, files, loaded, replaced)
     kept = {organ.name: organ.kept for organ in organs}
     places = {organ.name: organ.place.position for organ in organs}
+    surgery.generation_configs.organs = resolved.generation_config
     model = opened.kind._splice(base, surgery, organs)
-    if resolved.generation_config is not None:
-        model.generation_config = resolved.generation_config
     card, path = merged_card(model, folder, **shared), surgery.stack(model).full_path
     native = model.merge_and_unload()
     if (tensors := saved_tensors(native)) is None:

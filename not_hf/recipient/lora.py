@@ -185,7 +185,11 @@ def from_lora(
     donor = DonorModel.from_base(base, (numbers[0], numbers[-1] + 1), mode="replace", **hub_kwargs)
 
     here, first = donor.stack.full_path, numbers[0]
-    names = {key: f"{here}.{int(match[1]) - first}.{match[2]}" for key, match in found.items() if match is not None}
+    names = {
+        key: f"{here}.{int(match[1]) - first}.{match[2].replace('.base_layer.', '.')}"  # a bias that was trained too
+        for key, match in found.items()
+        if match is not None
+    }
     state = {names[key]: tensor for key, tensor in weights.items()}
     factors = {key: tensor for key, tensor in state.items() if ".lora_" in key}
     targets = {

@@ -145,7 +145,12 @@ class Recipient(ModelWithOrgans):
                 f"organ {name!r} cannot take these weights: {some(differences)}; choose a donor of the same layers"
             )
         new.rescale(old.config.scale)
-        surgery.changes.make(lambda: old.take_over(new, surgery.changes), lambda: None)  # undone within
+
+        def swap() -> None:
+            old.take_over(new, surgery.changes)
+            surgery.name_classes(self)
+
+        surgery.changes.make(swap, lambda: surgery.name_classes(self))  # weights and config are undone within
 
     def add_weighted_donor(
         self,
@@ -198,6 +203,8 @@ class Recipient(ModelWithOrgans):
     def merge_and_unload(self, dequantize: bool = False) -> PreTrainedModel:
         """Make the active organs part of the native model, which then saves and loads without not_hf.
 
+        Its `name_or_path` is empty until it is saved and loaded: the base's would name a model without them.
+
         Args:
             dequantize: Dequantize a quantized recipient, which then takes more memory.
 
@@ -244,6 +251,7 @@ class Recipient(ModelWithOrgans):
         """Return a model of the native class that shares all modules; as in PEFT, active organs stay in."""
         view = self._surgery.native_class.__new__(self._surgery.native_class)
         view.__dict__ = {key: value for key, value in self.__dict__.items() if key != "_surgery"}
+        view.__dict__["active_donors"] = self.active_donors  # so that nothing is cut from it that names the base
         return view
 
     def _named(self, names: str | Sequence[str]) -> list[str]:
@@ -277,6 +285,8 @@ class Recipient(ModelWithOrgans):
             del vars(self)["_surgery"]
 
         surgery.change(self, become_native, flags=True)
+        if kept:  # it is another model than the one of that name
+            self.config.name_or_path = self.name_or_path = ""
         return self
 
     def train(self, mode: bool = True) -> Self:

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from not_hf.architecture.layers import own_configs
 from not_hf.architecture.stack import require_head
 from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of, native_classes
 from not_hf.cards.license import inherit_license
@@ -26,7 +27,7 @@ from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.saved_modules import Indices, is_saved
+from not_hf.donor.saved_modules import Indices, class_names, is_saved
 from not_hf.errors import NotHFError, reading_base
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
@@ -69,7 +70,8 @@ class Transplanted(Recipient):
 
         Args:
             pretrained_model_name_or_path: With `donor`, the recipient: a folder, a Hub ID, or a live model, which is
-                transplanted in place. Without `donor`, a donor repo, whose config names the base and its revision.
+                transplanted in place, with a copy of its config. Without `donor`, a donor repo, whose config names the
+                base and its revision.
             donor: Donor folder, Hub ID or `DonorModel`, whose tensors are copied.
             donor_name: Name of the organ in the model.
             position: Position among the recipient's own layers; default: the donor's. `"best"`: where a sweep found it
@@ -82,7 +84,7 @@ class Transplanted(Recipient):
                 bfloat16, in which most updates would be rounded away. The organ computes in the recipient's dtype.
             modules_to_save: Names of modules beside the layers that the organ holds, as in `DonorModel.from_base`,
                 besides those of its donor. They start as those of the recipient.
-            trainable_token_indices: Ids of tokens whose rows it holds, as in `DonorModel.from_base`.
+            trainable_token_indices: Ids of tokens whose rows it holds, likewise.
             scaffold: `"minimal"` leaves out the recipient's own layers: only its embeddings, final norm and head are
                 loaded, to train an organ when the whole recipient does not fit in memory. The saved organ can be
                 loaded into the whole recipient. `"full"` loads the whole recipient.
@@ -128,9 +130,11 @@ class Transplanted(Recipient):
         chosen = (modules_to_save, trainable_token_indices)
         training = Training(is_trainable, is_trainable and autocast_donor_dtype, *chosen)
         organs = fit_organs(base, surgery, resolved.organs, donors, fit.differences, training, cache_dir)
-        model = cls._splice(base, surgery, organs)
+        for organ in organs if {"id2label", "label2id"} & base_kwargs.keys() else ():
+            organ.config.labels = organ.config.labels and class_names(base.config)
         if resolved.generation_config is not None:
-            model.generation_config = resolved.generation_config
+            surgery.generation_configs.organs = resolved.generation_config
+        model = cls._splice(base, surgery, organs)
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
     @classmethod
@@ -283,6 +287,7 @@ class Transplanted(Recipient):
                 vars(base)["_surgery"] = surgery
                 base.__class__ = _transplanted_class(cast(Any, cls), cast(Any, type(base)))
                 base.requires_grad_(False)
+                own_configs(base)
                 # with a list, Trainer keeps the tags of our card
                 base.model_tags = base.model_tags or []
             surgery.organs |= {organ.name: organ for organ in organs}

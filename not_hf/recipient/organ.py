@@ -287,6 +287,8 @@ def swap_differences(recipient: PreTrainedConfig, organ: Organ, other: Organ) ->
     ours, theirs = ({key: tensor.shape for key, tensor in each.saved.tensors()} for each in (organ, other))
     if differing := sorted(key for key, _ in ours.items() ^ theirs.items()):
         return [f"modules beside the layers have other tensors: {some(differing)}"]
+    if organ.saved.rows != other.saved.rows:  # of as many tokens
+        return [f"it holds rows of {other.saved.rows!r:.200}, not {organ.saved.rows!r:.200}"]
     spliced, others = (
         splice_config(recipient, [(each.spec.organ, n) for n in range(len(each.layers))]) for each in (organ, other)
     )

@@ -162,7 +162,8 @@ def fit_saved_modules(
         stack: Its stack.
         base_modules: Modules of the recipient in whose place those of organs may stand, by path.
         config: Config of the donor.
-        tensors: The donor's, by their names in its checkpoint; what it has none of is as in the recipient.
+        tensors: The donor's, by their names in its checkpoint; what it has none of is as in the recipient. Of rows, it
+            has the first that the config names.
         is_trainable: Whether rows are to be trained.
         master_weights: Hold what is trained in float32.
 
@@ -240,17 +241,22 @@ def _put_rows(
     is_trainable: bool,
     master_weights: bool,
 ) -> None:
-    """Put rows `(rows, hidden)` into the weight `(vocab, hidden)` that modules share, or beside it to be trained."""
+    """Put rows into the weight `(vocab, hidden)` that modules share, or beside it to be trained.
+
+    The `values`, `(their number, hidden)`, are those of the first `indices`; the other rows stay the recipient's.
+    """
     weight = modules[0].get_parameter("weight")
     if max(indices) >= len(weight):
         more = max(num_tokens, max(indices) + 1) - len(weight)
         weight.data = torch.cat([weight.data, weight.new_zeros(more, weight.shape[1])])
         _count_rows(modules)
-    rows = weight.detach()[list(indices)] if values is None else values
-    if rows.shape[1:] != weight.shape[1:]:
-        raise IncompatibleDonorError(
-            f"rows of {name} have {rows.shape[1]} values in the donor, {weight.shape[1]} in the recipient"
-        )
+    rows = weight.detach()[list(indices)]
+    if values is not None:
+        if values.shape[1:] != weight.shape[1:]:
+            raise IncompatibleDonorError(
+                f"rows of {name} have {values.shape[1]} values in the donor, {weight.shape[1]} in the recipient"
+            )
+        rows = torch.cat([values.to(weight.device), rows[len(values) :]])
     if not is_trainable:
         weight.data[list(indices)] = rows.to(weight)
         return

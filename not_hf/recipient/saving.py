@@ -91,6 +91,7 @@ def save_organs(
         dtype: dtype of the files; `None`: that of each organ.
         delta: As in `plan_delta`, like `rank` and `is_pushed`.
     """
+    surgery.name_classes(model)  # which notes names that the user has changed
     shells = {name: _shell(surgery, surgery.organs[name], dtype) for name in names}
     origins = {name: _cut_from(surgery.organs[name], shell) for name, shell in shells.items()}
     deltas = {name: plan_delta(delta, rank, config, is_pushed) for name, config in origins.items()}
@@ -156,8 +157,8 @@ def _save_for_trainers(
 def _generation_config(
     model: PreTrainedModel, surgery: Surgery, folder: str | os.PathLike[str]
 ) -> GenerationConfig | None:
-    """Return the generation config if it is not the base's, or if `folder` has one, which may be outdated."""
-    config = getattr(model, "generation_config", None)
+    """Return the organs' generation config if it is not the base's, or if `folder` has one, which may be outdated."""
+    config = surgery.generation_configs.of_organs(model)
     is_saved = os.path.exists(os.path.join(folder, GENERATION_CONFIG_NAME))
     return config if is_saved or config != surgery.generation_config else None
 

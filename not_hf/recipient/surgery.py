@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, spliced_device_map
 from not_hf.architecture.differences import describe, native_differences
-from not_hf.architecture.layers import adopt, is_finite
+from not_hf.architecture.layers import adopt, configs_of, is_finite
 from not_hf.architecture.master_weights import MasterWeights, hold_master_weights
 from not_hf.architecture.sharing import LayerOrigin
 from not_hf.architecture.splicing import (
@@ -30,9 +30,12 @@ from not_hf.architecture.stack import Stack, find_stack, layers_config, with_lay
 from not_hf.architecture.twin import Twin, meta_twin
 from not_hf.architecture.upstream import forget_capture_hooks, set_layers
 from not_hf.composition.layout import arrange, require_free_names
+from not_hf.donor.saved_modules import class_names
 from not_hf.errors import NotHFError
 from not_hf.recipient.changes import Changes
+from not_hf.recipient.class_names import ClassNames
 from not_hf.recipient.derived_attributes import DerivedAttributes
+from not_hf.recipient.generation_configs import GenerationConfigs
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saved_modules import standing_modules
 
@@ -64,6 +67,7 @@ class Surgery:
         self._model_config = copy.deepcopy(model.config)  # of which `base_config` is a part, if it has a text model
         self.base_config.name_or_path = model.config.name_or_path
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))  # the base's
+        self.generation_configs = GenerationConfigs(getattr(model, "generation_config", None))
         self.base_revision = base_revision  # commit, if known
         self.base_subfolder = base_subfolder
         self.base_modules: dict[str, nn.Module] = {}  # by path, in whose place those of organs may stand
@@ -74,6 +78,7 @@ class Surgery:
         self._shows_base = True  # whether the stack is the base's, because no organ is active
         self.device_map = copy.copy(getattr(model, "hf_device_map", None))
         self._derived = DerivedAttributes(self.base_layers)
+        self._class_names = ClassNames(class_names(model.config))
 
     def __getstate__(self) -> dict[str, Any]:
         """Enable the organs of a copy made inside `disable_donors()`."""
@@ -130,7 +135,8 @@ class Surgery:
         Args:
             model: The live model.
             change: Makes the change; the stack is rebuilt afterwards.
-            flags: Whether it changes `requires_grad` flags or master weights, which are then restored too.
+            flags: Whether it changes `requires_grad` flags, master weights or the configs that modules hold, which are
+                then restored too.
         """
 
         def whole() -> None:
@@ -148,6 +154,7 @@ class Surgery:
         kept = {key: vars(model)[key] for key in _ATTRIBUTES if key in vars(model)}
         parts = (model, *self.parked(model)) if flags else ()
         parameters = {p: p.requires_grad for part in parts for p in part.parameters()}
+        configs = [held for part in parts for held in configs_of(part)]
         held = organs.values() if flags else ()
         layers = [layer for organ in held for layer in organ.layers if isinstance(layer, MasterWeights)]
         masters = [
@@ -170,6 +177,8 @@ class Surgery:
                     parameter.grad = grad
             for parameter, flag in parameters.items():
                 parameter.requires_grad_(flag)
+            for module, key, config in configs:
+                vars(module)[key] = config
             self.apply(model)
 
         return undo
@@ -195,7 +204,9 @@ class Surgery:
         if signature not in self._derived:
             self._derived.note(signature, self.base_twin(), self.twin(placed))
         attributes, of_places = self._derived.of(signature)
-        self._note_modules(model)
+        held = {path for organ in self.organs.values() for path in organ.saved.modules}
+        for path in held - self.base_modules.keys():
+            self.base_modules[path] = model.get_submodule(path)  # the recipient's, as no organ's was put there yet
         modules = self._standing(self._chosen())
         if self.base_modules:
             sizes = [organ.saved.vocab_size for organ in self._chosen() if organ.saved.vocab_size]
@@ -210,6 +221,8 @@ class Surgery:
         for key, value in values.items():
             setattr(config, key, value)
             setattr(layers_config(model.config), key, value)  # the same object, or what was copied
+        self.name_classes(model)
+        self.generation_configs.choose(model, bool(self.active))
         for path, module in modules.items():
             if model.get_submodule(path) is not module:
                 module.train(model.training)
@@ -227,6 +240,12 @@ class Surgery:
         self._shows_base = not self.active
         if self.device_map is not None:
             vars(model)["hf_device_map"] = self._device_map(placed, stack.full_path)
+        self.base_modules = {path: self.base_modules[path] for path in held}
+
+    def name_classes(self, model: PreTrainedModel) -> None:
+        """Have the config name the classes of a classifier as its organ does."""
+        loaded, active = ([organ.config for organ in organs] for organs in (self.organs.values(), self._chosen()))
+        self._class_names.show(model.config, loaded, active)
 
     def _origin(self, organ: Organ, n: int) -> LayerOrigin:
         """Return the origin of an organ's layer; one that holds parts of layers is in those of the base."""
@@ -234,11 +253,6 @@ class Surgery:
 
     def _standing(self, organs: Iterable[Organ]) -> dict[str, nn.Module]:
         return standing_modules(self.base_modules, {organ.name: organ.saved for organ in organs})
-
-    def _note_modules(self, model: PreTrainedModel) -> None:
-        """Note the recipient's modules in whose place those of organs may stand, while they are in the model."""
-        for path in {path for organ in self.organs.values() for path in organ.saved.modules}:
-            self.base_modules.setdefault(path, model.get_submodule(path))
 
     def _require_standing(self, model: PreTrainedModel) -> None:
         """Check that the modules beside the layers are those that organs and recipient have put there.

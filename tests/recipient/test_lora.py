@@ -156,6 +156,22 @@ def test_an_adapter_becomes_an_organ(variant, live, base_folder, token_ids, tmp_
     torch.testing.assert_close(logits(model, token_ids), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("bias", "span"), [("lora_only", [1, 3]), ("all", [0, 4])])
+def test_an_adapter_with_biases_becomes_an_organ(bias, span, token_ids, tmp_path):
+    """PEFT saves those of adapted modules as `q_proj.base_layer.bias`, and with "all" those of every layer."""
+    options = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1, 2], "init_lora_weights": False}
+    lora = get_peft_model(tiny_model("qwen2"), LoraConfig(bias=bias, **options))
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if name.endswith("bias") and parameter.requires_grad:
+                parameter.add_(0.3)
+    lora.save_pretrained(tmp_path)
+    donor = from_lora(tiny_model("qwen2"), tmp_path)
+    assert donor.config.layers == span
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("qwen2"), donor)
+    torch.testing.assert_close(logits(model, token_ids), logits(lora.eval(), token_ids), atol=1e-5, rtol=1e-4)
+
+
 def test_there_and_back(base_folder, token_ids, tmp_path):
     model = with_replaced("llama")
     to_lora(model, "kjv", tmp_path / "lora", rank=FULL)

@@ -17,7 +17,7 @@ from not_hf import (
     NotHFError,
     TransplantedForCausalLM,
 )
-from testing.donors import tiny_organ, transplanted
+from testing.donors import organ, tiny_organ, transplanted, with_organs
 from testing.models import logits, tiny_model
 
 A, B = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2))
@@ -57,6 +57,29 @@ def test_get_base_model_is_a_handle_of_the_native_class(token_ids):
     assert torch.equal(logits(base, token_ids), logits(model, token_ids))
     with model.disable_donors():
         assert torch.equal(logits(base, token_ids), logits(tiny_model("llama"), token_ids))
+
+
+def test_what_has_organs_in_it_does_not_go_by_the_name_of_its_base(token_ids, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = with_organs(tmp_path / "base", 1)
+    view = model.get_base_model()
+    with pytest.raises(NotHFError, match="has organs"):
+        DonorModel.from_base(view, (4, 6))
+    with pytest.raises(NotHFError, match="get_base_model"):
+        TransplantedForCausalLM.from_pretrained(view, A)
+    native = model.merge_and_unload()
+    assert native.name_or_path == native.config.name_or_path == ""
+    second = organ(native, 2, (4, 6))
+    assert second.config.base_model_name_or_path is None
+    model = TransplantedForCausalLM.from_pretrained(native, second)
+    model.save_pretrained(tmp_path / "second")
+    with pytest.raises(NotHFError, match="does not name its base"):
+        TransplantedForCausalLM.from_pretrained(tmp_path / "second")
+    expected = logits(model, token_ids)
+    model.unload().save_pretrained(tmp_path / "merged")
+    again = TransplantedForCausalLM.from_pretrained(tmp_path / "merged", tmp_path / "second")
+    assert torch.equal(logits(again, token_ids), expected)
+    assert with_organs(tmp_path / "base", 1).unload().name_or_path == str(tmp_path / "base")
 
 
 def test_unloading_merging_and_loading_inside_disable_donors(token_ids):

@@ -32,7 +32,7 @@ from not_hf import (
     TransplantedForSequenceClassification,
     merge_donor,
 )
-from testing.donors import moved, organ, same
+from testing.donors import moved, organ, same, tiny_organ
 from testing.models import TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
 from testing.shapes import VOCAB
 from testing.training import made, rows
@@ -180,6 +180,52 @@ def test_a_classifier_travels_with_the_organ(tmp_path):
     assert other.score.weight.shape == (4, 32)
 
 
+def test_the_names_of_classes_are_those_of_the_active_classifier(tmp_path):
+    def named(*names: str) -> dict:
+        return {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+
+    load = TransplantedForSequenceClassification.from_pretrained
+    AutoModelForSequenceClassification.from_config(tiny_config("llama", **named("yes", "no"))).save_pretrained(
+        tmp_path / "base"
+    )
+    options = {"mode": "replace", "modules_to_save": ["score"]}
+    for name, classes in (("mood", named("good", "bad")), ("mail", named("spam", "news"))):
+        donor = DonorModel.from_base(load(tmp_path / "base", tiny_organ(1), **classes).unload(), (1, 3), **options)
+        assert donor.config.labels == [*classes["label2id"]]
+        donor.save_pretrained(tmp_path / name)
+
+    def classes(model: PreTrainedModel) -> list[str]:
+        assert model.config.label2id == {name: n for n, name in model.config.id2label.items()}
+        return list(model.config.id2label.values())
+
+    model = load(tmp_path / "mood")
+    assert classes(model) == ["good", "bad"]
+    with model.disable_donors():
+        assert classes(model) == ["yes", "no"]
+    model.set_donor([])
+    model.load_donor(tmp_path / "mail", "mail")
+    assert classes(model) == ["spam", "news"]
+    model.save_pretrained(tmp_path / "both")
+    assert classes(load(tmp_path / "both")) == ["spam", "news"]
+    model.set_donor("default")
+    assert classes(model) == ["good", "bad"]
+    model.hotswap_donor("default", tmp_path / "mail")
+    assert classes(model) == ["spam", "news"]
+    model.config.id2label, model.config.label2id = named("junk", "rest").values()
+    model.set_donor("mail")
+    model.set_donor("default")
+    assert classes(model) == ["junk", "rest"]
+    model.config.id2label, model.config.label2id = named("junk", "mail").values()
+    model.save_pretrained(tmp_path / "named", ["default"])
+    assert DonorConfig.from_pretrained(tmp_path / "named").labels == ["junk", "mail"]
+    assert classes(copy.deepcopy(model).merge_and_unload()) == ["junk", "mail"]
+    assert classes(model.unload()) == ["yes", "no"]
+    more = {"modules_to_save": ["embed_tokens"], "is_trainable": True}
+    assert classes(load(model, tmp_path / "mood", **more)) == ["good", "bad"]  # a live base
+    assert classes(load(tmp_path / "base", tmp_path / "mood", num_labels=2)) == ["good", "bad"]
+    assert classes(load(tmp_path / "base", tmp_path / "mood", **named("+", "-"))) == ["+", "-"]  # the caller's choice
+
+
 def test_an_organ_that_is_loaded_may_get_modules(tmp_path):
     base = tiny_model("llama")
     organ(base, 1).save_pretrained(tmp_path / "organ")
@@ -201,6 +247,36 @@ def test_an_organ_that_is_loaded_may_get_modules(tmp_path):
     assert "`norm`, `lm_head`" in (tmp_path / "more" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("chosen", [[6, 8], [8], [8, 5, 6, 8]])
+def test_rows_are_held_besides_those_of_the_donor(chosen, is_trainable, tmp_path):
+    base = tiny_model("llama")
+    donor = organ(base, 1, trainable_token_indices=[6, 5])
+    expected = base.model.embed_tokens.weight.detach().clone()
+    expected[[6, 5]] = donor.token_rows.embed_tokens.weight.detach()
+    options = {"trainable_token_indices": chosen, "is_trainable": is_trainable}
+    model = TransplantedForCausalLM.from_pretrained(base, donor, **options)
+    assert model.donor_config["default"].trainable_token_indices == {"embed_tokens": [6, 5, 8]}
+    assert torch.equal(model.model.embed_tokens(torch.arange(VOCAB)), expected)
+    model.save_pretrained(tmp_path)
+    held = DonorModel.from_pretrained(tmp_path).token_rows.embed_tokens.weight
+    assert torch.equal(held, expected[[6, 5, 8]])
+
+
+def test_token_ids_are_chosen_once(tmp_path):
+    base, new = tiny_model("llama"), [VOCAB, VOCAB + 1]
+    donor = DonorModel.from_base(base, (1, 3), trainable_token_indices=[5, 5])
+    assert donor.config.trainable_token_indices == {"embed_tokens": [5]}
+    donor.save_pretrained(tmp_path)
+    for none in ([], {"embed_tokens": ()}):
+        with pytest.raises(NotHFError, match="of embed_tokens must be ids of tokens, got none"):
+            TransplantedForCausalLM.from_pretrained(base, donor, trainable_token_indices=none)
+    base.resize_token_embeddings(VOCAB + 2)
+    grown = DonorModel.from_base(base, (1, 3), trainable_token_indices={"embed_tokens": new, "lm_head": new})
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), grown, trainable_token_indices=[new[0], 3])
+    assert model.donor_config["default"].trainable_token_indices == {"embed_tokens": [*new, 3], "lm_head": new}
+
+
 def test_master_weights_of_modules(tmp_path):
     base = tiny_model("llama").bfloat16()
     donor = DonorModel.from_base(base, (1, 3), modules_to_save=["lm_head"], trainable_token_indices=[3])
@@ -213,6 +289,20 @@ def test_master_weights_of_modules(tmp_path):
     native = model.merge_and_unload()
     assert native.lm_head.weight.dtype == torch.bfloat16 and type(native.lm_head) is torch.nn.Linear
     assert torch.equal(logits(native), with_organ)
+
+
+@pytest.mark.parametrize("active", ["b", "a"], ids=["in the stack", "parked"])
+def test_embeddings_with_master_weights_follow_a_cast(active):
+    base = tiny_model("gpt2").bfloat16()
+    model = TransplantedForCausalLM.from_pretrained(base, tiny_organ(1, "gpt2"), donor_name="a")
+    model.load_donor(tiny_organ(2, "gpt2"), "b", position=0, is_trainable=True, modules_to_save=["wte"])
+    moved(model.transformer.wte, 1)
+    model.set_donor(active)
+    model.float()
+    model.set_donor("b")
+    embeddings = model.transformer.wte
+    assert embeddings(TOKEN_IDS).dtype == logits(model).dtype == torch.float32
+    assert torch.equal(embeddings(TOKEN_IDS), embeddings.weight[TOKEN_IDS])
 
 
 def test_the_best_checkpoint_brings_its_modules_back(tmp_path):
@@ -238,11 +328,17 @@ def test_swapping_and_deleting(tmp_path):
     assert torch.equal(logits(model), logits(fresh))
     with pytest.raises(IncompatibleDonorError, match=r"modules beside the layers.*lm_head"):
         model.hotswap_donor("a", organ(base, 3))
+    with pytest.raises(IncompatibleDonorError, match=r"rows of \{'embed_tokens': \[4\]\}, not .*3"):
+        model.hotswap_donor("a", organ(base, 3, **held | {"trainable_token_indices": [4]}))
     with pytest.raises(IncompatibleDonorError, match=r"'a' and 'c' both hold lm_head; choose one with set_donor"):
         model.load_donor(organ(base, 3, layers=(3, 4), modules_to_save=["lm_head"]), "c")
     assert list(model.donor_config) == ["a"] and torch.equal(logits(model), logits(fresh))
     model.load_donor(organ(base, 3, layers=(3, 4)), "c")
+    with pytest.raises(NotHFError, match="resize the recipient before organs"):
+        model.resize_token_embeddings(VOCAB + 1)
     model.delete_donor("a")
+    model.resize_token_embeddings(VOCAB + 1)  # no other organ has such modules
+    model.resize_token_embeddings(VOCAB)
     assert torch.equal(
         logits(model), logits(TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(base, 3, (3, 4))))
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 
 import pytest
@@ -177,6 +179,23 @@ def test_a_changed_generation_config_is_kept(donors, where, base_folder, base_re
     model.generation_config.temperature, model.generation_config.do_sample = 1.0, False  # as the base
     save(place)
     assert AutoModelForCausalLM.from_pretrained(place).generation_config.temperature != 0.3
+
+
+def test_the_base_alone_generates_as_it_did(base_folder, tmp_path):
+    with_temperature(base_folder("llama")).save_pretrained(tmp_path)
+    model = TransplantedForCausalLM.from_pretrained(tmp_path)
+    with model.disable_donors():
+        assert model.generation_config.temperature != 0.3
+        model.save_pretrained(tmp_path / "again")
+    assert model.generation_config.temperature == 0.3
+    assert TransplantedForCausalLM.from_pretrained(tmp_path / "again").generation_config.temperature == 0.3
+    copied = pickle.loads(pickle.dumps(model))
+    assert copied.unload().generation_config.temperature != 0.3
+    assert copy.deepcopy(model).merge_and_unload().generation_config.temperature == 0.3
+    model.generation_config = GenerationConfig(temperature=0.9)  # the user's own
+    with model.disable_donors():
+        assert model.generation_config.temperature == 0.9
+    assert model.unload().generation_config.temperature == 0.9
 
 
 def test_an_unchanged_generation_config_is_not_saved(base_folder, tmp_path):

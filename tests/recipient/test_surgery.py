@@ -15,7 +15,7 @@ from not_hf import (
 )
 from not_hf.recipient import surgery
 from testing.donors import tiny_organ, transplanted
-from testing.models import logits, tiny_model
+from testing.models import logits, tiny_config, tiny_model
 
 A, B, C = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2)), tiny_organ(3, layers=(1, 2))
 (a,), (b0, b1) = (list(donor.stack.layers) for donor in (A, B))
@@ -54,6 +54,24 @@ def test_positions_count_the_recipients_own_layers(donors, expected, token_ids):
     native = model.merge_and_unload()
     assert type(native) is LlamaForCausalLM and not isinstance(native, TransplantedForCausalLM)
     assert torch.equal(logits(native, token_ids), logits(by_hand(expected), token_ids))
+
+
+def test_a_config_that_two_models_share_is_left_alone(monkeypatch):
+    config = tiny_config("llama")
+    base, other = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    real, wanted = surgery.set_layer_index, iter([0])
+    monkeypatch.setattr(surgery, "set_layer_index", lambda *args: 1 // next(wanted, 1) and real(*args))
+    with pytest.raises(ZeroDivisionError):
+        TransplantedForCausalLM.from_pretrained(base, B)
+    assert base.config is base.model.config is other.config is config
+    model = TransplantedForCausalLM.from_pretrained(base, B)
+    assert model.config.num_hidden_layers == 6 and model.config is model.model.config is not config
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+    assert other.config is config and config.num_hidden_layers == 4
+    model.config.pad_token_id = 7  # what is changed meanwhile stays, as without organs
+    native = model.unload()
+    assert native.config.num_hidden_layers == 4 and native.config.pad_token_id == 7 and config.pad_token_id != 7
+    assert all(layer.self_attn.config is native.config for layer in native.model.layers)
 
 
 def test_hidden_states_and_attentions_follow_every_change(token_ids):
