@@ -25,6 +25,7 @@ class Twin:
     """A native language model on the meta device, with its layers cached. It is shared: do not change it."""
 
     model: PreTrainedModel
+    is_chosen: bool = True  # its class by the config, and not by the caller
 
     @functools.cached_property
     def stack(self) -> Stack:
@@ -60,7 +61,7 @@ def meta_twin(
     values = {key: value for key, value in config.to_dict().items() if key not in NAMES}
     key = repr((is_span, type(config), attention_of(config) or "sdpa", sorted(values.items())))
     with BUILDING:
-        twin = next((twin for k, twin in _twins if k == key and model_class in (None, type(twin.model))), None)
+        twin = next((twin for k, twin in _twins if k == key and _serves_as(twin, model_class)), None)
         if twin is None:
             config = copy.deepcopy(config)
             for each in (config, layers_config(config)):
@@ -68,12 +69,19 @@ def meta_twin(
                     each.dtype = getattr(torch, each.dtype)
             require_loadable(layers_config(config), is_span)
             with built_whole(hollow=True), torch.device("meta"):
-                twin = Twin(build(model_class or head_class(config).from_config, config))
+                twin = Twin(build(model_class or head_class(config).from_config, config), model_class is None)
             _twins.append((key, twin))
     return twin
 
 
 _twins: deque[tuple[str, Twin]] = deque(maxlen=8)  # by the content of the config
+
+
+def _serves_as(twin: Twin, model_class: type[PreTrainedModel] | None) -> bool:
+    """Whether a twin is of that class; `None`: whether it is a language model, and not one without a head."""
+    if model_class is not None:
+        return type(twin.model) is model_class
+    return twin.is_chosen or twin.model.get_output_embeddings() is not None
 
 
 def require_loadable(config: PreTrainedConfig, is_span: bool = False) -> None:

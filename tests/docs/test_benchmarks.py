@@ -114,7 +114,7 @@ def test_spans(tmp_path, demo_base):
 
 def test_scaffold(tmp_path, demo_base):
     """An organ trained alone is held with embeddings and head only, and goes into the whole base."""
-    printed, found = quick("scaffold.py", tmp_path, "--cache", demo_base.parent, warm=True)
+    printed, found = quick("scaffold.py", tmp_path, "--cache", demo_base.parent)
     assert "| layers | trained |" in printed
     (span,) = found["spans"].values()
     start, whole, alone = (span["organs"][way] for way in ("untrained", "in the recipient", "alone"))
