@@ -34,7 +34,7 @@ FORMS := --quick --smoke --long --replay --gpu
 KEPT = $(if $(filter $(FORMS),$(BENCH_ARGS)),,--output benchmarks/results/$(1).json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-paper bench-spans bench-scaffold bench-train bench-recall bench-privacy bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-exhaustive test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-paper bench-spans bench-scaffold bench-train bench-recall bench-privacy bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -52,11 +52,14 @@ $(READY): pyproject.toml constraints.txt Makefile
 demo: $(READY) ## cut, train, push, load by ID, generate, merge (options: DEMO_ARGS=--quick)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-test: $(READY) ## the whole test suite (options: TEST_ARGS="-k card")
-	$(BIN)/python $(PYTEST) -m "not index" $(TEST_ARGS) tests
+test: $(READY) ## the test suite (options: TEST_ARGS="-k card")
+	$(BIN)/python $(PYTEST) -m "not index and not exhaustive" $(TEST_ARGS) tests
+
+test-exhaustive: $(READY) ## what it leaves out: every operation in every architecture, and compilers
+	$(BIN)/python $(PYTEST) -m exhaustive $(TEST_ARGS) tests
 
 test-fast: $(READY) ## the tests that are not marked as slow, under two minutes on two cores
-	$(BIN)/python $(PYTEST) -m "not slow and not index" $(SLOW_FOLDERS:%=--ignore=tests/%) $(TEST_ARGS) tests
+	$(BIN)/python $(PYTEST) -m "not slow and not index and not exhaustive" $(SLOW_FOLDERS:%=--ignore=tests/%) $(TEST_ARGS) tests
 
 test-requirements: $(READY) ## whether not_hf can be installed beside vLLM, SGLang, axolotl, unsloth and LLaMA-Factory
 	$(BIN)/python -m pytest $(TEST_ARGS) tests/test_requirements.py

@@ -18,7 +18,7 @@ from not_hf.limits import MAX_CONFIG, MAX_DEPTH, MAX_LAYERS
 from testing.commands import is_one_line
 from testing.donors import edit_json, same
 from testing.models import tiny_model
-from testing.shapes import ARCHITECTURES
+from testing.shapes import ARCHITECTURES, broadly
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_half_a_character_is_refused(edited):
         DonorModel.from_pretrained(edited(domain="\ud800"))
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@broadly(ARCHITECTURES)
 def test_every_native_config_comes_back_as_it_was_cut(model_type, tmp_path):
     base = tiny_model(model_type)
     DonorModel.from_base(base, (0, 2)).config.save_pretrained(tmp_path)

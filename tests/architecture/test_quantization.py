@@ -81,7 +81,10 @@ def _compiled_once() -> None:
     extension.extra_cflags = ["-O0"]
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name == COMPILED else ()) for name in QUANTIZERS])
+MARKS = {COMPILED: [pytest.mark.slow, pytest.mark.exhaustive]}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, ())) for name in QUANTIZERS])
 def quantizer(request):
     return request.param
 

@@ -26,10 +26,9 @@ from not_hf.architecture.stack import find_stack
 from testing.donors import SPAN, moved, same, tiny_organ, transplanted, transplanted_class
 from testing.models import exact_logits as logits
 from testing.models import tiny_model
-from testing.shapes import ARCHITECTURES, ENCODERS, PRE_NORM
+from testing.shapes import ARCHITECTURES, ENCODERS, PRE_NORM, broadly
 
-EVERY = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in (*ARCHITECTURES, *ENCODERS)]
-every = pytest.mark.parametrize("model_type", EVERY)
+every = broadly((*ARCHITECTURES, *ENCODERS))
 
 
 @every

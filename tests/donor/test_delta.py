@@ -36,7 +36,7 @@ from testing.donors import edit_json, moved, organ, same, weights
 from testing.models import exact_logits as logits
 from testing.models import tiny_model
 from testing.releases import dequantizes_fp8
-from testing.shapes import ARCHITECTURES
+from testing.shapes import ARCHITECTURES, broadly
 from testing.wrappers import wrapper
 
 SPAN = (1, 3)
@@ -78,7 +78,7 @@ def saved(base, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "bert"])
+@broadly((*ARCHITECTURES, "bert"))
 def test_a_change_of_that_rank_is_read_back(model_type, base_folder, tmp_path):
     donor = trained(base_folder(model_type))
     donor.save_pretrained(tmp_path / "whole")

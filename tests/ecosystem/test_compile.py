@@ -60,6 +60,7 @@ def test_layers_with_a_state_compile(model_type, token_ids):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor(token_ids):
     model = two_organs()
     compiled = torch.compile(model, fullgraph=True)

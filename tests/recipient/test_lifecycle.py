@@ -10,7 +10,7 @@ import torch
 from testing.lifecycle import PARTS, SETUPS, Tester
 from testing.models import TOKEN_IDS
 from testing.processes import run_python
-from testing.shapes import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, in_matrix
+from testing.shapes import ARCHITECTURES, ENCODERS, OTHERS, PLAIN, STATEFUL, exhaustive, in_matrix
 
 EVERY = (*ARCHITECTURES, *ENCODERS)
 FEW = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert")  # with organs that stand alone as well
@@ -41,15 +41,18 @@ def setups(model_type: str) -> list[str]:
     return ["two" if model_type in {*STATEFUL, *PLAIN, *OTHERS} - {"qwen3_next"} else "several", *parts]
 
 
-def marks(model_type: str, setup: str) -> list[pytest.MarkDecorator]:
+def marks(model_type: str, setup: str, check: str) -> list[pytest.MarkDecorator]:
     """`make test-fast` tries several organs at a time, and parts of layers with one architecture."""
-    group = pytest.mark.xdist_group(model_type)
-    is_fast = setup == "several" or (setup in PARTS and model_type == "llama")
-    return [group] if is_fast else [group, pytest.mark.slow]
+    found = [pytest.mark.xdist_group(model_type)]
+    if setup != "several" and (setup not in PARTS or model_type != "llama"):
+        found.append(pytest.mark.slow)
+    if check not in FEWER:
+        found.extend(exhaustive(model_type))
+    return found
 
 
 LIVES = [
-    pytest.param(model_type, setup, check, marks=marks(model_type, setup))
+    pytest.param(model_type, setup, check, marks=marks(model_type, setup, check))
     for model_type in (*EVERY, *OTHERS)
     for setup in setups(model_type)
     for check in (FEWER if model_type in OTHERS else OF_PARTS.get(setup, CHECKS))

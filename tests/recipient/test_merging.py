@@ -35,7 +35,7 @@ from testing.cuts import weights
 from testing.donors import edit_json, moved, organ
 from testing.models import tiny_model, tiny_tokenizer
 from testing.releases import dequantizes_fp8
-from testing.shapes import ARCHITECTURES
+from testing.shapes import ARCHITECTURES, broadly
 from testing.wrappers import wrapper
 
 SHARD = "20KB"
@@ -78,7 +78,7 @@ def donor(base, tmp_path_factory) -> Path:
     return write_organ(base, tmp_path_factory.mktemp("donor"))
 
 
-@pytest.mark.parametrize("model_type", [*ARCHITECTURES, "bert"])
+@broadly((*ARCHITECTURES, "bert"))
 def test_the_files_are_those_of_a_merge_in_memory(model_type, tmp_path):
     base = write_base(tmp_path / "base", model_type)
     donor = write_organ(base, tmp_path / "donor")

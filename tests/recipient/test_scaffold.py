@@ -40,7 +40,7 @@ from testing.donors import organ, same, scaled_by_hand
 from testing.models import CHECKPOINTING, tiny_config, tiny_model, tiny_tokenizer
 from testing.models import exact_logits as logits
 from testing.releases import dequantizes_fp8
-from testing.shapes import ARCHITECTURES, ENCODERS
+from testing.shapes import ARCHITECTURES, ENCODERS, broadly
 
 T = TransplantedForCausalLM.from_pretrained
 GENERATE = {"do_sample": False, "max_new_tokens": 6}
@@ -72,7 +72,7 @@ def by_hand(base: PreTrainedModel, *donors: DonorModel) -> PreTrainedModel:
     return native.eval()
 
 
-@pytest.mark.parametrize("model_type", [*ARCHITECTURES, *PLAIN])
+@broadly((*ARCHITECTURES, *PLAIN))
 def test_it_is_the_native_model_of_the_organ_alone(model_type, tmp_path, token_ids):
     tiny_model(model_type).save_pretrained(tmp_path)
     base = head_class(tiny_config(model_type)).from_pretrained(tmp_path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import pytest
 from transformers import CONFIG_MAPPING
 
 from not_hf.architecture.releases import CACHES_FOLLOW_STATES
@@ -271,3 +274,18 @@ def in_matrix(*model_types: str) -> list[str]:
 HEADED = ("llama", "gpt2", "bert", "qwen3", "gemma2", "mixtral", "opt", "falcon", "modernbert", "gpt_neox")
 
 FAST = ("gpt2", "llama", "bert")  # of the architectures, those that `make test-fast` tries
+# Those that `make test` tries with everything; each of the others with a few operations.
+BROAD = ("gpt2", "llama", "qwen3_moe", "gemma3_text", "modernbert", "bert", "gpt_oss", "mamba2", "qwen3_next")
+
+
+def exhaustive(model_type: str) -> list[pytest.MarkDecorator]:
+    """The mark of what is tried with one more architecture, and left to `make test-exhaustive`."""
+    return [] if model_type in BROAD else [pytest.mark.exhaustive]
+
+
+def broadly(model_types: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a test with each architecture as `model_type`; `make test` leaves out all but a few."""
+    groups = {each: pytest.mark.xdist_group(each) for each in model_types}
+    return pytest.mark.parametrize(
+        "model_type", [pytest.param(each, marks=[group, *exhaustive(each)]) for each, group in groups.items()]
+    )

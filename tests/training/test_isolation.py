@@ -27,7 +27,7 @@ from not_hf.architecture.releases import CACHES_FOLLOW_STATES
 from not_hf.training.data import pack
 from not_hf.training.isolation import require_isolation
 from testing.models import tiny_model, tiny_tokenizer
-from testing.shapes import ARCHITECTURES, ENCODERS, OTHERS
+from testing.shapes import ARCHITECTURES, ENCODERS, OTHERS, broadly
 
 LENGTHS = (7, 10, 4, 10, 12, 4, 8, 7)  # of documents, EOS included; the first four fill a block, and so do the others
 BLOCK = 31
@@ -82,7 +82,7 @@ CASES = [each for each in (*ARCHITECTURES, *OTHERS, *VARIANTS) if each != "doge"
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("model_type", CASES)
+@broadly(CASES)
 def test_what_is_not_refused_computes_the_losses_of_the_documents_alone(model_type, attention, blocks, documents):
     try:
         model = model_of(model_type, attention)
