@@ -20,7 +20,7 @@ from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import require_known, without_progress_bar
 from not_hf.cards.common import README
 from not_hf.cards.merged import merged_card
-from not_hf.errors import one_line
+from not_hf.errors import NotHFError, one_line
 from not_hf.hub.atomic_write import replacing
 from not_hf.hub.checkpoint import View
 from not_hf.hub.partial_download import borrow_part
@@ -109,20 +109,27 @@ def merge_donor(
         else:
             native, card = merge.native, merge.card
             _copy(opened, merge, draft, max_shard_size)
-        processor.save_pretrained(draft)
+        if processor is not None:
+            processor.save_pretrained(draft)
         card.save(Path(draft, README))
     num_layers = layers_config(native.config).num_hidden_layers
     return Merged(os.fspath(folder), type(native).__name__, num_layers, native.num_parameters(), reason)
 
 
 def _processor(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, Any]) -> Any:
-    """Load the tokenizer of a recipient or of a donor's base; the processor, if it takes more than text."""
+    """Load the tokenizer of a recipient or of a donor's base, if it has one; the processor, if it takes more than text."""
     if layers_config(config) is not config:
         try:
             return AutoProcessor.from_pretrained(name, **hub_kwargs)
         except (ImportError, OSError, ValueError) as error:  # there is none, or not what it needs
             logger.warning("no processor is saved with the merged model, only a tokenizer: %s", one_line(error, 200))
-    return AutoTokenizer.from_pretrained(name, **hub_kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub_kwargs)
+    except ValueError as error:  # a model without a tokenizer is still a model
+        if isinstance(error, NotHFError) or "trust_remote_code" in str(error):
+            raise
+        logger.warning("no tokenizer is saved with the merged model: %s", one_line(error, 200))
+        return None
 
 
 def _copy(opened: OpenedMerge, merge: HollowMerge, folder: str, max_shard_size: int | str) -> None:

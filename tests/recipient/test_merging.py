@@ -10,7 +10,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
 import not_hf
 from local_hub import Fault
@@ -99,6 +99,15 @@ def test_one_file_and_another_base(base, donor, tmp_path):
     merge_in_memory(donor, tmp_path / "theirs", other, shard="5GB")
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
     assert "model.safetensors" in contents(tmp_path / "ours")
+
+
+def test_a_recipient_without_a_tokenizer(tmp_path, caplog):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    donor = write_organ(tmp_path / "base", tmp_path / "donor")
+    merge_donor(donor, tmp_path / "merged", tmp_path / "base")
+    assert "no tokenizer is saved with the merged model: " in caplog.text
+    assert not list((tmp_path / "merged").glob("token*"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.num_hidden_layers == 6
 
 
 def test_several_organs_their_scales_and_one_that_rests(base, tmp_path):
