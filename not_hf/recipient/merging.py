@@ -117,7 +117,7 @@ def merge_donor(
 
 
 def _processor(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, Any]) -> Any:
-    """Load the tokenizer of a recipient or of a donor's base, if it has one; the processor, if it takes more than text."""
+    """Load the tokenizer of a recipient or base, the processor if it takes more than text; `None`: there is none."""
     if layers_config(config) is not config:
         try:
             return AutoProcessor.from_pretrained(name, **hub_kwargs)
