@@ -15,7 +15,27 @@ from methods import REFERENCE
 
 def fresh() -> str:
     """Fresh text: the organ of outputs against LoRA."""
-    runs = read("train")["comparison"]
+    domains, controls = changes("train")
+    worst = max(domains.values())
+    verdict = "Yes" if worst <= 0 else "Within a per cent" if worst <= 0.01 else "Not quite" if worst <= 0.05 else "No"
+    return paragraph(
+        f"**{verdict}:** against LoRA's, the organ's perplexity is {listed(domains)}. "
+        f"That of general text, with both at equal perplexity of the domain, is {listed(controls)}."
+    )
+
+
+def other_forms() -> str:
+    """The same with general text mixed in, and with ten times the tokens."""
+    mixed, longer = (changes(f"train-{form}") for form in ("replay", "long"))
+    return paragraph(
+        f"With general text in every fourth row: {listed(mixed[0])}; general text: {listed(mixed[1])}. "
+        f"With ten times the tokens: {listed(longer[0])}; general text: {listed(longer[1])}. One seed each."
+    )
+
+
+def changes(name: str) -> tuple[dict[str, float], dict[str, float]]:
+    """By how much the organ's perplexity differs from LoRA's, of the domain and of general text, for each text."""
+    runs = read(name)["comparison"]
 
     def change(domain: str, ratio: Callable[[dict[str, Any], dict[str, Any]], float]) -> float:
         here = {(each["method"], each["seed"]): each for each in runs if each["domain"] == domain}
@@ -29,14 +49,11 @@ def fresh() -> str:
     def of_control(organ: dict[str, Any], _: dict[str, Any]) -> float:
         return math.exp(organ["equal"]["control"] - organ["equal"]["control_of_reference"])
 
-    changes = {name: change(domain, of_domain) for domain, name in NAMES.items()}
-    controls = {name: change(domain, of_control) for domain, name in NAMES.items()}
-    worst = max(changes.values())
-    verdict = "Yes" if worst <= 0 else "Within a per cent" if worst <= 0.01 else "Not quite" if worst <= 0.05 else "No"
-    return paragraph(
-        f"**{verdict}:** against LoRA's, the organ's perplexity is {listed(changes)}. "
-        f"That of general text, with both at equal perplexity of the domain, is {listed(controls)}."
+    measured = {domain: text for domain, text in NAMES.items() if any(each["domain"] == domain for each in runs)}
+    domains, controls = (
+        {text: change(domain, ratio) for domain, text in measured.items()} for ratio in (of_domain, of_control)
     )
+    return domains, controls
 
 
 def on_gpu() -> str:

@@ -70,6 +70,7 @@ SCRIPTS = (
     Script("spans", 2),
     Script("train", 8, small=("--smoke",), goes_on=True),
     Script("train", 0.5, ("--replay",), None, "train-replay", goes_on=True),
+    Script("train", 1.5, ("--long",), None, "train-long", goes_on=True),
     Script("train", 0.2, ("--gpu",), None, "train-gpu", goes_on=True, on_gpu=True),
     Script("recall", 6, small=("--smoke",), goes_on=True),
     *(Script(f"paper/{name}", 1, goes_on=True) for name in QUESTIONS),

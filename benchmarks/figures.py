@@ -23,10 +23,11 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def train() -> str:
-    """What learning from fresh text gave, with all columns."""
-    found = read("train")
-    return f"{report.tables(found['comparison'])}\n{source('train.py', found)}"
+def train(form: str = "") -> str:
+    """What learning from fresh text gave, with all columns; `form` is another one of the script's."""
+    found = read(f"train-{form}" if form else "train")
+    script = f"train.py --{form}" if form else "train.py"
+    return f"{report.tables(found['comparison'])}\n{source(script, found)}"
 
 
 def gpu() -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/train.py            # three texts, three seeds: hours on two cores (make bench-train)
     python benchmarks/train.py --quick    # one text, one seed, three methods: ten minutes
-    python benchmarks/train.py --long     # ten times the tokens: one text, one seed
+    python benchmarks/train.py --long     # ten times the tokens: one text, one seed, two methods
     python benchmarks/train.py --replay   # every fourth row is general text: three texts, one seed, two methods
     python benchmarks/train.py --gpu      # millions of tokens of source code on a GPU, bfloat16: minutes of an H100
     python benchmarks/train.py --smoke    # a small random model, for the test suite
@@ -51,7 +51,7 @@ QUICK = {**FULL, "domains": ["kjv"], "seeds": 1, "methods": [*MAIN, "organ, all 
 FORMS: dict[str, dict[str, Any]] = {
     "full": FULL,
     "quick": {**QUICK, "choose": 4, "test": 16},
-    "long": {**QUICK, "steps": 320, "search": 32, "pool": 1536},
+    "long": {**QUICK, "methods": MAIN, "steps": 320, "search": 32, "pool": 1536},
     "replay": {**FULL, "methods": MAIN, "seeds": 1, "search": 0, "replay": 4},
     "gpu": {
         **{**FULL, "domains": ["code"], "seeds": 1, "steps": 1520, "search": 160, "bf16": True, "batch": 32},
