@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # two workers more than cores: many tests wait for processes that they have started
 PYTEST = -m pytest -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 6) + 2)') --dist loadgroup
-SLOW_FOLDERS := faults fuzz soak # every test in them is marked as slow, and what they import takes a second
+SLOW_FILES := faults fuzz soak ecosystem/test_compile.py # with slow tests only, and what they import takes a second
 READY := $(VENV)/.ready
 
 # The tests that depend most on the releases of other packages, and what RELEASE means for pip.
@@ -59,7 +59,7 @@ test-exhaustive: $(READY) ## what it leaves out: every operation in every archit
 	$(BIN)/python $(PYTEST) -m exhaustive $(TEST_ARGS) tests
 
 test-fast: $(READY) ## the tests that are not marked as slow, under two minutes on two cores
-	$(BIN)/python $(PYTEST) -m "not slow and not index and not exhaustive" $(SLOW_FOLDERS:%=--ignore=tests/%) $(TEST_ARGS) tests
+	$(BIN)/python $(PYTEST) -m "not slow and not index and not exhaustive" -p no:hypothesispytest $(SLOW_FILES:%=--ignore=tests/%) $(TEST_ARGS) tests
 
 test-requirements: $(READY) ## whether not_hf can be installed beside vLLM, SGLang, axolotl, unsloth and LLaMA-Factory
 	$(BIN)/python -m pytest $(TEST_ARGS) tests/test_requirements.py

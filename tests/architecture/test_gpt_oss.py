@@ -53,6 +53,7 @@ def test_layer_types_move_with_the_layers_wherever_they_go(position, folder, nat
         assert torch.equal(logits(model, token_ids), before)
 
 
+@pytest.mark.slow
 def test_an_organ_starts_as_a_no_op_learns_and_is_merged(folder, native, token_ids, tmp_path):
     donor = DonorModel.from_base(folder, (0, 2), init="identity", position=2)
     model = TransplantedForCausalLM.from_pretrained(folder, donor, is_trainable=True)

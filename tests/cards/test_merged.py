@@ -122,6 +122,7 @@ def test_what_is_not_on_the_hub_is_left_out_with_a_warning(recipient, organ, bas
         card.validate()
 
 
+@pytest.mark.slow
 def test_several_organs(recipient, organ, tmp_path):
     model = TransplantedForCausalLM.from_pretrained(recipient, organ, donor_name="one")
     law = DonorModel.from_base(recipient, layers=(0, 1), license="cc0-1.0")

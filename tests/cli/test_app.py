@@ -509,6 +509,7 @@ def test_an_interrupted_training_resumes(more, donor, words, tmp_path, monkeypat
     assert not any(torch.equal(tensor, untrained[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 def test_generate(base, donor, tmp_path):
     def greedy(model) -> str:
         inputs = AutoTokenizer.from_pretrained(base)(PROMPT, return_tensors="pt")

@@ -59,6 +59,7 @@ def test_probe(files, tmp_path):
     assert "Measured on 41 rows" in shown and "Other attacks may learn more" in shown
 
 
+@pytest.mark.slow
 def test_a_base_and_a_reference(files):
     found = done(*given(files, base=files / "other", reference=files / "base"), "--num-rows", 100)
     usual = done(*given(files, base=files / "other"), "--num-rows", 100)

@@ -85,6 +85,7 @@ def both(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "both"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [("--max-steps", "1"), ("--epochs", "0")])
 def test_each_organ_is_saved_in_its_own_dtype(how, both, tmp_path):
     arguments = ("--data", tmp_path / "text.txt", "--block-length", "16", *how)

@@ -66,6 +66,7 @@ def test_it_writes_what_compose_would(base, kjv, law, token_ids, tmp_path):
         assert torch.equal(model(token_ids).logits, by_hand(token_ids).logits)
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing_and_prints_what_the_other_prints(base, kjv, law, tmp_path):
     arguments = ("transplant", base, kjv, f"{kjv},name=off,position=0,active=no", law, "-o", tmp_path / "out")
     dry, dry_table = done(*arguments, "--dry-run"), invoke(*arguments, "--dry-run").stdout
@@ -170,6 +171,7 @@ def test_a_folder_that_holds_something_is_refused_unless_forced(base, kjv, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "mine.txt"]
 
 
+@pytest.mark.slow
 def test_it_can_be_pushed_inspected_and_merged(base, kjv, law, token_ids, tmp_path):
     done("transplant", base, kjv, f"{law},name=law", "-o", tmp_path / "out")
     found = invoke("inspect", tmp_path / "out").stdout

@@ -43,6 +43,7 @@ def test_a_plan_tells_the_stack_and_the_sizes_and_reads_no_weights(hub: Hub, bas
     assert TransplantedForCausalLM.from_pretrained(tmp_path).active_donors == ["c-unread"]
 
 
+@pytest.mark.slow
 def test_the_base_is_the_one_that_all_donors_name(base, kjv, law, tmp_path):
     plan = compose([kjv, law])
     assert (plan.base, plan.base_revision) == (base, commit(base))
@@ -71,6 +72,7 @@ def test_the_base_is_the_one_that_all_donors_name(base, kjv, law, tmp_path):
         compose([tmp_path / "nameless"])
 
 
+@pytest.mark.slow
 def test_a_composition_among_the_donors_stands_for_its_organs(base, kjv, law, both, token_ids, tmp_path):
     """Its references stay references; what lies in its own repo is referred to there, at its commit."""
     inner = compose([kjv, OrganSource("mine", law, position=2, active=False)], base)

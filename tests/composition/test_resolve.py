@@ -89,6 +89,7 @@ def test_a_pipeline_loads_it_and_logs_no_warning(where, one_by_one):
     assert logged(done.stderr) == []
 
 
+@pytest.mark.slow
 def test_commits_hold_when_branches_move_on(token_ids, tmp_path):
     HfApi().create_repo("me/c-moving-base")
     tiny_model("llama", seed=1).push_to_hub("me/c-moving-base")

@@ -171,6 +171,7 @@ def test_an_organ_that_began_as_a_no_op(base, tmp_path, token_ids):
     assert names and all(again.state_dict()[name].shape == (32, 48) for name in names)
 
 
+@pytest.mark.slow
 def test_every_door(saved, base, token_ids, tmp_path):
     donor = DonorModel.from_pretrained(saved)
     expected = logits(TransplantedForCausalLM.from_pretrained(base, donor), token_ids)

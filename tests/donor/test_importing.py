@@ -205,6 +205,7 @@ def test_experts_by_the_wrong_numbers_are_refused(base_folder, tmp_path):
         DonorModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_config_and_place_are_those_of_a_cut(base_folder, base_repo, tmp_path):
     file = save(ABSOLUTE["dict by number"](layers_of("llama")), tmp_path)
     live = tiny_model("llama")
@@ -383,6 +384,7 @@ def test_where_there_is_nothing_to_import(base_folder, base_repo, tmp_path):
         import_checkpoint(save(layers_of("llama"), tmp_path), "me/no-such-base", SPAN)
 
 
+@pytest.mark.slow
 def test_over_the_hub(hub: Hub, checkpoints, base_repo, cut, tmp_path):
     for subfolder, model_type, layers in (
         ("gpt2", "gpt2", None),

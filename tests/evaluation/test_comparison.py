@@ -53,6 +53,7 @@ def test_with_and_without_organs(model):
     assert low < narrow["nats_per_token_difference"].low < narrow["nats_per_token_difference"].high < high
 
 
+@pytest.mark.slow
 def test_live_models_ids_and_donors(model, tmp_path):
     base, other = tiny_model("llama"), tiny_model("llama", seed=1, max_position_embeddings=32)
     for name, each in (("base", base), ("other", other)):

@@ -212,6 +212,7 @@ def test_what_cannot_be_swept_is_refused_and_nothing_changes(tmp_path):
     assert [(each["position"], each["mode"]) for each in some.skipped] == [(9, "insert")]
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_leaves_the_model_and_goes_on(tmp_path, monkeypatch):
     base = tiny_model("llama")
     donor, before = organ(base, 1), state(base)
@@ -261,6 +262,7 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path):
         sweep_positions(base, donor, TEXT, [2], folder=tmp_path, **HOW)
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_drawn(tmp_path):
     base = tiny_model("llama")
     base.save_pretrained(tmp_path / "base")
@@ -280,6 +282,7 @@ def test_it_is_saved_and_drawn(tmp_path):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_one_window_has_no_interval_and_a_broken_model_no_number(tmp_path):
     base = tiny_model("llama")
     sweep = sweep_positions(base, organ(base, 1), ["w5 w6 w7"], tokenizer=tiny_tokenizer())

@@ -117,6 +117,7 @@ def test_what_was_learned_by_heart_is_found(files, tmp_path):
     assert "not measured" not in card and "not measured" in (files / "organ" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_was_not_trained_tells_nothing():
     base = tiny_model("llama").train()
     base.lm_head.weight.requires_grad_(False)
@@ -135,6 +136,7 @@ def test_what_was_not_trained_tells_nothing():
     )
 
 
+@pytest.mark.slow
 def test_live_models_and_references():
     base = tiny_model("llama")
     plain = probe_privacy(base, ROWS[:40], ROWS[40:], num_rows=100)

@@ -109,6 +109,7 @@ def test_cache_dir_holds_everything(repo, model, tmp_path, cache):
     assert list((tmp_path / "mine").rglob("layers-3-6.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_revision_is_one_commit(hub, model):
     """A branch that moves while an organ is cut gives the organ of before, and its commit."""
     repo = HfApi().create_repo("me/moving").repo_id
@@ -144,6 +145,7 @@ def test_subfolder_branch_tag_and_pull_request(hub, model):
         cut(repo, subfolder="inner")  # not on main
 
 
+@pytest.mark.slow
 def test_a_base_in_a_subfolder_is_found_again(hub, model, token_ids, tmp_path):
     """By the organ alone, and its tokenizer too; another model at the root is not taken for it."""
     repo = HfApi().create_repo("me/nested").repo_id

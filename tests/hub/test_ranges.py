@@ -190,6 +190,7 @@ def test_a_damaged_entry_is_fetched_again(repo, model, cache):
     assert is_cut(cut(repo, local_files_only=True), model)
 
 
+@pytest.mark.slow
 def test_folders_of_like_names_have_entries_of_their_own(hub, model, tmp_path):
     repo = HfApi().create_repo("me/folders").repo_id
     other = tiny_model("llama", seed=1, **WIDE)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from local_hub import DEFAULT_TOKEN, Hub
 from testing.hub import served
 
@@ -35,6 +37,7 @@ def run_client(script: str, endpoint: str, home: Path, *args: object, xet: bool 
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_xet_round_trip(tmp_path: Path) -> None:
     content = os.urandom(300_000) + b"compressible" * 20_000
     folder = tmp_path / "folder"

@@ -81,6 +81,7 @@ def test_disable_donors_decorates_functions():
     assert model.active_donors == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_generating_while_another_thread_changes_organs_gives_one_state_or_an_error():
     model = with_two_organs()
     options = {"attention_mask": torch.ones_like(TOKEN_IDS), "max_new_tokens": 12, "do_sample": False}

@@ -73,6 +73,7 @@ def test_master_weights_of_parts():
     assert {parameter.dtype for parameter in native.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_several_at_once_swapped_averaged_and_merged(base_folder, tmp_path):
     base = base_folder("llama")
     one, two = (parts_of(base, "outputs", seed) for seed in (1, 2))

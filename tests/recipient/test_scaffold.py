@@ -217,6 +217,7 @@ def empty_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["5GB", "2MB"])
 def test_only_embeddings_head_and_organ_are_served(shard, hub, empty_caches, tmp_path, token_ids):
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 8}

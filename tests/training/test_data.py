@@ -237,6 +237,7 @@ def test_pack_streams_the_same_blocks(folder, tokenizer):
     assert list(streamed) == list(whole)  # nothing left over from the first pass
 
 
+@pytest.mark.slow
 def test_pack_in_processes_gives_the_same_blocks(folder, tokenizer):
     texts = load_text(folder / "verses.txt")
     assert list(pack(texts, tokenizer, BLOCK, num_proc=2)) == list(pack(texts, tokenizer, BLOCK))

@@ -34,6 +34,7 @@ def stopping(folder: Path, patience: int | None, *more: TrainerCallback) -> Trai
     return made(recipient(), folder, callbacks=[*counting, *more], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("patience", "resumed", "steps"), [(3, 3, 4), (3, 5, 6), (None, 2, 4)])
 def test_a_resumed_training_counts_on(patience, resumed, steps, tmp_path, caplog):
     """The first evaluation is a gain; without `patience` no evaluation before the interruption was counted."""

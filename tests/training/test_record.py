@@ -162,6 +162,7 @@ def test_what_trains_adapters_trains_no_organ(tmp_path):
     assert (config_of(model).tokens_seen, config_of(model).metrics) == (None, None)
 
 
+@pytest.mark.slow
 def test_resuming_counts_no_token_twice(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     model = recipient()
