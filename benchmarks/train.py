@@ -1,6 +1,7 @@
 """Learning from fresh text: organs against LoRA and full fine-tuning at equal time, each with its own best settings.
 
-    python benchmarks/train.py            # three texts, three seeds: hours on two cores (make bench-train)
+    python benchmarks/train.py            # three texts, three seeds, two methods: hours (make bench-train)
+    python benchmarks/train.py --broad    # every method: one text, one seed: an hour
     python benchmarks/train.py --quick    # one text, one seed, three methods: ten minutes
     python benchmarks/train.py --long     # ten times the tokens: one text, one seed, two methods
     python benchmarks/train.py --replay   # every fourth row is general text: three texts, one seed, two methods
@@ -44,15 +45,16 @@ COMPARED = [
 ]  # fmt: skip
 GPU_METHODS = [*MAIN, "LoRA, r = 256", "full", "LoRA, r = 64"]
 FULL: dict[str, Any] = {
-    "domains": ["kjv", "icd10", "french"], "methods": COMPARED, "seeds": 3, "steps": 32, "search": 16,
+    "domains": ["kjv", "icd10", "french"], "methods": MAIN, "seeds": 3, "steps": 32, "search": 16,
     "block": 128, "choose": 16, "test": 64, "scales": [0.7, 1.0], "replay": 0, "pool": 320,
 }  # fmt: skip
 QUICK = {**FULL, "domains": ["kjv"], "seeds": 1, "methods": [*MAIN, "organ, all layers"], "search": 0, "steps": 16}
 FORMS: dict[str, dict[str, Any]] = {
     "full": FULL,
+    "broad": {**FULL, "domains": ["kjv"], "methods": COMPARED, "seeds": 1},
     "quick": {**QUICK, "choose": 4, "test": 16},
     "long": {**QUICK, "methods": MAIN, "steps": 320, "search": 32, "pool": 1536},
-    "replay": {**FULL, "methods": MAIN, "seeds": 1, "search": 0, "replay": 4},
+    "replay": {**FULL, "seeds": 1, "search": 0, "replay": 4},
     "gpu": {
         **{**FULL, "domains": ["code"], "seeds": 1, "steps": 1520, "search": 160, "bf16": True, "batch": 32},
         **{"block": 512, "pool": 22900, "choose": 32, "methods": GPU_METHODS},
