@@ -40,8 +40,8 @@ from texts import ROOT, TEXTS, read_blocks
 CONTROL = "english"
 MAIN = [REFERENCE, "organ, outputs"]
 COMPARED = [
-    *MAIN, "organ, outputs, values and up", "organ, all layers", "LoRA+, r = 16", "LoRA, r = 64", "rsLoRA, r = 64",
-    "LoRA, r = 16, loss in chunks", "LoRA, r = 16, upper half, cache", "organ, upper half, cache", "full",
+    *MAIN, "organ, all layers", "organ, upper half, cache", "LoRA, r = 16, upper half, cache",
+    "LoRA, r = 16, loss in chunks", "LoRA+, r = 16", "LoRA, r = 64", "rsLoRA, r = 64", "full",
 ]  # fmt: skip
 GPU_METHODS = [*MAIN, "LoRA, r = 256", "full", "LoRA, r = 64"]
 FULL: dict[str, Any] = {
