@@ -45,6 +45,24 @@ class Stack:
         """The layers that are in the stack now."""
         return cast(nn.ModuleList, self.model.get_submodule(self.full_path))
 
+    @property
+    def around(self) -> dict[str, nn.Module]:
+        """The modules that contain the list, by path from the model, outermost first."""
+        steps = self.full_path.split(".")
+        paths = [".".join(steps[:n]) for n in range(len(steps))]
+        return {path: self.model.get_submodule(path) for path in paths}
+
+    @property
+    def outside(self) -> dict[str, nn.Module]:
+        """The modules beside the list and beside those that contain it, by path: embeddings, norm, head."""
+        inside = {id(module) for module in (*self.around.values(), self.layers)}
+        return {
+            f"{path}.{name}".lstrip("."): module
+            for path, parent in self.around.items()
+            for name, module in parent.named_children()
+            if id(module) not in inside
+        }
+
 
 def find_stack(model: PreTrainedModel) -> Stack:
     """Find the one `ModuleList` whose length is `config.num_hidden_layers`.

@@ -34,15 +34,12 @@ def load_tokenizer(loaded: Any, model: str, base: str | None) -> PreTrainedToken
     """
     from transformers import AutoTokenizer
 
-    from not_hf.architecture.stack import layers_config
+    from not_hf.recipient.new_tokens import brings_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(base or model)
-    if base is None or not has_organ(loaded):
+    if base is None or not has_organ(loaded) or not brings_tokens(loaded, tokenizer):
         return tokenizer
-    rows = (ids for config in loaded.donor_config.values() for ids in (config.trainable_token_indices or {}).values())
-    has_more = layers_config(loaded.config).vocab_size > loaded.base_config.vocab_size
-    has_more |= any(max(ids) >= len(tokenizer) for ids in rows)  # some models have spare rows
-    return AutoTokenizer.from_pretrained(model) if has_more else tokenizer
+    return AutoTokenizer.from_pretrained(model)
 
 
 def has_organ(model: Any) -> bool:

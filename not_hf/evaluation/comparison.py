@@ -71,6 +71,7 @@ def compare_perplexity(
         NotHFError: There are no texts, or one that the models tokenize differently; an argument is out of range; a
             tokenizer is missing; `model_a` is `None`, and `model_b` has no organs, or they have the only rows for a
             token.
+        UnsupportedArchitectureError: A model is no causal LM.
 
     Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers

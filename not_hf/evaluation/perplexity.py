@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.devices import input_device
 from not_hf.architecture.layers import eval_mode
-from not_hf.errors import NotHFError
+from not_hf.architecture.stack import is_encoder
+from not_hf.errors import NotHFError, UnsupportedArchitectureError
 from not_hf.evaluation.bootstrap import ConfidenceInterval, Floats, check_level, nll_intervals
 from not_hf.evaluation.windows import Window, batches_of, check_lengths, context_of, encode, nll_of
 from not_hf.recipient.heads import writing_class
@@ -82,7 +83,7 @@ Returns a dict:
         there is only one window.
 
 Raises NotHFError for no texts, texts that are too short, no model, a live model without tokenizer, or a tokenizer
-without BOS if add_start_token is True.
+without BOS if add_start_token is True; UnsupportedArchitectureError for an encoder or a model without a language head.
 """
 
 
@@ -259,13 +260,18 @@ def load_model(source: PreTrainedModel | str, device: str | None = None, **where
 
     Raises:
         NotHFError: A live model is on another device.
+        UnsupportedArchitectureError: The model is no causal LM.
     """
     if isinstance(source, torch.nn.Module):
         if device is not None and _device(device).type != (here := input_device(source)).type:
             raise NotHFError(f"the model is on {here}, not {device}; move it with model.to({device!r}) first")
-        return source
-    native: Any = writing_class(source).native_auto_class
-    return cast(PreTrainedModel, native.from_pretrained(source, **where).to(_device(device)))
+        model = source
+    else:
+        native: Any = writing_class(source).native_auto_class
+        model = cast(PreTrainedModel, native.from_pretrained(source, **where).to(_device(device)))
+    if is_encoder(model.config) or model.get_output_embeddings() is None:
+        raise UnsupportedArchitectureError(f"{type(model).__name__} does not predict the next token; use a causal LM")
+    return model
 
 
 def _device(device: str | None) -> torch.device:

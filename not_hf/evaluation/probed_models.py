@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from not_hf.architecture.stack import find_stack, is_encoder
+from not_hf.architecture.stack import find_stack
 from not_hf.config import DonorConfig
 from not_hf.donor.compatibility import check_compatibility
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import IncompatibleDonorError, NotHFError, UnsupportedArchitectureError
+from not_hf.errors import IncompatibleDonorError, NotHFError
 from not_hf.evaluation.compared_methods import public_name
 from not_hf.evaluation.perplexity import load_model
 from not_hf.recipient.heads import class_of
@@ -85,10 +85,7 @@ def probed_models(
 
 def load_causal(source: Source, where: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Load a model, unless it is a live one, and check that it is a causal LM."""
-    model = load_model(source if isinstance(source, nn.Module) else os.fspath(source), **(where or {}))
-    if is_encoder(model.config) or model.get_output_embeddings() is None:
-        raise UnsupportedArchitectureError(f"{type(model).__name__} does not predict the next token; use a causal LM")
-    return model
+    return load_model(source if isinstance(source, nn.Module) else os.fspath(source), **(where or {}))
 
 
 def tokenizer_source(model: Source, base: Source | None) -> PreTrainedModel | str:

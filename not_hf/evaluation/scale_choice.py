@@ -109,6 +109,7 @@ def choose_scale(
         NotHFError: There is no organ of that name, it is not active, a scale is no finite number, or `data` or
             `control` is no list of texts.
         IncompatibleDonorError: The organ cannot be scaled; the errors are those of `set_donor_scale`.
+        UnsupportedArchitectureError: The model is no causal LM.
 
     Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers

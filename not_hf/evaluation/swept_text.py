@@ -13,8 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.layers import eval_mode
-from not_hf.architecture.stack import is_encoder
-from not_hf.errors import NotHFError, UnsupportedArchitectureError
+from not_hf.errors import NotHFError
 from not_hf.evaluation.perplexity import load_for_texts, load_model
 from not_hf.evaluation.windows import Window, batches_of, check_lengths, context_of, encode, nll_of
 from not_hf.recipient.mixin import Recipient
@@ -60,10 +59,6 @@ class SweptText:
         if not rows:
             raise NotHFError("data must be texts, or rows with input_ids, at least one; give [text] for one text")
         live, ids = _model_and_ids(model, rows, tokenizer, add_start_token)
-        if is_encoder(live.config) or live.get_output_embeddings() is None:
-            raise UnsupportedArchitectureError(
-                f"{type(live).__name__} does not predict the next token; use a causal LM"
-            )
         if isinstance(live, Recipient):
             live._surgery.require_layers(caller)
         max_length, stride = check_lengths(context_of(live.config), max_length, stride, batch_size)

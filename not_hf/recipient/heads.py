@@ -43,7 +43,8 @@ class Generating(Transplanted):
         `generate(..., prefill=...)` with the same inputs goes on from there, whichever organs are active then: tokens
         and, on a CPU in float32, logits are those of `generate` without it, bit for bit. Several beams or answers of a
         prompt share its reading, where `generate` alone reads it for each of them: there logits may differ in their
-        last digits if a processor rounds differently in larger batches.
+        last digits if a processor rounds differently in larger batches. What has changed below since then is noticed
+        and refused, but for what is written through `tensor.data`.
 
         Args:
             input_ids: Tokens of the prompt, `(batch, seq)`.

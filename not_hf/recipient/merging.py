@@ -26,6 +26,7 @@ from not_hf.hub.checkpoint import View
 from not_hf.hub.partial_download import borrow_part
 from not_hf.hub.tensor_file import write_tensors
 from not_hf.recipient.hollow import HollowMerge, NotCopiedError, OpenedMerge, hollow_merge, open_merge
+from not_hf.recipient.new_tokens import brings_tokens
 from not_hf.recipient.organ_tensor import OrganTensor, name_in_recipient
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def merge_donor(
     **hub_kwargs: Any,
 ) -> Merged:
     """Merge a donor or composition into its recipient: a native model with tokenizer and card, written to a folder.
+
+    The tokenizer is the recipient's, or the donor's if it has rows for tokens that the recipient's lacks.
 
     Its files are those that `merge_and_unload().save_pretrained(folder)` writes, bit for bit. But tensors are copied
     from file to file, a few megabytes at a time, so the model need not fit in memory. If a recipient on the Hub is not
@@ -103,6 +106,9 @@ def merge_donor(
             reason = str(error)
             logger.warning("the whole model is built in memory to merge %s: %s", donor, reason)
             model = opened.kind.from_pretrained(first, second, **hub_kwargs)
+            tokenizer = getattr(processor, "tokenizer", processor)
+            if second is not None and tokenizer is not None and brings_tokens(model, tokenizer):
+                processor = _processor(os.fspath(second), opened.base_config, hub_kwargs)
             card = merged_card(model, folder, **hub_kwargs)
             native = model.merge_and_unload()
             native.save_pretrained(draft, max_shard_size=max_shard_size)

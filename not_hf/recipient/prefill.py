@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from not_hf.architecture.adapters import adapter_state, is_adapted
 from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.stack import Stack
 from not_hf.architecture.upstream import tensor_state
@@ -44,18 +47,19 @@ class Prefill:
         """Read a prompt with the first layers of a model. Arguments and errors as in `Recipient.prefill`."""
         model: PreTrainedModel = stack.model  # type: ignore[assignment]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        cache, below = DynamicCache(config=model.config.get_text_config(decoder=True)), _Below.of(stack, depth)
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         if depth == 0:
-            return cls(input_ids, mask, 0, None, cache, None, below)
+            return cls(input_ids, mask, 0, None, cache, None, _Below())
         forward, inputs = PartialForward(stack, depth), {"input_ids": input_ids, "attention_mask": attention_mask}
         if "position_ids" in inspect.signature(model.forward).parameters:  # as `generate` counts them
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        hidden = forward.run_to(depth, inputs, cache)
+        with _noting_calls(stack.outside) as beside:
+            hidden = forward.run_to(depth, inputs, cache)
         if len(cache.layers) < depth:
             raise UnsupportedArchitectureError(
                 f"model_type {model.config.model_type!r} has no cache that can be shared"
             )
-        return cls(input_ids, mask, depth, hidden, cache, forward, below)
+        return cls(input_ids, mask, depth, hidden, cache, forward, _Below.of(stack, depth, tuple(beside)))
 
     def require_current(self, stack: Stack) -> None:
         """Check that the model still computes what it did below the depth.
@@ -65,10 +69,10 @@ class Prefill:
         """
         if self._forward is not None and self._forward.model is not stack.model:
             raise NotHFError("the prefill is of another model; call prefill() of this one")
-        if _Below.of(stack, self.depth) != self._below:
+        if _Below.of(stack, self.depth, self._below.beside) != self._below:
             raise NotHFError(
-                f"the prefill holds what {self.depth} layers computed, and organs or weights among them, or the "
-                "embeddings, have changed since; call prefill() again, with depth= below what changes"
+                f"the prefill holds what {self.depth} layers computed, and organs, adapters or weights among them, or "
+                "the embeddings, have changed since; call prefill() again, with depth= below what changes"
             )
 
     def run(self, call: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
@@ -107,18 +111,39 @@ class Prefill:
 
 @dataclass(frozen=True)
 class _Below:
-    """What hidden states at a depth depend on: modules, and the state of their tensors."""
+    """What hidden states at a depth depend on: modules, the state of their tensors, and which adapters act in them.
 
-    modules: tuple[nn.Module, ...]
-    states: tuple[tuple[int, int, int], ...]
-    tensors: tuple[torch.Tensor, ...] = field(compare=False)  # so that no other one takes a state
+    Args:
+        beside: Paths of modules beside the layers that run before them.
+    """
+
+    beside: tuple[str, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
+    states: tuple[tuple[int, int, int], ...] = ()
+    adapters: tuple[str, ...] = ()
+    tensors: tuple[torch.Tensor, ...] = field(default=(), compare=False)  # so that no other one takes a state
 
     @classmethod
-    def of(cls, stack: Stack, depth: int) -> _Below:
-        modules = (stack.base_model.get_input_embeddings(), *list(stack.layers)[:depth])
+    def of(cls, stack: Stack, depth: int, beside: tuple[str, ...]) -> _Below:
+        if depth == 0:
+            return cls()
+        modules = (*map(stack.model.get_submodule, beside), *list(stack.layers)[:depth])
         tensors = tuple(each for module in modules for each in (*module.parameters(), *module.buffers()))
         tensors = tuple(each for each in tensors if not each.is_meta)  # accelerate loads offloaded ones for each pass
-        return cls(modules, tuple(map(tensor_state, tensors)), tensors)
+        inner = (each for module in modules for each in module.modules())
+        adapters = tuple(map(adapter_state, filter(is_adapted, inner)))
+        return cls(beside, modules, tuple(map(tensor_state, tensors)), adapters, tensors)
+
+
+@contextlib.contextmanager
+def _noting_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
+    """Yield a list to which the names of these modules are added when they are called."""
+    called: list[str] = []
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            note = functools.partial(lambda name, *_: called.append(name), name)
+            hooks.callback(module.register_forward_pre_hook(note).remove)
+        yield called
 
 
 # The prefill with which the forward pass that comes next in this context starts

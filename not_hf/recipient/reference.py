@@ -16,9 +16,9 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return a view of a transplanted model without its organs, as a reference model for trainers (TRL's `ref_model`).
 
     It is of the native class and shares every module with `model`, so it takes no memory. Its `forward` and `generate`
-    run inside `model.disable_donors()`, in eval mode. Do not shard (FSDP, ZeRO-3) or save it, nor use it after
-    `unload` or a merge, nor with TRL's `sync_ref_model=True`, which writes into the weights of the reference: these
-    are the model's own.
+    run inside `model.disable_donors()`, in eval mode, and it has the base's generation config. Do not shard (FSDP,
+    ZeRO-3) or save it, nor use it after `unload` or a merge, nor with TRL's `sync_ref_model=True`, which writes into
+    the weights of the reference: these are the model's own.
 
     Raises:
         NotHFError: `model` has no organs.
@@ -35,7 +35,8 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
         raise NotHFError(f"{type(model).__name__} has no organs; give a TransplantedForCausalLM")
     native: Any = model._surgery.native_class
     view = _reference_class(native).__new__(_reference_class(native))
-    shared = {key: value for key, value in vars(model).items() if key not in ("_surgery", "forward")}
+    with model.disable_donors():  # the generation config is the base's, too
+        shared = {key: value for key, value in vars(model).items() if key not in ("_surgery", "forward")}
     view.__dict__ = {**shared, "config": model.base_config, "_carrier": model}
     return view
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from not_hf.architecture.adapters import adapter_state, is_adapted
 from not_hf.architecture.differences import describe
 from not_hf.architecture.upstream import foreign_hooks, global_hooks, implementations, tables_of, tensor_state
 
@@ -68,7 +69,7 @@ class PrefixKey:
     def _find_modules(self) -> None:
         """List what is looked at for each batch, and its state now."""
         self._modules = [*self._around, *(module for each in self._below for module in each.modules())]
-        self._adapted = [module for module in self._modules if _is_adapted(module)]
+        self._adapted = list(filter(is_adapted, self._modules))
         self._tables = [table for module in self._modules for table in tables_of(module)]
         self._contents = list(chain.from_iterable(map(dict.values, self._tables)))
         self._watched = [each for each in self._contents if isinstance(each, torch.Tensor)]
@@ -81,7 +82,8 @@ class PrefixKey:
         return not is_same or self._look() != self._state
 
     def _look(self) -> list[Any]:
-        return [implementations(self._model.config), *map(_adapters, self._adapted), *map(tensor_state, self._watched)]
+        adapters = map(adapter_state, self._adapted)
+        return [implementations(self._model.config), *adapters, *map(tensor_state, self._watched)]
 
     def _compute(self, known: _Digests) -> str:
         about = {
@@ -89,7 +91,7 @@ class PrefixKey:
             **implementations(self._model.config),
             "modules": [[_forward_of(module), type(module).__qualname__] for module in self._modules],
             "attributes": [sorted(describe(module).attributes.items()) for module in self._below],
-            "adapters": [_adapters(module) for module in self._adapted],
+            "adapters": list(map(adapter_state, self._adapted)),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
         digests: _Digests = {}
@@ -113,17 +115,6 @@ class PrefixKey:
 
 def _digest(tensor: torch.Tensor) -> bytes:
     return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT has put adapters on a module; a model has a method of that name."""
-    return isinstance(getattr(type(module), "active_adapter", None), property)
-
-
-def _adapters(module: Any) -> str:
-    """Which adapters of a module act, and how much."""
-    keys = ("disable_adapters", "active_adapter", "merged_adapters", "scaling")
-    return repr([getattr(module, key, None) for key in keys])
 
 
 def _forward_of(module: nn.Module) -> str:

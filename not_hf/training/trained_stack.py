@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from not_hf.architecture.partial_forward import PartialForward
-from not_hf.architecture.stack import Stack, find_stack
+from not_hf.architecture.stack import find_stack
 from not_hf.training.prefix_cache import PrefixCache
 
 
@@ -36,7 +36,7 @@ class TrainedStack:
             UnsupportedArchitectureError: The layers cannot be found, or cannot run in parts.
         """
         stack = find_stack(model)
-        layers, around, outside = list(stack.layers), *_outer_modules(stack)
+        layers, around, outside = list(stack.layers), [*stack.around.values()], [*stack.outside.values()]
         entry = next((n for n, layer in enumerate(layers) if is_trainable(layer)), len(layers))
         forward = PartialForward(stack, entry)
         frozen = [module for module in (*outside, *layers[:entry]) if not is_trainable(module)]
@@ -57,7 +57,7 @@ class TrainedStack:
             stack.model is model
             and self.dtype == model.dtype
             and self.layers == list(stack.layers)
-            and (self.around, self.outside) == _outer_modules(stack)
+            and (self.around, self.outside) == ([*stack.around.values()], [*stack.outside.values()])
             and not any(parameter.requires_grad for parameter in self.frozen_parameters)
         )
 
@@ -69,15 +69,3 @@ class TrainedStack:
 def is_trainable(module: nn.Module) -> bool:
     """Whether any parameter of a module is trainable."""
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _outer_modules(stack: Stack) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the modules that contain a stack, and those beside it."""
-    around: list[nn.Module] = []
-    outside: list[nn.Module] = []
-    parent: nn.Module = stack.model
-    for step in stack.full_path.split("."):
-        around.append(parent)
-        outside += [module for name, module in parent.named_children() if name != step]
-        parent = getattr(parent, step)
-    return around, outside

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModel,
     ByT5Tokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -26,9 +27,17 @@ from transformers import (
 )
 
 import not_hf
-from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf import (
+    DonorModel,
+    NotHFError,
+    TransplantedForCausalLM,
+    TransplantedForMaskedLM,
+    UnsupportedArchitectureError,
+    compare_perplexity,
+)
 from not_hf.evaluation.perplexity import Perplexity, perplexity
 from not_hf.evaluation.windows import encode
+from testing.models import tiny_config, tiny_model
 from testing.releases import since
 
 CONTEXT = 32
@@ -291,6 +300,19 @@ def test_is_a_metric_without_cache_files(gpt2, tokenizer, tmp_path):
 def test_says_what_is_wrong(gpt2, tokenizer, change, message):
     with pytest.raises(NotHFError, match=message):
         perplexity.compute(**{"predictions": TEXTS, "model": gpt2, "tokenizer": tokenizer} | change)
+
+
+def test_what_does_not_predict_the_next_token_is_refused(tokenizer, tmp_path):
+    encoder = tiny_model("bert")
+    encoder.save_pretrained(tmp_path)
+    donor = DonorModel.from_base(encoder, layers=(1, 3))
+    transplanted = TransplantedForMaskedLM.from_pretrained(copy.deepcopy(encoder), donor)
+    headless = AutoModel.from_config(tiny_config("gpt2"))
+    for model in (encoder, transplanted, headless, str(tmp_path)):
+        with pytest.raises(UnsupportedArchitectureError, match="does not predict the next token; use a causal LM"):
+            perplexity.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)
+    with pytest.raises(UnsupportedArchitectureError, match="BertForMaskedLM does not predict the next token"):
+        compare_perplexity(None, transplanted, TEXTS, tokenizer=tokenizer)
 
 
 def test_asks_for_a_start_token(gpt2, tokenizer):

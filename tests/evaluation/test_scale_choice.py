@@ -7,7 +7,15 @@ import json
 import pytest
 import torch
 
-from not_hf import DonorModel, NotHFError, TransplantedForCausalLM, choose_scale, perplexity
+from not_hf import (
+    DonorModel,
+    NotHFError,
+    TransplantedForCausalLM,
+    TransplantedForMaskedLM,
+    UnsupportedArchitectureError,
+    choose_scale,
+    perplexity,
+)
 from not_hf.evaluation.scale_choice import ScaleChoice
 from testing.donors import moved
 from testing.models import TOKEN_IDS, logits, tiny_model, tiny_tokenizer
@@ -58,6 +66,10 @@ def test_what_cannot_be_measured_is_refused():
     for texts in ({"data": DOMAIN[0]}, {"data": DOMAIN, "control": CONTROL[0]}):
         with pytest.raises(NotHFError, match="must be a list of texts, got a string"):
             choose_scale(model, "a", **texts, **HOW)
+    encoder = tiny_model("bert")
+    masked = TransplantedForMaskedLM.from_pretrained(encoder, DonorModel.from_base(encoder, (1, 3), mode="replace"))
+    with pytest.raises(UnsupportedArchitectureError, match="does not predict the next token"):
+        choose_scale(masked, "default", ["w5 w6"], tokenizer=tiny_tokenizer())
     with pytest.raises(NotHFError, match="context"):
         choose_scale(model, "a", DOMAIN, tokenizer=tiny_tokenizer(), max_length=10_000)
     assert model.donor_config["a"].scale == 1

@@ -10,7 +10,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
 import not_hf
 from local_hub import Fault
@@ -334,6 +334,22 @@ def test_a_donor_becomes_its_merged_model(base, donor, tmp_path):
     assert {key: ours[key] for key in theirs if key != "README.md"} == {
         key: value for key, value in theirs.items() if key != "README.md"
     }
+
+
+def test_new_tokens_bring_their_tokenizer_into_another_recipient(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<verse>"])
+    grown = AutoModelForCausalLM.from_pretrained(base)
+    grown.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = {"embed_tokens": [len(tokenizer) - 1], "lm_head": [len(tokenizer) - 1]}
+    donor = DonorModel.from_base(grown, (1, 3), mode="replace", trainable_token_indices=rows)
+    donor.save_pretrained(tmp_path / "donor")
+    tokenizer.save_pretrained(tmp_path / "donor")
+    for other in (None, base):
+        merge_donor(tmp_path / "donor", tmp_path / "merged", base=other)
+        merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+        assert [merged.convert_tokens_to_ids("<verse>")] == rows["lm_head"]
+        assert AutoConfig.from_pretrained(tmp_path / "merged").vocab_size == len(tokenizer)
 
 
 @pytest.mark.slow

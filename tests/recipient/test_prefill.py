@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
@@ -117,3 +118,39 @@ def test_what_has_changed_is_refused():
     assert isinstance(other.get_input_embeddings(), nn.Embedding)
     with pytest.raises(NotHFError, match="or the embeddings, have changed since"):
         other.generate(TOKEN_IDS, **HOW, prefill=prefill)
+
+
+@pytest.mark.parametrize(
+    "model_type, path",
+    [
+        *(("gpt2", "transformer.wpe"), ("opt", "model.decoder.embed_positions")),
+        ("bloom", "transformer.word_embeddings_layernorm"),
+    ],
+)
+def test_positions_and_norms_beside_the_layers_that_have_changed_are_refused(model_type, path):
+    model = model_of(model_type)
+    prefill = model.prefill(TOKEN_IDS)
+    with torch.no_grad():
+        model.get_submodule(path).weight.mul_(torch.rand_like(model.get_submodule(path).weight))
+    with pytest.raises(NotHFError, match="have changed since"):
+        model.generate(TOKEN_IDS, **HOW, prefill=prefill)
+
+
+def test_an_organ_with_a_head_of_its_own_goes_on_from_the_prefill_of_another_one():
+    model = model_of("llama")
+    beside = DonorModel.from_base(tiny_model("llama"), (3, 4), modules_to_save=["norm", "lm_head"])
+    model.load_donor(moved(beside, 5), "beside")
+    model.set_donor("low")
+    prefill = model.prefill(TOKEN_IDS)
+    model.set_donor("beside")
+    assert same(model.generate(TOKEN_IDS, **HOW, prefill=prefill), model.generate(TOKEN_IDS, **HOW))
+
+
+def test_adapters_below_that_were_switched_are_refused():
+    model = model_of("llama")
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, inference_mode=True)
+    adapted = get_peft_model(model, config)
+    prefill = model.prefill(TOKEN_IDS)
+    assert same(model.generate(TOKEN_IDS, **HOW, prefill=prefill), model.generate(TOKEN_IDS, **HOW))
+    with adapted.disable_adapter(), pytest.raises(NotHFError, match="adapters or weights among them"):
+        model.generate(TOKEN_IDS, **HOW, prefill=prefill)

@@ -18,6 +18,7 @@ from not_hf import (
     DonorModel,
     NotHFError,
     TransplantedForCausalLM,
+    reference_model,
 )
 from testing import tree
 from testing.donors import tiny_organ, transplanted
@@ -188,6 +189,7 @@ def test_the_base_alone_generates_as_it_did(base_folder, tmp_path):
         assert model.generation_config.temperature != 0.3
         model.save_pretrained(tmp_path / "again")
     assert model.generation_config.temperature == 0.3
+    assert reference_model(model).generation_config.temperature != 0.3
     assert TransplantedForCausalLM.from_pretrained(tmp_path / "again").generation_config.temperature == 0.3
     copied = pickle.loads(pickle.dumps(model))
     assert copied.unload().generation_config.temperature != 0.3

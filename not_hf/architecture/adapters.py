@@ -1,0 +1,18 @@
+"""What PEFT's adapters add to a module, as far as it decides what the module computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has put adapters on a module; a model has a method of that name."""
+    return isinstance(getattr(type(module), "active_adapter", None), property)
+
+
+def adapter_state(module: Any) -> str:
+    """Which adapters of a module act, and how much."""
+    keys = ("disable_adapters", "active_adapter", "merged_adapters", "scaling")
+    return repr([getattr(module, key, None) for key in keys])
