@@ -20,7 +20,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.layers import own_configs
 from not_hf.architecture.stack import require_head
-from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of, native_classes
+from not_hf.architecture.upstream import (
+    ADAPTER,
+    IncompatibleKeys,
+    attention_of,
+    built_whole,
+    commit_of,
+    native_classes,
+)
 from not_hf.cards.license import inherit_license
 from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
@@ -135,6 +142,9 @@ class Transplanted(Recipient):
         if resolved.generation_config is not None:
             surgery.generation_configs.organs = resolved.generation_config
         model = cls._splice(base, surgery, organs)
+        adapter = dict(base_kwargs.get("adapter_kwargs") or {})
+        if name := adapter.pop(ADAPTER, None):
+            model.load_adapter(name, adapter_kwargs={**resolved.shared, **adapter})
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
     @classmethod

@@ -16,6 +16,7 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from transformers import AutoModelForCausalLM, pipeline
 
 from not_hf import (
     DonorModel,
@@ -23,7 +24,7 @@ from not_hf import (
     TransplantedForCausalLM,
 )
 from testing import EXAMPLES
-from testing.donors import organ, tiny_organ, transplanted
+from testing.donors import edit_json, organ, tiny_organ, transplanted
 from testing.models import logits, tiny_model
 
 LORA = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -48,6 +49,18 @@ def test_organ_first_then_the_adapter_gives_the_same_model(saved, token_ids):
     assert names == str(base)
     without = AutoPeftModelForCausalLM.from_pretrained(adapter)  # what docs/compatibility/peft-trl.md warns of
     assert not torch.allclose(without(token_ids).logits, lora(token_ids).logits, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["auto", "peft", "pipeline"])
+def test_an_adapter_that_names_the_donor_as_its_base_loads_base_organ_and_adapter(saved, how, token_ids):
+    base, organ_folder, adapter, lora = saved
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(organ_folder))
+    if how == "pipeline":
+        again = pipeline("text-generation", str(adapter), tokenizer=str(base)).model
+    else:
+        again = {"auto": AutoModelForCausalLM, "peft": AutoPeftModelForCausalLM}[how].from_pretrained(adapter)
+    assert again.active_donors == ["default"] and torch.equal(again(token_ids).logits, lora(token_ids).logits)
 
 
 @torch.no_grad()
