@@ -33,6 +33,7 @@ from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
+from not_hf.donor.cutting import has_adapters
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import Indices, class_names, is_saved
 from not_hf.errors import NotHFError, reading_base
@@ -286,7 +287,10 @@ class Transplanted(Recipient):
                 return load_scaffold(base, **kwargs)
             # without adapter_kwargs the Auto class would request adapter_config.json from the Hub in any case
             kwargs |= {"output_loading_info": True, "adapter_kwargs": resolved.shared}
-            return cls.native_auto_class.from_pretrained(base, **kwargs)
+            model, info = cls.native_auto_class.from_pretrained(base, **kwargs)
+        if has_adapters(model):
+            raise NotHFError(f"{base} holds an adapter (LoRA); merge it, save the merged model, and name that")
+        return model, info
 
     @classmethod
     def _splice(cls, base: PreTrainedModel, surgery: Surgery, organs: Sequence[Organ]) -> Self:

@@ -110,6 +110,16 @@ def test_a_recipient_or_a_base_with_adapters_is_refused(how, token_ids):
         assert torch.equal(recipient(token_ids).logits, before)
 
 
+def test_a_recipient_by_name_with_an_adapter_beside_its_config_is_refused(tmp_path):
+    """transformers loads both; an organ saved from that would name the model without the adapter as its base."""
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (1, 3))
+    base.save_pretrained(tmp_path)
+    get_peft_model(base, LORA).save_pretrained(tmp_path)
+    with pytest.raises(NotHFError, match=r"holds an adapter \(LoRA\); merge it, save"):
+        TransplantedForCausalLM.from_pretrained(tmp_path, donor)
+
+
 def test_organs_under_lora_are_not_averaged(token_ids):
     base = tiny_model("llama")
     donor = DonorModel.from_base(base, (1, 3))
