@@ -301,6 +301,7 @@ class Recipient(ModelWithOrgans):
 
         def apply() -> None:
             native(fn, recurse)
+            surgery.own_weights.convert(fn)
             if recurse:
                 for layer in surgery.parked(self):
                     layer._apply(fn)

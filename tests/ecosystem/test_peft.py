@@ -110,6 +110,15 @@ def test_a_recipient_or_a_base_with_adapters_is_refused(how, token_ids):
         assert torch.equal(recipient(token_ids).logits, before)
 
 
+@pytest.mark.parametrize(("layers", "warns"), [([4], False), ([0, 4], True)])
+def test_lora_that_is_merged_into_the_recipients_layers_is_not_saved_with_the_organ(layers, warns, tmp_path, caplog):
+    model = transplanted(("a", tiny_organ(1), {"position": 3})).half().float()
+    adapter = LoraConfig(target_modules=["q_proj"], layers_to_transform=layers, init_lora_weights=False)
+    get_peft_model(model, adapter).merge_and_unload()
+    model.save_pretrained(tmp_path)
+    assert ("own layers were changed since it got organs" in caplog.text) is warns
+
+
 def test_a_recipient_by_name_with_an_adapter_beside_its_config_is_refused(tmp_path):
     """transformers loads both; an organ saved from that would name the model without the adapter as its base."""
     base = tiny_model("llama")
