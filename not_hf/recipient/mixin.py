@@ -23,6 +23,7 @@ from not_hf.donor.averaging import BaseLike, Combination
 from not_hf.donor.saved_modules import Indices
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.averaging import average
+from not_hf.recipient.filled_cache import FilledCache
 from not_hf.recipient.loading import Training, fit_organs, read_donor
 from not_hf.recipient.organ import Organ, swap_differences
 from not_hf.recipient.prefill import take_next
@@ -315,9 +316,14 @@ class Recipient(ModelWithOrgans):
         if torch.compiler.is_compiling() or "_surgery" not in vars(self):  # a compiled model may outlive its organs
             return nn.Module.__call__(self, *args, **kwargs)
         with self._surgery.changes.watched():
+            filled = FilledCache(self._surgery)
+            filled.check(kwargs.values())
             if (prefill := take_next(self)) is not None:
-                return prefill.run(functools.partial(nn.Module.__call__, self, *args), kwargs)
-            return nn.Module.__call__(self, *args, **kwargs)
+                output = prefill.run(functools.partial(nn.Module.__call__, self, *args), kwargs)
+            else:
+                output = nn.Module.__call__(self, *args, **kwargs)
+            filled.note([*kwargs.values(), *(output.values() if isinstance(output, dict) else ())])
+            return output
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the stack: a copy made inside `disable_donors()` has its organs enabled."""
