@@ -245,7 +245,13 @@ class Recipient(ModelWithOrgans):
                 "an organ holds modules of its own beside the layers; resize the recipient before organs are loaded"
             )
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self._surgery.base_config.vocab_size = layers_config(self.config).vocab_size
+        size, base_config = layers_config(self.config).vocab_size, self._surgery.base_config
+        if size > base_config.vocab_size:
+            warn_once(
+                "rows for new tokens are the recipient's, so they are frozen and not saved with organs; to train and "
+                "save them, resize the recipient before it gets organs, and name them in trainable_token_indices"
+            )
+        base_config.vocab_size = size
         return embeddings
 
     def get_base_model(self) -> PreTrainedModel:
