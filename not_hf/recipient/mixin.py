@@ -20,6 +20,7 @@ from not_hf.cards.common import warn_once
 from not_hf.composition.layout import require_free_names
 from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.donor.averaging import BaseLike, Combination
+from not_hf.donor.cutting import has_adapters
 from not_hf.donor.saved_modules import Indices
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.averaging import average
@@ -210,7 +211,8 @@ class Recipient(ModelWithOrgans):
             dequantize: Dequantize a quantized recipient, which then takes more memory.
 
         Raises:
-            NotHFError: The recipient is quantized and `dequantize` is `False` or not possible; or it is a scaffold.
+            NotHFError: The recipient is quantized and `dequantize` is `False` or not possible; or it is a scaffold, or
+                has adapters.
             IncompatibleDonorError: A native model of the spliced config would compute something else. The error lists
                 the differences, and the model is unchanged.
         """
@@ -219,6 +221,8 @@ class Recipient(ModelWithOrgans):
         chosen = [organ for organ in surgery.organs.values() if organ.active]  # also inside disable_donors()
         if not chosen:
             return self.unload()
+        if has_adapters(self):
+            raise NotHFError("the model has adapters on top (LoRA); merge or unload them first, then merge the organs")
         packed = is_quantized(self)
         if packed and not dequantize:
             raise NotHFError(

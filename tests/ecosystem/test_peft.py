@@ -156,6 +156,8 @@ def test_lora_on_top_of_an_organ(token_ids, tmp_path):
     assert not torch.equal(logits(lora, token_ids), before)
     with pytest.raises(NotHFError, match="not its own"):
         model.save_pretrained(tmp_path / "organ")
+    with pytest.raises(NotHFError, match=r"adapters on top \(LoRA\); merge or unload them first"):
+        model.merge_and_unload()
     assert not (tmp_path / "organ").exists()
     assert torch.equal(logits(lora.unload(), token_ids), before)
     assert torch.equal(logits(model.unload(), token_ids), logits(tiny_model("llama"), token_ids))
