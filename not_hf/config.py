@@ -33,13 +33,12 @@ _CHOICES = ("attn_implementation", "experts_implementation", "quantization_confi
 # What does not concern its layers either: code, names, and labels, of which transformers makes as many as it is told
 _NOT_OF_LAYERS = ("auto_map", "trust_remote_code", "name_or_path", "num_labels", "id2label", "label2id")
 _TAKEN = ("return_unused_kwargs", "name_or_path", "attn_implementation", "experts_implementation")  # by `from_dict`
-# Root keys that transformers writes, and the types of their values
+# Root keys that transformers writes, with the types of their values, and those that mean nothing for a donor
 _WRITTEN = {
     **{"model_type": str, "architectures": list[str] | None, "transformers_version": str | None},
     **{"dtype": str | None, "torch_dtype": str | None, "chunk_size_feed_forward": int},
     **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict"), bool | None),
 }
-# Others that it writes, which mean nothing for a donor
 _FOREIGN = {"_commit_hash", "_name_or_path", "id2label", "label2id", "problem_type", "is_encoder_decoder"}
 
 logger = logging.getLogger(__name__)
@@ -172,8 +171,9 @@ class DonorConfig(PreTrainedConfig):
         except (StrictDataclassError, TypeError, AttributeError, IndexError, KeyError) as error:
             raise CorruptDonorError(f"donor config.json: {one_line(error, 300)}") from error
         if kwargs.get("return_unused_kwargs"):  # what every config has (num_labels, …) is meant for the recipient
-            own = {*cls.__annotations__, *_TAKEN}
+            own = {*cls.__annotations__, *_TAKEN} - (chosen := {"modules_to_save", "trainable_token_indices"})
             made[1].update({key: value for key, value in kwargs.items() if key not in own and not key.startswith("_")})
+            vars(made[0]).update({key: values.get(key) for key in chosen})
         return made
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from not_hf.architecture import tables
 from not_hf.architecture.computed_weights import native_class
+from not_hf.architecture.layers import is_dropout
 from not_hf.architecture.stack import Stack
 from not_hf.architecture.upstream import BOOKKEEPING
 from not_hf.errors import UnsupportedArchitectureError
@@ -54,7 +55,7 @@ def computing_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> l
         difference
         for difference in config_differences(ours, theirs)
         if difference.key not in ignored
-        and "dropout" not in difference.key
+        and not any(name in difference.key for name in ("dropout", "pdrop"))  # for training only
         and not difference.key.endswith("_token_id")
     ]
 
@@ -178,8 +179,7 @@ def _derived(module: nn.Module) -> dict[str, Any]:
         key: value
         for key in attributes.keys() - tables.NOT_DERIVED
         if isinstance(value := attributes[key], (bool, int, float, str, tuple, type(None)))
-        and "dropout" not in key
-        and not (key == "p" and isinstance(module, nn.Dropout))  # for training only
+        and not is_dropout(module, key)
         and not key.startswith(BOOKKEEPING)
     }
 

@@ -107,6 +107,19 @@ def settle(
         hold_master_weights(layer, {*kept, *likes} - masters.keys(), computes_in=next(iter(masters.values())))
 
 
+def is_dropout(module: nn.Module, key: str) -> bool:
+    """Whether an attribute of a module is a dropout rate, which is for training only."""
+    return "dropout" in key or (key == "p" and isinstance(module, nn.Dropout))
+
+
+def follow_dropout(layer: nn.Module, neighbour: nn.Module) -> None:
+    """Give a layer the dropout rates of a layer of the recipient, whose config the caller may have changed."""
+    theirs = {name: vars(module) for name, module in neighbour.named_modules()}
+    for name, module in layer.named_modules():
+        own, other = vars(module), theirs.get(name, {})
+        own.update({key: other[key] for key in own.keys() & other.keys() if is_dropout(module, key)})
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; computed without a second tensor of its size."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())

@@ -33,6 +33,7 @@ from not_hf.errors import require_plain_token
 
 # What the Auto classes and pipelines add to a user's keyword arguments, for the repo that was named first.
 AUTO_KWARGS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs")
+ADAPTER = "_adapter_model_path"  # in `adapter_kwargs`: the adapter that was named, whose config names the donor
 # How a repo, and a folder in it, is reached.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What of it holds for several repos: a revision and a subfolder are one repo's own.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from not_hf.architecture.devices import execution_device, follow
 from not_hf.architecture.differences import computing_differences
-from not_hf.architecture.layers import require_finite, settle
+from not_hf.architecture.layers import follow_dropout, require_finite, settle
 from not_hf.architecture.part_names import ALL
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
@@ -214,6 +214,7 @@ def _own_layers(
         layers, known = list(donor.stack.layers), {parameter: parameter.dtype for parameter in donor.parameters()}
     for n, layer in enumerate(layers):
         settle(layer, neighbour, device, master_weights, inside(kept, n))
+        follow_dropout(layer, neighbour)
         follow(layer, neighbour, keys_left_in_place(model))
     if has_values:
         require_finite(layers, resolved.name, known)

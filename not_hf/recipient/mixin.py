@@ -20,9 +20,11 @@ from not_hf.cards.common import warn_once
 from not_hf.composition.layout import require_free_names
 from not_hf.composition.sources import DonorLike, OrganSource
 from not_hf.donor.averaging import BaseLike, Combination
+from not_hf.donor.cutting import has_adapters
 from not_hf.donor.saved_modules import Indices
 from not_hf.errors import IncompatibleDonorError, NotHFError, some
 from not_hf.recipient.averaging import average
+from not_hf.recipient.filled_cache import FilledCache
 from not_hf.recipient.loading import Training, fit_organs, read_donor
 from not_hf.recipient.organ import Organ, swap_differences
 from not_hf.recipient.prefill import take_next
@@ -209,7 +211,8 @@ class Recipient(ModelWithOrgans):
             dequantize: Dequantize a quantized recipient, which then takes more memory.
 
         Raises:
-            NotHFError: The recipient is quantized and `dequantize` is `False` or not possible; or it is a scaffold.
+            NotHFError: The recipient is quantized and `dequantize` is `False` or not possible; or it is a scaffold, or
+                has adapters.
             IncompatibleDonorError: A native model of the spliced config would compute something else. The error lists
                 the differences, and the model is unchanged.
         """
@@ -218,6 +221,8 @@ class Recipient(ModelWithOrgans):
         chosen = [organ for organ in surgery.organs.values() if organ.active]  # also inside disable_donors()
         if not chosen:
             return self.unload()
+        if has_adapters(self):
+            raise NotHFError("the model has adapters on top (LoRA); merge or unload them first, then merge the organs")
         packed = is_quantized(self)
         if packed and not dequantize:
             raise NotHFError(
@@ -244,7 +249,13 @@ class Recipient(ModelWithOrgans):
                 "an organ holds modules of its own beside the layers; resize the recipient before organs are loaded"
             )
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self._surgery.base_config.vocab_size = layers_config(self.config).vocab_size
+        size, base_config = layers_config(self.config).vocab_size, self._surgery.base_config
+        if size > base_config.vocab_size:
+            warn_once(
+                "rows for new tokens are the recipient's, so they are frozen and not saved with organs; to train and "
+                "save them, resize the recipient before it gets organs, and name them in trainable_token_indices"
+            )
+        base_config.vocab_size = size
         return embeddings
 
     def get_base_model(self) -> PreTrainedModel:
@@ -301,6 +312,7 @@ class Recipient(ModelWithOrgans):
 
         def apply() -> None:
             native(fn, recurse)
+            surgery.own_weights.convert(fn)
             if recurse:
                 for layer in surgery.parked(self):
                     layer._apply(fn)
@@ -314,9 +326,14 @@ class Recipient(ModelWithOrgans):
         if torch.compiler.is_compiling() or "_surgery" not in vars(self):  # a compiled model may outlive its organs
             return nn.Module.__call__(self, *args, **kwargs)
         with self._surgery.changes.watched():
+            filled = FilledCache(self._surgery)
+            filled.check(kwargs.values())
             if (prefill := take_next(self)) is not None:
-                return prefill.run(functools.partial(nn.Module.__call__, self, *args), kwargs)
-            return nn.Module.__call__(self, *args, **kwargs)
+                output = prefill.run(functools.partial(nn.Module.__call__, self, *args), kwargs)
+            else:
+                output = nn.Module.__call__(self, *args, **kwargs)
+            filled.note([*kwargs.values(), *(output.values() if isinstance(output, dict) else ())])
+            return output
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the stack: a copy made inside `disable_donors()` has its organs enabled."""

@@ -20,12 +20,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.layers import own_configs
 from not_hf.architecture.stack import require_head
-from not_hf.architecture.upstream import IncompatibleKeys, attention_of, built_whole, commit_of, native_classes
+from not_hf.architecture.upstream import (
+    ADAPTER,
+    IncompatibleKeys,
+    attention_of,
+    built_whole,
+    commit_of,
+    native_classes,
+)
 from not_hf.cards.license import inherit_license
 from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
+from not_hf.donor.cutting import has_adapters
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import Indices, class_names, is_saved
 from not_hf.errors import NotHFError, reading_base
@@ -135,6 +143,9 @@ class Transplanted(Recipient):
         if resolved.generation_config is not None:
             surgery.generation_configs.organs = resolved.generation_config
         model = cls._splice(base, surgery, organs)
+        adapter = dict(base_kwargs.get("adapter_kwargs") or {})
+        if name := adapter.pop(ADAPTER, None):
+            model.load_adapter(name, adapter_kwargs={**resolved.shared, **adapter})
         return (model, info) if base_kwargs.get("output_loading_info") else model  # type: ignore[return-value]
 
     @classmethod
@@ -276,7 +287,10 @@ class Transplanted(Recipient):
                 return load_scaffold(base, **kwargs)
             # without adapter_kwargs the Auto class would request adapter_config.json from the Hub in any case
             kwargs |= {"output_loading_info": True, "adapter_kwargs": resolved.shared}
-            return cls.native_auto_class.from_pretrained(base, **kwargs)
+            model, info = cls.native_auto_class.from_pretrained(base, **kwargs)
+        if has_adapters(model):
+            raise NotHFError(f"{base} holds an adapter (LoRA); merge it, save the merged model, and name that")
+        return model, info
 
     @classmethod
     def _splice(cls, base: PreTrainedModel, surgery: Surgery, organs: Sequence[Organ]) -> Self:

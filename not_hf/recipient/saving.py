@@ -17,7 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from not_hf.architecture.layers import computes
 from not_hf.architecture.upstream import is_partitioned
-from not_hf.cards.common import README
+from not_hf.cards.common import README, warn_once
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License
 from not_hf.cards.metrics import metrics_after_move
@@ -92,6 +92,11 @@ def save_organs(
         delta: As in `plan_delta`, like `rank` and `is_pushed`.
     """
     surgery.name_classes(model)  # which notes names that the user has changed
+    if surgery.own_weights.have_changed(surgery.base_layers):
+        warn_once(
+            "the recipient's own layers were changed since it got organs (LoRA merged into them, or trained), and "
+            "only organs are saved; to keep both, save the native model: merge_and_unload().save_pretrained(...)"
+        )
     shells = {name: _shell(surgery, surgery.organs[name], dtype) for name in names}
     origins = {name: _cut_from(surgery.organs[name], shell) for name, shell in shells.items()}
     deltas = {name: plan_delta(delta, rank, config, is_pushed) for name, config in origins.items()}

@@ -37,6 +37,7 @@ from not_hf.recipient.class_names import ClassNames
 from not_hf.recipient.derived_attributes import DerivedAttributes
 from not_hf.recipient.generation_configs import GenerationConfigs
 from not_hf.recipient.organ import Organ
+from not_hf.recipient.own_weights import OwnWeights
 from not_hf.recipient.saved_modules import standing_modules
 
 PlacedLayer = tuple[nn.Module, LayerOrigin]
@@ -63,6 +64,7 @@ class Surgery:
         self._where = (stack.base, stack.path)
         self.is_scaffold = is_scaffold  # without the base's own layers, though positions count them
         self.base_layers: list[nn.Module] = list(self.stack(model).layers)
+        self.own_weights = OwnWeights(self.base_layers)
         self.base_config = copy.deepcopy(layers_config(model.config))
         self._model_config = copy.deepcopy(model.config)  # of which `base_config` is a part, if it has a text model
         self.base_config.name_or_path = model.config.name_or_path

@@ -16,6 +16,7 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from transformers import AutoModelForCausalLM, pipeline
 
 from not_hf import (
     DonorModel,
@@ -23,7 +24,7 @@ from not_hf import (
     TransplantedForCausalLM,
 )
 from testing import EXAMPLES
-from testing.donors import organ, tiny_organ, transplanted
+from testing.donors import edit_json, organ, tiny_organ, transplanted
 from testing.models import logits, tiny_model
 
 LORA = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -48,6 +49,18 @@ def test_organ_first_then_the_adapter_gives_the_same_model(saved, token_ids):
     assert names == str(base)
     without = AutoPeftModelForCausalLM.from_pretrained(adapter)  # what docs/compatibility/peft-trl.md warns of
     assert not torch.allclose(without(token_ids).logits, lora(token_ids).logits, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["auto", "peft", "pipeline"])
+def test_an_adapter_that_names_the_donor_as_its_base_loads_base_organ_and_adapter(saved, how, token_ids):
+    base, organ_folder, adapter, lora = saved
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(organ_folder))
+    if how == "pipeline":
+        again = pipeline("text-generation", str(adapter), tokenizer=str(base)).model
+    else:
+        again = {"auto": AutoModelForCausalLM, "peft": AutoPeftModelForCausalLM}[how].from_pretrained(adapter)
+    assert again.active_donors == ["default"] and torch.equal(again(token_ids).logits, lora(token_ids).logits)
 
 
 @torch.no_grad()
@@ -97,6 +110,25 @@ def test_a_recipient_or_a_base_with_adapters_is_refused(how, token_ids):
         assert torch.equal(recipient(token_ids).logits, before)
 
 
+@pytest.mark.parametrize(("layers", "warns"), [([4], False), ([0, 4], True)])
+def test_lora_that_is_merged_into_the_recipients_layers_is_not_saved_with_the_organ(layers, warns, tmp_path, caplog):
+    model = transplanted(("a", tiny_organ(1), {"position": 3})).half().float()
+    adapter = LoraConfig(target_modules=["q_proj"], layers_to_transform=layers, init_lora_weights=False)
+    get_peft_model(model, adapter).merge_and_unload()
+    model.save_pretrained(tmp_path)
+    assert ("own layers were changed since it got organs" in caplog.text) is warns
+
+
+def test_a_recipient_by_name_with_an_adapter_beside_its_config_is_refused(tmp_path):
+    """transformers loads both; an organ saved from that would name the model without the adapter as its base."""
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (1, 3))
+    base.save_pretrained(tmp_path)
+    get_peft_model(base, LORA).save_pretrained(tmp_path)
+    with pytest.raises(NotHFError, match=r"holds an adapter \(LoRA\); merge it, save"):
+        TransplantedForCausalLM.from_pretrained(tmp_path, donor)
+
+
 def test_organs_under_lora_are_not_averaged(token_ids):
     base = tiny_model("llama")
     donor = DonorModel.from_base(base, (1, 3))
@@ -124,6 +156,8 @@ def test_lora_on_top_of_an_organ(token_ids, tmp_path):
     assert not torch.equal(logits(lora, token_ids), before)
     with pytest.raises(NotHFError, match="not its own"):
         model.save_pretrained(tmp_path / "organ")
+    with pytest.raises(NotHFError, match=r"adapters on top \(LoRA\); merge or unload them first"):
+        model.merge_and_unload()
     assert not (tmp_path / "organ").exists()
     assert torch.equal(logits(lora.unload(), token_ids), before)
     assert torch.equal(logits(model.unload(), token_ids), logits(tiny_model("llama"), token_ids))

@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     Trainer,
@@ -210,6 +211,22 @@ def test_a_new_head_on_the_base_of_a_language_model(auto_class, model_type, tmp_
     model = HEADS["TransplantedForSequenceClassification"].from_pretrained(tmp_path, donor, num_labels=5)
     assert model.config.num_labels == 5 and scores(model).shape == (2, 5)
     assert auto_class.from_pretrained(tmp_path).config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "chosen", "num_trained"),
+    [
+        (AutoModelForSequenceClassification, {"modules_to_save": ["score"], "num_labels": 3}, 3),
+        (AutoModelForCausalLM, {"trainable_token_indices": [5, 7]}, 2),
+    ],
+)
+def test_modules_beside_the_layers_are_chosen_in_the_auto_classes_too(auto_class, chosen, num_trained, tmp_path):
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    organ(tmp_path / "base", 1).save_pretrained(tmp_path / "organ")
+    model = auto_class.from_pretrained(tmp_path / "organ", is_trainable=True, **chosen)
+    layers = sum(parameter.numel() for parameter in base.model.layers[1:3].parameters())
+    assert model.num_parameters(only_trainable=True) - layers == num_trained * 32
 
 
 def test_donor_trainer_is_for_language_models():

@@ -121,6 +121,18 @@ def test_a_recipient_whose_config_makes_the_organ_compute_otherwise_is_warned_of
     assert "clip_qkv is 0.01, not None" in caplog.text
 
 
+@pytest.mark.parametrize(("model_type", "key"), [("llama", "attention_dropout"), ("gpt2", "resid_pdrop")])
+def test_an_organ_has_the_dropout_that_the_recipient_is_loaded_with(model_type, key, base_folder, tmp_path, caplog):
+    tiny_organ(1, model_type).save_pretrained(tmp_path)
+    base = base_folder(model_type)
+    model = TransplantedForCausalLM.from_pretrained(base, tmp_path, is_trainable=True, **{key: 0.25}).train()
+    rates = [
+        layer.self_attn.attention_dropout if model_type == "llama" else layer.mlp.dropout.p
+        for layer in model.base_model.get_submodule("layers" if model_type == "llama" else "h")
+    ]
+    assert rates == [0.25] * 6 and not caplog.text
+
+
 def test_private_keys_of_a_config_are_no_difference(tmp_path, caplog):
     """As the loader of GGUF files leaves them."""
     base = tiny_model("llama")

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Tra
 from transformers.utils.generic import can_return_loss, find_labels
 
 from not_hf import DonorModel, TransplantedForCausalLM
-from testing.donors import organ, transplanted
+from testing.donors import organ, tiny_organ, transplanted
 from testing.launching import answer
 from testing.models import enable_checkpointing, logits, tiny_model
 from testing.processes import prepared_context
@@ -169,6 +169,14 @@ def test_growing_the_vocabulary_keeps_ties(model_type, token_ids):
         merged = model.merge_and_unload()
         same = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
         assert same is tied and merged.get_output_embeddings().weight.shape[0] == 101
+
+
+def test_growing_the_vocabulary_of_a_model_with_organs_warns_that_rows_are_not_saved(caplog):
+    model = transplanted(("a", tiny_organ(1), {}))
+    model.resize_token_embeddings(90, mean_resizing=False)
+    assert not caplog.text
+    model.resize_token_embeddings(97, mean_resizing=False)
+    assert "not saved with organs" in caplog.text
 
 
 def test_organs_are_saved_in_shards_and_from_a_state_dict(token_ids, tmp_path):
