@@ -118,7 +118,7 @@ def train(
         from not_hf.training.record import trained_organs
 
         DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
-        checkpoint = _checkpoint(output / CHECKPOINTS, resume)
+        checkpoint = _checkpoint(output / CHECKPOINTS) if resume else None
         texts: Any = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
         how: dict[str, Any] = {"column": column, "sample_by": sample_by}
         evaluated = {
@@ -179,6 +179,9 @@ def train(
             kl_weight=kl_weight,
         )
         trainer.remove_callback(transformers.ProgressCallback)  # ProgressLine takes its place
+        if not resume:
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)  # now that nothing more is refused
+            (output / CHECKPOINTS).mkdir(parents=True)
         trained = trainer.train(resume_from_checkpoint=checkpoint)
 
         trainer.note_tokens()
@@ -227,13 +230,10 @@ def _view(document: dict[str, Any], block_length: int | None, resume: bool) -> d
     return rows
 
 
-def _checkpoint(folder: Path, resume: bool) -> str | None:
-    """Find the last checkpoint to resume from; without `resume`, delete those of an earlier training."""
+def _checkpoint(folder: Path) -> str:
+    """Find the last checkpoint to resume from."""
     from not_hf.training.checkpoints import last_complete_checkpoint
 
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
         raise NotHFError(f"no checkpoint in {folder} to resume from; leave out --resume")

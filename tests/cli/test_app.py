@@ -249,6 +249,18 @@ def test_sweep(base, donor, words, tmp_path):
     assert "without the organ" in result.stdout and "(best)" in result.stdout
 
 
+def test_force_deletes_an_earlier_sweep_only_for_another_one(base, donor, words, tmp_path):
+    record = tmp_path / "sweep.json"
+    record.write_text("hours of work")
+    for wrong in (("--data", "typo.txt"), ("--data", words, "--positions", "99")):
+        failed("sweep", base, donor, "-o", tmp_path, "--force", *wrong)
+        assert [file.name for file in tmp_path.iterdir()] == ["sweep.json"]
+        assert record.read_text() == "hours of work"
+    done("sweep", base, donor, "-o", tmp_path, "--force", "--data", words, "--positions", "1")
+    assert "hours" not in record.read_text()
+    assert {file.name for file in tmp_path.iterdir()} == {"sweep.json", "sweep.png"}
+
+
 @pytest.mark.slow
 def test_an_interrupted_sweep_says_how_to_go_on(base, donor, words, tmp_path, monkeypatch):
     score, calls = swept_places.nll_of, []
@@ -463,6 +475,22 @@ def test_ctrl_c_says_what_was_saved_and_how_to_continue(donor, words, tmp_path, 
     assert continued == ["not-hf", *arguments[:-1], "--resume"]
     shown = invoke(*continued[1:]).stdout
     assert re.search(r"steps\s*│ 6 ", shown) and "training loss, mean of the steps since it was resumed" in shown
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--data", "typo.txt"),
+        ("--block-length", "1000"),
+        ("--report-to", "nobody"),
+    ],
+)
+def test_force_deletes_checkpoints_only_for_another_training(wrong, donor, words, tmp_path):
+    state = tmp_path / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    failed("train", donor, "--data", words, "-o", tmp_path, *TRAINING, "--force", *wrong)
+    assert state.exists()
 
 
 @pytest.mark.slow
