@@ -29,6 +29,7 @@ import not_hf
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.evaluation.perplexity import Perplexity, perplexity
 from not_hf.evaluation.windows import encode
+from testing.models import tiny_model
 from testing.releases import since
 
 CONTEXT = 32
@@ -291,6 +292,18 @@ def test_is_a_metric_without_cache_files(gpt2, tokenizer, tmp_path):
 def test_says_what_is_wrong(gpt2, tokenizer, change, message):
     with pytest.raises(NotHFError, match=message):
         perplexity.compute(**{"predictions": TEXTS, "model": gpt2, "tokenizer": tokenizer} | change)
+
+
+def test_a_string_is_no_batch_of_letters():
+    with pytest.raises(NotHFError, match="predictions must be a list of texts, got a string"):
+        Perplexity().add_batch(predictions="a text")
+
+
+def test_an_organ_alone_writes_no_text(tokenizer):
+    with pytest.raises(NotHFError, match="an organ alone, which writes no text; put it into a recipient"):
+        perplexity.compute(
+            predictions=TEXTS, model=DonorModel.from_base(tiny_model("llama"), (1, 3)), tokenizer=tokenizer
+        )
 
 
 def test_asks_for_a_start_token(gpt2, tokenizer):
