@@ -134,7 +134,11 @@ def train(
         tokenizer = load_tokenizer(model, donor, base)
         has_chats = any(each.is_chat for each in (*evaluated.values(), *sources.values()))
         collate = collator(copy.deepcopy(tokenizer), has_chats)  # it changes how the tokenizer pads
-        eval_blocks = {name: each.examples(tokenizer, block_length) for name, each in evaluated.items() if eval_steps}
+        eval_blocks = {  # of conversations in any case, which may hold nothing to measure
+            name: each.examples(tokenizer, block_length)
+            for name, each in evaluated.items()
+            if eval_steps or each.is_chat
+        }
         blocks: Any = sources["data"].examples(tokenizer, block_length)
         if replay_data:
             replay = sources["replay"].examples(tokenizer, block_length)
@@ -171,7 +175,7 @@ def train(
             model,
             arguments,
             train_dataset=blocks,
-            eval_dataset=eval_blocks or None,
+            eval_dataset=(eval_steps and eval_blocks) or None,
             data_collator=collate,
             callbacks=callbacks,
             cache_prefix=cache_prefix,
