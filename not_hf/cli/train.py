@@ -89,7 +89,12 @@ def train(
             show_default="none",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Resume from the last checkpoint in the folder: same options; its learning rate stays."
+        ),
+    ] = False,
     force: Force = False,
 ) -> Result:
     """Train an organ on text or conversations, with everything else frozen, and save it as a donor with its card.
