@@ -135,6 +135,8 @@ def train(
         model: Any = writing_class(base or donor).from_pretrained(
             *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
         )
+        if not trained_organs(model):
+            raise NotHFError(f"{donor} has no active organ to train; its organs are {', '.join(model.donor_config)}")
         _check_context(model, block_length)
         tokenizer = load_tokenizer(model, donor, base)
         has_chats = any(each.is_chat for each in (*evaluated.values(), *sources.values()))

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 from typer.testing import CliRunner
 
+import not_hf
 from local_hub import Hub
 from not_hf import (
     DonorConfig,
@@ -375,6 +376,28 @@ def test_streamed_conversations_with_replay(chats, donor, words, tmp_path):
 def test_conversations_need_a_chat_template(chats, donor, tmp_path):
     assert "no chat template" in failed("train", donor, "--data", chats, "-o", tmp_path / "out", *TRAINING)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rows", ["\n\n", '{"messages": [{"role": "user", "content": "w5"}]}'])
+def test_a_text_that_cannot_be_measured_is_refused_before_the_training(rows, chats, donor, tmp_path, monkeypatch):
+    file = tmp_path / ("held.jsonl" if "{" in rows else "held.txt")
+    file.write_text(rows)
+    monkeypatch.setattr(not_hf.DonorTrainer, "train", None)
+    options = ("--base", tmp_path / "base", "--eval-data", file, *TRAINING)
+    said = failed("train", donor, "--data", chats, "-o", tmp_path / "out", *options)
+    assert "holds no text" in said or "no conversation has a turn of the assistant" in said
+
+
+def test_organs_that_rest_are_not_trained(base, donor, words, tmp_path):
+    done("transplant", base, f"{donor},active=no", "-o", tmp_path / "rest")
+    said = failed("train", tmp_path / "rest", "--data", words, "-o", tmp_path / "out", *TRAINING)
+    assert "rest has no active organ to train; its organs are donor" in said and not (tmp_path / "out").exists()
+
+
+def test_run_of_a_module_that_is_not_there():
+    for module in ("no_such_tool", "no_such_tool.cli"):
+        result = invoke("run", module)
+        assert result.exit_code == 2 and f"no module {module}" in result.stderr
 
 
 @pytest.mark.slow
