@@ -169,12 +169,12 @@ def _name_problem(name: str, error: BaseException) -> str | None:
         )
     if os.path.exists(name):
         return None
+    if os.path.splitext(name)[1] in _FILES:
+        return f"there is no file {name}"
     try:
         validate_repo_id(name)
     except HFValidationError:
         return f"there is no such folder, {name}, and it is not a Hub ID, which is owner/name"
-    if os.path.splitext(name)[1] in _FILES:
-        return f"there is no file {name}"
     if isinstance(error.__cause__, LocalEntryNotFoundError):
         return (
             f"there is no such folder, {name}, no repo of that name in the cache, and the Hub cannot be asked now; "

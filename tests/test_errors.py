@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from not_hf import DonorModel, NotHFError, TransplantedForCausalLM, average_donors, check_compatibility, load_text
+from not_hf import (
+    DonorModel,
+    NotHFError,
+    TransplantedForCausalLM,
+    average_donors,
+    check_compatibility,
+    import_checkpoint,
+    load_text,
+)
 from testing.commands import failed, is_one_line
 from testing.models import tiny_model
 
@@ -37,6 +45,7 @@ def bases(name: str):
         ("runs/kjv/organ", "there is no such folder, runs/kjv/organ, and it is not a Hub ID"),
         ("./organ", r"there is no such folder, \./organ, and it is not a Hub ID"),
         ("missing.pt", r"there is no file missing\.pt"),
+        ("./runs/kjv/missing.pt", r"there is no file \./runs/kjv/missing\.pt"),
         (
             "file.pt",
             r"file\.pt is a file, where a folder or Hub ID is expected; .*import_checkpoint or `not-hf import`",
@@ -50,6 +59,23 @@ def test_a_path_that_leads_nowhere_is_called_one(name, message, readers, tmp_pat
         with pytest.raises(OSError, match=message) as raised:
             read()
         assert is_one_line(raised.value)
+
+
+def test_a_file_to_import_that_is_not_there(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"there is no file .*gone\.pt"):
+        import_checkpoint(tmp_path / "gone.pt", tmp_path)
+
+
+def test_a_base_in_the_place_of_the_donor():
+    base, donor = tiny_model("llama"), DonorModel.from_base(tiny_model("llama"), (1, 3))
+    model = T(tiny_model("llama"), donor)
+    for call in (lambda: T(base, tiny_model("llama")), lambda: model.load_donor(base, "a")):
+        with pytest.raises(NotHFError, match="the donor is a LlamaForCausalLM, not a DonorModel; name the base first"):
+            call()
+    for given in ((donor, base), (donor, donor), (donor,)):
+        with pytest.raises(NotHFError, match="is a DonorModel, not a recipient; name the base first, then the donor"):
+            T(*given)
 
 
 @pytest.mark.parametrize("readers", [donors, bases])

@@ -70,7 +70,10 @@ def _continuation(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, 
             top_k=None,
             streamer=streamer,
         )
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    # some tokenizers leave out the space before the first token that they decode
+    length = inputs["input_ids"].shape[1]
+    prompt, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (output[0, :length], output[0]))
+    return whole[len(prompt) :]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 from typing import Annotated
@@ -24,5 +25,11 @@ def run(
     arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments.", show_default=False)] = None,
 ) -> None:
     """Run another tool, in which donors load by ID like any model: for tools that import no plugin."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError:  # nor its package
+        found = None
+    if found is None:
+        raise typer.BadParameter(f"no module {module} is installed here", param_hint="MODULE")
     sys.argv = [module, *(arguments or [])]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -46,13 +48,15 @@ def sweep(
             f"{output} holds a sweep; measure what it lacks with --resume, choose another --output, "
             "or start over with --force"
         )
-    with output_folder(output, force or resume), saying_how_to_resume(lambda: _how_to_resume(output)):
+    with (
+        output_folder(output, force or resume),
+        saying_how_to_resume(lambda: _how_to_resume(output)),
+        contextlib.nullcontext() if resume else _setting_aside(output / SWEEP),
+    ):
         from not_hf import load_text, sweep_positions
 
         texts = load_text(data, split=split, column=column, sample_by=sample_by)["text"]
         loaded, tokenizer = load_model(model, None)
-        if not resume:
-            (output / SWEEP).unlink(missing_ok=True)
         found = sweep_positions(
             loaded,
             donor,
@@ -79,6 +83,21 @@ def sweep(
         **{"base": found.base, "best": found.best, "rows": found.rows, "skipped": found.skipped},
     }
     return Result(document, table)
+
+
+@contextlib.contextmanager
+def _setting_aside(record: Path) -> Iterator[None]:
+    """Start without the record of an earlier sweep, which comes back if the block fails before it writes another."""
+    aside = record.with_name(f".{record.name}.earlier")
+    if record.exists():
+        record.replace(aside)
+    try:
+        yield
+    finally:
+        if record.exists():
+            aside.unlink(missing_ok=True)
+        elif aside.exists():
+            aside.replace(record)
 
 
 def _how_to_resume(output: Path) -> list[str]:

@@ -89,7 +89,12 @@ def train(
             show_default="none",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Resume from the last checkpoint in the folder: same options; its learning rate stays."
+        ),
+    ] = False,
     force: Force = False,
 ) -> Result:
     """Train an organ on text or conversations, with everything else frozen, and save it as a donor with its card.
@@ -118,7 +123,7 @@ def train(
         from not_hf.training.record import trained_organs
 
         DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
-        checkpoint = _checkpoint(output / CHECKPOINTS, resume)
+        checkpoint = _checkpoint(output / CHECKPOINTS) if resume else None
         texts: Any = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
         how: dict[str, Any] = {"column": column, "sample_by": sample_by}
         evaluated = {
@@ -130,11 +135,17 @@ def train(
         model: Any = writing_class(base or donor).from_pretrained(
             *((base, donor) if base else (donor,)), is_trainable=True, dtype=dtype
         )
+        if not trained_organs(model):
+            raise NotHFError(f"{donor} has no active organ to train; its organs are {', '.join(model.donor_config)}")
         _check_context(model, block_length)
         tokenizer = load_tokenizer(model, donor, base)
         has_chats = any(each.is_chat for each in (*evaluated.values(), *sources.values()))
         collate = collator(copy.deepcopy(tokenizer), has_chats)  # it changes how the tokenizer pads
-        eval_blocks = {name: each.examples(tokenizer, block_length) for name, each in evaluated.items() if eval_steps}
+        eval_blocks = {  # of conversations in any case, which may hold nothing to measure
+            name: each.examples(tokenizer, block_length)
+            for name, each in evaluated.items()
+            if eval_steps or each.is_chat
+        }
         blocks: Any = sources["data"].examples(tokenizer, block_length)
         if replay_data:
             replay = sources["replay"].examples(tokenizer, block_length)
@@ -171,7 +182,7 @@ def train(
             model,
             arguments,
             train_dataset=blocks,
-            eval_dataset=eval_blocks or None,
+            eval_dataset=(eval_steps and eval_blocks) or None,
             data_collator=collate,
             callbacks=callbacks,
             cache_prefix=cache_prefix,
@@ -179,6 +190,9 @@ def train(
             kl_weight=kl_weight,
         )
         trainer.remove_callback(transformers.ProgressCallback)  # ProgressLine takes its place
+        if not resume:
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)  # now that nothing more is refused
+            (output / CHECKPOINTS).mkdir(parents=True)
         trained = trainer.train(resume_from_checkpoint=checkpoint)
 
         trainer.note_tokens()
@@ -227,13 +241,10 @@ def _view(document: dict[str, Any], block_length: int | None, resume: bool) -> d
     return rows
 
 
-def _checkpoint(folder: Path, resume: bool) -> str | None:
-    """Find the last checkpoint to resume from; without `resume`, delete those of an earlier training."""
+def _checkpoint(folder: Path) -> str:
+    """Find the last checkpoint to resume from."""
     from not_hf.training.checkpoints import last_complete_checkpoint
 
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
         raise NotHFError(f"no checkpoint in {folder} to resume from; leave out --resume")

@@ -96,6 +96,8 @@ def resolve(
         CorruptDonorError: A config is invalid.
         OSError: A config cannot be read.
     """
+    if isinstance(first, DonorModel):
+        raise NotHFError("the first argument is a DonorModel, not a recipient; name the base first, then the donor")
     if isinstance(first, nn.Module) and (not isinstance(first, PreTrainedModel) or has_adapters(first)):
         raise NotHFError(
             f"the recipient ({type(first).__name__}) has adapters or is wrapped; merge or unload them "
@@ -246,6 +248,11 @@ def _pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
     """Resolve the revision to a commit, so that everything read from the repo is consistent."""
     if isinstance(source.donor, DonorModel):
         return source
+    if isinstance(source.donor, nn.Module):
+        raise NotHFError(
+            f"the donor is a {type(source.donor).__name__}, not a DonorModel; name the base first, then the donor, "
+            "which DonorModel.from_base cuts out of a model"
+        )
     revision = resolve_commit(os.fspath(source.donor), {**hub_kwargs, "revision": source.revision})
     return replace(source, revision=revision)
 

@@ -22,7 +22,7 @@ from not_hf.architecture.upstream import require_known
 from not_hf.donor.cutting import Span, cut_config, open_base
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.pickles import read_tensors
-from not_hf.errors import CorruptDonorError, NotHFError, some
+from not_hf.errors import CorruptDonorError, NotHFError, reading_repo, some
 from not_hf.hub.checkpoint import FLOAT_DTYPES
 from not_hf.limits import MAX_VALUES_PER_STORED
 
@@ -166,7 +166,8 @@ def _fetch(source: str, subfolder: str | None, filename: str, **hub_kwargs: Any)
         if subfolder:
             raise NotHFError(f"{source} is a file and has no subfolder {subfolder!r}; give its folder instead")
         return source
-    return str(cached_file(source, filename, subfolder=subfolder, **hub_kwargs))
+    with reading_repo(source):
+        return str(cached_file(source, filename, subfolder=subfolder, **hub_kwargs))
 
 
 def _find_layers(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, Collection[Shape]], name: str) -> Naming:

@@ -69,8 +69,8 @@ def compare_perplexity(
 
     Raises:
         NotHFError: There are no texts, or one that the models tokenize differently; an argument is out of range; a
-            tokenizer is missing; `model_a` is `None`, and `model_b` has no organs, or they have the only rows for a
-            token.
+            tokenizer is missing; both are one live model; `model_b` is `None`; `model_a` is, and `model_b` has no
+            organs, or they have the only rows for a token.
         UnsupportedArchitectureError: A model is no causal LM.
 
     Examples:
@@ -91,6 +91,13 @@ def compare_perplexity(
     rows = check_texts(texts, "texts")
     if not rows:
         raise NotHFError("no texts to score; give texts=[text, ...]")
+    if model_b is None:
+        raise NotHFError("model_b is None; only model_a may be, for model_b without its organs")
+    if model_a is model_b and isinstance(model_b, nn.Module):
+        raise NotHFError(
+            "model_a and model_b are one model: a live recipient is transplanted in place; give None as model_a for "
+            "model_b without its organs"
+        )
     sources = [model_b if model_a is None else model_a, model_b]
     if isinstance(tokenizer, tuple):
         pair = [*tokenizer]

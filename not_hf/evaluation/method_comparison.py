@@ -174,6 +174,8 @@ def compare_methods(
     config = _base_config(base)
     block_length = int(min(128, context_of(config))) if block_length is None else block_length
     _check_numbers(config, budget, rates, block_length, batch_size)
+    if isinstance(donors, str | os.PathLike | DonorModel):
+        raise NotHFError("donors must be a list, got a single donor; give donors=[donor]")
     methods, skipped = _methods(config, rates, list(donors))
     parts, held = _divided(base, data, control, tokenizer, block_length, batch_size)
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from not_hf.architecture.devices import input_device
 from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.stack import is_encoder
+from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
 from not_hf.evaluation.bootstrap import ConfidenceInterval, Floats, check_level, nll_intervals
 from not_hf.evaluation.windows import Window, batches_of, check_lengths, context_of, encode, nll_of
@@ -130,6 +131,11 @@ class Perplexity(evaluate.Metric):
         if predictions is None and self.writer is None:
             raise NotHFError("no texts to score; give predictions=[text, ...]")
         return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def add_batch(self, *, predictions: Iterable[str] | None = None, references: None = None, **kwargs: Any) -> None:
+        """Add texts to those that `compute` scores."""
+        texts = None if predictions is None else check_texts(predictions, "predictions")
+        super().add_batch(predictions=texts, references=references, **kwargs)
 
     def _compute(
         self,
@@ -259,9 +265,14 @@ def load_model(source: PreTrainedModel | str, device: str | None = None, **where
     A live model is returned as it is. `where` is its `revision` and `subfolder`.
 
     Raises:
-        NotHFError: A live model is on another device.
+        NotHFError: A live model is on another device, or is an organ alone.
         UnsupportedArchitectureError: The model is no causal LM.
     """
+    if isinstance(source, DonorModel):
+        raise NotHFError(
+            "a DonorModel is an organ alone, which writes no text; put it into a recipient: "
+            "TransplantedForCausalLM.from_pretrained(base, donor)"
+        )
     if isinstance(source, torch.nn.Module):
         if device is not None and _device(device).type != (here := input_device(source)).type:
             raise NotHFError(f"the model is on {here}, not {device}; move it with model.to({device!r}) first")

@@ -125,6 +125,8 @@ def choose_scale(
         >>> [row["scale"] for row in choice.rows], choice.num_tokens
         ([0.0, 0.5, 1.0], 3)
     """
+    if getattr(model, "active_donors", None) is None:
+        raise NotHFError(f"{type(model).__name__} has no organs; transplant one first, or give the model that has it")
     if donor_name not in model.active_donors:
         raise NotHFError(f"no active organ named {donor_name!r}; active: {', '.join(model.active_donors) or 'none'}")
     wanted = sorted({float(scale) for scale in scales})

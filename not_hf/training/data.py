@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,23 +14,13 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from not_hf.errors import NotHFError
+from not_hf.training.text_files import builder_of, files_of, warn_of_files_left_out
 from not_hf.training.wrapping import wrapped_at
 
 logger = logging.getLogger(__name__)
 
 SampleBy = Literal["line", "paragraph", "document"]
 _LINES = 2000  # of a text by which its line breaks are judged
-
-# suffix -> builder of `datasets`; it would not read .md as text by itself
-_BUILDERS = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def load_text(
@@ -52,8 +40,9 @@ def load_text(
 
     Args:
         source: A `.txt`, `.md`, `.jsonl`, `.json`, `.parquet` or `.csv` file, compressed or not, local or a URL;
-            a glob of such files; a folder (files named after a split, such as `test.txt`, belong to that split,
-            every other file to `train`; a folder of `.md` files is all `train`); or a Hub dataset ID.
+            a glob of such files; a folder, in which `datasets` finds files (all are `train`, unless some are named
+            after a split, such as `test.txt`, and then only those are read; files that are left out are logged; a
+            folder of `.md` files is all `train`); or a Hub dataset ID.
         split: Split, or slice of one such as `"train[:90%]"` (not when streaming). A file or a glob has one
             split, `train`.
         column: Column that holds the text. Plain text files have one column, `text`.
@@ -63,19 +52,19 @@ def load_text(
         token: Hub token, `None` for the stored one.
         sample_by: What a row of a plain text file is, which `pack` ends with EOS: `"line"`, `"paragraph"` (ended by an
             empty line) or `"document"`, the whole file. `None`: a line, or a paragraph where lines look wrapped, which
-            is logged.
+            is logged. Files of other kinds have rows of their own.
 
     Returns:
         A `Dataset`, or an `IterableDataset` when streaming, with the one column `text` (string).
 
     Raises:
-        NotHFError: The column does not exist or holds no text, a file cannot be read, or its format is unknown.
+        NotHFError: The column does not exist or holds no text, a file cannot be read, or its format is unknown. The
+            rows of a stream are not looked through for text.
         FileNotFoundError: No such file, or no such dataset on the Hub.
 
     Examples:
         >>> import tempfile
-        >>> from pathlib import Path
-        >>> from not_hf import load_text
+        >>>         >>> from not_hf import load_text
         >>> file = Path(tempfile.mkdtemp(), "verses.txt")
         >>> _ = file.write_text("In the beginning\n\nwas the word\n")
         >>> load_text(file)["text"][:]
@@ -99,10 +88,12 @@ def load_rows(
 ) -> Any:
     """Load a dataset with all its columns; arguments and errors are those of `load_text`."""
     source = os.path.expanduser(source)
+    if not source:
+        raise NotHFError("the name of the text is empty; give a file, a folder or a Hub dataset ID")
     how: dict[str, Any] = {"split": split, "streaming": streaming, "token": token}
     if streaming and "[" in split:
         raise NotHFError(f"a stream has no slices, got split {split!r}; give a whole split, or do not stream")
-    files = _files(source)
+    files = files_of(source)
     if files and all(os.path.isfile(file) and os.path.getsize(file) == 0 for file in files):
         raise NotHFError(f"{source} is empty; give a file that holds text")
 
@@ -111,10 +102,16 @@ def load_rows(
         try:
             if files is None:
                 return load_dataset(source, name, revision=revision, **options)
-            return load_dataset(_builder(files), data_files=files, **options)
-        except (DatasetGenerationError, TypeError) as error:  # an unreadable file; an option its builder does not know
+            return load_dataset(builder_of(files), data_files=files, **options)
+        except (DatasetGenerationError, TypeError, ValueError) as error:
+            if by != "line" and "sample_by" in str(error):  # its builder does not know it: no plain text
+                return load("line")
+            if isinstance(error, ValueError):
+                raise
             raise NotHFError(f"cannot read {source}: {error.__cause__ or error}") from error
 
+    if files is None and os.path.isdir(source):
+        warn_of_files_left_out(source, name)
     dataset = load(sample_by or "line")
     if sample_by in (None, "line") and (width := _wrapped_at(dataset)):
         rows = "each is a row of its own" if sample_by else "rows are paragraphs"
@@ -138,7 +135,10 @@ def text_rows(dataset: Any, column: str, source: str) -> Dataset | IterableDatas
     dataset = _only_column(dataset, column, source)
     if column != "text":
         dataset = dataset.rename_column(column, "text")
-    return dataset.filter(_has_text, input_columns="text", batched=True)
+    found = dataset.filter(_has_text, input_columns="text", batched=True)
+    if isinstance(found, Dataset) and not len(found):
+        raise NotHFError(f"{source} holds no text in column {column!r}; give rows that are not empty")
+    return found
 
 
 def pack(
@@ -229,51 +229,6 @@ def _wrapped_at(dataset: Dataset | IterableDataset) -> int | None:
     if dataset.info.builder_name != "text":
         return None
     return wrapped_at(row["text"] for row in itertools.islice(dataset, _LINES))
-
-
-def _files(source: str) -> list[str] | None:
-    """List the files of a source; `None` where `datasets` finds them itself: in a folder or a Hub dataset."""
-    if "://" in source or os.path.isfile(source):
-        return [source]
-    if os.path.isdir(source):
-        found = [p for p in sorted(Path(source).rglob("*")) if p.name != "README.md" and _suffix(p.name) in _BUILDERS]
-        markdown = [str(p) for p in found if _suffix(p.name) == ".md"]
-        if not found:
-            raise NotHFError(f"no text files in {source}; expected {', '.join(_BUILDERS)}")
-        if len(markdown) <= len(found) - len(markdown):
-            return None
-        if len(markdown) < len(found):
-            raise NotHFError(f"{source} mixes .md with other files; choose by a glob, such as {source}/**/*.md")
-        return markdown
-    if glob.has_magic(source):
-        matches = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
-        if not matches:
-            raise FileNotFoundError(f"no file matches {source}")
-        return matches
-    if _suffix(source) in _BUILDERS or source.startswith((".", os.sep)) or source.count("/") > 1:
-        raise FileNotFoundError(f"no file or folder {source}; a Hub dataset ID is owner/name")
-    return None
-
-
-def _suffix(name: str) -> str:
-    """Return the suffix of a file name in lower case, ignoring that of a compression."""
-    name = name.lower()
-    for compressed in _COMPRESSED:
-        name = name.removesuffix(compressed)
-    return os.path.splitext(name)[1]
-
-
-def _builder(files: list[str]) -> str:
-    """Find the one builder of `datasets` that reads all these files."""
-    suffixes = {_suffix(file) for file in files}
-    builders = {_BUILDERS.get(suffix) for suffix in suffixes}
-    builder = builders.pop()
-    if builder is None or builders:
-        raise NotHFError(
-            f"cannot read {', '.join(sorted(s or 'files without a suffix' for s in suffixes))} as one dataset; "
-            f"use files of one kind: {', '.join(_BUILDERS)}"
-        )
-    return builder
 
 
 def _only_column(dataset: Any, column: str, source: str) -> Any:

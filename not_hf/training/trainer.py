@@ -97,7 +97,7 @@ class DonorTrainer(DonorTrainerMixin):
         **trainer_kwargs: Any,
     ) -> None:
         for name, value in {"kl_weight": kl_weight, "head_chunk": head_chunk or 0}.items():
-            if value < 0:
+            if not value >= 0:  # nor NaN
                 raise NotHFError(f"{name} must be 0 or more, got {value}")
         cache: dict[str, Any] = {"cache_prefix": cache_prefix, "prefix_dir": prefix_dir, "prefix_dtype": prefix_dtype}
         cache["max_prefix_bytes"] = max_prefix_bytes

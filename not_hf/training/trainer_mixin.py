@@ -119,9 +119,12 @@ class DonorTrainerMixin(Trainer):
         is_later = getattr(self, "model_init", None) is not None  # then the model is not there yet
         self._noted = None if is_later else TrainingRecord(self._native, self._checkpoint)
         self._stack = None  # weights below the organ may have changed since the last run
-        trained = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.note_tokens()
-        return trained
+        before = self.state
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.state is not before:  # after Ctrl-C too, since the organs have learned until then
+                self.note_tokens()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As in `Trainer`; Muon's options are those of the arguments now, as others' are."""

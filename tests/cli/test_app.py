@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 from typer.testing import CliRunner
 
+import not_hf
 from local_hub import Hub
 from not_hf import (
     DonorConfig,
@@ -249,6 +250,18 @@ def test_sweep(base, donor, words, tmp_path):
     assert "without the organ" in result.stdout and "(best)" in result.stdout
 
 
+def test_force_deletes_an_earlier_sweep_only_for_another_one(base, donor, words, tmp_path):
+    record = tmp_path / "sweep.json"
+    record.write_text("hours of work")
+    for wrong in (("--data", "typo.txt"), ("--data", words, "--positions", "99")):
+        failed("sweep", base, donor, "-o", tmp_path, "--force", *wrong)
+        assert [file.name for file in tmp_path.iterdir()] == ["sweep.json"]
+        assert record.read_text() == "hours of work"
+    done("sweep", base, donor, "-o", tmp_path, "--force", "--data", words, "--positions", "1")
+    assert "hours" not in record.read_text()
+    assert {file.name for file in tmp_path.iterdir()} == {"sweep.json", "sweep.png"}
+
+
 @pytest.mark.slow
 def test_an_interrupted_sweep_says_how_to_go_on(base, donor, words, tmp_path, monkeypatch):
     score, calls = swept_places.nll_of, []
@@ -365,6 +378,28 @@ def test_conversations_need_a_chat_template(chats, donor, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rows", ["\n\n", '{"messages": [{"role": "user", "content": "w5"}]}'])
+def test_a_text_that_cannot_be_measured_is_refused_before_the_training(rows, chats, donor, tmp_path, monkeypatch):
+    file = tmp_path / ("held.jsonl" if "{" in rows else "held.txt")
+    file.write_text(rows)
+    monkeypatch.setattr(not_hf.DonorTrainer, "train", None)
+    options = ("--base", tmp_path / "base", "--eval-data", file, *TRAINING)
+    said = failed("train", donor, "--data", chats, "-o", tmp_path / "out", *options)
+    assert "holds no text" in said or "no conversation has a turn of the assistant" in said
+
+
+def test_organs_that_rest_are_not_trained(base, donor, words, tmp_path):
+    done("transplant", base, f"{donor},active=no", "-o", tmp_path / "rest")
+    said = failed("train", tmp_path / "rest", "--data", words, "-o", tmp_path / "out", *TRAINING)
+    assert "rest has no active organ to train; its organs are donor" in said and not (tmp_path / "out").exists()
+
+
+def test_run_of_a_module_that_is_not_there():
+    for module in ("no_such_tool", "no_such_tool.cli"):
+        result = invoke("run", module)
+        assert result.exit_code == 2 and f"no module {module}" in result.stderr
+
+
 @pytest.mark.slow
 def test_a_training_shows_a_line_and_leaves_a_plot(donor, words, tmp_path):
     arguments = ("--max-steps", "10", "--control-data", words, "--eval-steps", "5", *TRAINING)
@@ -465,6 +500,22 @@ def test_ctrl_c_says_what_was_saved_and_how_to_continue(donor, words, tmp_path, 
     assert re.search(r"steps\s*│ 6 ", shown) and "training loss, mean of the steps since it was resumed" in shown
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--data", "typo.txt"),
+        ("--block-length", "1000"),
+        ("--report-to", "nobody"),
+    ],
+)
+def test_force_deletes_checkpoints_only_for_another_training(wrong, donor, words, tmp_path):
+    state = tmp_path / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    failed("train", donor, "--data", words, "-o", tmp_path, *TRAINING, "--force", *wrong)
+    assert state.exists()
+
+
 @pytest.mark.slow
 def test_a_training_with_patience_stops_as_late_when_resumed(donor, words, tmp_path, monkeypatch):
     """Nothing is gained after the first evaluation; that of the control is none without a gain."""
@@ -513,8 +564,10 @@ def test_an_interrupted_training_resumes(more, donor, words, tmp_path, monkeypat
 def test_generate(base, donor, tmp_path):
     def greedy(model) -> str:
         inputs = AutoTokenizer.from_pretrained(base)(PROMPT, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs.input_ids.shape[1] :]
-        return AutoTokenizer.from_pretrained(base).decode(output, skip_special_tokens=True)
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
+        whole = AutoTokenizer.from_pretrained(base).decode(output, skip_special_tokens=True)
+        assert whole.startswith(f"{PROMPT} w")  # this tokenizer decodes no space before the first of its tokens
+        return whole.removeprefix(PROMPT)
 
     with_organ = greedy(AutoModelForCausalLM.from_pretrained(donor))
     without = greedy(AutoModelForCausalLM.from_pretrained(base))

@@ -110,6 +110,7 @@ def test_one_window_has_no_interval_and_results_are_saved(model, tmp_path):
         ({"tokenizer": (None, HOW["tokenizer"])}, "a live model needs its tokenizer"),
         ({"tokenizer": (HOW["tokenizer"], ByT5Tokenizer())}, "no BOS token; pass add_start_token=False"),
         ({"model_a": None, "model_b": tiny_model("llama")}, "LlamaForCausalLM has no organs to leave out"),
+        ({"model_b": None}, "model_b is None; only model_a may be"),
         ({"max_length": 10_000}, "max_length must be between 2 and"),
         ({"confidence_level": 0}, "confidence_level must be between 0 and 1"),
     ],
@@ -118,6 +119,13 @@ def test_says_what_is_wrong(model, change, message):
     arguments = {"model_a": tiny_model("llama"), "model_b": model, "texts": TEXTS, **HOW, **change}
     with pytest.raises(NotHFError, match=message):
         compare_perplexity(**arguments)
+
+
+def test_a_live_recipient_is_no_model_to_compare_its_organs_with():
+    base = tiny_model("llama")
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1))
+    with pytest.raises(NotHFError, match="are one model: a live recipient is transplanted in place; give None as"):
+        compare_perplexity(base, model, TEXTS, **HOW)
 
 
 def test_without_organs_there_are_no_rows_for_their_tokens():

@@ -315,6 +315,18 @@ def test_what_does_not_predict_the_next_token_is_refused(tokenizer, tmp_path):
         compare_perplexity(None, transplanted, TEXTS, tokenizer=tokenizer)
 
 
+def test_a_string_is_no_batch_of_letters():
+    with pytest.raises(NotHFError, match="predictions must be a list of texts, got a string"):
+        Perplexity().add_batch(predictions="a text")
+
+
+def test_an_organ_alone_writes_no_text(tokenizer):
+    with pytest.raises(NotHFError, match="an organ alone, which writes no text; put it into a recipient"):
+        perplexity.compute(
+            predictions=TEXTS, model=DonorModel.from_base(tiny_model("llama"), (1, 3)), tokenizer=tokenizer
+        )
+
+
 def test_asks_for_a_start_token(gpt2, tokenizer):
     no_bos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(NotHFError, match="no BOS token; pass add_start_token=False"):

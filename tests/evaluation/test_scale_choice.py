@@ -58,6 +58,8 @@ def test_the_front_is_what_no_other_scale_beats():
 def test_what_cannot_be_measured_is_refused():
     base = tiny_model("llama")
     model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, (1, 3)), donor_name="a")
+    with pytest.raises(NotHFError, match="LlamaForCausalLM has no organs; transplant one first"):
+        choose_scale(tiny_model("llama"), "a", DOMAIN, **HOW)
     with pytest.raises(NotHFError, match="no active organ named 'b'; active: a"):
         choose_scale(model, "b", DOMAIN, **HOW)
     for scales in ((), (float("nan"),)):

@@ -107,6 +107,27 @@ def test_load_text_sample_by(tmp_path):
     assert load_text(tmp_path / "prose.txt", sample_by="paragraph")["text"][:] == ["one\nwrapped", "two\n"]
 
 
+def test_load_text_sample_by_is_of_plain_text(tmp_path):
+    """The control text of a command may be of another kind."""
+    for name in ("one.csv", "folder/two.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text\none\ntwo\n")
+    for source in (tmp_path / "one.csv", tmp_path / "folder"):
+        assert load_text(source, sample_by="document")["text"][:] == ["one", "two"]
+
+
+@pytest.mark.parametrize("other", ["more.txt", "more.jsonl"])
+def test_files_of_a_folder_that_datasets_leaves_out_are_said(other, tmp_path, caplog):
+    for name in ("train.txt", "train-2.txt", other):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    assert len(load_text(tmp_path)) == 2
+    (record,) = caplog.records
+    assert f"1 of 3 text files in {tmp_path} are left out, first {tmp_path / other}: " in record.getMessage()
+    caplog.clear()
+    (tmp_path / other).unlink()
+    assert len(load_text(tmp_path)) == 2 and not caplog.records
+
+
 GENESIS = (
     "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness "
     "was upon the face of the deep. And the Spirit of God moved upon the face of the waters. And God said, Let there "
@@ -172,6 +193,14 @@ def test_load_text_says_what_is_wrong(folder, tmp_path, streaming):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(NotHFError, match=r"empty\.txt"):
         load(tmp_path / "empty.txt")
+    with pytest.raises(NotHFError, match="the name of the text is empty"):
+        load("")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    if not streaming:
+        with pytest.raises(
+            NotHFError, match=r"blank\.txt holds no text in column 'text'; give rows that are not empty"
+        ):
+            load(tmp_path / "blank.txt")
 
 
 def test_pack_loses_and_repeats_nothing(folder, tokenizer, stream_of_tokens):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from not_hf import DonorModel, DonorTrainer, TrainingCurve, TransplantedForCausalLM
 from not_hf.recipient.trainer_card import complete_card
@@ -40,6 +40,26 @@ def test_what_the_trainer_measured_is_on_the_card(tmp_path):
     assert "\n- domain perplexity: the evaluation set of its training, in the trainer's batches\n" in card
     assert "](training_curve.png)" in card and (tmp_path / "run/training_curve.png").exists()
     assert "Nothing was measured yet" not in card
+
+
+def test_ctrl_c_ends_a_training_whose_tokens_count_and_whose_numbers_no_longer_hold(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    model = recipient()
+    trainer = made(model, tmp_path, **EVALUATED)
+    trainer.train()
+    config, before = model.donor_config["default"], (4 + 4 + 2) * 16
+    assert config.metrics and config.tokens_seen == before
+    with pytest.raises(KeyboardInterrupt):
+        made(model, tmp_path, callbacks=[Interrupt]).train()
+    config = model.donor_config["default"]
+    assert config.tokens_seen == before + 2 * 4 * 16 and config.metrics is None
+    with pytest.raises(KeyError):  # before its first step
+        made(model, tmp_path, [{"input_ids": [1]}, {"labels": [1]}], remove_unused_columns=False).train()
+    assert model.donor_config["default"].tokens_seen == before + 2 * 4 * 16
 
 
 def of_logits(outputs, labels, num_items_in_batch=None):

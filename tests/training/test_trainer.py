@@ -488,6 +488,7 @@ def test_a_trainer_s_card_of_a_model_without_organs_is_its_own(hub, tmp_path):
         (lambda: with_trainable_embeddings(), {"cache_prefix": True}, "everything below the organ frozen"),
         (lambda: tiny_model("llama"), {"kl_weight": 1.0}, "needs a model with organs"),
         (recipient, {"kl_weight": -1.0}, "0 or more"),
+        (recipient, {"kl_weight": math.nan}, "kl_weight must be 0 or more, got nan"),
         (recipient, {"kl_weight": 1.0, "head_chunk": 0}, "chunked loss"),
         (lambda: with_router_loss("mixtral"), {"kl_weight": 1.0}, "chunked loss.*a router loss"),
         (lambda: with_router_loss("mixtral"), {"cache_prefix": True}, "the router loss is of all layers"),
