@@ -59,7 +59,7 @@ FORMS: dict[str, dict[str, Any]] = {
         **{**FULL, "domains": ["code"], "seeds": 1, "steps": 1520, "search": 160, "bf16": True, "batch": 32},
         **{"block": 512, "pool": 22900, "choose": 32, "methods": GPU_METHODS},
     },
-    "smoke": {**QUICK, "steps": 4, "block": 32, "pool": 24, "choose": 2, "test": 4},
+    "smoke": {**QUICK, "replay": 4, "steps": 4, "block": 32, "pool": 24, "choose": 2, "test": 4},
 }
 
 
@@ -166,7 +166,7 @@ def run_once(
 
     read = functools.partial(kept_blocks, tokenizer=tokenizer_of(base), block=block)
     rows = read(domain, most=pool, part="train", seed=seed)[: steps * batch].clone()
-    if replay:
+    if replay and len(rows):
         general = read(CONTROL, most=-(-len(rows) // replay), part="train", seed=seed)
         rows[replay - 1 :: replay] = general[: len(rows[replay - 1 :: replay])]
     held_rows = {part: {"domain": read(domain, most=most, part=part)} for part, most in held.items()}
