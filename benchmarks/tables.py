@@ -32,6 +32,7 @@ PAGES: dict[Any, dict[str, Callable[[], str]]] = {
     ROOT / "benchmarks" / "README.md": {
         "fresh answer": answers.fresh,
         "fresh": FRESH,
+        "other forms": answers.other_forms,
         "on gpu": answers.on_gpu,
         "recall answer": answers.recall,
         "by heart": BY_HEART,
@@ -41,7 +42,11 @@ PAGES: dict[Any, dict[str, Callable[[], str]]] = {
         "native": figures.native,
         **{name: functools.partial(answers.of_paper, name) for name in QUESTIONS},
     },
-    RESULTS / "train.md": {"train": figures.train, "gpu": figures.gpu},
+    RESULTS / "train.md": {
+        "train": figures.train,
+        **{form: functools.partial(figures.train, form) for form in ("replay", "long", "broad")},
+        "gpu": figures.gpu,
+    },
     RESULTS / "recall.md": {"recall": figures.recall_table},
     RESULTS / "privacy.md": {"privacy": figures.privacy_table},
     **{
