@@ -51,9 +51,10 @@ def load_text(
     Rows without text (null or whitespace, such as the blank lines of a file) are dropped.
 
     Args:
-        source: A `.txt`, `.md`, `.jsonl`, `.json`, `.parquet` or `.csv` file, compressed or not, local or a URL;
-            a glob of such files; a folder (files named after a split, such as `test.txt`, belong to that split,
-            every other file to `train`; a folder of `.md` files is all `train`); or a Hub dataset ID.
+        source: A `.txt`, `.md`, `.jsonl`, `.json` or `.csv` file, compressed or not, or a `.parquet` file, local or a
+            URL; a glob of such files; a folder, all of it `train` unless files or folders are named after a split,
+            such as `test.txt`, which leaves those with other names out (never in a folder of `.md` files); or a Hub
+            dataset ID.
         split: Split, or slice of one such as `"train[:90%]"` (not when streaming). A file or a glob has one
             split, `train`.
         column: Column that holds the text. Plain text files have one column, `text`.
@@ -105,14 +106,15 @@ def load_rows(
     files = _files(source)
     if files and all(os.path.isfile(file) and os.path.getsize(file) == 0 for file in files):
         raise NotHFError(f"{source} is empty; give a file that holds text")
+    builder = None if files is None else _builder(files)
 
     def load(by: SampleBy) -> Any:
         options = how if by == "line" else {**how, "sample_by": by}  # other builders than that of plain text refuse it
         try:
-            if files is None:
+            if builder is None:
                 return load_dataset(source, name, revision=revision, **options)
-            return load_dataset(_builder(files), data_files=files, **options)
-        except (DatasetGenerationError, TypeError) as error:  # an unreadable file; an option its builder does not know
+            return load_dataset(builder, data_files=files, **options)
+        except (DatasetGenerationError, TypeError, ValueError) as error:  # an unreadable file, unknown option or split
             raise NotHFError(f"cannot read {source}: {error.__cause__ or error}") from error
 
     dataset = load(sample_by or "line")
