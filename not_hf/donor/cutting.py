@@ -27,7 +27,7 @@ from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, r
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, reading_repo
-from not_hf.hub.partial_download import list_tensors, open_part
+from not_hf.hub.partial_download import list_part, open_part
 
 Span = tuple[int, int]  # half-open, in layers
 T = TypeVar("T")
@@ -93,16 +93,17 @@ class StoredBase:
         """
         wanted, part = layer_pattern(self.prefixes, self.path, span), f"layers-{span[0]}-{span[1]}"
         if needed is not None:
-            listed = list_tensors(self.name, wanted=wanted, **self.hub_kwargs)
-            names = [name for name in sorted(listed) if self._renamed(name, span) in needed]
-            wanted = re.compile(rf"(?:{'|'.join(map(re.escape, names))})\Z")
+            names = sorted(name.removeprefix(f"{self.path}.") for name in needed)
+            parted = (name.partition(".") for name in names)
+            numbered = (re.escape(f"{int(n) + span[0]}.{inner}") for n, _, inner in parted)
+            wanted = _pattern(self.prefixes, self.path, rf"(?:{'|'.join(numbered)})\Z")
             part += f"-{hashlib.sha256(repr(names).encode()).hexdigest()[:16]}"
         return self._by_layer(open_part(self.name, wanted, part, **self.hub_kwargs), span)
 
     def headers(self, span: Span) -> dict[str, TensorInfo]:
         """Return the headers of these tensors, by the same names; raises as `tensors`."""
-        wanted = layer_pattern(self.prefixes, self.path, span)
-        return self._by_layer(list_tensors(self.name, wanted=wanted, **self.hub_kwargs), span)
+        wanted, part = layer_pattern(self.prefixes, self.path, span), f"layers-{span[0]}-{span[1]}"
+        return self._by_layer(list_part(self.name, wanted, part, **self.hub_kwargs), span)
 
     def _renamed(self, name: str, span: Span) -> str:
         """Return the name in the base model of a tensor in a file, with layers numbered from 0."""
@@ -136,8 +137,13 @@ def layer_pattern(prefixes: Sequence[str], path: str, span: Span | None = None) 
         span: Layers to match; `None`: all.
     """
     number = r"\d+" if span is None else "|".join(map(str, range(*span)))
+    return _pattern(prefixes, path, rf"({number})\.(.+)")
+
+
+def _pattern(prefixes: Sequence[str], path: str, inner: str) -> re.Pattern[str]:
+    """Compile a pattern for names of tensors in layers, of which `inner` is what stands behind the path."""
     before = "|".join(re.escape(f"{prefix}.") for prefix in prefixes)
-    return re.compile(rf"(?:{before})?{re.escape(path)}\.({number})\.(.+)")
+    return re.compile(rf"(?:{before})?{re.escape(path)}\.{inner}")
 
 
 def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any) -> LiveBase | StoredBase:

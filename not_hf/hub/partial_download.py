@@ -114,6 +114,26 @@ def list_tensors(
     return {name: info for name, (_, info) in _locate(os.fspath(source), wanted, variant, **hub_kwargs).items()}
 
 
+def list_part(
+    source: str | os.PathLike[str], wanted: re.Pattern[str], name: str, **hub_kwargs: Any
+) -> dict[str, TensorInfo]:
+    """As `list_tensors`, but what the Hub told of a commit is kept beside the part of that name in the cache."""
+    commit = commit_of(hub_kwargs.get("revision"))
+    if commit is None or os.path.isdir(source):
+        return list_tensors(source, wanted=wanted, **hub_kwargs)
+    kept = _part_file(os.fspath(source), commit, name, hub_kwargs).with_suffix(".json")
+    if kept.exists() and not hub_kwargs.get("force_download", False):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):  # damaged on disk
+            return {key: TensorInfo(*info) for key, info in json.loads(kept.read_text(encoding="utf-8")).items()}
+    found = list_tensors(source, wanted=wanted, **hub_kwargs)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    draft = kept.with_name(f"{kept.name}.{os.getpid()}")
+    told = {key: (info.dtype, info.shape, info.data_offsets) for key, info in found.items()}
+    draft.write_text(json.dumps(told), encoding="utf-8")
+    draft.replace(kept)
+    return found
+
+
 Located = dict[str, tuple[RemoteFile, TensorInfo]]  # tensors on the Hub, each with the file that holds it
 
 

@@ -152,8 +152,8 @@ class TransplantedForMaskedLM(Transplanted):
 class TransplantedForSequenceClassification(Transplanted):
     """A sequence classifier with organs, made by `from_pretrained`; its head is the recipient's own.
 
-    An organ that was cut from a causal LM, or trained in one, fits a classifier of the same architecture. Only organs
-    are saved: a head that is to be trained too is saved with the merged model.
+    An organ that was cut from a causal LM, or trained in one, fits a classifier of the same architecture. A head that
+    is to be trained too, and saved with the organ, is named in `modules_to_save`.
 
     Examples:
         >>> from transformers import GPT2Config, GPT2ForSequenceClassification

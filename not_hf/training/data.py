@@ -39,10 +39,10 @@ def load_text(
     Rows without text (null or whitespace, such as the blank lines of a file) are dropped.
 
     Args:
-        source: A `.txt`, `.md`, `.jsonl`, `.json`, `.parquet` or `.csv` file, compressed or not, local or a URL;
-            a glob of such files; a folder, in which `datasets` finds files (all are `train`, unless some are named
-            after a split, such as `test.txt`, and then only those are read; files that are left out are logged; a
-            folder of `.md` files is all `train`); or a Hub dataset ID.
+        source: A `.txt`, `.md`, `.jsonl`, `.json` or `.csv` file, compressed or not, or a `.parquet` file, local or a
+            URL; a glob of such files; a folder, in which `datasets` finds files (all are `train`, unless some are
+            named after a split, such as `test.txt`, and then only those are read; files that are left out are logged;
+            a folder of `.md` files is all `train`); or a Hub dataset ID.
         split: Split, or slice of one such as `"train[:90%]"` (not when streaming). A file or a glob has one
             split, `train`.
         column: Column that holds the text. Plain text files have one column, `text`.
@@ -96,18 +96,17 @@ def load_rows(
     files = files_of(source)
     if files and all(os.path.isfile(file) and os.path.getsize(file) == 0 for file in files):
         raise NotHFError(f"{source} is empty; give a file that holds text")
+    builder = None if files is None else builder_of(files)
 
     def load(by: SampleBy) -> Any:
         options = how if by == "line" else {**how, "sample_by": by}  # other builders than that of plain text refuse it
         try:
-            if files is None:
+            if builder is None:
                 return load_dataset(source, name, revision=revision, **options)
-            return load_dataset(builder_of(files), data_files=files, **options)
-        except (DatasetGenerationError, TypeError, ValueError) as error:
+            return load_dataset(builder, data_files=files, **options)
+        except (DatasetGenerationError, TypeError, ValueError) as error:  # an unreadable file, unknown option or split
             if by != "line" and "sample_by" in str(error):  # its builder does not know it: no plain text
                 return load("line")
-            if isinstance(error, ValueError):
-                raise
             raise NotHFError(f"cannot read {source}: {error.__cause__ or error}") from error
 
     if files is None and os.path.isdir(source):

@@ -120,6 +120,30 @@ def test_only_the_bytes_of_parts_are_fetched(base_repo, cache, hub):
     assert len(list(cache.rglob("*.safetensors"))) == 2 and again.num_parameters() != donor.num_parameters()
 
 
+@pytest.mark.parametrize("model_type", in_matrix("llama", "mixtral"))
+def test_a_second_cut_of_parts_reads_nothing(model_type, base_repo, cache, hub, tmp_path):
+    where = {"mode": "replace", "modules": "outputs"}
+    first = moved(DonorModel.from_base(base_repo(model_type), SPAN, **where), 1)
+    hub.requests.clear()
+    again = DonorModel.from_base(base_repo(model_type), SPAN, **where)
+    assert not [record for record in hub.requests if "safetensors" in record.path]
+    hub.requests.clear()
+    offline = DonorModel.from_base(base_repo(model_type), SPAN, local_files_only=True, **where)
+    first.save_pretrained(tmp_path, delta="bfloat16")
+    for _ in range(2):
+        hub.requests.clear()
+        restored = DonorModel.from_pretrained(tmp_path)
+    DonorModel.from_pretrained(tmp_path, local_files_only=True)
+    assert not [record for record in hub.requests if "safetensors" in record.path]
+    for ours, theirs in zip(again.parameters(), offline.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(restored.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    [kept] = cache.rglob("layers-*.json")
+    kept.write_text("damaged")
+    assert DonorModel.from_base(base_repo(model_type), SPAN, **where).num_parameters() == first.num_parameters()
+
+
 @pytest.mark.parametrize("model_type", in_matrix("mamba2"))
 def test_layers_without_a_branch_have_no_such_parts(model_type):
     with pytest.raises(NotHFError, match="no layer has 'mlp'; modules of these layers are"):

@@ -201,6 +201,11 @@ def test_load_text_says_what_is_wrong(folder, tmp_path, streaming):
             NotHFError, match=r"blank\.txt holds no text in column 'text'; give rows that are not empty"
         ):
             load(tmp_path / "blank.txt")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1" + bytes(20))
+    with pytest.raises(NotHFError, match=r"cannot read .*damaged\.parquet"):
+        load(tmp_path / "damaged.parquet")
+    with pytest.raises(NotHFError, match=r"cannot read .*verses\.jsonl: .*split"):
+        load(folder / "verses.jsonl", split="test")
 
 
 def test_pack_loses_and_repeats_nothing(folder, tokenizer, stream_of_tokens):
