@@ -64,7 +64,8 @@ def load_text(
 
     Examples:
         >>> import tempfile
-        >>>         >>> from not_hf import load_text
+        >>> from pathlib import Path
+        >>> from not_hf import load_text
         >>> file = Path(tempfile.mkdtemp(), "verses.txt")
         >>> _ = file.write_text("In the beginning\n\nwas the word\n")
         >>> load_text(file)["text"][:]
