@@ -24,6 +24,7 @@ PAGES: dict[Any, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"lora": figures.lora, "native": figures.native},
     ROOT / "docs" / "choosing.md": {
         "fresh": FRESH,
+        "other forms": answers.other_forms,
         "on gpu": answers.on_gpu,
         "by heart": BY_HEART,
         "switching": SWITCHING,
