@@ -55,7 +55,7 @@ demo: $(READY) ## cut, train, push, load by ID, generate, merge (options: DEMO_A
 test: $(READY) ## the test suite (options: TEST_ARGS="-k card")
 	$(BIN)/python $(PYTEST) -m "not index and not exhaustive" $(TEST_ARGS) tests
 
-test-exhaustive: $(READY) ## what it leaves out: every operation in every architecture, and compilers
+test-exhaustive: $(READY) ## what it leaves out: every operation in every architecture, and what takes longest
 	$(BIN)/python $(PYTEST) -m exhaustive $(TEST_ARGS) tests
 
 test-fast: $(READY) ## the tests that are not marked as slow, under two minutes on two cores

@@ -27,6 +27,7 @@ def run(*arguments: str | Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_through_the_demos_own_hub(demo_base, tmp_path):
     shown = run("--cache", demo_base.parent, "--output", tmp_path)
     result = json.loads((tmp_path / "demo.json").read_text())

@@ -16,7 +16,7 @@ from testing import EXAMPLES
 from testing.donors import organ, transplanted
 from testing.models import logits, tiny_model
 from testing.releases import since
-from testing.shapes import in_matrix
+from testing.shapes import broadly, in_matrix
 
 EXAMPLE = EXAMPLES / "fast_generation.py"
 
@@ -51,7 +51,7 @@ def test_compiled_logits_are_those_of_the_model(token_ids, backend):
     assert torch.equal(logits(torch.compile(model, backend=backend, fullgraph=True), token_ids), expected)
 
 
-@pytest.mark.parametrize("model_type", in_matrix("falcon_h1", "qwen3_next"))
+@broadly(in_matrix("falcon_h1", "qwen3_next"))
 def test_layers_with_a_state_compile(model_type, token_ids):
     base = tiny_model(model_type)
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), position=2)

@@ -30,6 +30,8 @@ MODES = {
 
 RESUMES_ON_CPU = since("transformers", "5.22", "DDP on the CPU does not resume: it looks for a device cpu:0")
 
+MARKS = {"ddp-torchrun": [RESUMES_ON_CPU, pytest.mark.exhaustive]}
+
 
 @pytest.fixture(scope="module")
 def alone(base_folder, tmp_path_factory):
@@ -41,9 +43,7 @@ def alone(base_folder, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("distributed")
-@pytest.mark.parametrize(
-    "mode", [pytest.param(mode, marks=RESUMES_ON_CPU if mode == "ddp-torchrun" else ()) for mode in MODES]
-)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=MARKS.get(mode, ())) for mode in MODES])
 def test_two_processes_make_what_one_does_and_resume(mode, base_folder, alone, tmp_path):
     launcher, options = MODES[mode]
     run = tmp_path / "run"

@@ -113,6 +113,7 @@ def test_a_model_object_goes_in_as_it_is(base_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_example(base_folder, task, tmp_path, monkeypatch, capsys):
     base = str(base_folder("llama"))
     organ(base, 1).save_pretrained(tmp_path / "donor")

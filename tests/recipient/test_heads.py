@@ -28,7 +28,7 @@ from not_hf import DonorModel, NotHFError, UnsupportedArchitectureError
 from not_hf.architecture.upstream import native_classes
 from testing.donors import moved, organ, same
 from testing.models import TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
-from testing.shapes import HEADED
+from testing.shapes import HEADED, exhaustive
 
 HEADS = {
     name: getattr(not_hf, name)
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], Pat
     return get
 
 
-@pytest.mark.parametrize(("model_type", "name"), PAIRS)
+@pytest.mark.parametrize(("model_type", "name"), [pytest.param(*pair, marks=exhaustive(pair[0])) for pair in PAIRS])
 def test_an_organ_of_a_language_model_lives_under_another_head(model_type, name, folder, tmp_path):
     kind, base = HEADS[name], folder(HEADS[name], model_type)
     donor = organ(tiny_model(model_type), 1)

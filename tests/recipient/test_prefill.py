@@ -11,6 +11,7 @@ from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.architecture.releases import CACHES_FOLLOW_STATES
 from testing.donors import moved
 from testing.models import TOKEN_IDS, exact_logits, tiny_model
+from testing.shapes import broadly
 
 TYPES = [
     "llama",
@@ -45,7 +46,7 @@ def same(ours, theirs, within: float = 0.0) -> bool:
     return close and torch.equal(ours.sequences, theirs.sequences)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@broadly(TYPES)
 @pytest.mark.parametrize("options", [{}, {"attention_mask": MASK}, {"num_beams": 2}])
 def test_every_choice_of_organs_goes_on_from_one_prefill(model_type, options):
     if "num_beams" in options and model_type in ("qwen3_next", "bamba", "lfm2"):

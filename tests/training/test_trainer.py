@@ -400,6 +400,7 @@ def test_kl_keeps_what_the_base_says(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_model(tmp_path):
     plain = trained(tmp_path / "a")
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "num_train_epochs": 3}
