@@ -187,5 +187,5 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         panel.set_title(domain, loc="left", fontsize="medium")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=min(3, len(domains) + 1), frameon=False, fontsize="small")
     figure.savefig(path, dpi=130)

@@ -45,7 +45,7 @@ PAGES: dict[Any, dict[str, Callable[[], str]]] = {
     },
     RESULTS / "train.md": {
         "train": figures.train,
-        **{form: functools.partial(figures.train, form) for form in ("replay", "long")},
+        **{form: functools.partial(figures.train, form) for form in ("replay", "long", "broad")},
         "gpu": figures.gpu,
     },
     RESULTS / "recall.md": {"recall": figures.recall_table},
