@@ -1,10 +1,15 @@
-"""What PEFT's adapters add to a module, as far as it decides what the module computes."""
+"""PEFT's adapters in a model: whether there are any, and which of them act."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has layers of PEFT."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from not_hf.architecture.adapters import has_adapters
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import (
     AUTO_KWARGS,
@@ -26,7 +27,6 @@ from not_hf.architecture.upstream import (
 from not_hf.composition.layout import Place
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource, read_entries
 from not_hf.config import MODES, DonorConfig, OrganSpec
-from not_hf.donor.cutting import has_adapters
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError, one_line, reading_base
 from not_hf.hub.consistent_read import require_same_save, saved_digests

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub.utils import TensorInfo
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
+from not_hf.architecture.adapters import has_adapters
 from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.part_names import ALL, Modules, parts_problem
@@ -194,11 +194,6 @@ def _quantized(name: str | None) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
         f"{name} is quantized; dequantize it first (model.dequantize(), save_pretrained), then cut"
     )
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether a model has layers of PEFT."""
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
 def _dequantization(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -126,11 +126,12 @@ def list_part(
         with contextlib.suppress(ValueError, TypeError, AttributeError):  # damaged on disk
             return {key: TensorInfo(*info) for key, info in json.loads(kept.read_text(encoding="utf-8")).items()}
     found = list_tensors(source, wanted=wanted, **hub_kwargs)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    draft = kept.with_name(f"{kept.name}.{os.getpid()}")
     told = {key: (info.dtype, info.shape, info.data_offsets) for key, info in found.items()}
-    draft.write_text(json.dumps(told), encoding="utf-8")
-    draft.replace(kept)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(kept.with_name(f"{kept.name}.lock")):
+        draft = kept.with_name(f"{kept.name}.draft")
+        draft.write_text(json.dumps(told), encoding="utf-8")
+        draft.replace(kept)
     return found
 
 

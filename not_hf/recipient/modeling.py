@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from not_hf.architecture.adapters import has_adapters
 from not_hf.architecture.layers import own_configs
 from not_hf.architecture.stack import require_head
 from not_hf.architecture.upstream import (
@@ -33,7 +34,6 @@ from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
-from not_hf.donor.cutting import has_adapters
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import Indices, class_names, is_saved
 from not_hf.errors import NotHFError, reading_base
