@@ -34,7 +34,7 @@ FORMS := --quick --smoke --broad --long --replay --gpu
 KEPT = $(if $(filter $(FORMS),$(BENCH_ARGS)),,--output benchmarks/results/$(1).json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-exhaustive test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-paper bench-spans bench-scaffold bench-train bench-recall bench-privacy bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
+.PHONY: help setup demo test test-exhaustive test-fast coverage test-lowest test-release test-requirements faults fuzz matrix mutation soak bench-extract bench-runtime bench-load bench-lora bench-prefill bench-sweep bench-paper bench-spans bench-scaffold bench-train bench-recall bench-privacy bench-organs bench-tables evidence evidence-quick lint format types docs docs-serve ci clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -130,6 +130,9 @@ bench-lora: $(READY) ## an organ saved as LoRA adapters and delta files of sever
 
 bench-prefill: $(READY) ## time to the first token after another organ is chosen (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/prefill.py $(call KEPT,prefill) $(BENCH_ARGS)
+
+bench-sweep: $(READY) ## a sweep over all positions against one position after the other (options: BENCH_ARGS=--quick)
+	$(BIN)/python benchmarks/sweep.py $(call KEPT,sweep) $(BENCH_ARGS)
 
 bench-scaffold: $(READY) ## organs trained alone against organs trained in their recipient (options: BENCH_ARGS=--quick)
 	$(BIN)/python benchmarks/scaffold.py $(call KEPT,scaffold) $(BENCH_ARGS)

@@ -64,6 +64,7 @@ SCRIPTS = (
     Script("extract", 0.05, ("--experts",), ("--experts", "--quick"), "extract-experts"),
     Script("runtime", 0.3),
     Script("prefill", 0.1),
+    Script("sweep", 0.3),
     Script("lora_export", 0.3),
     Script("lora_export", 0.1, ("--only", "deltas"), None, "lora_export-deltas"),
     Script("scaffold", 0.5),

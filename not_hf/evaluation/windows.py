@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,12 +57,18 @@ class Window(NamedTuple):
     scored: int
     end: int
 
+    @property
+    def context(self) -> int:
+        """Number of tokens that are only read."""
+        return self.scored - self.begin
+
 
 def batches_of(texts: list[list[int]], max_length: int, stride: int, batch_size: int) -> list[list[Window]]:
-    """Split texts into windows, and group these into batches."""
+    """Split texts into windows, and group these into batches of those that only read as many tokens."""
     windows = [w for i, ids in enumerate(texts) for w in _windows(i, len(ids), max_length, stride)]
-    windows.sort(key=lambda w: w.begin - w.end)  # longest first: little padding, early out-of-memory
-    return [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    windows.sort(key=lambda w: (w.context, w.begin - w.end))  # longest first: little padding, early out-of-memory
+    groups = [list(group) for _, group in itertools.groupby(windows, key=lambda w: w.context)]
+    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
 def _windows(text: int, num_tokens: int, max_length: int, stride: int) -> Iterator[Window]:
@@ -96,10 +103,14 @@ def scored_logits(
         attention_mask[row, :length] = 1
     device = input_device(model)
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (batch, seq, vocab)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:  # the head need not run where nothing is scored
+        inputs["logits_to_keep"] = longest + 1 - min(window.context for window in batch)
+    logits = model(**inputs).logits  # (batch, kept, vocab)
+    skipped = longest - logits.shape[1]
     for row, window in enumerate(batch):  # only one row of float32 logits at a time
-        scored = slice(window.scored - window.begin, window.end - window.begin)
-        predicting = slice(scored.start - 1, scored.stop - 1)
+        scored = slice(window.context, window.end - window.begin)
+        predicting = slice(scored.start - 1 - skipped, scored.stop - 1 - skipped)
         yield logits[row, predicting].float(), input_ids[row, scored].to(logits.device)
 
 

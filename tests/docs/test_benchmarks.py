@@ -60,6 +60,12 @@ def test_prefill(tmp_path):
     assert all(case["ratio"] < 1.3 * case["share_of_layers"] + 0.1 for case in found["cases"])
 
 
+def test_sweep(tmp_path):
+    """The benchmark asserts that a sweep gives what each position gives by itself."""
+    printed, found = quick("sweep.py", tmp_path, warm=True)
+    assert found["positions"] == found["num_layers"] + 1 and f"| {found['ratio']:.3f} |" in printed
+
+
 def test_runtime(tmp_path):
     """Bounds that a busy machine keeps, and an engine ten times slower would not."""
     printed, found = quick("runtime.py", tmp_path)

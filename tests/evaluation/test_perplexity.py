@@ -128,6 +128,14 @@ def test_numbers_are_those_by_hand(model, tokenizer, window):
         assert num_tokens == sum(lengths)  # every token once
 
 
+def test_the_head_runs_where_tokens_are_scored(model, tokenizer, monkeypatch):
+    head, seen = model.get_output_embeddings(), []
+    run = head.forward
+    monkeypatch.setattr(head, "forward", lambda hidden: (seen.append(hidden.shape[:2].numel()), run(hidden))[1])
+    found = perplexity.compute(predictions=TEXTS[-1:], model=model, tokenizer=tokenizer, max_length=16, stride=4)
+    assert found["num_tokens"] < sum(seen) < 1.5 * found["num_tokens"]  # four tokens of sixteen are scored
+
+
 def test_without_start_token(gpt2, tokenizer):
     texts = TEXTS[1:]
     each, corpus, num_tokens = by_hand(gpt2, tokenizer, texts, max_length=CONTEXT, stride=16, bos=False)

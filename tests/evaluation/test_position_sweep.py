@@ -222,7 +222,7 @@ def test_an_interrupted_sweep_leaves_the_model_and_goes_on(tmp_path, monkeypatch
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 15:  # in the second of two batches
+        if len(calls) == 24:  # in the last of three batches
             raise KeyboardInterrupt
         return score(*args)
 
@@ -234,7 +234,7 @@ def test_an_interrupted_sweep_leaves_the_model_and_goes_on(tmp_path, monkeypatch
     assert len(saved["rows"]) == 4 and None in saved["windows"]["nats"]["insert 0"]
     resumed = sweep_positions(base, donor, TEXT, folder=tmp_path, **how)
     assert resumed.rows == whole.rows and resumed.base == whole.base
-    assert len(calls) - 15 == 9 * 2 - 14 + 2  # what is missing, the base of that batch again, and of the first one
+    assert len(calls) - 24 == 9 * 3 - 23 + 2  # what is missing, the base of that batch again, and of the first one
     assert json.loads((tmp_path / "sweep.json").read_text())["rows"] == whole.rows
     calls.clear()
     assert sweep_positions(base, donor, TEXT, folder=tmp_path, positions=[1], **HOW).rows == whole.rows
