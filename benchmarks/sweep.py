@@ -3,9 +3,9 @@
     python benchmarks/sweep.py            # SmolLM2-135M-Instruct, 31 positions, 1,024 tokens (make bench-sweep)
     python benchmarks/sweep.py --quick    # a small random model, for the test suite
 
-`sweep_positions` runs the layers below a position once. Beside it an organ is loaded at each position, and `perplexity`
-measures the same text there; loading does not count. Both by turns, in processor seconds; medians, and the median of
-paired ratios. The numbers that both give must be the same.
+`sweep_positions` runs the layers below a position once. Beside it an organ is loaded at each position, and
+`perplexity` measures the same text there; loading does not count. Both by turns, in processor seconds; medians, and
+the median of paired ratios. The numbers that both give must be the same.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def scored_logits(
     device = input_device(model)
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:  # the head need not run where nothing is scored
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:  # the head runs where tokens are scored
         inputs["logits_to_keep"] = longest + 1 - min(window.context for window in batch)
     logits = model(**inputs).logits  # (batch, kept, vocab)
     skipped = longest - logits.shape[1]

@@ -16,7 +16,7 @@ from testing import EXAMPLES
 from testing.donors import organ, transplanted
 from testing.models import logits, tiny_model
 from testing.releases import since
-from testing.shapes import broadly, in_matrix
+from testing.shapes import first_of, in_matrix
 
 EXAMPLE = EXAMPLES / "fast_generation.py"
 
@@ -44,14 +44,15 @@ def test_one_graph_without_breaks(model_type, token_ids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("backend",), first_of([("eager",), ("aot_eager",)]))
 def test_compiled_logits_are_those_of_the_model(token_ids, backend):
     model = two_organs()
     expected = logits(model, token_ids)
     assert torch.equal(logits(torch.compile(model, backend=backend, fullgraph=True), token_ids), expected)
 
 
-@broadly(in_matrix("falcon_h1", "qwen3_next"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model_type", in_matrix("falcon_h1", "qwen3_next"))
 def test_layers_with_a_state_compile(model_type, token_ids):
     base = tiny_model(model_type)
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), position=2)
@@ -82,9 +83,12 @@ COMPILED = {
     ),
 }
 
+WAYS = first_of((way,) for way in COMPILED)
+ENDS = first_of(zip(COMPILED, ["delete_donor", "unload", "merge_and_unload"], strict=True))
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", COMPILED)
+@pytest.mark.parametrize(("way",), WAYS)
 def test_a_compiled_model_follows_its_organs(token_ids, way):
     plain, model, counter = two_organs(), two_organs(), CompileCounter()
     compiled = COMPILED[way](model, counter)
@@ -101,7 +105,7 @@ def test_a_compiled_model_follows_its_organs(token_ids, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", COMPILED)
+@pytest.mark.parametrize(("way",), WAYS)
 def test_weights_change_without_recompiling(token_ids, way):
     plain, model, counter = two_organs(), two_organs(), CompileCounter()
     compiled = COMPILED[way](model, counter)
@@ -122,7 +126,7 @@ def test_weights_change_without_recompiling(token_ids, way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "end"), [*zip(COMPILED, ["delete_donor", "unload", "merge_and_unload"], strict=True)])
+@pytest.mark.parametrize(("way", "end"), ENDS)
 def test_a_compiled_model_outlives_its_organs(token_ids, way, end):
     plain, model = two_organs(), two_organs()
     compiled = COMPILED[way](model, CompileCounter())

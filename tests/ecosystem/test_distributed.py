@@ -30,7 +30,7 @@ MODES = {
 
 RESUMES_ON_CPU = since("transformers", "5.22", "DDP on the CPU does not resume: it looks for a device cpu:0")
 
-MARKS = {"ddp-torchrun": [RESUMES_ON_CPU, pytest.mark.exhaustive]}
+MARKS = {"ddp-torchrun": [RESUMES_ON_CPU, pytest.mark.exhaustive], "fsdp2": [pytest.mark.exhaustive]}
 
 
 @pytest.fixture(scope="module")

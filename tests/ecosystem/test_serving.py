@@ -33,7 +33,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module", params=["organ", "merged"])
+@pytest.fixture(scope="module", params=["organ", pytest.param("merged", marks=pytest.mark.exhaustive)])
 def served(request, base_folder, tmp_path_factory) -> Iterator[tuple[str, str, str]]:
     """Address of a server, the model it serves, and what that model makes of the prompt.
 

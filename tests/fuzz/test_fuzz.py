@@ -14,16 +14,16 @@ from fuzz.targets import Target, make_targets
 pytestmark = pytest.mark.slow
 
 INPUTS = {
-    "config": 100,
+    "config": 50,
     "donor": 30,
     "composition": 20,
-    "index": 200,
-    "header": 200,
+    "index": 80,
+    "header": 80,
     "weights": 60,
     "delta": 40,
     "delta-weights": 60,
     "pickle": 60,
-    "card": 80,
+    "card": 40,
 }
 
 

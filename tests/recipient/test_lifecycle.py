@@ -25,6 +25,7 @@ IN_PARTS = in_matrix(
 CHECKS = [name for name in vars(Tester) if name.startswith("check_")]
 CACHED = ("check_generating", "check_continuing")
 FEWER = ("check_disabling", "check_merging", "check_saving", "check_continuing")
+EVERYDAY = ("check_merging", "check_saving")  # of every architecture
 OF_PARTS = {
     "outputs": [check for check in CHECKS if check != "check_generating"],
     **dict.fromkeys(("attention", "mlp"), ("check_merging", "check_saving")),
@@ -46,7 +47,7 @@ def marks(model_type: str, setup: str, check: str) -> list[pytest.MarkDecorator]
     found = [pytest.mark.xdist_group(model_type)]
     if setup != "several" and (setup not in PARTS or model_type != "llama"):
         found.append(pytest.mark.slow)
-    if check not in FEWER:
+    if check not in EVERYDAY:
         found.extend(exhaustive(model_type))
     return found
 

@@ -164,6 +164,7 @@ def test_adapters_on_top_of_it(token_ids):
     peft_model(token_ids, labels=token_ids).loss.backward()
 
 
+@pytest.mark.exhaustive
 def test_a_compiled_model_with_master_weights(token_ids):
     model = trainable()
     expected = model(token_ids, labels=token_ids).loss

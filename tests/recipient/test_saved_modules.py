@@ -449,6 +449,7 @@ def test_muon_leaves_rows_to_adamw():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rows_in_a_compiled_model(token_ids):
     base = tiny_model("llama")
     donor = DonorModel.from_base(base, (1, 3), trainable_token_indices=[*range(3, 40)])

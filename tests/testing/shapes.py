@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from transformers import CONFIG_MAPPING
@@ -289,3 +290,9 @@ def broadly(model_types: Iterable[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "model_type", [pytest.param(each, marks=[group, *exhaustive(each)]) for each, group in groups.items()]
     )
+
+
+def first_of(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Cases of a test, of which all but the first are left to `make test-exhaustive`."""
+    first, *others = cases
+    return [first, *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in others)]
