@@ -1,6 +1,6 @@
 """What a sweep over all positions costs, against measuring the organ at one position after the other.
 
-    python benchmarks/sweep.py            # SmolLM2-135M-Instruct, 31 positions, 1,024 tokens (make bench-sweep)
+    python benchmarks/sweep.py            # SmolLM2-135M-Instruct, 31 positions, 512 tokens (make bench-sweep)
     python benchmarks/sweep.py --quick    # a small random model, for the test suite
 
 `sweep_positions` runs the layers below a position once. Beside it an organ is loaded at each position, and
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return found
 
 
-def compare(base: str, num_tokens: int = 1024, window: int = 256, turns: int = 3) -> dict[str, Any]:
+def compare(base: str, num_tokens: int = 512, window: int = 256, turns: int = 2) -> dict[str, Any]:
     """Measure an organ of three layers at all positions, in both ways by turns."""
     import torch
     from transformers import AutoTokenizer
