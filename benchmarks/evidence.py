@@ -11,6 +11,7 @@ to measure something again, delete its file. At the end the answers and tables a
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from methods import device
 from texts import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS / "paper")]
+from bases import GEMMA, SHAPES  # noqa: E402 (from that folder)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Script:
         results: Name of its results file, if it is not the script's.
         goes_on: Whether it knows which of its runs are done.
         on_gpu: Whether it is left out where there is no GPU.
+        package: It is left out where this is not installed.
     """
 
     name: str
@@ -45,6 +49,16 @@ class Script:
     results: str = ""
     goes_on: bool = False
     on_gpu: bool = False
+    package: str = ""
+
+    def __str__(self) -> str:
+        return " ".join((self.name, *self.options))
+
+    @property
+    def can_run(self) -> bool:
+        """Whether what it needs is here."""
+        is_installed = not self.package or importlib.util.find_spec(self.package) is not None
+        return is_installed and (device() == "cuda" or not self.on_gpu)
 
     def command(self, folder: Path, small: bool) -> list[str]:
         """What to run; results go into the folder."""
@@ -59,6 +73,8 @@ class Script:
 
 
 QUESTIONS = ("position", "transfer", "several_organs", "against_lora", "cross_domain", "encoders")  # one uses another
+OTHER_BASES = {**dict.fromkeys(SHAPES, 0.5), "gemma": 3}  # hours for a question
+PACKAGES = {"gemma": GEMMA.replace("-", "_")}  # which not every installation has
 SCRIPTS = (
     Script("extract", 0.1),
     Script("extract", 0.05, ("--experts",), ("--experts", "--quick"), "extract-experts"),
@@ -76,6 +92,12 @@ SCRIPTS = (
     Script("train", 0.2, ("--gpu",), None, "train-gpu", goes_on=True, on_gpu=True),
     Script("recall", 6, small=("--smoke",), goes_on=True),
     *(Script(f"paper/{name}", 1, goes_on=True) for name in QUESTIONS),
+    *(
+        Script(f"paper/{name}", hours, ("--base", base), None, goes_on=True, package=PACKAGES.get(base, ""))
+        for name in QUESTIONS
+        if name != "encoders"  # has models of its own
+        for base, hours in OTHER_BASES.items()
+    ),
     Script("privacy", 8, small=("--smoke",), goes_on=True),
     Script("organs", 1, ("--cards", str(ROOT / "model_cards")), ("--smoke",), goes_on=True),
 )
@@ -91,10 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.quick else BENCHMARKS / "results"
         left = [each for each in SCRIPTS if not options.only or each.name in options.only]
-        left = [each for each in left if not each.is_done(folder) and (device() == "cuda" or not each.on_gpu)]
+        left = [each for each in left if not each.is_done(folder) and each.can_run]
         left = [each for each in left if not options.quick or each.small is not None]
         if options.list:
-            print(*(f"{each.name}: {each.hours:g} h" for each in left), sep="\n")
+            print(*(f"{each}: {each.hours:g} h" for each in left), sep="\n")
             return 0
         failed = run_all(left, folder, options.quick)
     if not options.quick:
@@ -109,11 +131,11 @@ def run_all(scripts: list[Script], folder: Path, small: bool) -> int:
     pace = 0.0  # minutes for a share
     for n, script in enumerate(scripts):
         left = f", about {pace * sum(shares[n:]):.0f} minutes left" if pace else ""
-        print(f"{n + 1} of {len(scripts)}: {script.name}{left}", flush=True)
+        print(f"{n + 1} of {len(scripts)}: {script}{left}", flush=True)
         done = subprocess.run(script.command(folder, small), check=False, capture_output=small, text=True)
         if done.returncode:
             failed += 1
-            print(f"{script.name} failed ({done.returncode})", (done.stderr or "")[-2000:], sep="\n", file=sys.stderr)
+            print(f"{script} failed ({done.returncode})", (done.stderr or "")[-2000:], sep="\n", file=sys.stderr)
         pace = (time.monotonic() - start) / 60 / sum(shares[: n + 1])
     print(f"{len(scripts) - failed} of {len(scripts)} done in {(time.monotonic() - start) / 60:.0f} minutes")
     return failed
