@@ -177,6 +177,7 @@ def test_cutting_and_loading_pin_the_commit_of_the_base(hub, token_ids):
     assert DonorModel.from_base(repo, layers=(1, 3), revision=first).config.base_revision == first
 
 
+@pytest.mark.slow
 def test_private_revision_subfolder_and_pull_request(base, token_ids, tmp_path):
     donor = moved(base)
     donor.push_to_hub("me/private-organ", private=True)

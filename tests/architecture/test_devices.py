@@ -106,6 +106,7 @@ def test_merging_and_saving(way, base_folder, token_ids, tmp_path):
     assert torch.equal(load(tmp_path / "merged")(token_ids).logits, expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_by_id_with_a_device_map_a_dtype_and_a_second_organ(base_repo, token_ids, tmp_path):
     base = base_repo("llama")
@@ -125,6 +126,7 @@ def test_by_id_with_a_device_map_a_dtype_and_a_second_organ(base_repo, token_ids
     ]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_offloaded_embeddings(base_folder, token_ids, tmp_path):
     base, text = str(base_folder("llama")), {"predictions": ["w5 w6 w7 w8 w9"] * 2, "tokenizer": tiny_tokenizer()}

@@ -43,6 +43,7 @@ def test_padding_is_not_seen_and_both_sides_are(model_type, token_ids):
     assert not torch.equal(logits(model, token_ids)[:, 0], logits(model, other)[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bert", "modernbert", "roberta"])
 def test_trainer_trains_the_organ_alone_and_resumes(model_type, base_folder, tmp_path):
     folder, tokenizer = base_folder(model_type), tiny_tokenizer()

@@ -72,6 +72,7 @@ def test_a_span_that_no_config_describes_is_refused():
         DonorModel.from_base(tiny_model("olmo_hybrid"), (2, 3))
 
 
+@pytest.mark.slow
 def test_the_last_attention_layer_stays(token_ids):
     """A cache counts its tokens by the keys of such a layer, and masks and positions follow that count."""
     base = tiny_model("qwen3_next", layer_types=[LINEAR, FULL, LINEAR, LINEAR], num_experts=0)

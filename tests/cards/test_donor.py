@@ -239,6 +239,7 @@ def test_snippets_of_a_pushed_organ_run_anywhere(hub, base_repo, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_snippets_of_a_saved_organ_run(tmp_path, monkeypatch, capsys):
     base = tmp_path / "base"
     tiny_model("llama").save_pretrained(base)

@@ -191,6 +191,7 @@ def test_a_licence_in_the_card_stays(licensed, tmp_path, caplog):
 # -------------------------------------------------------------------------------------------------------- pushing
 
 
+@pytest.mark.slow
 def test_it_is_looked_up_when_pushed(hub, licensed, tmp_path):
     base = licensed(OTHER)
     live = AutoModelForCausalLM.from_pretrained(base)

@@ -100,6 +100,7 @@ def test_the_card_of_an_encoder_fills_masks(tmp_path):
     assert 'pipeline("fill-mask", model=model)\nprint(pipe(f"In the {pipe' in merged_card(model, tmp_path).text
 
 
+@pytest.mark.slow
 def test_what_is_not_on_the_hub_is_left_out_with_a_warning(recipient, organ, base_folder, tmp_path, caplog):
     readme.warn_once.cache_clear()
     folder = tmp_path / "organ"

@@ -250,6 +250,7 @@ def test_sweep(base, donor, words, tmp_path):
     assert "without the organ" in result.stdout and "(best)" in result.stdout
 
 
+@pytest.mark.slow
 def test_force_deletes_an_earlier_sweep_only_for_another_one(base, donor, words, tmp_path):
     record = tmp_path / "sweep.json"
     record.write_text("hours of work")
@@ -585,6 +586,7 @@ def test_generate(base, donor, tmp_path):
     assert done("generate", chatty, PROMPT, "--chat")["text"] == plain
 
 
+@pytest.mark.slow
 def test_push_and_inspect(hub: Hub, donor, tmp_path):
     folder = tmp_path / "organ"
     DonorModel.from_pretrained(donor).save_pretrained(folder)
@@ -697,6 +699,7 @@ def test_inspect_adds_up_the_organs(base, tmp_path):
     assert {tensor["organ"] for tensor in found["tensors"]} == {"one", "two"}
 
 
+@pytest.mark.slow
 def test_nothing_that_a_donor_holds_reaches_the_terminal_as_a_command(donor, base, tmp_path):
     folder = Path(shutil.copytree(donor, tmp_path / "donor"))
     config = json.loads((folder / "config.json").read_text())

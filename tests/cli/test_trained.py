@@ -45,6 +45,7 @@ def verses(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_the_donor_s_own_stays_with_it(base, tmp_path):
     DonorModel.from_base(base, (2, 3), mode="replace").save_pretrained(tmp_path / "donor")
     tokenizer = copy.deepcopy(tiny_tokenizer())

@@ -44,6 +44,7 @@ def law(base, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_writes_what_compose_would(base, kjv, law, token_ids, tmp_path):
     spec = f"{kjv},name=first,position=1,mode=replace,revision=main"
     shown = done("transplant", base, spec, law, f"{kjv},active=no", "-o", tmp_path / "out")

@@ -19,6 +19,7 @@ from testing.hub import commit, entries
 from testing.models import logits, tiny_model
 
 
+@pytest.mark.slow
 def test_a_plan_tells_the_stack_and_the_sizes_and_reads_no_weights(hub: Hub, base, tmp_path):
     fresh = organ(base, 7, (0, 3))
     fresh.push_to_hub("me/c-unread", max_shard_size="20KB")

@@ -37,6 +37,7 @@ def fine_tunes(tmp_path) -> tuple[Path, Path]:
     return tmp_path / "first", tmp_path / "second"
 
 
+@pytest.mark.slow
 def test_trained_in_one_and_loaded_by_id_into_another(fine_tunes, token_ids, tmp_path, hub):
     first, second = fine_tunes
     blocks = [{"input_ids": row, "labels": row} for row in torch.randint(3, 90, (8, 16))]
@@ -94,6 +95,7 @@ def test_the_command_line_tells_both(fine_tunes, tmp_path):
     assert found["compatible"] is True and len(found["differences"]) == 1
 
 
+@pytest.mark.slow
 def test_the_example(fine_tunes, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("w3 w4 w5 w6 w7\n" * 60)
     first, second = map(str, fine_tunes)
@@ -113,6 +115,7 @@ def test_compatibility_counts_the_own_layers_of_a_transplanted_recipient():
     assert "between 0 and 4" in check_compatibility(a, model, position=5)[0]
 
 
+@pytest.mark.slow
 def test_modules_beside_the_layers_are_compared(caplog, tmp_path):
     """What would be refused or shared when the donor is loaded."""
     apart, tied = tiny_model("llama"), tiny_model("llama", tie_word_embeddings=True)

@@ -227,6 +227,7 @@ def test_an_organ_in_another_recipient_is_a_change_of_what_it_was_cut_from(base,
     assert close(DonorModel.from_pretrained(tmp_path / "delta"), donor)
 
 
+@pytest.mark.slow
 def test_on_the_hub(base_repo, cache, hub, tmp_path, token_ids):
     """The base is pinned, and of it only the layers are fetched."""
     repo = base_repo("llama")

@@ -43,6 +43,7 @@ def prompt() -> torch.Tensor:
     return tiny_tokenizer()(PROMPTS[2], return_tensors="pt").input_ids
 
 
+@pytest.mark.slow
 def test_an_assistant_changes_nothing_but_time(base, model, prompt):
     plain = model.generate(prompt, **GREEDY)
     native = AutoModelForCausalLM.from_pretrained(base).eval()

@@ -140,6 +140,7 @@ def test_organs_under_lora_are_not_averaged(token_ids):
     assert list(model.donor_config) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_the_example_runs(base_folder, tmp_path, monkeypatch, capsys):
     example = EXAMPLES / "lora_on_organ.py"
     options = ["--base", str(base_folder("llama")), "--layers", "1", "3", "--prompt", "w5 w6 w7 w8"]

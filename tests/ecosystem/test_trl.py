@@ -251,6 +251,7 @@ def test_a_reference_on_the_model_s_own_weights_is_not_synchronized(tmp_path):
             DonorDPOTrainer(model, reference, args, train_dataset=PAIRS, processing_class=tiny_tokenizer())
 
 
+@pytest.mark.slow
 def test_a_reference_of_its_own_is_synchronized(tmp_path):
     model = recipient()
     reference, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())

@@ -34,6 +34,7 @@ def numbers(model, **how):
     return {key: value for key, value in found.items() if key not in ("perplexities", "mean_perplexity")}
 
 
+@pytest.mark.slow
 def test_with_and_without_organs(model):
     found = compare_perplexity(None, model, iter(TEXTS), **HOW)
     assert found["model_b"] == numbers(model) and model.active_donors

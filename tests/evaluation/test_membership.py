@@ -51,6 +51,7 @@ def test_nothing_learned_is_chance():
     assert all((row["auc"], row["tpr"]) == (0.5, 0) for row in attack_rows(rows, rows, **HOW))
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     truth, covered = 0.7602, 0  # P(N(1, 1) > N(0, 1)) = Φ(1 / √2)
     for seed in range(100):

@@ -74,6 +74,7 @@ def test_all_learn_in_the_same_time_and_the_base_stays(tmp_path):
     assert saved["num_tokens"].keys() == {"train", "choose", "test", "control"} and saved["peft"]
 
 
+@pytest.mark.slow
 def test_numbers_are_losses_on_the_held_out_parts():
     base, donor = tiny_model("llama"), organ(tiny_model("llama"), 1)
     found = compare_methods(base, TEXTS, donors=[donor], rates={}, **HOW)
@@ -125,6 +126,7 @@ def test_scales_lie_between_the_base_and_what_was_trained(method, tmp_path):
     assert prepared.saved_bytes == sum(tensor.nbytes for tensor in load_file(file).values())
 
 
+@pytest.mark.slow
 def test_training_ends_by_the_clock_and_the_rate_falls_until_then(monkeypatch):
     rates, ticks = [], iter(range(1000))
 
@@ -164,6 +166,7 @@ def test_what_diverges_stays_in_the_table(tmp_path):
     assert json.loads((tmp_path / "compare.json").read_text())["rows"][1]["perplexity_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_one_copy_of_the_base_at_a_time(monkeypatch):
     load, copies = method_comparison._load, []
 
@@ -179,6 +182,7 @@ def test_one_copy_of_the_base_at_a_time(monkeypatch):
     assert len(copies) == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_peft_refuses_is_found_before_training(monkeypatch):
     monkeypatch.setattr(method_comparison, "train_for", None)
     base = tiny_model("mamba")
@@ -187,6 +191,7 @@ def test_a_model_that_peft_refuses_is_found_before_training(monkeypatch):
     assert found.skipped[0]["reason"].startswith("PEFT refuses the model: ") and "'out_proj'" in str(found.skipped)
 
 
+@pytest.mark.slow
 def test_peft_and_matplotlib_may_be_missing(monkeypatch, tmp_path):
     for module in (compared_methods, method_comparison):
         monkeypatch.setattr(module, "find_spec", lambda name: None)

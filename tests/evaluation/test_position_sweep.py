@@ -49,6 +49,7 @@ def measured(model, texts=TEXT):
     return math.log(perplexity.compute(predictions=["\n".join(texts)], model=model, **HOW)["perplexity"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "mistral", "mixtral"])
 def test_the_numbers_are_those_of_the_organ_loaded_there(model_type, tmp_path):
     base = tiny_model(model_type).train()
@@ -99,6 +100,7 @@ def test_the_layers_below_a_position_run_once_for_each_window(monkeypatch):
         assert len(list(runner._chunks(parts, 8))) == chunks
 
 
+@pytest.mark.slow
 def test_other_organs_stay_and_are_in_the_way():
     base = tiny_model("llama")
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), donor_name="sweep", position=1)
@@ -119,6 +121,7 @@ def test_other_organs_stay_and_are_in_the_way():
     assert state(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -155,6 +158,7 @@ def test_a_model_that_cannot_run_in_parts_is_run_whole(monkeypatch, caplog):
     assert "cannot run in parts: every position is run whole" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not in_matrix("gemma4_text"), reason="this release of transformers has no gemma4_text")
 def test_above_a_source_of_keys_and_values_the_model_is_run_whole(caplog):
     """Layers 4 to 7 take keys and values of layers 2 and 3, so a pass that starts at layer 3 lacks some."""
@@ -297,6 +301,7 @@ def test_one_window_has_no_interval_and_a_broken_model_no_number(tmp_path):
     broken.plot(tmp_path / "broken.png")
 
 
+@pytest.mark.slow
 def test_intervals_cover_what_they_should():
     """Of 4,000 simulated corpora of 100 windows, 95 % intervals hold the true mean in 93 to 97 %."""
     generator = np.random.default_rng(1)
@@ -315,6 +320,7 @@ def test_the_model_computes_the_same_afterwards():
     assert torch.equal(logits(base, TOKEN_IDS), before)
 
 
+@pytest.mark.slow
 def test_the_best_position_travels_with_the_donor(tmp_path):
     base = tiny_model("llama")
     base.save_pretrained(tmp_path / "base")

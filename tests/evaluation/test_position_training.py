@@ -72,6 +72,7 @@ def test_each_is_what_training_there_gives(how, bf16):
     assert donor.config.best_position["position"] == found.best["position"]
 
 
+@pytest.mark.slow
 def test_other_organs_stay_as_they_were(how):
     base = tiny_model("llama")
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1), donor_name="sweep", is_trainable=True)

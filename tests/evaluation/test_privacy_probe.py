@@ -233,6 +233,7 @@ def test_an_encoder_is_refused():
         probe_privacy(tiny_model("bert"), ROWS[:100], ROWS[100:])
 
 
+@pytest.mark.slow
 def test_a_warning_where_members_differ_by_themselves():
     base = tiny_model("llama")
     long = [{"input_ids": [*TOKEN_IDS[0].tolist(), n % 90, n // 90]} for n in range(120)]

@@ -24,6 +24,7 @@ DOMAIN, CONTROL = [" ".join(f"w{n}" for n in range(3, 60))], [" ".join(f"w{n}" f
 HOW = {"tokenizer": tiny_tokenizer(), "max_length": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"mode": "replace", "modules": "outputs"}, {"mode": "insert"}])
 def test_perplexities_are_those_of_each_scale_and_the_model_stays(options, tmp_path):
     base = tiny_model("llama")

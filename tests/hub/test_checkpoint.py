@@ -46,6 +46,7 @@ def mxfp4(tmp_path_factory) -> Path:
     return write_mxfp4(tmp_path_factory.mktemp("mxfp4"))
 
 
+@pytest.mark.slow
 def test_mxfp4_is_dequantized_as_transformers_does_it(mxfp4, hub, tmp_path, token_ids):
     repo = HfApi().create_repo("me/mxfp4").repo_id
     HfApi().upload_folder(repo_id=repo, folder_path=mxfp4)
@@ -110,6 +111,7 @@ def test_a_file_that_is_replaced_while_it_is_read_does_not_mix(model, tmp_path):
             view[...]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux lists them")
 def test_more_tensors_than_a_process_may_open_files(tmp_path):
     """Experts come by the thousand."""

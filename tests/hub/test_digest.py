@@ -149,6 +149,7 @@ def test_what_has_no_digest_cannot_be_verified(base, tmp_path):
     push_donor(tmp_path, "me/without-digest")
 
 
+@pytest.mark.slow
 def test_check_reads_what_is_here_and_downloads_nothing(base, damaged, hub):
     result = invoke("check", damaged, base)
     assert result.exit_code == 1 and "their digest is" in result.stdout and "1 mismatch" in result.stderr
@@ -165,6 +166,7 @@ def test_check_reads_what_is_here_and_downloads_nothing(base, damaged, hub):
     assert sum(record.bytes for record in hub.requests if record.path.startswith("/lfs/")) <= 8 + header
 
 
+@pytest.mark.slow
 def test_inspect_shows_it_without_reading_weights(base, damaged, tmp_path):
     assert done("inspect", damaged)["digests"] == {"default": digests(damaged)}
     assert digests(damaged)[FILE] in invoke("inspect", damaged).stdout
@@ -183,6 +185,7 @@ def test_an_organ_saved_over_a_composition_lists_its_own_alone(base, tmp_path):
     assert list(DonorConfig.from_pretrained(tmp_path).digests) == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_composition_lists_that_of_each_organ(base, tmp_path):
     model = with_organs(base, 1, 2)
     model.save_pretrained(tmp_path / "both")

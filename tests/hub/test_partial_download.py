@@ -45,6 +45,7 @@ def test_only_the_bytes_of_the_span_are_served(repo, hub, model):
     assert len(shards) == 1 or len(touched.intersection(shards)) < len(shards)
 
 
+@pytest.mark.slow
 def test_a_second_cut_reads_nothing(repo, hub, model):
     cut(repo)
     hub.requests.clear()
@@ -133,6 +134,7 @@ def test_a_revision_is_one_commit(hub, model):
     assert is_cut(cut(repo, revision=before), model)
 
 
+@pytest.mark.slow
 def test_subfolder_branch_tag_and_pull_request(hub, model):
     repo = HfApi().create_repo("me/places").repo_id
     HfApi().create_branch(repo, branch="dev")

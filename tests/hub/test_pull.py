@@ -111,6 +111,7 @@ def test_an_organ_is_pulled_by_branch_tag_commit_and_pull_request(commits, revis
     assert same(pipe.model, expected(1, seed)) and pipe.tokenizer.model_max_length == 11
 
 
+@pytest.mark.slow
 def test_an_organ_is_pulled_from_a_folder_within_a_repo(commits):
     where, alone = {"revision": "sub", "subfolder": INSIDE}, organ(tiny_model("llama", seed=1), 4)
     assert same(DonorModel.from_pretrained(DONOR, **where), alone)
@@ -301,6 +302,7 @@ def test_what_is_cached_loads_without_a_request(hub, commits, api, tmp_path):
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_local_files_only_asks_nobody(hub, commits, api, cache, tmp_path):
     """Even where whole repos were downloaded, which does not tell the cache what they do not have.
 

@@ -143,6 +143,7 @@ def test_a_tokenizer_that_the_repo_has_stays(base_folder, seeds, api, repo_id):
     assert "<verse>" in AutoTokenizer.from_pretrained(repo_id).get_vocab()
 
 
+@pytest.mark.slow
 def test_trainer_pushes_the_organ_and_its_tags(base, api, repo_id, tmp_path):
     donor = organ(base, 1)
     model = T(base, donor, is_trainable=True)
@@ -429,6 +430,7 @@ def test_checkpoints_of_a_trainer_are_not_pushed(base, repo_id, tmp_path):
     assert not [file for file in HfApi().list_repo_files(repo_id) if "checkpoint" in file]
 
 
+@pytest.mark.slow
 def test_the_generation_config_of_an_earlier_push_goes_with_a_folder_that_has_none(base, api, repo_id, tmp_path):
     model = with_organs(base, 1)
     model.generation_config.max_new_tokens = 7

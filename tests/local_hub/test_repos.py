@@ -80,6 +80,7 @@ def test_gated_repository_shows_its_listing_only(hub: Hub, api: HfApi, repo: str
         upload(HfApi(token="hf_friend"), repo, "y.txt", b"2")
 
 
+@pytest.mark.slow
 def test_search_by_tags_the_hub_derives(api: HfApi) -> None:
     for name, card in {
         "organ": CARD,

@@ -116,6 +116,7 @@ def test_generating_while_another_thread_changes_organs_gives_one_state_or_an_er
     assert all("another thread changed the organs" in error for error in errors)
 
 
+@pytest.mark.slow
 def test_changes_of_several_threads_come_one_after_another():
     model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tiny_organ(1), donor_name="a", position=2)
     before, failures = logits(model, TOKEN_IDS), []

@@ -129,6 +129,7 @@ def test_an_organ_cut_under_one_head_fits_another(folder, tmp_path):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["organ", "organ and head"])
 def test_trainer_trains_a_classifier(trained, folder, tmp_path):
     kind = HEADS["TransplantedForSequenceClassification"]
@@ -155,6 +156,7 @@ def test_trainer_trains_a_classifier(trained, folder, tmp_path):
     assert same(DonorModel.from_pretrained(tmp_path / "organ").stack.layers, model.model.layers[3:5])
 
 
+@pytest.mark.slow
 def test_pipelines_take_them_by_id_and_log_no_warning(folder, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     tasks = {

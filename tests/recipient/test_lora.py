@@ -99,6 +99,7 @@ def test_files_are_those_that_servers_read(tmp_path, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_what_lora_cannot_be_is_refused(tmp_path):
     inserted = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), organ(tiny_model("llama"), 1))
     with pytest.raises(IncompatibleDonorError, match="is inserted, and LoRA adds no layers"):

@@ -110,6 +110,7 @@ def test_a_recipient_without_a_tokenizer(tmp_path, caplog):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.num_hidden_layers == 6
 
 
+@pytest.mark.slow
 def test_several_organs_their_scales_and_one_that_rests(base, tmp_path):
     organs = [
         OrganSource("one", write_organ(base, tmp_path / "one", 1), position=1, scale=0.3),
@@ -126,6 +127,7 @@ def test_several_organs_their_scales_and_one_that_rests(base, tmp_path):
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
 def test_scaled_replacements(model_type, tmp_path, monkeypatch):
     """Computed from two files, which are read in parts of unlike length: one is float32, the other bfloat16."""
@@ -144,6 +146,7 @@ def test_scaled_replacements(model_type, tmp_path, monkeypatch):
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
 
 
+@pytest.mark.slow
 def test_the_scale_of_layers_with_other_shapes_is_refused_as_in_memory(tmp_path):
     base = write_base(tmp_path / "base", "gemma4_text")
     donor = write_organ(base, tmp_path / "donor", layers=(1, 2), mode="replace", position=2)
@@ -167,6 +170,7 @@ def test_a_base_that_was_saved_without_its_head(tmp_path):
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_from_the_hub_only_what_is_needed_is_fetched_and_nothing_is_kept(base, tmp_path, hub):
     repo = HfApi().create_repo("me/merged-by-range").repo_id
@@ -191,6 +195,7 @@ def test_from_the_hub_only_what_is_needed_is_fetched_and_nothing_is_kept(base, t
     assert all(path.exists() for path in Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_a_download_that_fails_leaves_the_folder_as_it_was(base, tmp_path, api, hub):
     repo = HfApi().create_repo("me/merged-in-vain").repo_id
@@ -221,6 +226,7 @@ def in_one_file(base: Path, change) -> None:
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

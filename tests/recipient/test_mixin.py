@@ -59,6 +59,7 @@ def test_get_base_model_is_a_handle_of_the_native_class(token_ids):
         assert torch.equal(logits(base, token_ids), logits(tiny_model("llama"), token_ids))
 
 
+@pytest.mark.slow
 def test_what_has_organs_in_it_does_not_go_by_the_name_of_its_base(token_ids, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     model = with_organs(tmp_path / "base", 1)

@@ -158,6 +158,7 @@ def test_an_organ_that_checkpointed_alone_does_as_its_neighbours():
     assert not any(off(model)) and all(layer.gradient_checkpointing for layer in donor.stack.layers)
 
 
+@pytest.mark.slow
 @every
 def test_growing_the_vocabulary_keeps_ties(model_type, token_ids):
     for tied in (True, False):

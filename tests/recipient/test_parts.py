@@ -27,6 +27,7 @@ def logits(model) -> torch.Tensor:
     return model(TOKEN_IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
 def test_only_parts_are_trained(model_type, tmp_path):
     base = tiny_model(model_type)

@@ -87,6 +87,7 @@ def names_in(folder: Path) -> set[str]:
         return set(file.keys())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Trainer, DonorTrainer])
 def test_new_tokens_are_trained_and_travel_with_the_organ(base_on_disk, tmp_path, cls):
     base = extended(base_on_disk)
@@ -180,6 +181,7 @@ def test_a_classifier_travels_with_the_organ(tmp_path):
     assert other.score.weight.shape == (4, 32)
 
 
+@pytest.mark.slow
 def test_the_names_of_classes_are_those_of_the_active_classifier(tmp_path):
     def named(*names: str) -> dict:
         return {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
@@ -305,6 +307,7 @@ def test_embeddings_with_master_weights_follow_a_cast(active):
     assert torch.equal(embeddings(TOKEN_IDS), embeddings.weight[TOKEN_IDS])
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_brings_its_modules_back(tmp_path):
     base = tiny_model("llama")
     donor = DonorModel.from_base(base, (1, 3), modules_to_save=["lm_head"], trainable_token_indices=[3])
@@ -319,6 +322,7 @@ def test_the_best_checkpoint_brings_its_modules_back(tmp_path):
     assert not torch.equal(logits(last), logits(best))
 
 
+@pytest.mark.slow
 def test_swapping_and_deleting(tmp_path):
     base, held = tiny_model("llama"), {"modules_to_save": ["lm_head"], "trainable_token_indices": [3]}
     one, two = (organ(base, seed, **held) for seed in (1, 2))
@@ -377,6 +381,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path):
         model.resize_token_embeddings(VOCAB + 5)
 
 
+@pytest.mark.slow
 def test_a_composition_keeps_the_modules_of_its_organs(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")

@@ -56,6 +56,7 @@ def test_a_variant_which_no_model_would_load_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_card_says_where_its_numbers_were_measured(tmp_path, base_folder):
     metrics, elsewhere = (
         {"perplexity": {"before": 30.0, "after": 12.5}},
@@ -81,6 +82,7 @@ def test_a_card_says_where_its_numbers_were_measured(tmp_path, base_folder):
         assert elsewhere not in card.text and card.data.eval_results
 
 
+@pytest.mark.slow
 def test_a_composition_keeps_order_and_what_is_active(token_ids, tmp_path, base_folder):
     base = base_folder("llama")
     a, b = (tiny_organ(seed) for seed in (1, 2))
@@ -159,6 +161,7 @@ def with_temperature(base, *donors: str) -> TransplantedForCausalLM:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("donors", [(), ("c",)], ids=["donor", "composition"])
 @pytest.mark.parametrize("where", ["folder", "repo"])
 def test_a_changed_generation_config_is_kept(donors, where, base_folder, base_repo, hub, tmp_path):

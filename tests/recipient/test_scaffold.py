@@ -126,6 +126,7 @@ def trainer(model, blocks: Dataset, folder: Path, cls=Trainer, **options) -> Tra
     return cls(model=model, args=arguments, train_dataset=blocks, processing_class=tiny_tokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2", "qwen3_moe", "opt", "bloom", "gpt_neo"])
 def test_what_was_trained_alone_goes_into_the_whole_base(model_type, blocks, base_folder, tmp_path, token_ids):
     folder = base_folder(model_type)
@@ -317,6 +318,7 @@ def test_several_organs_stand_in_the_order_of_their_positions(base_folder, token
     assert torch.equal(logits(model, token_ids), logits(by_hand(base, second), token_ids))
 
 
+@pytest.mark.slow
 def test_copies_swaps_scales_and_dtypes(base_folder, token_ids, tmp_path):
     base, folder = AutoModelForCausalLM.from_pretrained(base_folder("llama")), base_folder("llama")
     donor, other = organ(base, 1), organ(base, 2)

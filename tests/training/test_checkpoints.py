@@ -142,6 +142,7 @@ def test_what_is_saved_elsewhere_holds_each_tensor_once(tmp_path):
     assert not (tmp_path / "both/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_trainer_pushes_several_organs_with_their_card(hub, tmp_path):
     trainer = made(two_organs(), tmp_path, cls=Trainer, max_steps=1, hub_model_id="me/two-organs")
     trainer.train()

@@ -208,6 +208,7 @@ def test_load_text_says_what_is_wrong(folder, tmp_path, streaming):
         load(folder / "verses.jsonl", split="test")
 
 
+@pytest.mark.slow
 def test_pack_loses_and_repeats_nothing(folder, tokenizer, stream_of_tokens):
     blocks = pack(load_text(folder / "verses.txt"), tokenizer, BLOCK)
     assert isinstance(blocks, Dataset)
@@ -332,6 +333,7 @@ def test_pack_says_what_is_wrong(tokenizer):
             pack(dataset, tokenizer, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_plain_trainer_trains_on_blocks(folder, tokenizer, tmp_path, streaming):
     blocks = pack(load_text(folder / "verses.txt", streaming=streaming), tokenizer, BLOCK)

@@ -78,6 +78,7 @@ def test_replay_in_a_stream(text, chats):
         assert taken == [general[n % len(general)] for n in range(len(taken))]
 
 
+@pytest.mark.slow
 def test_replay_rows_are_cached(text, chats, tmp_path):
     data = TrainingData.load(str(chats), column="turns").examples(tokenizer(), 16)
     data = mix_replay(data, TrainingData.load(str(text)).examples(tokenizer(), 16), 0.2, seed=0)

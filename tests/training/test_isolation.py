@@ -208,6 +208,7 @@ def test_attention_that_isolates_single_rows_only(monkeypatch, blocks, documents
     require_isolation(model, flatten)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_plain_trainer_trains_on_documents_apart(streaming, blocks, documents, tmp_path):
     arguments = TrainingArguments(

@@ -47,6 +47,7 @@ def organ_tensors(model: TransplantedForCausalLM) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in saved_tensors(model, model._surgery, "default").items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["folder", "repo"])
 def test_trainer_trains_the_organ_and_saves_only_it(where, blocks, base_folder, base_repo, tmp_path, token_ids):
     base = base_folder("llama") if where == "folder" else base_repo("llama")
@@ -91,6 +92,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(model_type,
     assert same(organ_tensors(fresh), organ_tensors(whole))
 
 
+@pytest.mark.slow
 def test_the_best_model_is_loaded_at_the_end(blocks, tmp_path):
     model = trainable(tiny_model("llama"))
     run = trainer(
@@ -112,6 +114,7 @@ def test_the_best_model_is_loaded_at_the_end(blocks, tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_an_organ_of_a_bf16_base_trains_and_loads_in_fp32(blocks, tmp_path):
     base = tiny_model("llama").to(torch.bfloat16)
     base.save_pretrained(tmp_path / "base")
@@ -150,6 +153,7 @@ def test_an_inserted_layer_checkpoints_like_its_neighbours(use_reentrant, token_
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_what_trainer_pushes_is_the_organ(blocks, tmp_path, hub):
     model = trainable(tiny_model("llama"))
     run = trainer(model, blocks, tmp_path, push_to_hub=True, hub_model_id="me/trained-organ", save_strategy="no")

@@ -79,6 +79,7 @@ def parse(line: str) -> dict[str, str]:
     return {name: value for name, value in match.groupdict().items() if value is not None}
 
 
+@pytest.mark.slow
 def test_a_plain_line_at_each_log(blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen := Screen(terminal=False))
     run = trainer(blocks, tmp_path, both(blocks))
@@ -96,6 +97,7 @@ def test_a_plain_line_at_each_log(blocks, tmp_path, monkeypatch):
     assert run.state.num_input_tokens_seen == 6 * 4 * BLOCK  # counted though nobody asked for it
 
 
+@pytest.mark.slow
 def test_one_evaluation_set_has_no_name(blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen := Screen(terminal=False))
     trainer(blocks, tmp_path, blocks.select(range(4)), include_num_input_tokens_seen="non_padding").train()
@@ -117,6 +119,7 @@ class Clock(TrainerCallback):
         self.now += 7
 
 
+@pytest.mark.slow
 def test_tokens_per_second_is_that_of_training_and_time_left_that_of_everything(blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen := Screen(terminal=False))
     clock = Clock()
@@ -137,6 +140,7 @@ class Unhurried(TrainerCallback):
         time.sleep(0.15)
 
 
+@pytest.mark.slow
 def test_a_live_line_on_a_terminal(blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen := Screen(terminal=True))
     monkeypatch.setattr(logging, "_tqdm_active", True)  # the suite runs with HF_HUB_DISABLE_PROGRESS_BARS
@@ -149,6 +153,7 @@ def test_a_live_line_on_a_terminal(blocks, tmp_path, monkeypatch):
     assert shown.count("\n") <= 1 + 2 * shown.count("\x1b[A")  # but for the moves to the bar below, one line
 
 
+@pytest.mark.slow
 def test_plain_lines_on_a_terminal_without_bars(blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen := Screen(terminal=True))
     trainer(blocks, tmp_path).train()
@@ -179,6 +184,7 @@ def test_only_the_first_process_speaks(blocks, tmp_path, monkeypatch):
         assert screen.getvalue() == "" and arguments.include_num_input_tokens_seen == "all"
 
 
+@pytest.mark.slow
 def test_the_picture_of_a_training(blocks, tmp_path):
     run = trainer(blocks, tmp_path, both(blocks), eval_on_start=True)
     run.train()
@@ -201,6 +207,7 @@ def test_the_picture_of_a_training(blocks, tmp_path):
     assert clock.get_xlabel() == "time in training (s)"
 
 
+@pytest.mark.slow
 def test_the_picture_over_steps_where_tokens_were_not_counted(blocks, tmp_path):
     run = trainer(blocks, tmp_path, blocks.select(range(4)))
     run.remove_callback(ProgressLine)

@@ -25,6 +25,7 @@ def measured(trainer, name: str, step: int) -> float:
     return math.exp(losses[step])
 
 
+@pytest.mark.slow
 def test_what_the_trainer_measured_is_on_the_card(tmp_path):
     model = recipient()
     trainer = made(model, tmp_path, callbacks=[TrainingCurve()], **EVALUATED)
@@ -42,6 +43,7 @@ def test_what_the_trainer_measured_is_on_the_card(tmp_path):
     assert "Nothing was measured yet" not in card
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_training_whose_tokens_count_and_whose_numbers_no_longer_hold(tmp_path):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -71,6 +73,7 @@ def doubled(trainer, model, inputs, return_outputs=False, **options):
     return (loss, {"loss": loss}) if return_outputs else loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
 @pytest.mark.parametrize("change", ["label_smoothing_factor", "compute_loss_func", "compute_loss", "router loss"])
 def test_a_loss_that_is_not_that_of_tokens_alone_gives_no_perplexity(change, cls, tmp_path):
@@ -108,6 +111,7 @@ def test_numbers_are_of_the_weights_that_are_saved(tmp_path):
     ] == measured(trainer, "domain", 3)
 
 
+@pytest.mark.slow
 def test_numbers_from_before_the_training_go_and_those_of_others_stay(tmp_path):
     model = recipient()
     config = model.donor_config["default"]
@@ -130,6 +134,7 @@ def config_of(model):
     return model.donor_config["default"]
 
 
+@pytest.mark.slow
 def test_each_training_of_a_trainer_counts(tmp_path):
     model = recipient()
     trainer = made(model, tmp_path, num_train_epochs=1, eval_dataset=rows(4, seed=1))
@@ -143,6 +148,7 @@ def test_each_training_of_a_trainer_counts(tmp_path):
     assert config_of(model).tokens_seen == 3 * 160
 
 
+@pytest.mark.slow
 def test_each_model_of_model_init_has_its_own_record(tmp_path):
     options = {"max_steps": 1, "eval_dataset": rows(4), "eval_strategy": "epoch"}
     trainer = made(None, tmp_path, model_init=lambda: recipient(), **options)
@@ -160,6 +166,7 @@ def test_padding_counts_only_where_no_mask_tells_it(masked, count, tmp_path, cap
     assert config_of(model).tokens_seen == count and "count non-padding tokens" not in caplog.text
 
 
+@pytest.mark.slow
 def test_only_active_organs_were_trained(tmp_path):
     model = two_organs()
     top = model.donor_config["top"]
@@ -172,6 +179,7 @@ def test_only_active_organs_were_trained(tmp_path):
     assert (top.tokens_seen, top.metrics) == (5, {"perplexity": {"after": 3.0}})
 
 
+@pytest.mark.slow
 def test_what_trains_adapters_trains_no_organ(tmp_path):
     peft = pytest.importorskip("peft")
     model = recipient()
@@ -197,6 +205,7 @@ def test_resuming_counts_no_token_twice(tmp_path):
         assert config_of(resumed.model).tokens_seen == 1000 + 320
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_the_best_model(tmp_path):
     model = recipient()
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_domain_loss", "greater_is_better": True}

@@ -48,6 +48,7 @@ def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
         torch.testing.assert_close(tensor, theirs[1][name], atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type", [pytest.param(kind, marks=OPT_DRAWS if kind == "opt" else ()) for kind in ARCHITECTURES + EXPERTS]
 )
@@ -136,6 +137,7 @@ def test_dropout_of_the_organ_stays_and_that_below_it_is_off(tmp_path):
     assert model.transformer.training and not model.transformer.drop.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"head_chunk": 0}, {"cache_prefix": True}], ids=str)
 def test_noisy_embeddings_are_those_of_the_plain_trainer(options, tmp_path):
     once = {"max_steps": 2, "neftune_noise_alpha": 20.0}
@@ -145,6 +147,7 @@ def test_noisy_embeddings_are_those_of_the_plain_trainer(options, tmp_path):
     assert ours[0] != pytest.approx(trained(tmp_path / "c", max_steps=2)[0], abs=1e-2)
 
 
+@pytest.mark.slow
 def test_the_base_of_the_kl_term_runs_without_dropout_and_noise(tmp_path):
     """The embeddings and the last layer run twice, in the base and in the model."""
     model = recipient("gpt2", mode="insert", init="identity")
@@ -240,6 +243,7 @@ def test_evaluation_uses_the_cache_and_gives_the_loss_of_trainer(tmp_path):
     assert trainer._stack.prefix.store.rows.hits == 8
 
 
+@pytest.mark.slow
 def test_evaluating_in_another_dtype(tmp_path):
     """`bf16_full_eval` casts the model for evaluation; what was kept for float32 is not used then."""
     options = {"eval_dataset": rows(4, seed=1), "bf16_full_eval": True}
@@ -278,6 +282,7 @@ def with_penalty(trainer, model, inputs, return_outputs=False, **options):
     return (loss, outputs) if return_outputs else loss
 
 
+@pytest.mark.slow
 def test_a_compute_loss_of_a_subclass_gets_logits(tmp_path):
     ours, plain = (
         made(recipient(), tmp_path / cls.__name__, cls=own, max_steps=2, eval_dataset=rows(4, seed=1))
@@ -308,6 +313,7 @@ def test_what_trainer_can_do_is_done(options, tmp_path):
     assert trained(tmp_path / "c", cache_prefix=True, **options)[0] == pytest.approx(plain[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_streams_and_early_stopping(tmp_path):
     def stream() -> IterableDataset:
         return IterableDataset.from_generator(lambda: iter(rows()))
@@ -440,6 +446,7 @@ def test_what_trainer_prints_is_printed(disable_tqdm, tmp_path, capsys):
     assert all(there <= here for there, here in zip(theirs, ours, strict=True))  # DonorTrainer counts tokens too
 
 
+@pytest.mark.slow
 def test_how_many_tokens_an_organ_has_seen(tmp_path):
     model = recipient()
     model.donor_config["default"].tokens_seen = 1000
@@ -449,6 +456,7 @@ def test_how_many_tokens_an_organ_has_seen(tmp_path):
     assert DonorModel.from_pretrained(tmp_path / "organ").config.tokens_seen == 1000 + (4 + 4 + 2 + 4) * 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [DonorTrainer, Trainer])
 def test_a_push_keeps_the_organ_s_card(cls, hub, tmp_path):
     repo_id = f"me/pushed-by-{cls.__name__.lower()}"
