@@ -10,6 +10,7 @@ from typing import Any
 import privacy
 import recall
 import report
+import sweep
 from methods import REFERENCE, mean, seconds_per_step
 from texts import ROOT
 
@@ -83,6 +84,12 @@ def privacy_table() -> str:
     size = privacy.FORMS[found["form"]]
     runs = [run for run in found["runs"] if size.items() <= run["given"].items()]
     return f"{privacy.tables(runs)}\n\n{source('privacy.py', found)}"
+
+
+def sweep_table() -> str:
+    """What a sweep over positions saves."""
+    found = read("sweep")
+    return f"{sweep.table(found)}\n\n{source('sweep.py', {**found, 'runs': [found]})}"
 
 
 def source(script: str, found: dict[str, Any]) -> str:

@@ -50,6 +50,7 @@ PAGES: dict[Any, dict[str, Callable[[], str]]] = {
     },
     RESULTS / "recall.md": {"recall": figures.recall_table},
     RESULTS / "privacy.md": {"privacy": figures.privacy_table},
+    RESULTS / "sweep.md": {"sweep": figures.sweep_table},
     **{
         RESULTS / "paper" / f"{name}.md": {name: functools.partial(answers.details_of_paper, name)}
         for name in QUESTIONS
