@@ -66,6 +66,7 @@ def test_auto_config_and_auto_model(where):
     assert all(torch.equal(a, b) for a, b in zip(organ.parameters(), moved(base).parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_every_form_of_from_pretrained_gives_the_same_model(where, token_ids):
     base, donor_id = where
     live = AutoModelForCausalLM.from_pretrained(base)
@@ -163,6 +164,7 @@ def base(base_repo) -> str:
     return base_repo("llama")
 
 
+@pytest.mark.slow
 def test_cutting_and_loading_pin_the_commit_of_the_base(hub, token_ids):
     repo = HfApi().create_repo("me/changing-base").repo_id
     tiny_model("llama", seed=1).push_to_hub(repo)

@@ -123,6 +123,7 @@ def test_a_bert_that_decodes_is_a_causal_lm(token_ids):
     assert any("is_decoder True" in line for line in check_compatibility(donor, tiny_model("bert")))
 
 
+@pytest.mark.slow
 def test_the_example_runs(base_folder, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(f"w{n + 3 + k % 9}" for k in range(12)) for n in range(8)))

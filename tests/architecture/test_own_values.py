@@ -43,6 +43,7 @@ def test_values_move_with_their_layers(model_type):
         assert vars(spliced) == before == vars(config)
 
 
+@pytest.mark.slow
 def test_a_span_may_end_in_a_layer_in_which_no_model_ends(tmp_path, caplog):
     """Config classes of Gemma 4 make the last layer a full one."""
     base = tiny_model("gemma4_text", **ALTERNATING)

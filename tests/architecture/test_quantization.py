@@ -161,6 +161,7 @@ def test_what_cannot_be_merged_stays_packed(quantizer, base, token_ids, monkeypa
     assert torch.equal(model(token_ids).logits, expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_gguf(tmp_path, token_ids):
     """transformers dequantizes the file while it loads, or leaves it packed where it has kernels."""

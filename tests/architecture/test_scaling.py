@@ -89,6 +89,7 @@ def test_an_organ_trained_at_scale_zero_is_not_saved(token_ids, tmp_path):
     assert torch.equal(logits(model, token_ids), before) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_scales_travel_in_compositions(token_ids, tmp_path, base_folder):
     base = base_folder("llama")
     model = TransplantedForCausalLM.from_pretrained(base, tiny_organ(1), donor_name="a", position=1)
@@ -150,6 +151,7 @@ def test_a_cast_in_which_a_scaled_weight_overflows_is_refused(token_ids):
 REPLACED = {"position": 1, "mode": "replace"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replacement_moves_between_the_recipient_and_the_organ(dtype, token_ids, tmp_path):
     base = tiny_model("llama").to(dtype)

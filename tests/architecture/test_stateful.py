@@ -36,6 +36,7 @@ def test_a_period_is_kept_or_found_anew():
     assert found == [(8, 4), (8, 2), (8, 6), (8, 7)]
 
 
+@pytest.mark.slow
 def test_an_organ_fits_where_the_period_stays(token_ids, tmp_path):
     """Attention stands at 1 and 3 of 4 layers."""
     base = tiny_model("jamba", **EVERY_SECOND)

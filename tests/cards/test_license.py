@@ -142,6 +142,7 @@ def test_a_live_model_asks_nothing_of_the_network(hub, licensed):
     assert hub.requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metadata", ["license: mit", None])
 def test_a_card_is_asked_for_once_and_never_by_loading(hub, licensed, metadata, tmp_path):
     base = licensed(metadata)

@@ -211,6 +211,7 @@ def test_debug_shows_where_it_failed(base):
         assert isinstance(result.exception, NotHFError)
 
 
+@pytest.mark.slow
 def test_extract(base, tmp_path):
     out = tmp_path / "organ"
     shown = done("extract", base, "--layers", "1:3", "--mode", "replace", "--init", "identity", "-o", out)

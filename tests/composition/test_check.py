@@ -112,6 +112,7 @@ def test_on_the_command_line(sound, broken, base_repo):
     assert {tensor["name"] for tensor in found["tensors"]} > {Q}
 
 
+@pytest.mark.slow
 def test_inspect_reads_headers_alone(sound, hub):
     repo = push(sound, "me/inspected")
     hub.requests.clear()

@@ -57,6 +57,7 @@ def test_donors_from_the_hub_are_listed_at_their_commits(base, kjv, law, both):
     assert f"base_model: {base}" in card
 
 
+@pytest.mark.slow
 def test_local_donors_are_copied_in_and_those_from_the_hub_when_asked(base, kjv, law, one_by_one, token_ids, tmp_path):
     DonorModel.from_pretrained(law).save_pretrained(tmp_path / "my.law", max_shard_size="10KB")
     plan = compose([kjv, OrganSource("", tmp_path / "my.law", position=1)], base)

@@ -106,6 +106,7 @@ def test_commits_hold_when_branches_move_on(token_ids, tmp_path):
             assert torch.equal(logits(load(name), token_ids), expected)
 
 
+@pytest.mark.slow
 def test_revisions_and_subfolders_stay_with_their_repos(base, kjv, law, both, one_by_one, token_ids, tmp_path):
     """A branch and a folder that only the composition's repo has, one that only a donor's has, neither of the base."""
     HfApi().create_repo("me/c-branched")
@@ -161,6 +162,7 @@ def closed(request, hub: Hub, tmp_path_factory, token_ids) -> tuple[str, Path, l
     return both, folder, [base, donor], expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [0, 1], ids=["repo", "folder"])
 def test_the_token_and_the_cache_reach_every_repo(form, hub: Hub, closed, token_ids, tmp_path):
     name, repos, expected = closed[form], closed[2], closed[3]

@@ -201,6 +201,7 @@ def test_in_a_recipient_without_its_layers_they_are_read(base_folder):
     assert same(ours, found.state_dict())
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said(base_folder, tmp_path):
     named, unnamed = organ(base_folder("llama"), 1), tiny_organ(2)
     with pytest.raises(NotHFError, match=r"ties needs layers \[1, 3\) of the base .* none; give it: base=..."):

@@ -93,6 +93,7 @@ def test_a_change_of_that_rank_is_read_back(model_type, base_folder, tmp_path):
     assert same(DonorModel.from_pretrained(tmp_path / "again"), again)
 
 
+@pytest.mark.slow
 def test_what_a_rank_leaves_out_is_said(base, tmp_path):
     donor, lost = trained(base, rank=8), []
     for rank in (1, 2, 4):
@@ -143,6 +144,7 @@ def test_tensors_for_which_a_change_is_no_smaller_are_whole(base, tmp_path):
     assert all(torch.equal(again[name], tensors[name]) for name in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", ["outputs", "attention", ["up_proj", "input_layernorm"]], ids=str)
 def test_parts_of_layers(modules, base, tmp_path):
     donor = trained(base, mode="replace", modules=modules)
@@ -252,6 +254,7 @@ def test_on_the_hub(base_repo, cache, hub, tmp_path, token_ids):
     assert DonorConfig.from_pretrained("me/delta-organ").delta is None
 
 
+@pytest.mark.slow
 def test_a_whole_folder_is_pushed_as_a_delta(base_repo, tmp_path):
     donor = trained(base_repo("llama"))
     donor.save_pretrained(tmp_path / "whole")
@@ -283,6 +286,7 @@ def test_a_delta_of_a_folder_on_this_machine_is_not_pushed(base_folder, base_rep
     assert same(pushed, DonorModel.from_pretrained(tmp_path / "alone"))
 
 
+@pytest.mark.slow
 def test_the_token_of_a_save_reads_the_base(base_folder, tmp_path, monkeypatch):
     HfApi().create_repo("me/delta-private", private=True)
     HfApi().upload_folder(repo_id="me/delta-private", folder_path=base_folder("llama"))

@@ -474,6 +474,7 @@ def test_every_way_in_says_how_to_import(way, place, hub: Hub, checkpoints, tmp_
     assert not [record for record in hub.requests if "/tree/" in record.path]  # nor is the repo searched for pickles
 
 
+@pytest.mark.slow
 def test_the_command(base_folder, cut, tmp_path):
     file, out = save(layers_of("llama"), tmp_path), tmp_path / "organ"
     base = base_folder("llama")

@@ -276,6 +276,7 @@ def test_tokenizers_in_a_cache_of_ones_own_are_compared(base_repo, tmp_path):
     assert TOLD not in check_compatibility(donor, other).differences
 
 
+@pytest.mark.slow
 def test_tokenizers_on_the_hub_are_compared_but_not_fetched(hub, base_repo, caplog):
     base, other = base_repo("llama"), "me/other-tokens"
     tiny_model("llama").push_to_hub(other)

@@ -105,6 +105,7 @@ def test_streams(model, prompt, stack, capsys):
     assert "".join(pieces).strip() == expected and len(pieces) > 5
 
 
+@pytest.mark.slow
 def test_pipeline_in_batches_and_streamed(base, model, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

@@ -143,6 +143,7 @@ def test_without_organs_there_are_no_rows_for_their_tokens():
     assert found["paired_by"] == "text"
 
 
+@pytest.mark.slow
 def test_paired_intervals_cover_what_they_should_and_are_narrow():
     """Of 2,000 simulated pairs on 100 windows, 95 % intervals hold the true difference in 93 to 97 %."""
     generator = np.random.default_rng(1)

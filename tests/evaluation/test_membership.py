@@ -32,6 +32,7 @@ def test_auc_is_the_share_of_pairs_in_order_and_tpr_is_at_one_per_cent():
     assert row["auc_low"] < row["auc"] < row["auc_high"] and row["tpr_low"] <= row["tpr"] <= row["tpr_high"]
 
 
+@pytest.mark.slow
 def test_each_attack_sees_what_it_is_for():
     generator = np.random.default_rng(0)
     hardness = generator.normal(0, 3, 150)

@@ -238,6 +238,7 @@ def test_says_what_is_wrong(change, message, monkeypatch):
         compare_methods(**{"base": tiny_model("llama"), "data": TEXTS, **HOW, **change})
 
 
+@pytest.mark.slow
 def test_donors_and_bases_that_do_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(method_comparison, "_load", None)
     base, wide = tiny_model("llama"), organ(tiny_model("llama", hidden_size=64), 1)

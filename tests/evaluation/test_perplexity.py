@@ -105,6 +105,7 @@ def by_hand(model, tokenizer, texts, *, max_length, stride, bos=True) -> tuple[l
     return perplexities, math.exp(total / num_tokens), num_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "window",
     [{}, {"max_length": 16, "stride": 5}, {"max_length": 16, "stride": 15}, {"max_length": 16, "stride": 16}],
@@ -260,6 +261,7 @@ def test_by_id_and_through_evaluate(gpt2, tokenizer, tmp_path):
     assert loaded.compute(predictions=TEXTS, model_id=str(tmp_path), device="cpu") == expected
 
 
+@pytest.mark.slow
 def test_donors_and_transplanted_models(gpt2, tokenizer, tmp_path):
     gpt2.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

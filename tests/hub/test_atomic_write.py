@@ -29,6 +29,7 @@ def base(base_repo: Callable[[str], str]) -> str:
     return base_repo("llama")
 
 
+@pytest.mark.slow
 def test_a_variant_replaces_its_own_weights_only(base, tmp_path):
     first, second, third = (organ(base, seed) for seed in (1, 2, 3))
     first.save_pretrained(tmp_path)
@@ -40,6 +41,7 @@ def test_a_variant_replaces_its_own_weights_only(base, tmp_path):
     assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors", "model.fp16.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existed", [False, True])
 def test_a_save_that_fails_midway_changes_nothing(base, existed, tmp_path, monkeypatch):
     """The disk is full when the second organ of a composition is written."""

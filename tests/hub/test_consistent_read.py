@@ -109,6 +109,7 @@ def test_so_is_one_that_is_transplanted(how, base, tmp_path, monkeypatch, no_pau
     assert same(DonorModel.from_pretrained(tmp_path / "again"), new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [0, 1])
 def test_a_composition_that_is_saved_again_while_it_is_read_is_read_again(nth, base, tmp_path, monkeypatch, no_pauses):
     model = with_organs(base, 1, 2)

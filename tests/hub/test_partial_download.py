@@ -31,6 +31,7 @@ from testing.processes import run_python
 pytestmark = pytest.mark.usefixtures("cache")
 
 
+@pytest.mark.slow
 def test_only_the_bytes_of_the_span_are_served(repo, hub, model):
     organ = cut(repo)
     assert is_cut(organ, model)
@@ -76,6 +77,7 @@ def test_what_is_borrowed_is_deleted_when_nobody_reads_it_any_more(repo, hub, mo
     assert all(torch.equal(read[0][name], model.state_dict()[name].flatten()) for name in names)
 
 
+@pytest.mark.slow
 def test_force_download_reads_again(repo, hub, model):
     cut(repo)
     hub.requests.clear()
@@ -172,6 +174,7 @@ def test_a_base_in_a_subfolder_is_found_again(hub, model, token_ids, tmp_path):
     assert AutoTokenizer.from_pretrained("me/nested-organ")("w5").input_ids == [5]
 
 
+@pytest.mark.slow
 def test_private_and_gated(hub, model, tmp_path):
     hub.add_user("you", "hf_you")
     repo = HfApi().create_repo("me/locked", private=True).repo_id

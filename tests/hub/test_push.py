@@ -72,6 +72,7 @@ def write(repo_id: str, path: str, content: str | bytes, **where) -> CommitInfo:
     return HfApi().upload_file(repo_id=repo_id, path_in_repo=path, path_or_fileobj=data, **where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(1,), (1, 2)], ids=["organ", "composition"])
 def test_a_push_is_one_commit_with_what_was_asked_for(base, seeds, api, repo_id):
     model = with_organs(base, *seeds)
@@ -105,6 +106,7 @@ def test_tags_come_from_the_model_as_well(base, api, repo_id):
     assert card(repo_id).data.tags.count("from-the-model") == 1 == card(repo_id).data.tags.count("a-string")
 
 
+@pytest.mark.slow
 def test_save_pretrained_pushes_too(base, api, tmp_path):
     donor = organ(base, 1)
     donor.save_pretrained(tmp_path / "named-like-its-folder", push_to_hub=True, commit_message="saved", private=True)
@@ -191,6 +193,7 @@ def test_what_is_no_branch_is_refused(base, api, repo_id, revision):
     assert state(repo_id) == before
 
 
+@pytest.mark.slow
 def test_a_pull_request_by_somebody_else(hub, base, api, repo_id):
     hub.add_user("guest", token="hf_guest")
     first, second, third = (organ(base, seed) for seed in (1, 2, 3))
@@ -405,6 +408,7 @@ def test_weights_of_an_earlier_save_do_not_stay_behind(base, change, where, api,
         assert not [path for path in place.iterdir() if "draft" in path.name]
 
 
+@pytest.mark.slow
 def test_the_command_line_pushes_over_what_is_there(base, api, repo_id, tmp_path):
     """What a killed process left in the folder stays here."""
     organ(base, 1).push_to_hub(repo_id)
@@ -503,6 +507,7 @@ def test_an_edit_during_the_push_is_not_lost(hub, base, api, repo_id):
     assert len([record for record in hub.requests if record.method == "PUT"]) == 1  # the weights are sent once
 
 
+@pytest.mark.slow
 def test_a_repo_that_never_rests_is_an_error(hub, base, api, repo_id):
     organ(base, 1).push_to_hub(repo_id)
     hub.fault = meanwhile(repo_id, times=100)
@@ -512,6 +517,7 @@ def test_a_repo_that_never_rests_is_an_error(hub, base, api, repo_id):
     assert holds(repo_id, organ(base, 1)) and "Edit 4." in card(repo_id).text
 
 
+@pytest.mark.slow
 def test_two_pushes_at_once_leave_one_whole_organ(base, api, repo_id):
     """In whichever order they come, config and weights are of one of them."""
     organ(base, 1).push_to_hub(repo_id)

@@ -179,6 +179,7 @@ def test_a_forced_download_that_fails_leaves_the_entry(repo, hub, model):
     assert is_cut(cut(repo, local_files_only=True), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", ["single"], indirect=True)
 def test_a_damaged_entry_is_fetched_again(repo, model, cache):
     cut(repo)

@@ -55,6 +55,7 @@ def ids(**wanted) -> list[str]:
     return [donor.id for donor in list_donors(**wanted)]
 
 
+@pytest.mark.slow
 def test_only_donors_of_that_base_come_back(shelf):
     assert ids(base_model=BASE) == ["finder/law-organ", "finder/kjv-organ"]  # the most downloaded first
     assert ids(base_model="finder/other") == ["finder/far"]
@@ -92,6 +93,7 @@ def test_an_item_says_what_the_hub_says(shelf):
     assert len({donor, gated}) == 2
 
 
+@pytest.mark.slow
 def test_pages_and_limit(hub, shelf, monkeypatch):
     monkeypatch.setattr(repos, "_PAGE_SIZE", 2)
     hub.requests.clear()
@@ -113,6 +115,7 @@ def test_failures_are_os_errors(hub, shelf, monkeypatch):
         list_donors()
 
 
+@pytest.mark.slow
 def test_the_command(shelf):
     found = done("search", "organ", "--author", "finder")["donors"]
     assert [donor["id"] for donor in found] == ["finder/law-organ", "finder/kjv-organ"]

@@ -78,6 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], Pat
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "name"), [pytest.param(*pair, marks=exhaustive(pair[0])) for pair in PAIRS])
 def test_an_organ_of_a_language_model_lives_under_another_head(model_type, name, folder, tmp_path):
     kind, base = HEADS[name], folder(HEADS[name], model_type)

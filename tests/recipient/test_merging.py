@@ -92,6 +92,7 @@ def test_the_files_are_those_of_a_merge_in_memory(model_type, tmp_path):
         assert merged.built_because is None or has_experts
 
 
+@pytest.mark.slow
 def test_one_file_and_another_base(base, donor, tmp_path):
     other = write_base(tmp_path / "other", dtype=torch.float16, vocab_size=104)
     edit_json(other / "generation_config.json", max_length=33)
@@ -157,6 +158,7 @@ def test_the_scale_of_layers_with_other_shapes_is_refused_as_in_memory(tmp_path)
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_base_that_was_saved_without_its_head(tmp_path):
     """openai-community/gpt2 names its tensors so."""
     base = write_base(tmp_path / "base", "gpt2", torch.float32)
@@ -300,6 +302,7 @@ def test_a_damaged_organ_is_refused_as_in_memory(change, error, mode, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "config", "scale", "error", "message"),
     [
@@ -317,6 +320,7 @@ def test_what_cannot_be_merged_is_refused(model_type, config, scale, error, mess
     assert not (tmp_path / "ours").exists()
 
 
+@pytest.mark.slow
 @dequantizes_fp8
 def test_a_quantized_recipient_is_merged_in_memory(tmp_path, caplog):
     """Where transformers dequantizes it, as on CPU; elsewhere, the merge is refused."""
@@ -374,6 +378,7 @@ def test_layers_under_another_config(model_type, tmp_path):
     assert {name: contents(tmp_path / "ours")[name] for name in theirs} == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "Model"])
 def test_a_recipient_keeps_the_head_that_its_config_names(head, tmp_path):
     config = tiny_model("llama", num_labels=3).config

@@ -13,6 +13,7 @@ from testing.donors import organ, same, scaled_by_hand, tiny_organ, transplanted
 from testing.models import logits, tiny_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["insert", "replace"])
 def test_a_swap_puts_other_weights_into_the_same_tensors(mode, token_ids, tmp_path):
     a, b = tiny_organ(1, mode=mode), tiny_organ(2, mode=mode)

@@ -121,6 +121,7 @@ def test_only_the_bytes_of_parts_are_fetched(base_repo, cache, hub):
     assert len(list(cache.rglob("*.safetensors"))) == 2 and again.num_parameters() != donor.num_parameters()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", in_matrix("llama", "mixtral"))
 def test_a_second_cut_of_parts_reads_nothing(model_type, base_repo, cache, hub, tmp_path):
     where = {"mode": "replace", "modules": "outputs"}

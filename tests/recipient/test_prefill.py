@@ -91,6 +91,7 @@ def test_nothing_and_everything_can_be_shared():
         model.prefill(TOKEN_IDS, depth=5)
 
 
+@pytest.mark.slow
 def test_what_has_changed_is_refused():
     model = model_of("llama")
     prefill, before = model.prefill(TOKEN_IDS), exact_logits(model, TOKEN_IDS)

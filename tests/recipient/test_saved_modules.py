@@ -118,6 +118,7 @@ def test_new_tokens_are_trained_and_travel_with_the_organ(base_on_disk, tmp_path
     assert torch.equal(native.generate(TOKEN_IDS[:1], max_new_tokens=4, do_sample=False), greedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODELS)
 def test_whole_modules_travel_with_the_organ(model_type, tmp_path):
     base = tiny_model(model_type)
@@ -155,6 +156,7 @@ def test_a_head_is_cut_from_files_that_hold_only_the_embeddings_it_shares(tmp_pa
         DonorModel.from_base(tmp_path / "base", (1, 3), modules_to_save=["embed_tokens", "lm_head"])
 
 
+@pytest.mark.slow
 def test_a_classifier_travels_with_the_organ(tmp_path):
     torch.manual_seed(0)
     tiny_model("llama").save_pretrained(tmp_path / "base")
@@ -405,6 +407,7 @@ def test_a_composition_keeps_the_modules_of_its_organs(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), both)
 
 
+@pytest.mark.slow
 def test_an_organ_with_new_tokens_and_their_tokenizer_on_the_hub(base_repo, api, tmp_path):
     repo = base_repo("llama")
     tokenizer = AutoTokenizer.from_pretrained(repo)
@@ -436,6 +439,7 @@ def test_names_that_no_module_can_have_are_refused(key, tmp_path):
         DonorModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_cached_below_an_organ_needs_frozen_embeddings(tmp_path):
     base = tiny_model("llama")
     donor = DonorModel.from_base(base, (2, 3), mode="replace", trainable_token_indices=[3])

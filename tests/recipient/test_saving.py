@@ -27,6 +27,7 @@ from testing.models import logits, tiny_model
 A, B, C = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2)), tiny_organ(3, layers=(1, 2))
 
 
+@pytest.mark.slow
 def test_shards_of_an_organ_load_one_by_one(token_ids, tmp_path):
     """As `Trainer` does on resuming from a sharded checkpoint."""
     model = transplanted(("b", B, {}))

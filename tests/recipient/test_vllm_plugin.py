@@ -80,6 +80,7 @@ def test_the_model_on_a_command_line(command, model):
     assert served_model(command.split()) == model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [{}, {"delta": "bfloat16"}], ids=["whole", "delta"])
 def test_what_is_served_is_the_merged_model(form, donor, tmp_path, at_exit, monkeypatch, token_ids):
     name = tmp_path / "given"

@@ -55,6 +55,7 @@ def by_optimizer(model: torch.nn.Module) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_it_is_both_apart_bit_for_bit(token_ids):
     joint, apart = transplanted(), transplanted()
     parameters = {name: p for name, p in apart.named_parameters() if p.requires_grad}
@@ -99,6 +100,7 @@ def test_embeddings_and_the_head_are_adamws(model_type):
     assert sorted([*matrices, *itertools.chain(*others)]) == sorted(names.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["state_dict", "file", "pickle", "deepcopy"])
 def test_it_goes_on_where_it_was(way, token_ids):
     whole = transplanted()

@@ -103,6 +103,7 @@ def test_a_marker_with_other_words_is_somebody_else_s(tmp_path):
     assert target.exists()
 
 
+@pytest.mark.slow
 def test_many_may_make_room_at_once(tmp_path):
     errors: list[BaseException] = []
 

@@ -157,6 +157,7 @@ def test_each_model_of_model_init_has_its_own_record(tmp_path):
         assert config_of(trainer.model).tokens_seen == 64 and config_of(trainer.model).metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("masked", "count"), [(True, 8 * 12), (False, 8 * 16)])
 def test_padding_counts_only_where_no_mask_tells_it(masked, count, tmp_path, caplog):
     model, data = recipient(), rows(8)

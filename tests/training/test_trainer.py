@@ -126,6 +126,7 @@ def test_an_organ_that_is_inserted_starts_at_its_position(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_dropout_of_the_organ_stays_and_that_below_it_is_off(tmp_path):
     model = recipient("gpt2")
     seen: dict[int, list[bool]] = {1: [], 2: []}
@@ -524,6 +525,7 @@ def test_two_optimizers_are_refused(name, tmp_path):
         made(model, tmp_path, optimizer="muon", **{name: values[name]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [None, "muon"])
 def test_arguments_that_are_changed_before_the_training_count(optimizer, tmp_path):
     """As `hyperparameter_search` changes them."""
