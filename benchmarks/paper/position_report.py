@@ -159,8 +159,10 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_panel(panel: Any, cases: Iterable[dict[str, Any]]) -> None:
-    """A line for each kind of organ, with the range of its seeds, and one for the base."""
-    for case in cases:
+    """A line for each kind of organ, in the same colors, with the range of its seeds, and one for the base."""
+    for case in sorted(
+        cases, key=lambda case: (WAYS.index(case["way"]), case["mode"], case["init"])
+    ):  # the same colors
         places = sorted(map(int, case["positions"]))
         of_seeds = [[math.exp(loss) for loss in case["positions"][str(place)]["domain"]] for place in places]
         mode = f"{case['mode']}, " if case["way"] == WAYS[-1] else ""

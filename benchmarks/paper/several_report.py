@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pictures import finish
+from pictures import finish, panels_of
 from question import Runs, markdown, spread
 from report import paired
 
@@ -133,25 +134,20 @@ def compared(pair: tuple[str, dict[str, Any]]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """What each combination gains on both texts, and on the control: a row of panels for each base."""
-    from not_hf.training.figure import new_figure
-
+    """What each combination gains on both texts and on the control: a panel for each base."""
     shown = {base: of["losses"] for base, of in found.items()}
-    figure = new_figure(11, (0.26 * max(map(len, shown.values())) + 1.2) * len(shown), "the picture")
-    grid = figure.subplots(len(shown), 2, squeeze=False, sharey="row")
-    for (base, of), panels in zip(shown.items(), grid, strict=True):
-        names = [name for name in reversed(of) if name != "base"]
-        for panel, texts in zip(panels, (DOMAINS, (CONTROL,)), strict=True):
-            for text in texts:
-                color, marker = f"C{NAMES.index(text)}", "os^"[NAMES.index(text)]
-                for height, name in enumerate(names):
-                    gains = [statistics.median(of["base"][text]) - loss for loss in of[name][text]]
-                    panel.plot(statistics.median(gains), height, marker, color=color, label=None if height else text)
-                    panel.hlines(height, min(gains), max(gains), color=color)
-            panel.axvline(0, color="0.35", linewidth=0.8)
-            panel.set_yticks(range(len(names)), names, fontsize="small")
-        panels[0].set_title(f"{base}: gain on the texts learned", loc="left", fontsize="medium")
-        panels[1].set_title("gain on the control", loc="left", fontsize="medium")
-        for panel in panels:
-            panel.set_xlabel("loss of the base − loss, nats per token")
+    names = [name for name in reversed(dict.fromkeys(itertools.chain(*shown.values()))) if name != "base"]
+    figure, (panels,) = panels_of(1, len(shown), width=4.5, height=0.26 * len(names) + 0.6)
+    for (base, of), panel in zip(shown.items(), panels, strict=True):
+        for number, text in enumerate(NAMES):
+            for height, name in enumerate(names):
+                gains = [statistics.median(of["base"][text]) - loss for loss in of.get(name, {}).get(text, ())]
+                if gains:
+                    panel.plot(statistics.median(gains), height, "os^"[number], color=f"C{number}", label=text)
+                    panel.hlines(height, min(gains), max(gains), color=f"C{number}")
+        panel.axvline(0, color="0.35", linewidth=0.8)
+        panel.set_ylim(-0.7, len(names) - 0.3)
+        panel.set_yticks(range(len(names)), names if panel is panels[0] else [""] * len(names), fontsize="small")
+        panel.set_title(base, loc="left", fontsize="medium")
+        panel.set_xlabel("gain, nats per token")
     finish(figure, path)
