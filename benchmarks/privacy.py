@@ -55,12 +55,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, attack, print the tables, write the numbers and the picture."""
     parser = parser_of("What fine-tuned models give away of their training rows.", FORMS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=COMPARED)
+    parser.add_argument("--seeds", type=int, help="how many (three; of small forms, one)")
     options = parser.parse_args(arguments)
     if is_one_run(options, run_once):
         return {}
     size = {"methods": options.methods, **FORMS[options.form]}
     with opened(__file__, options, run_once) as (record, pool):
-        runs = list(pool.map(lambda seed: record(seed=seed, **size), range(SEEDS[options.form])))
+        runs = list(pool.map(lambda seed: record(seed=seed, **size), range(options.seeds or SEEDS[options.form])))
     record.save(form=options.form)
     print(tables(runs))
     if options.output:
