@@ -62,8 +62,8 @@ def find(runs: Runs) -> list[dict[str, Any]]:
                 "base": base,
                 "before": {name: perplexity(losses) for name, losses in before["test"]["0"].items()},
                 "set_aside": perplexity(before["choose"]["0"]["domain"]),
-                "sweep": {method: sorted(rates.items()) for method, rates in swept.items()},
-                "rates": rates_of(swept),
+                "sweep": {method: sorted(rates.items()) for method, rates in sorted(swept.items())},
+                "rates": rates_of(dict(sorted(swept.items()))),
                 "runs": [described(run) for run in trained],
             }
         )
@@ -101,6 +101,7 @@ def headline(found: list[dict[str, Any]]) -> str:
     cases = [(each, *gap(each)) for each in found]
     reached = [harm > 1 for _, _, ratio, harm in cases if ratio >= RATIOS["LoRA"][0]]
     verdict = "A gap like the paper's" if reached else "No such gap"
+    verdict += f" in {len(reached)} of {len(cases)} models" if 0 < len(reached) < len(cases) else ""
     verdict += ", by damaging LoRA" if reached and all(reached) else ""
     parts = []
     for each, lora, ratio, harm in cases:

@@ -84,8 +84,8 @@ def concluded(
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """The median, with the smallest and the largest value behind it."""
-    low, high = min(values), max(values)
-    return f"{statistics.median(values):.{digits}f}" + (f" ({low:.{digits}f}–{high:.{digits}f})" if low < high else "")
+    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    return middle + (f" ({low}–{high})" if low != high else "")
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
