@@ -162,7 +162,7 @@ def _compare(a: Scores, b: Scores, is_same: bool, confidence_level: float, seed:
     }
 
 
-def _context(model: PreTrainedModel | str) -> float:
+def _context(model: Any) -> float:  # a wrapper is no PreTrainedModel
     return context_of(model.config if isinstance(model, nn.Module) else recipient_config(model))
 
 
