@@ -51,6 +51,7 @@ def compare_perplexity(
 
     Args:
         model_a: A causal LM, with organs or without, or its Hub ID or folder; `None`: `model_b` without its organs.
+            A live one may be wrapped, by PEFT or `torch.compile`.
         model_b: The other model, likewise.
         texts: At least one; at least two, better fifty, where the models tokenize them differently. To score a corpus
             as one stream, join it into one text.
@@ -93,10 +94,10 @@ def compare_perplexity(
         raise NotHFError("no texts to score; give texts=[text, ...]")
     if model_b is None:
         raise NotHFError("model_b is None; only model_a may be, for model_b without its organs")
-    if model_a is model_b and isinstance(model_b, nn.Module):
+    if _is_part(model_a, model_b) or _is_part(model_b, model_a):
         raise NotHFError(
-            "model_a and model_b are one model: a live recipient is transplanted in place; give None as model_a for "
-            "model_b without its organs"
+            "model_a and model_b are one model: organs and adapters are put into a live model in place; give None as "
+            "model_a for model_b without its organs, or load the base once more"
         )
     sources = [model_b if model_a is None else model_a, model_b]
     if isinstance(tokenizer, tuple):
@@ -117,14 +118,15 @@ def compare_perplexity(
 
     if model_a is None:
         model = load_model(model_b, device)
-        if not isinstance(model, Recipient):
+        recipient = next((module for module in model.modules() if isinstance(module, Recipient)), None)  # in a wrapper
+        if recipient is None:
             raise NotHFError(f"{type(model).__name__} has no organs to leave out; give a model to compare with")
-        if needs_organs(model, ids_a):
+        if needs_organs(recipient, ids_a):
             raise NotHFError(
                 "the texts hold tokens for which only the organs have rows; give "
                 "tokenizer=(the recipient's, that of the organs) and at least 2 texts, or use perplexity"
             )
-        with model.disable_donors():
+        with recipient.disable_donors():
             a = scored(model, ids_a, ends_a)
         b = scored(model, ids_b, ends_b)
     else:  # at most one model that is loaded here is in memory
@@ -160,5 +162,10 @@ def _compare(a: Scores, b: Scores, is_same: bool, confidence_level: float, seed:
     }
 
 
-def _context(model: PreTrainedModel | str) -> float:
-    return context_of(model.config if isinstance(model, PreTrainedModel) else recipient_config(model))
+def _context(model: Any) -> float:  # a wrapper is no PreTrainedModel
+    return context_of(model.config if isinstance(model, nn.Module) else recipient_config(model))
+
+
+def _is_part(model: object, whole: object) -> bool:
+    """Whether a live model is another one, or inside of it, as in a wrapper of PEFT."""
+    return isinstance(whole, nn.Module) and any(module is model for module in whole.modules())

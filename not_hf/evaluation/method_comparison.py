@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.stack import is_encoder
@@ -234,6 +235,11 @@ def _base_config(base: PreTrainedModel | str | os.PathLike[str]) -> PreTrainedCo
     """Return the config of a base that can be compared."""
     if isinstance(base, Recipient):
         raise NotHFError("the base has organs; give the model without them (unload), and the donors as donors=[…]")
+    if isinstance(base, nn.Module) and not isinstance(base, PreTrainedModel):
+        raise NotHFError(
+            f"the base is wrapped in {type(base).__name__}; give the model without it, of PEFT: merge_and_unload() or "
+            "unload()"
+        )
     if isinstance(base, PreTrainedModel):
         config = base.config
     else:

@@ -21,7 +21,11 @@ from not_hf.errors import NotHFError
 from not_hf.evaluation.swept_places import BASE, Nats
 
 _FILE = "sweep.json"
-_DIGESTS = {"donor_digest": "organ", "windows_digest": "text", "training_digest": "training"}
+_DIGESTS = {
+    "donor_digest": "organ, or of one at another scale",
+    "windows_digest": "text",
+    "training_digest": "training",
+}
 _SECONDS = 30  # between two saves of an unfinished sweep
 
 
@@ -95,8 +99,10 @@ def _num_missing(nats: Nats) -> int:
 
 
 def donor_digest(donor: DonorModel) -> str:
-    """Digest the names and values of an organ's tensors."""
+    """Digest the names and values of an organ's tensors, and its scale."""
     digest = hashlib.sha256()
+    if donor.config.scale != 1:
+        digest.update(f"scale {donor.config.scale}".encode())
     for name, tensor in sorted(donor.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -9,6 +9,7 @@ import math
 import evaluate
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -125,8 +126,19 @@ def test_says_what_is_wrong(model, change, message):
 def test_a_live_recipient_is_no_model_to_compare_its_organs_with():
     base = tiny_model("llama")
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1))
-    with pytest.raises(NotHFError, match="are one model: a live recipient is transplanted in place; give None as"):
+    with pytest.raises(NotHFError, match="are one model: organs and adapters are put into a live model in place"):
         compare_perplexity(base, model, TEXTS, **HOW)
+
+
+def test_models_in_a_wrapper():
+    base = tiny_model("llama")
+    model = TransplantedForCausalLM.from_pretrained(copy.deepcopy(base), organ(base, 1))
+    found, lora = compare_perplexity(None, model, TEXTS, **HOW), LoraConfig(task_type="CAUSAL_LM")
+    assert compare_perplexity(None, get_peft_model(model, lora), TEXTS, **HOW) == found
+    wrapped = get_peft_model(base, lora)
+    for pair in ((base, wrapped), (wrapped, base)):
+        with pytest.raises(NotHFError, match="are one model"):
+            compare_perplexity(*pair, TEXTS, **HOW)
 
 
 def test_without_organs_there_are_no_rows_for_their_tokens():

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from not_hf import DonorModel, IncompatibleDonorError, NotHFError, TransplantedForCausalLM, compare_methods
@@ -248,5 +249,7 @@ def test_donors_and_bases_that_do_not_fit(tmp_path, monkeypatch):
             compare_methods(base, TEXTS, donors=[donor], **HOW)
     with pytest.raises(NotHFError, match="is a donor; give the model that it was cut from"):
         compare_methods(tmp_path / "wide", TEXTS, **HOW)
+    with pytest.raises(NotHFError, match="the base is wrapped in PeftModel; give the model without it"):
+        compare_methods(get_peft_model(tiny_model("llama"), LoraConfig(target_modules="all-linear")), TEXTS, **HOW)
     with pytest.raises(NotHFError, match="the base has organs"):
         compare_methods(TransplantedForCausalLM.from_pretrained(base, organ(base, 1)), TEXTS, **HOW)

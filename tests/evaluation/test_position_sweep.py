@@ -247,13 +247,15 @@ def test_an_interrupted_sweep_leaves_the_model_and_goes_on(tmp_path, monkeypatch
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path):
     base = tiny_model("llama")
-    donor = organ(base, 1)
+    donor, scaled = organ(base, 1), organ(base, 1)
+    scaled.config.scale = 0.5
     sweep_positions(base, donor, TEXT, [1], folder=tmp_path, **HOW)
     written = (tmp_path / "sweep.json").read_bytes()
     for positions, (arguments, reason) in itertools.product(
         ([2], [1]),  # something is missing, or nothing
         (
             ((base, organ(base, 2), TEXT), "of another organ"),
+            ((base, scaled, TEXT), "of another organ, or of one at another scale"),
             ((base, donor, [*TEXT, "w9"]), "of another text"),
             ((moved(tiny_model("llama"), 5), donor, TEXT), "sweep of another model"),
         ),
