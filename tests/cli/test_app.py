@@ -551,10 +551,15 @@ def test_an_interrupted_training_resumes(more, donor, words, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(DefaultFlowCallback, "on_step_end", interrupt)
         assert "RuntimeError: power cut (--debug" in failed(*arguments, "-o", tmp_path / "half")
-    assert [file.name for file in (tmp_path / "half").glob("*/*")] == ["checkpoint-2"]
+    assert {file.name for file in (tmp_path / "half").glob("*/*")} == {"checkpoint-2", "options.json"}
+    (words_too := tmp_path / "words.txt").write_bytes(words.read_bytes())
+    for option, now, was in (("--lr", "0.5", "0.01"), ("--batch-size", "3", "4"), ("--data", words_too, words)):
+        said = f"{option} was {was} and is {now}; resume it with the same ones"
+        assert said in failed(*arguments, "-o", tmp_path / "half", "--resume", option, now)
     refused = failed(*arguments, "-o", tmp_path / "half")
     assert refused.index("continue it with --resume") < refused.index("start over with --force")
     assert done(*arguments, "-o", tmp_path / "half", "--resume")["steps"] == 4
+    assert not list((tmp_path / "half").rglob("options.json"))
     whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
     untrained = load_file(donor / "model.safetensors")
     assert all(torch.equal(tensor, half[name]) for name, tensor in whole.items())
