@@ -164,7 +164,7 @@ def test_wrong_usage_is_2(arguments, tmp_path):
         ("extract BASE --layers 1:3 -o TEXT", "is a file"),
         ("extract BASE --layers 1:3 -o DONOR", "is not empty"),
         ("train DONOR --data missing.txt -o OUT", "missing.txt"),
-        ("train DONOR --data TEXT --column body -o OUT", "no column 'body'"),
+        ("train DONOR --data TABLE --column body -o OUT", "no column 'body'"),
         ("train DONOR --data TEXT --block-length 65 -o OUT", "--block-length 64"),
         ("train DONOR --data TEXT --resume -o OUT", "no checkpoint in"),
         ("train DONOR --data TEXT -o DONOR", "is not empty"),
@@ -187,7 +187,8 @@ def test_wrong_usage_is_2(arguments, tmp_path):
     ],
 )
 def test_a_failure_is_1_and_one_line(arguments, reason, base, donor, words, hub, tmp_path):
-    names = {"BASE": base, "DONOR": donor, "TEXT": words, "OUT": tmp_path / "out"}
+    names = {"BASE": base, "DONOR": donor, "TEXT": words, "OUT": tmp_path / "out", "TABLE": tmp_path / "table.csv"}
+    names["TABLE"].write_text("title,verse\nGenesis,w5 w6\n")
     before = sorted(donor.iterdir())
     assert reason in failed(*(names.get(argument, argument) for argument in arguments.split()))
     assert not (tmp_path / "out").exists()
