@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from not_hf.architecture.adapters import has_adapters
+from not_hf.architecture.adapters import has_adapters, stored_adapter
 from not_hf.architecture.layers import own_configs
 from not_hf.architecture.stack import require_head
 from not_hf.architecture.upstream import (
@@ -289,7 +289,7 @@ class Transplanted(Recipient):
             kwargs |= {"output_loading_info": True, "adapter_kwargs": resolved.shared}
             model, info = cls.native_auto_class.from_pretrained(base, **kwargs)
         if has_adapters(model):
-            raise NotHFError(f"{base} holds an adapter (LoRA); merge it, save the merged model, and name that")
+            raise stored_adapter(base)
         return model, info
 
     @classmethod
