@@ -269,7 +269,7 @@ class DonorModel(FilledModel):
             delta: Store the change of the base's layers, and read it together with them: `"low_rank"`, each matrix as
                 a product of that `rank` (default: 64); or `"bfloat16"`, rounded.
             rank: Rank of the products.
-            **kwargs: `dtype`, that of the files (default: the donor's own); others as in
+            **kwargs: `dtype`, that of the files or its name (default: the donor's own); others as in
                 `PreTrainedModel.save_pretrained` and `push_to_hub`.
 
         Raises:

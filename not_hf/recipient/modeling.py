@@ -165,7 +165,7 @@ class Transplanted(Recipient):
         *,
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
         delta: str | None = None,
@@ -178,7 +178,7 @@ class Transplanted(Recipient):
             save_directory: Folder. Other arguments are as in `DonorModel.save_pretrained`.
             selected_donors: Names of the organs to save; default: all.
             state_dict: Tensors of the whole model, if already gathered (as by `Trainer`).
-            dtype: dtype of the files. `None`: that of each organ, which is float32 for one that is trained.
+            dtype: dtype of the files, or its name. `None`: that of each organ, float32 for one that is trained.
             delta: Store changes of the layers that each organ was cut from; `rank` is as there, too.
 
         Raises:
@@ -204,7 +204,7 @@ class Transplanted(Recipient):
         repo_id: str,
         *,
         selected_donors: Sequence[str] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         delta: str | None = None,
         rank: int | None = None,
