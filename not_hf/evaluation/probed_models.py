@@ -65,8 +65,9 @@ def probed_models(
                 "folder, Hub ID or DonorModel"
             )
         return {AS_GIVEN: lambda: contextlib.nullcontext(load_causal(model))}
-    if not isinstance(recipients, Mapping):
-        kind = type(recipients).__name__
+    given: Any = recipients
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
         raise NotHFError(f"recipients must be a dict, got a {kind}; give recipients={{'what it is': model}}")
     if taken := recipients.keys() & {OWN, RANDOM}:
         raise NotHFError(f"recipients may not be named {', '.join(map(repr, sorted(taken)))}; choose other names")
