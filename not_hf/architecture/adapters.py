@@ -6,10 +6,17 @@ from typing import Any
 
 from torch import nn
 
+from not_hf.errors import NotHFError
+
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model has layers of PEFT."""
     return any(type(module).__module__.startswith("peft.") for module in model.modules())
+
+
+def stored_adapter(base: str) -> NotHFError:
+    """Return the error for a base whose folder or repo holds an adapter beside the model."""
+    return NotHFError(f"{base} holds an adapter (LoRA); merge it, save the merged model, and name that")
 
 
 def is_adapted(module: nn.Module) -> bool:

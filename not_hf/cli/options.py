@@ -35,7 +35,7 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-Column = Annotated[str, typer.Option("--column", help="Column that holds the text.")]
+Column = Annotated[str, typer.Option("--column", help="Column that holds the text, in all files but plain text.")]
 Split = Annotated[str, typer.Option("--split", help="Split, or slice of one: 'train[:90%]'.")]
 
 SampleBy = Annotated[

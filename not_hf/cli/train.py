@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +12,15 @@ import typer
 from not_hf.cli.app import CHECKPOINTS, Result, command, facts, output_folder, saying_how_to_resume
 from not_hf.cli.loading import load_tokenizer
 from not_hf.cli.options import Base, Column, Data, Donor, Dtype, Force, Output, SampleBy, Split, given
+from not_hf.cli.resuming import OPTIONS, how_to_resume, last_checkpoint, require_same_options, save_options
 from not_hf.cli.trained import measure_trained, save_trained
 from not_hf.errors import NotHFError
+
+# Options that decide what is learned. Of donor and base, `DonorTrainer` compares what the checkpoint holds.
+_DECIDING = (
+    *("data", "column", "split", "sample_by", "streaming", "replay_data", "replay_fraction", "block_length"),
+    *("epochs", "max_steps", "batch_size", "lr", "warmup", "seed", "optimizer", "kl_weight", "dtype"),
+)
 
 
 @command("not-hf train organ --data kjv.txt --eval-data held-out.txt -o gpt2-kjv")
@@ -91,9 +96,7 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="Resume from the last checkpoint in the folder: same options; its learning rate stays."
-        ),
+        typer.Option("--resume", help="Resume from the last checkpoint in the folder, with the same options."),
     ] = False,
     force: Force = False,
 ) -> Result:
@@ -110,7 +113,10 @@ def train(
         raise typer.BadParameter("needs --replay-data and a share between 0 and 1", param_hint="--replay-fraction")
     if streaming and max_steps is None:
         raise typer.BadParameter("needs --max-steps: the length of a stream is unknown", param_hint="--streaming")
-    with output_folder(output, force or resume, can_resume=True), saying_how_to_resume(lambda: _how_to_resume(output)):
+    replay_fraction = replay_fraction or 0.2
+    deciding = (*_DECIDING, "eval_data", "eval_split") if patience else _DECIDING  # it keeps the organ best on them
+    options = {name: value for name, value in locals().items() if name in deciding}
+    with output_folder(output, force or resume, can_resume=True), saying_how_to_resume(lambda: how_to_resume(output)):
         import torch
         import transformers
         from transformers import TrainingArguments
@@ -123,7 +129,9 @@ def train(
         from not_hf.training.record import trained_organs
 
         DonorConfig.from_pretrained(donor)  # raises for what is no donor, before the text is read
-        checkpoint = _checkpoint(output / CHECKPOINTS) if resume else None
+        checkpoint = last_checkpoint(output / CHECKPOINTS) if resume else None
+        if resume:
+            require_same_options(output / CHECKPOINTS, options)
         texts: Any = {"held-out": (eval_data, eval_split), "control": (control_data, "train")}
         how: dict[str, Any] = {"column": column, "sample_by": sample_by}
         evaluated = {
@@ -149,7 +157,7 @@ def train(
         blocks: Any = sources["data"].examples(tokenizer, block_length)
         if replay_data:
             replay = sources["replay"].examples(tokenizer, block_length)
-            blocks = mix_replay(blocks, replay, replay_fraction or 0.2, seed)
+            blocks = mix_replay(blocks, replay, replay_fraction, seed)
         if streaming:
             blocks = blocks.shuffle(seed=seed, buffer_size=1000)  # blocks of a Dataset are shuffled by the Trainer
         arguments = TrainingArguments(
@@ -193,6 +201,7 @@ def train(
         if not resume:
             shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)  # now that nothing more is refused
             (output / CHECKPOINTS).mkdir(parents=True)
+            save_options(output / CHECKPOINTS, options)
         trained = trainer.train(resume_from_checkpoint=checkpoint)
 
         trainer.note_tokens()
@@ -241,35 +250,11 @@ def _view(document: dict[str, Any], block_length: int | None, resume: bool) -> d
     return rows
 
 
-def _checkpoint(folder: Path) -> str:
-    """Find the last checkpoint to resume from."""
-    from not_hf.training.checkpoints import last_complete_checkpoint
-
-    checkpoint = last_complete_checkpoint(folder)
-    if checkpoint is None:
-        raise NotHFError(f"no checkpoint in {folder} to resume from; leave out --resume")
-    return checkpoint
-
-
-def _how_to_resume(output: Path) -> list[str]:
-    """Say after Ctrl-C what was saved, and the command that continues from there."""
-    from not_hf.training.checkpoints import last_complete_checkpoint
-
-    checkpoint = last_complete_checkpoint(output / CHECKPOINTS)
-    if checkpoint is None:
-        return ["interrupted before the first checkpoint (--save-steps); nothing was saved"]
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--force", "--resume")]
-    return [
-        f"interrupted; the training is saved in {checkpoint}. To continue it:",
-        shlex.join(["not-hf", *arguments, "--resume"]),
-    ]
-
-
 def _clean_up(folder: Path) -> None:
     """Delete the checkpoints, and move what was written beside them (the plot, a tracker's logs) to the folder."""
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-    ignored = shutil.ignore_patterns(f"{PREFIX_CHECKPOINT_DIR}-*")
+    ignored = shutil.ignore_patterns(f"{PREFIX_CHECKPOINT_DIR}-*", OPTIONS)
     shutil.copytree(folder / CHECKPOINTS, folder, ignore=ignored, dirs_exist_ok=True)
     shutil.rmtree(folder / CHECKPOINTS)
 

@@ -15,7 +15,7 @@ from huggingface_hub.utils import TensorInfo
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
-from not_hf.architecture.adapters import has_adapters
+from not_hf.architecture.adapters import has_adapters, stored_adapter
 from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.part_names import ALL, Modules, parts_problem
@@ -121,6 +121,15 @@ class StoredBase:
         if absent := set(range(*span)) - present:
             raise CorruptDonorError(f"{self.name} has no tensors for layers {sorted(absent)} under {self.path}")
         return tensors
+
+    def require_no_adapter(self) -> None:
+        """Check that a folder holds no adapter beside the model; of a repo, that would take a request more.
+
+        Raises:
+            NotHFError: It does; transformers loads both.
+        """
+        if os.path.isfile(os.path.join(self.name, self.hub_kwargs.get("subfolder") or "", "adapter_config.json")):
+            raise stored_adapter(self.name)
 
     def outside(self) -> dict[str, Any]:
         """Return lazy views of all tensors outside the layers; only their bytes are downloaded."""

@@ -97,7 +97,7 @@ class DonorModel(FilledModel):
             **hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
-            NotHFError: An argument is out of range.
+            NotHFError: An argument is out of range, or the base has organs or adapters.
             UnsupportedArchitectureError: The base has no layers that can be cut, or `init="identity"` does not make
                 them a no-op.
             OSError: The base cannot be read.
@@ -108,6 +108,8 @@ class DonorModel(FilledModel):
             >>> donor = DonorModel.from_base(base, layers=(1, 3), mode="replace")
         """
         source = open_base(base, **hub_kwargs)
+        if isinstance(source, StoredBase):
+            source.require_no_adapter()
         config = cut_config(source, layers, position, mode, init, license, modules)
         config.domain = domain
         if modules_to_save is not None or trainable_token_indices is not None:
@@ -267,7 +269,7 @@ class DonorModel(FilledModel):
             delta: Store the change of the base's layers, and read it together with them: `"low_rank"`, each matrix as
                 a product of that `rank` (default: 64); or `"bfloat16"`, rounded.
             rank: Rank of the products.
-            **kwargs: `dtype`, that of the files (default: the donor's own); others as in
+            **kwargs: `dtype`, that of the files or its name (default: the donor's own); others as in
                 `PreTrainedModel.save_pretrained` and `push_to_hub`.
 
         Raises:

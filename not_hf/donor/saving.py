@@ -38,7 +38,7 @@ def write_donor(
     generation_config: GenerationConfig | None = None,
     delta: Delta | None = None,
     token: bool | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     **kwargs: Any,
 ) -> dict[str, str] | None:
     """Write the folder of a donor, with the digest of its tensors in the config.
@@ -53,7 +53,7 @@ def write_donor(
         generation_config: Also saved, if given.
         delta: How to store a change of the base's layers, from `plan_delta`.
         token: Of the Hub, to read them.
-        dtype: dtype of the files; `None`: that of the tensors.
+        dtype: dtype of the files, or its name; `None`: that of the tensors.
         **kwargs: For `PreTrainedModel.save_pretrained`.
 
     Returns:
@@ -61,9 +61,10 @@ def write_donor(
 
     Raises:
         CorruptDonorError: A tensor is missing, empty, on the meta device or not finite; nothing is written.
-        NotHFError: The folder holds another model, or a delta cannot be made.
+        NotHFError: The folder holds another model, a delta cannot be made, or there is no such dtype.
         OSError: The folder cannot be written, or the base not read; the folder is as it was.
     """
+    dtype = require_dtype(dtype)
     tensors = donor.state_dict() if tensors is None else tensors
     if dtype is not None:
         tensors = {name: tensor.to(dtype) if computes(tensor) else tensor for name, tensor in tensors.items()}
@@ -98,6 +99,18 @@ def write_donor(
         if draft is None:
             save_local_tokenizer(config, folder, place)
     return config.digests
+
+
+def require_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of files, which may be given by its name, as to transformers.
+
+    Raises:
+        NotHFError: It is no dtype of floating-point values.
+    """
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise NotHFError(f"dtype must be a floating-point one or its name, such as 'float16', got {dtype!r:.100}")
 
 
 def save_generation_config(config: GenerationConfig, folder: str | os.PathLike[str]) -> None:

@@ -129,6 +129,21 @@ def plant_canaries(
     return planted, canaries
 
 
+def canaries_of(source: Iterable[Canary] | str | os.PathLike[str]) -> list[Canary]:
+    """Return canaries as a list, read from a file if that is given.
+
+    Raises:
+        NotHFError: They are something else, or the file holds something else.
+    """
+    if isinstance(source, str | os.PathLike):
+        return read_canaries(source)
+    found: list[Any] = list(source) if isinstance(source, Iterable) else [source]
+    if others := [each for each in found if not isinstance(each, Canary)]:
+        kind = type(others[0]).__name__
+        raise NotHFError(f"canaries must be those that plant_canaries returned, or the file that it wrote; got {kind}")
+    return found
+
+
 def read_canaries(file: str | os.PathLike[str]) -> list[Canary]:
     """Read what `plant_canaries` wrote.
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import math
+import numbers
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -254,8 +255,10 @@ def _base_config(base: PreTrainedModel | str | os.PathLike[str]) -> PreTrainedCo
 def _check_numbers(
     config: PreTrainedConfig, budget: float, rates: Mapping[str, float], block_length: int, batch_size: int
 ) -> None:
-    for name, value in {"budget": budget, **{f"rates[{name!r}]": rate for name, rate in rates.items()}}.items():
-        if not (math.isfinite(value) and value > 0):
+    numbers_above_0: dict[str, Any] = {f"rates[{name!r}]": rate for name, rate in rates.items()}
+    for name, value in {"budget, in seconds,": budget, **numbers_above_0}.items():
+        is_number = isinstance(value, numbers.Real)
+        if not (is_number and math.isfinite(value) and value > 0):
             raise NotHFError(f"{name} must be a number above 0, got {value!r:.100}")
     if unknown := rates.keys() - _TRAINED.keys():
         raise NotHFError(f"no method {', '.join(map(repr, unknown))}; rates may name {', '.join(map(repr, RATES))}")

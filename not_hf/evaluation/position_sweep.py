@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,9 +201,12 @@ def require_positions(positions: Iterable[int] | None, modes: Sequence[str]) -> 
     """Check the arguments of a sweep, and return the positions as a list."""
     if not modes or isinstance(modes, str) or not set(modes) <= set(MODES):
         raise NotHFError(f"modes must be a list of {' and '.join(map(repr, MODES))}, got {modes!r:.200}")
-    wanted = None if positions is None else list(positions)
+    try:
+        wanted = None if positions is None else [operator.index(each) for each in positions]
+    except TypeError as error:
+        raise NotHFError(f"positions must be a list of integers, got {positions!r:.200}") from error
     if wanted == []:
-        raise NotHFError("positions must name at least one position; leave it out for all")
+        raise NotHFError("positions must name at least one position; sweep_positions takes all if it is left out")
     return wanted
 
 

@@ -91,7 +91,7 @@ def train_positions(
         >>> [row["position"] for row in found.rows]
         [0, 4]
     """
-    wanted = require_positions(list(positions), modes) or []
+    wanted = require_positions([] if positions is None else positions, modes) or []
     lengths = (max_length, stride, batch_size)
     text = SweptText.of(model, data, tokenizer, add_start_token, *lengths, caller="train_positions")
     name = os.fspath(donor) if isinstance(donor, str | os.PathLike) else None

@@ -15,7 +15,7 @@ from not_hf.cards.metrics import PRIVACY
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError
 from not_hf.evaluation.bootstrap import check_level
-from not_hf.evaluation.canaries import Canary, ask_for_secrets, read_canaries
+from not_hf.evaluation.canaries import Canary, ask_for_secrets, canaries_of
 from not_hf.evaluation.membership import Sides, attack_rows, repeated_rows
 from not_hf.evaluation.perplexity import load_tokenizer
 from not_hf.evaluation.privacy_findings import findings, page
@@ -165,7 +165,7 @@ def probe_privacy(
     for name, value in counts.items():
         if value < 1:
             raise NotHFError(f"{name} must be at least 1, got {value!r:.100}")
-    secrets = read_canaries(canaries) if isinstance(canaries, str | os.PathLike) else list(canaries or ())
+    secrets = canaries_of(canaries or ())
     donor = donor_of(model)
     models = probed_models(model, donor, base, recipients or {}, with_random_layers, seed)
 

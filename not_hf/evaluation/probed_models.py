@@ -55,8 +55,8 @@ def probed_models(
 
     Raises:
         IncompatibleDonorError: The donor does not fit a recipient.
-        NotHFError: A recipient is given for another model than a donor, has organs, or is named as ours are; or there
-            is none.
+        NotHFError: `recipients` is no dict; a recipient is given for another model than a donor, has organs, or is
+            named as ours are; or there is none.
     """
     if donor is None:
         if base is not None or recipients or with_random_layers:
@@ -65,6 +65,10 @@ def probed_models(
                 "folder, Hub ID or DonorModel"
             )
         return {AS_GIVEN: lambda: contextlib.nullcontext(load_causal(model))}
+    given: Any = recipients
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise NotHFError(f"recipients must be a dict, got a {kind}; give recipients={{'what it is': model}}")
     if taken := recipients.keys() & {OWN, RANDOM}:
         raise NotHFError(f"recipients may not be named {', '.join(map(repr, sorted(taken)))}; choose other names")
     where: dict[str, Any] = {}

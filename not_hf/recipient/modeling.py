@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from not_hf.architecture.adapters import has_adapters
+from not_hf.architecture.adapters import has_adapters, stored_adapter
 from not_hf.architecture.layers import own_configs
 from not_hf.architecture.stack import require_head
 from not_hf.architecture.upstream import (
@@ -165,7 +165,7 @@ class Transplanted(Recipient):
         *,
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
         delta: str | None = None,
@@ -178,7 +178,7 @@ class Transplanted(Recipient):
             save_directory: Folder. Other arguments are as in `DonorModel.save_pretrained`.
             selected_donors: Names of the organs to save; default: all.
             state_dict: Tensors of the whole model, if already gathered (as by `Trainer`).
-            dtype: dtype of the files. `None`: that of each organ, which is float32 for one that is trained.
+            dtype: dtype of the files, or its name. `None`: that of each organ, float32 for one that is trained.
             delta: Store changes of the layers that each organ was cut from; `rank` is as there, too.
 
         Raises:
@@ -204,7 +204,7 @@ class Transplanted(Recipient):
         repo_id: str,
         *,
         selected_donors: Sequence[str] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         delta: str | None = None,
         rank: int | None = None,
@@ -289,7 +289,7 @@ class Transplanted(Recipient):
             kwargs |= {"output_loading_info": True, "adapter_kwargs": resolved.shared}
             model, info = cls.native_auto_class.from_pretrained(base, **kwargs)
         if has_adapters(model):
-            raise NotHFError(f"{base} holds an adapter (LoRA); merge it, save the merged model, and name that")
+            raise stored_adapter(base)
         return model, info
 
     @classmethod

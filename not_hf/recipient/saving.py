@@ -26,7 +26,7 @@ from not_hf.config import DonorConfig
 from not_hf.donor.delta import plan_delta
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import attach
-from not_hf.donor.saving import save_generation_config, write_donor
+from not_hf.donor.saving import require_dtype, save_generation_config, write_donor
 from not_hf.donor.tokenizer import save_local_tokenizer
 from not_hf.donor.vocabulary import VOCABULARY
 from not_hf.errors import NotHFError
@@ -79,7 +79,7 @@ def save_organs(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     repo_id: str | None = None,
     is_main_process: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     delta: str | None = None,
     rank: int | None = None,
     is_pushed: bool = False,
@@ -88,9 +88,10 @@ def save_organs(
     """Save one organ as a donor, several as a composition. Arguments as in `organ_tensors` and `write_donor`.
 
     Args:
-        dtype: dtype of the files; `None`: that of each organ.
+        dtype: dtype of the files, or its name; `None`: that of each organ.
         delta: As in `plan_delta`, like `rank` and `is_pushed`.
     """
+    dtype = require_dtype(dtype)
     surgery.name_classes(model)  # which notes names that the user has changed
     if surgery.own_weights.have_changed(surgery.base_layers):
         warn_once(

@@ -45,7 +45,7 @@ def load_text(
             a folder of `.md` files is all `train`); or a Hub dataset ID.
         split: Split, or slice of one such as `"train[:90%]"` (not when streaming). A file or a glob has one
             split, `train`.
-        column: Column that holds the text. Plain text files have one column, `text`.
+        column: Column that holds the text. Plain text files have none; it is ignored there.
         streaming: Read while iterating, without preparing the whole dataset in the cache.
         name: Configuration of a Hub dataset.
         revision: Branch, tag or commit of a Hub dataset.
@@ -129,9 +129,11 @@ def text_rows(dataset: Any, column: str, source: str) -> Dataset | IterableDatas
 
     Args:
         dataset: Rows of any columns.
-        column: Column that holds the text.
+        column: Column that holds the text; ignored for plain text.
         source: Where it comes from, for an error.
     """
+    if _is_plain(dataset):
+        column = "text"  # the name that `datasets` gives to the lines
     dataset = _only_column(dataset, column, source)
     if column != "text":
         dataset = dataset.rename_column(column, "text")
@@ -226,9 +228,14 @@ def pack(
 
 def _wrapped_at(dataset: Dataset | IterableDataset) -> int | None:
     """Return the width at which the lines of a plain text look wrapped, if they do."""
-    if dataset.info.builder_name != "text":
+    if not _is_plain(dataset):
         return None
     return wrapped_at(row["text"] for row in itertools.islice(dataset, _LINES))
+
+
+def _is_plain(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a dataset is of plain text files."""
+    return bool(dataset.info.builder_name == "text")
 
 
 def _only_column(dataset: Any, column: str, source: str) -> Any:
@@ -242,7 +249,8 @@ def _only_column(dataset: Any, column: str, source: str) -> Any:
     else:
         columns = list(dataset.features)
     if column not in columns:
-        raise NotHFError(f"{source} has no column {column!r}; choose one of {', '.join(map(repr, columns))}")
+        hint = "" if column == "text" else "; all tables of one command must hold their text in the same --column"
+        raise NotHFError(f"{source} has no column {column!r}; choose one of {', '.join(map(repr, columns))}{hint}")
     if dataset.features is None:
         is_text = isinstance(example[column], str | None)
         kind = type(example[column]).__name__

@@ -164,7 +164,7 @@ def test_wrong_usage_is_2(arguments, tmp_path):
         ("extract BASE --layers 1:3 -o TEXT", "is a file"),
         ("extract BASE --layers 1:3 -o DONOR", "is not empty"),
         ("train DONOR --data missing.txt -o OUT", "missing.txt"),
-        ("train DONOR --data TEXT --column body -o OUT", "no column 'body'"),
+        ("train DONOR --data TABLE --column body -o OUT", "no column 'body'"),
         ("train DONOR --data TEXT --block-length 65 -o OUT", "--block-length 64"),
         ("train DONOR --data TEXT --resume -o OUT", "no checkpoint in"),
         ("train DONOR --data TEXT -o DONOR", "is not empty"),
@@ -187,7 +187,8 @@ def test_wrong_usage_is_2(arguments, tmp_path):
     ],
 )
 def test_a_failure_is_1_and_one_line(arguments, reason, base, donor, words, hub, tmp_path):
-    names = {"BASE": base, "DONOR": donor, "TEXT": words, "OUT": tmp_path / "out"}
+    names = {"BASE": base, "DONOR": donor, "TEXT": words, "OUT": tmp_path / "out", "TABLE": tmp_path / "table.csv"}
+    names["TABLE"].write_text("title,verse\nGenesis,w5 w6\n")
     before = sorted(donor.iterdir())
     assert reason in failed(*(names.get(argument, argument) for argument in arguments.split()))
     assert not (tmp_path / "out").exists()
@@ -552,10 +553,15 @@ def test_an_interrupted_training_resumes(more, donor, words, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(DefaultFlowCallback, "on_step_end", interrupt)
         assert "RuntimeError: power cut (--debug" in failed(*arguments, "-o", tmp_path / "half")
-    assert [file.name for file in (tmp_path / "half").glob("*/*")] == ["checkpoint-2"]
+    assert {file.name for file in (tmp_path / "half").glob("*/*")} == {"checkpoint-2", "options.json"}
+    (words_too := tmp_path / "words.txt").write_bytes(words.read_bytes())
+    for option, now, was in (("--lr", "0.5", "0.01"), ("--batch-size", "3", "4"), ("--data", words_too, words)):
+        said = f"{option} was {was} and is {now}; resume it with the same ones"
+        assert said in failed(*arguments, "-o", tmp_path / "half", "--resume", option, now)
     refused = failed(*arguments, "-o", tmp_path / "half")
     assert refused.index("continue it with --resume") < refused.index("start over with --force")
     assert done(*arguments, "-o", tmp_path / "half", "--resume")["steps"] == 4
+    assert not list((tmp_path / "half").rglob("options.json"))
     whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
     untrained = load_file(donor / "model.safetensors")
     assert all(torch.equal(tensor, half[name]) for name, tensor in whole.items())

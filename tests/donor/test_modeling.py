@@ -45,7 +45,7 @@ def test_an_organ_is_sharded_by_its_own_size_wherever_it_was_cut(tmp_path):
 
 def test_the_files_have_the_dtype_that_is_asked_for(tmp_path):
     donor = copy.deepcopy(A)
-    donor.save_pretrained(tmp_path, dtype=torch.float16)
+    donor.save_pretrained(tmp_path, dtype="float16")
     again, expected = DonorModel.from_pretrained(tmp_path), copy.deepcopy(A).half()
     assert again.dtype == again.config.dtype == torch.float16 and same(again, expected)
     assert donor.dtype == torch.float32
@@ -54,6 +54,9 @@ def test_the_files_have_the_dtype_that_is_asked_for(tmp_path):
         next(donor.parameters()).fill_(1e6)
     with pytest.raises(CorruptDonorError, match="with NaN or infinity"):
         donor.save_pretrained(tmp_path, dtype=torch.float16)
+    for wrong in ("float17", "save", "int8", 16):
+        with pytest.raises(NotHFError, match=f"dtype must be a floating-point one or its name, .*, got {wrong!r}"):
+            donor.save_pretrained(tmp_path, dtype=wrong)
     assert (tmp_path / "model.safetensors").read_bytes() == written
 
 

@@ -119,14 +119,15 @@ def test_lora_that_is_merged_into_the_recipients_layers_is_not_saved_with_the_or
     assert ("own layers were changed since it got organs" in caplog.text) is warns
 
 
-def test_a_recipient_by_name_with_an_adapter_beside_its_config_is_refused(tmp_path):
+def test_a_recipient_or_a_base_by_name_with_an_adapter_beside_its_config_is_refused(tmp_path):
     """transformers loads both; an organ saved from that would name the model without the adapter as its base."""
     base = tiny_model("llama")
     donor = DonorModel.from_base(base, (1, 3))
     base.save_pretrained(tmp_path)
     get_peft_model(base, LORA).save_pretrained(tmp_path)
-    with pytest.raises(NotHFError, match=r"holds an adapter \(LoRA\); merge it, save"):
-        TransplantedForCausalLM.from_pretrained(tmp_path, donor)
+    for use in (lambda: TransplantedForCausalLM.from_pretrained(tmp_path, donor), lambda: organ(tmp_path, 1)):
+        with pytest.raises(NotHFError, match=r"holds an adapter \(LoRA\); merge it, save"):
+            use()
 
 
 def test_organs_under_lora_are_not_averaged(token_ids):

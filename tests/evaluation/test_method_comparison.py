@@ -217,8 +217,9 @@ def test_names_of_donors(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budget": 0}, "budget must be a number above 0, got 0"),
-        ({"budget": math.nan}, "budget must be a number above 0, got nan"),
+        ({"budget": 0}, "budget, in seconds, must be a number above 0, got 0"),
+        ({"budget": math.nan}, "budget, in seconds, must be a number above 0, got nan"),
+        ({"budget": "1m"}, "budget, in seconds, must be a number above 0, got '1m'"),
         ({"rates": {"organ": -1}}, r"rates\['organ'\] must be a number above 0, got -1"),
         ({"rates": {"DoRA": 1e-3}}, "no method 'DoRA'; rates may name 'organ', 'LoRA', 'full fine-tuning'"),
         ({"rates": {}}, "nothing to compare"),

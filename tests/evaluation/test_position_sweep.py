@@ -198,6 +198,8 @@ def test_what_cannot_be_swept_is_refused_and_nothing_changes(tmp_path):
         ({"modes": "insert"}, "modes must be a list"),
         ({"modes": ["beside"]}, "modes must be a list"),
         ({"positions": []}, "at least one position"),
+        ({"positions": 3}, "positions must be a list of integers, got 3"),
+        ({"positions": "3"}, "positions must be a list of integers, got '3'"),
         ({"positions": [9, 7]}, "cannot insert 2 layers at position 7 of 4"),
         ({"donor": other}, "hidden_size 16 does not fit recipient hidden_size 32"),
         ({"max_length": 10_000}, "context"),

@@ -150,6 +150,8 @@ def test_what_fits_nowhere_is_refused(how):
     for change, error, reason in (
         ({"positions": [9]}, IncompatibleDonorError, "cannot insert 2 layers at position 9 of 4"),
         ({"positions": []}, NotHFError, "at least one position"),
+        ({"positions": None}, NotHFError, "at least one position"),
+        ({"positions": 3}, NotHFError, "positions must be a list of integers, got 3"),
         ({"modes": "insert"}, NotHFError, "modes must be a list"),
         ({"data": []}, NotHFError, "at least one"),
     ):

@@ -200,7 +200,10 @@ def test_rows_are_distinct_and_those_of_both_are_members():
         ({"base": None}, "the donor names no base; pass base=, its recipient"),
         ({"recipients": {"its own": tiny_model("llama")}}, "recipients may not be named 'its own'"),
         ({"model": tiny_model("llama")}, "say where to put an organ; give the donor as model"),
+        ({"recipients": "me/model"}, "recipients must be a dict, got a str; give recipients={"),
         ({"canaries": "missing.json"}, "missing.json"),
+        ({"canaries": ["w3 w4"]}, "canaries must be those that plant_canaries returned, .*; got str$"),
+        ({"canaries": 3}, "canaries must be those that plant_canaries returned, .*; got int$"),
     ],
 )  # fmt: skip
 def test_says_what_is_wrong(change, message):

@@ -45,10 +45,12 @@ def test_shards_of_an_organ_load_one_by_one(token_ids, tmp_path):
 
 def test_an_organ_is_saved_in_its_own_dtype_or_as_asked_for(tmp_path):
     model = TransplantedForCausalLM.from_pretrained(tiny_model("llama").bfloat16(), A)
-    for asked, dtype in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+    for asked, dtype in ((None, torch.bfloat16), (torch.float16, torch.float16), ("bfloat16", torch.bfloat16)):
         model.save_pretrained(tmp_path, dtype=asked)
         assert DonorConfig.from_pretrained(tmp_path).dtype == dtype
         assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    with pytest.raises(NotHFError, match="dtype must be a floating-point one or its name"):
+        model.save_pretrained(tmp_path, dtype="fp16")
 
 
 def test_a_variant_which_no_model_would_load_is_refused(tmp_path):

@@ -76,6 +76,14 @@ def test_load_text_gives_one_column(folder, streaming):
         assert list(dataset) == [{"text": line} for line in LINES]  # blank lines are gone
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_plain_text_has_no_columns_to_choose(folder, streaming):
+    """A command has one --column for all its texts, of which some are tables and some are not."""
+    assert next(iter(load_text(folder / "verses.txt", column="verse", streaming=streaming))) == {"text": LINES[0]}
+    with pytest.raises(NotHFError, match=r"no column 'body'; .* 'number'; all tables of one command"):
+        load_text(folder / "verses.jsonl", column="body", streaming=streaming)
+
+
 def test_load_text_formats(tmp_path):
     rows = Dataset.from_dict({"text": ["one", "two"], "other": [1, 2]})
     rows.to_parquet(tmp_path / "rows.parquet")
