@@ -162,8 +162,9 @@ def _compare(a: Scores, b: Scores, is_same: bool, confidence_level: float, seed:
     }
 
 
-def _context(model: Any) -> float:  # a wrapper is no PreTrainedModel
-    return context_of(model.config if isinstance(model, nn.Module) else recipient_config(model))
+def _context(model: nn.Module | str) -> float:
+    config: Any = model.config if isinstance(model, nn.Module) else recipient_config(model)
+    return context_of(config)
 
 
 def _is_part(model: object, whole: object) -> bool:
