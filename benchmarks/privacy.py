@@ -187,9 +187,9 @@ def tables(runs: list[dict[str, Any]]) -> str:
     for method, what, recipient in cases(runs[0]):
 
         def middle(value: Callable[[dict[str, Any]], float], form: str) -> str:
-            values = sorted(map(value, runs))
-            spread = f" ({values[0]:{form}}–{values[-1]:{form}})" if len(values) > 1 else ""
-            return f"{statistics.median(values):{form}}{spread}"
+            values = list(map(value, runs))
+            low, middle, high = (f"{each:{form}}" for each in (min(values), statistics.median(values), max(values)))
+            return middle + (f" ({low}–{high})" if low != high else "")
 
         def part(run: dict[str, Any], name: str, kind: tuple[str, str], of: tuple[str, str, str]) -> dict[str, Any]:
             rows = run["methods"][of[0]][of[1]][name]
