@@ -308,6 +308,12 @@ def row_losses(model: Any, rows: Any) -> list[float]:
     return [round(each, 5) for each in found]
 
 
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """The median, with the smallest and the largest value behind it where they look different."""
+    low, middle, high = (f"{value:{form}}" for value in (min(values), statistics.median(values), max(values)))
+    return middle + (f" ({low}–{high})" if low != high else "")
+
+
 def mean(values: list[float]) -> float:
     """The arithmetic mean."""
     return math.fsum(values) / len(values)

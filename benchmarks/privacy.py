@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, REFERENCE, Prepared, fit, load, mean, prepare, row_losses
+from methods import METHODS, REFERENCE, Prepared, fit, load, mean, prepare, row_losses, spread
 from record import is_one_run, opened, parser_of
 from texts import read_blocks
 from train import CONTROL
@@ -187,9 +187,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
     for method, what, recipient in cases(runs[0]):
 
         def middle(value: Callable[[dict[str, Any]], float], form: str) -> str:
-            values = list(map(value, runs))
-            low, middle, high = (f"{each:{form}}" for each in (min(values), statistics.median(values), max(values)))
-            return middle + (f" ({low}–{high})" if low != high else "")
+            return spread(list(map(value, runs)), form)
 
         def part(run: dict[str, Any], name: str, kind: tuple[str, str], of: tuple[str, str, str]) -> dict[str, Any]:
             rows = run["methods"][of[0]][of[1]][name]

@@ -56,14 +56,15 @@ def find(runs: Runs) -> list[dict[str, Any]]:
             if run["given"].get("seed") == SEARCH_SEED:
                 losses = run["held"]["choose"]["1"]["domain"]
                 swept.setdefault(run["given"]["method"], {})[run["given"]["rate"]] = perplexity(losses)
+        swept = dict(sorted(swept.items()))  # the same colors for each base
         trained = [run for run in mine if run["given"]["method"] and "test" in run["given"]["held"]]
         found.append(
             {
                 "base": base,
                 "before": {name: perplexity(losses) for name, losses in before["test"]["0"].items()},
                 "set_aside": perplexity(before["choose"]["0"]["domain"]),
-                "sweep": {method: sorted(rates.items()) for method, rates in sorted(swept.items())},
-                "rates": rates_of(dict(sorted(swept.items()))),
+                "sweep": {method: sorted(rates.items()) for method, rates in swept.items()},
+                "rates": rates_of(swept),
                 "runs": [described(run) for run in trained],
             }
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import record  # noqa: E402 (from the folder above)
+import methods  # noqa: E402 (from the folder above, like the next)
+import record  # noqa: E402
 from bases import BASES, folder_of  # noqa: E402
 from texts import ROOT  # noqa: E402
 
@@ -84,8 +84,7 @@ def concluded(
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """The median, with the smallest and the largest value behind it."""
-    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
-    return middle + (f" ({low}–{high})" if low != high else "")
+    return methods.spread(values, f".{digits}f")
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
