@@ -73,7 +73,10 @@ class Script:
 
 
 QUESTIONS = ("position", "transfer", "several_organs", "against_lora", "cross_domain", "encoders")  # one uses another
-OTHER_BASES = {**dict.fromkeys(SHAPES, 0.5), "gemma": 3}  # hours for a question
+OTHER_BASES: dict[str, tuple[float, tuple[str, ...]]] = {  # hours for a question, and options
+    **dict.fromkeys(SHAPES, (0.5, ())),
+    "gemma": (1, ("--seeds", "1")),  # runs of many minutes each
+}
 PACKAGES = {"gemma": GEMMA.replace("-", "_")}  # which not every installation has
 SCRIPTS = (
     Script("extract", 0.1),
@@ -93,10 +96,10 @@ SCRIPTS = (
     Script("recall", 6, small=("--smoke",), goes_on=True),
     *(Script(f"paper/{name}", 1, goes_on=True) for name in QUESTIONS),
     *(
-        Script(f"paper/{name}", hours, ("--base", base), None, goes_on=True, package=PACKAGES.get(base, ""))
+        Script(f"paper/{name}", hours, ("--base", base, *more), None, goes_on=True, package=PACKAGES.get(base, ""))
         for name in QUESTIONS
         if name != "encoders"  # has models of its own
-        for base, hours in OTHER_BASES.items()
+        for base, (hours, more) in OTHER_BASES.items()
     ),
     Script("privacy", 8, small=("--smoke",), goes_on=True),
     Script("organs", 1, ("--cards", str(ROOT / "model_cards")), ("--smoke",), goes_on=True),

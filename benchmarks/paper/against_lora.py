@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from against_lora_report import DOMAIN, SEARCH_SEED, details, draw, find, headline, perplexity, rates_of
-from question import ask, parser_of
+from question import ask, parser_of, size_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import train  # noqa: E402 (from the folder above, like those that follow)
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def run_all(record: Any, options: Any, pool: Any) -> None:
     """Measure the base, sweep the rates, then train by both protocols."""
-    size, base = FORMS[options.form], options.base
+    size, base = size_of(options, FORMS), options.base
     steps = size["steps"] * longer(base)
     shape = {"domain": DOMAIN, "block": size["block"], "pool": steps * size["batch"], "replay": 0}
     record(method=None, seed=0, **shape, held={"choose": size["choose"], "test": size["test"]}, scales=[0])

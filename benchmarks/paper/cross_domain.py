@@ -34,7 +34,7 @@ from against_lora import longer
 from against_lora_report import FAIR
 from cross_domain_report import OTHERS, TRAINED, details, draw, find, headline
 from distance import divergences
-from question import ask, parser_of
+from question import ask, parser_of, size_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from figures import OUTPUTS  # noqa: E402
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def run_all(record: Any, options: Any, pool: Any) -> None:
     """Measure the base, then train each method with each seed."""
-    size, base = FORMS[options.form], options.base
+    size, base = size_of(options, FORMS), options.base
     rates = best_rates(base, record.path)
     given = {name: size[name] for name in ("batch", "block", "held", "distance", "scales")}
     given["steps"] = size["steps"] * longer(base)

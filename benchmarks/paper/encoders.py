@@ -39,7 +39,7 @@ from encoder_models import (
     package_folder,
 )
 from encoders_report import COMPARED, LORA, ORGANS, details, draw, find, headline
-from question import concluded, parser_of
+from question import concluded, parser_of, size_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import METHODS, Prepared, fit  # noqa: E402 (from the folder above, like the next)
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     if is_one_run(options, run_once):
         return {}
-    smoke, size = options.form == "smoke", FORMS[options.form]
+    smoke, size = options.form == "smoke", size_of(options, FORMS)
     if options.output is None and options.form == "full":
         options.output = ROOT / "benchmarks" / "results" / "paper" / "encoders.json"
     names = [options.base] if options.base else [*SHAPES, *([MINILM] if package_folder() and not smoke else [])]

@@ -30,7 +30,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import Method, Prepared, fit, load, training_arguments  # noqa: E402 (from the folder above)
 from position_report import details, draw, find, headline  # noqa: E402
-from question import ask, parser_of  # noqa: E402
+from question import ask, parser_of, size_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
 
 CONTROL, DOMAIN = "english", "kjv"
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def run_all(record: Any, options: Any, pool: Any) -> None:
     """Every sweep and training."""
-    size = FORMS[options.form]
+    size = size_of(options, FORMS)
     run = functools.partial(record, **{name: size[name] for name in ("layers", "block", "steps", "batch")})
 
     def search(kind: tuple[str, str]) -> float:

@@ -23,8 +23,14 @@ def parser_of(script: str, description: str, forms: Iterable[str]) -> argparse.A
     """The options of a script; its full form is written into `benchmarks/results/paper` unless told otherwise."""
     parser = record.parser_of(description, forms, f"{', '.join(BASES)} (smollm2)")
     parser.add_argument("--report", action="store_true", help="run nothing: answer and picture of the runs so far")
+    parser.add_argument("--seeds", type=int, help="how many; as many as the form has, unless told otherwise")
     parser.set_defaults(script=script, base="smollm2")
     return parser
+
+
+def size_of(options: argparse.Namespace, forms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The size of a form, with as many seeds as the options say."""
+    return {**forms[options.form], **({"seeds": options.seeds} if options.seeds else {})}
 
 
 def opened(options: argparse.Namespace, run_once: Callable[..., Any]) -> AbstractContextManager[Any]:

@@ -59,14 +59,13 @@ FORMS: dict[str, dict[str, Any]] = {
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, put together, answer."""
     parser = parser_of(__file__, "Several organs in one model.", FORMS)
-    parser.add_argument("--seeds", type=int, default=1)
     return ask(parser, arguments, run_once, run_all, (find, headline, details, draw))
 
 
 def run_all(record: Any, options: Any, pool: Any) -> None:
     """Each way with each seed."""
     ways = [ONE_PLACE] if options.form == "quick" else WAYS
-    pairs = [(seed, way) for seed in range(options.seeds) for way in ways]
+    pairs = [(seed, way) for seed in range(options.seeds or 1) for way in ways]
     list(pool.map(lambda pair: record(way=pair[1], seed=pair[0], **FORMS[options.form]), pairs))
 
 

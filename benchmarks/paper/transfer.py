@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import METHODS, REFERENCE, fit, load, mean, prepare, row_losses  # noqa: E402 (from the folder above)
-from question import ask, parser_of  # noqa: E402
+from question import ask, parser_of, size_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
 from transfer_report import ORIGIN, details, draw, find, headline  # noqa: E402
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def run_all(record: Any, options: Any, pool: Any) -> None:
     """The search for rates, then a run for each seed."""
-    size = FORMS[options.form]
+    size = size_of(options, FORMS)
     run = functools.partial(record, block=size["block"], batch=size["batch"])
 
     def loss(pair: tuple[str, float]) -> float:

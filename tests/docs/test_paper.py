@@ -99,6 +99,14 @@ def test_report_without_runs(module, tmp_path):
         module("position").main(["--smoke", "--report", "--output", str(tmp_path / "none.json")])
 
 
+def test_number_of_seeds(module):
+    """It is that of the form, unless told otherwise."""
+    question, forms = module("question"), module("position").FORMS
+    read = question.parser_of("position.py", "", forms).parse_args
+    sizes = [question.size_of(read(["--smoke", *more]), forms) for more in ([], ["--seeds", "2"])]
+    assert [size.pop("seeds") for size in sizes] == [1, 2] and sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize(("best", "verdict"), [(1, "is borne out."), (9, "is not borne out.")])
 def test_answer_of_position(module, best, verdict):
     """What is said of early positions turns with the numbers."""
