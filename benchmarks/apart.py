@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # None of these imports huggingface_hub, which reads its settings then.
-PRELOADED = ["torch", "torch.distributed.tensor", "scipy.optimize", "tokenizers", "safetensors.torch"]
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "tokenizers", "safetensors.torch"]
 
 
 def run_apart(
