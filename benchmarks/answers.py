@@ -71,8 +71,8 @@ def on_gpu() -> str:
 
 
 def paragraph(text: str) -> str:
-    """The lines of a text, none of which ends within an equation."""
-    text = text.replace(" = ", "\u00a0=\u00a0")
+    """The lines of a text, none of which ends within an equation or before a percent sign."""
+    text = text.replace(" = ", "\u00a0=\u00a0").replace(" %", "\u00a0%")
     return "\n".join(textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False))
 
 

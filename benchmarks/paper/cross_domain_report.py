@@ -56,11 +56,11 @@ def headline(found: list[dict[str, Any]]) -> str:
         if not ahead[WAYS[0]]
         else "What shows of the paper's regularization is a smaller step away from the base"
         if not kept
-        else f"{kept} of {ahead[WAYS[0]]} advantages are more than a smaller step away from the base"
+        else f"More than a smaller step away from the base: {kept} of {ahead[WAYS[0]]} advantages"
     )
     return (
         f"**{verdict}.** Of {len(gaps)} comparisons, the organ has the smaller loss with every seed in "
-        f"{', '.join(f'{ahead[way]} {way}' for way in WAYS)}; {kept} hold all three ways."
+        f"{', '.join(f'{ahead[way]} {way}' for way in WAYS)}; {kept} in all three."
     )
 
 

@@ -93,6 +93,12 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return methods.spread(values, f".{digits}f")
 
 
+def percentages(shares: Sequence[float]) -> str:
+    """The smallest and the largest share in percent."""
+    low, high = (f"{100 * share:.0f}".replace("-", "−") for share in (min(shares), max(shares)))
+    return f"{low} to {high} %"
+
+
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose first column is text and the others numbers."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]

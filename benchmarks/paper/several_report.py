@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pictures import finish, panels_of
-from question import Runs, markdown, spread
+from question import Runs, markdown, percentages, spread
 from report import paired
 
 DOMAINS, CONTROL = ("kjv", "icd10"), "english"
@@ -59,7 +59,7 @@ def headline(found: dict[str, Any]) -> str:
     verdict = (
         "Yes" if any(share > 0.8 for share in organs) else "In part" if any(share > 0 for share in organs) else "No"
     )
-    said = "; ".join(f"{way} {100 * min(shares):.0f}–{100 * max(shares):.0f} %" for way, shares in kept.items())
+    said = "; ".join(f"{way} {percentages(shares)}" for way, shares in kept.items())
     said = said or "not measured"
     return (
         f"**{verdict}.** Of what each gains alone, this is left when both are in one model with a weight of 1: {said}."

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from question import Runs, markdown, spread
+from question import Runs, markdown, percentages, spread
 
 ORIGIN = "base"  # the recipient that the organ was trained in
 
@@ -54,7 +54,7 @@ def headline(found: list[dict[str, Any]]) -> str:
                 gains += [statistics.median(into["gain"][way])] if way.startswith("organ") else []
     count = sum(gain > 0 for gain in gains)
     verdict = "Yes" if count == len(gains) else "Mostly" if 2 * count > len(gains) else "No"
-    shares = ", ".join(f"{way} {100 * min(each):.0f}–{100 * max(each):.0f} %" for way, each in kept.items())
+    shares = ", ".join(f"{way} {percentages(each)}" for way, each in kept.items())
     said = f"in another model an organ gains in {count} of {len(gains)} cases"
     return f"**{verdict}:** {said}. Kept of the gain at home: {shares}."
 

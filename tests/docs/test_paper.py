@@ -99,6 +99,12 @@ def test_report_without_runs(module, tmp_path):
         module("position").main(["--smoke", "--report", "--output", str(tmp_path / "none.json")])
 
 
+def test_cross_domain_without_rates(module, tmp_path):
+    """In full, each method is trained at its best rate or not at all."""
+    with pytest.raises(SystemExit, match="rates of gemma are not known; run against_lora"):
+        module("cross_domain").best_rates("gemma", tmp_path / "cross_domain.json", needed=True)
+
+
 def test_number_of_seeds(module):
     """It is that of the form, unless told otherwise."""
     question, forms = module("question"), module("position").FORMS
@@ -152,7 +158,7 @@ def test_answer_of_against_lora(module, lora, words):
     ("far", "lost", "words"),
     [
         (2.0, 0.4, "is a smaller step away from the base"),
-        (1.0, 0.4, "4 of 4 advantages are more than a smaller step"),
+        (1.0, 0.4, "More than a smaller step away from the base: 4 of 4 advantages"),
         (1.0, 0.1, "does not show"),
     ],
 )
