@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def run_all(record: Any, options: Any, pool: Any) -> None:
     """Measure the base, then train each method with each seed."""
     size, base = size_of(options, FORMS), options.base
-    rates = best_rates(base, record.path)
+    rates = best_rates(base, record.path, needed=options.form == "full")
     given = {name: size[name] for name in ("batch", "block", "held", "distance", "scales")}
     given["steps"] = size["steps"] * longer(base)
     methods = [name for name in size["methods"] if (base, name) != ("gemma", INSERTED)]
@@ -75,14 +75,14 @@ def run_all(record: Any, options: Any, pool: Any) -> None:
     list(pool.map(train, [(seed, method) for seed in range(size["seeds"]) for method in methods]))
 
 
-def best_rates(base: str, path: Path | None) -> dict[str, float]:
-    """For each method the rate that `against_lora.py` found best on this base; else the middle one of those tried."""
-    rates = {name: method.settings[len(method.settings) // 2][0] for name, method in METHODS.items()}
+def best_rates(base: str, path: Path | None, needed: bool) -> dict[str, float]:
+    """The rate of each method that `against_lora.py` found best on this base; where not needed, the middle one."""
     swept = path and path.with_name("against_lora.json")
-    if swept and swept.exists():
-        found = json.loads(swept.read_text("utf-8"))["found"]
-        rates |= {name: each[FAIR] for of in found if of["base"] == base for name, each in of["rates"].items()}
-    return rates
+    found = json.loads(swept.read_text("utf-8")).get("found", []) if swept and swept.exists() else []
+    best = {name: each[FAIR] for of in found if of["base"] == base for name, each in of["rates"].items()}
+    if needed and not best:
+        raise SystemExit(f"the rates of {base} are not known; run against_lora.py first, into the same folder")
+    return {name: method.settings[len(method.settings) // 2][0] for name, method in METHODS.items()} | best
 
 
 def run_once(
