@@ -104,15 +104,16 @@ def headline(found: list[dict[str, Any]]) -> str:
     verdict = "A gap like the paper's" if reached else "No such gap"
     verdict += f" in {len(reached)} of {len(cases)} models" if 0 < len(reached) < len(cases) else ""
     verdict += ", by damaging LoRA" if reached and all(reached) else ""
-    parts = []
-    for each, lora, ratio, harm in cases:
-        fair = sorted((statistics.median(values(each, method, FAIR)), method) for method in each["rates"])
-        ranks = "; ".join(f"{method}: {value:.2f}" for value, method in fair)
-        parts.append(
-            f"{each['base']}: at {each['rates'][lora][ONE]:g} for all, the perplexity of {lora} is {ratio:.1f} times "
-            f"the inserted organ's and {harm:.1f} times that of the untrained base. At the best rate of each: {ranks}."
-        )
-    return " ".join([f"**{verdict}.**", *parts])
+    one = [f"{each['base']} {ratio:.1f} and {harm:.1f}" for each, _, ratio, harm in cases]
+    best = []
+    for each in found:
+        fair = {method: statistics.median(values(each, method, FAIR)) for method in each["rates"]}
+        ahead = min(fair, key=fair.__getitem__)
+        best.append(f"{each['base']} {ahead}, {fair[ahead]:.2f} (inserted organ {fair[INSERTED]:.2f})")
+    return (
+        f"**{verdict}.** At one rate for all, the perplexity of the worse LoRA, divided by the inserted organ's and "
+        f"by that of the untrained base: {'; '.join(one)}. Lowest with the best rate of each: {'; '.join(best)}."
+    )
 
 
 def details(found: list[dict[str, Any]]) -> str:
@@ -157,6 +158,8 @@ def details_of(each: dict[str, Any]) -> str:
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
     """Perplexity over the learning rate, a panel for each base; a line is the one rate, stars are the best rates."""
+    from matplotlib.ticker import NullFormatter
+
     figure, panels = panels_of(1, len(found), height=4.6)
     for panel, each in zip(panels[0], found, strict=True):
         least = min(value for points in each["sweep"].values() for _, value in points)
@@ -168,6 +171,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         panel.axhline(each["set_aside"], color="black", linewidth=0.8, label="the untrained base")
         panel.axvline(each["rates"][INSERTED][ONE], color="gray", linestyle="--", label="one rate for all")
         panel.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="perplexity of King James, set aside")
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_ylim(0.9 * least, 60 * least)  # what lies above is destroyed
         panel.set_title(f"{each['base']}: stars are the best rates", loc="left", fontsize="medium")
     finish(figure, path)

@@ -151,7 +151,7 @@ def test_answer_of_against_lora(module, lora, words):
     assert all(each in details for each in words)
     headline = report.headline(found)
     assert headline.startswith("**A gap like the paper's, by" if lora > 3 else "**No such gap")
-    assert "At the best rate of each: LoRA: 7.39; " in headline
+    assert "best rate of each: b LoRA, 7.39 (inserted organ " in headline
 
 
 @pytest.mark.parametrize(
