@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -27,36 +28,44 @@ class Record:
 
     Args:
         script: File that, with `--run JSON --base FOLDER`, prints the result of one run as JSON on its last line.
-        base: Folder of the model.
+        unpack: Writes the model, unless it is there, and returns its folder; called before the first run.
         path: The file, or `None`.
         alone: Whether to start a process with one thread for each run; else it is called here.
         about: What is noted of every run beside its settings, and tells it from others.
     """
 
     def __init__(
-        self, script: str, base: str, path: Path | None, alone: Any = None, about: dict[str, Any] | None = None
+        self,
+        script: str,
+        unpack: Callable[[], Path],
+        path: Path | None,
+        alone: Any = None,
+        about: dict[str, Any] | None = None,
     ) -> None:
-        self.script, self.base, self.path, self.alone, self.about = script, base, path, alone, about or {}
+        self.script, self.path, self.alone, self.about = script, path, alone, about or {}
+        self.base = functools.cache(lambda: str(unpack()))
         self.summary: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {"runs": []}
         self.runs: dict[str, dict[str, Any]] = {
             key_of(run["given"]): {"hardware": self.summary["hardware"], **run} for run in self.summary.pop("runs")
         }
-        self.started, self._writing = time.time(), threading.Lock()
+        self.started, self._writing, self._unpacking = time.time(), threading.Lock(), threading.Lock()
 
     def __call__(self, **given: Any) -> dict[str, Any]:
         """The result of a run."""
         key = key_of({**self.about, **given})
         if key not in self.runs:
             print(f"{time.time() - self.started:7.0f} s  {key}", file=sys.stderr, flush=True)
-            found = self.alone(self.base, **given) if self.alone else self._in_process(given)
+            with self._unpacking:
+                base = self.base()
+            found = self.alone(base, **given) if self.alone else self._in_process(base, given)
             with self._writing:
                 made = {"commit": demo.commit(), "hardware": demo.provenance(self.script)["hardware"]}
                 self.runs[key] = {"given": {**self.about, **given}, **made, **found}
                 self.save()
         return self.runs[key]
 
-    def _in_process(self, given: dict[str, Any]) -> dict[str, Any]:
-        command = [sys.executable, self.script, "--base", self.base, "--run", json.dumps(given)]
+    def _in_process(self, base: str, given: dict[str, Any]) -> dict[str, Any]:
+        command = [sys.executable, self.script, "--base", base, "--run", json.dumps(given)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
@@ -116,8 +125,8 @@ def opened(
     smoke = options.form == "smoke"
     here = smoke if here is None else here
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1 if here else options.jobs) as pool:
-        base = small_base(Path(scratch)) if smoke else unpack(options.cache)
-        yield Record(script, str(base), options.output, run_once if here else None, about), pool
+        base = functools.partial(small_base, Path(scratch)) if smoke else functools.partial(unpack, options.cache)
+        yield Record(script, base, options.output, run_once if here else None, about), pool
 
 
 def small_base(folder: Path) -> Path:

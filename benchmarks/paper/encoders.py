@@ -21,6 +21,7 @@ and hardly trained.
 
 from __future__ import annotations
 
+import functools
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         cache = options.cache if options.form == "full" else Path(scratch)
         for name in names:
             pretraining = {**size["pretraining"], "batch": rows_of(name, size["pretraining"])}
-            folder = "" if options.report else str(folder_of(name, cache, pretraining))
+            folder = functools.partial(folder_of, name, cache, pretraining)
             about = {"base": name, "form": options.form}
             record = Record(__file__, folder, options.output, run_once if smoke else None, about)
             if not options.report:

@@ -41,8 +41,7 @@ def opened(options: argparse.Namespace, run_once: Callable[..., Any]) -> Abstrac
         options.output.parent.mkdir(parents=True, exist_ok=True)
     name = "smoke" if options.form == "smoke" else options.base
     about = {"base": name, "form": options.form}
-    unpack = Path if options.report else functools.partial(folder_of, name)  # a report needs no base
-    return record.opened(options.script, options, run_once, unpack, about)
+    return record.opened(options.script, options, run_once, functools.partial(folder_of, name), about)
 
 
 def ask(

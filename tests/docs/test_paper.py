@@ -99,6 +99,21 @@ def test_report_without_runs(module, tmp_path):
         module("position").main(["--smoke", "--report", "--output", str(tmp_path / "none.json")])
 
 
+def test_base_is_written_for_the_first_run(module, tmp_path):
+    """And not where there is nothing left to run."""
+    file, unpacked = tmp_path / "found.json", []
+    file.write_text(json.dumps({"hardware": {}, "runs": [{"given": {"seed": 0}, "loss": 1.0}]}))
+
+    def unpack():
+        unpacked.append(tmp_path)
+        return tmp_path
+
+    record = module("record").Record("position.py", unpack, file, lambda base, seed: {"loss": 2.0, "base": base})
+    assert record(seed=0)["loss"] == 1.0 and not unpacked
+    assert record(seed=1) == record(seed=1) and record(seed=2)["base"] == str(tmp_path)
+    assert unpacked == [tmp_path] and len(json.loads(file.read_text())["runs"]) == 3
+
+
 def test_cross_domain_without_rates(module, tmp_path):
     """In full, each method is trained at its best rate or not at all."""
     with pytest.raises(SystemExit, match="rates of gemma are not known; run against_lora"):
