@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -48,9 +49,11 @@ def find(runs: Runs) -> list[dict[str, Any]]:
 
 def headline(found: list[dict[str, Any]]) -> str:
     """Whether organs lose less on other texts, and whether that is more than a smaller step."""
-    gaps = [each for runs in by_base(found).values() for each in gaps_of(runs).values()]
-    ahead = {way: sum(max(each[way]) < 0 for each in gaps) for way in WAYS}
-    kept = sum(all(max(of_way) < 0 for of_way in each.values()) for each in gaps)
+    gaps = {base: list(gaps_of(runs).values()) for base, runs in by_base(found).items()}
+    every = list(itertools.chain.from_iterable(gaps.values()))
+    ahead = {way: sum(max(each[way]) < 0 for each in every) for way in WAYS}
+    where = {base: sum(all(max(of_way) < 0 for of_way in each.values()) for each in of) for base, of in gaps.items()}
+    kept, named = sum(where.values()), ", ".join(f"{base} {count}" for base, count in where.items() if count)
     verdict = (
         "The paper's regularization does not show"
         if not ahead[WAYS[0]]
@@ -59,8 +62,8 @@ def headline(found: list[dict[str, Any]]) -> str:
         else f"More than a smaller step away from the base: {kept} of {ahead[WAYS[0]]} advantages"
     )
     return (
-        f"**{verdict}.** Of {len(gaps)} comparisons, the organ has the smaller loss with every seed in "
-        f"{', '.join(f'{ahead[way]} {way}' for way in WAYS)}; {kept} in all three."
+        f"**{verdict}.** Of {len(every)} comparisons, the organ has the smaller loss with every seed in "
+        f"{', '.join(f'{ahead[way]} {way}' for way in WAYS)}; {kept} in all three{f' ({named})' if named else ''}."
     )
 
 
