@@ -77,7 +77,6 @@ METHODS: dict[str, Method] = {
     "organ, outputs of the lower half": Method(rates(2e-4), span=LOWER, modules="outputs", donor_trainer=True),
     "organ, outputs of the upper half": Method(rates(2e-4), span=UPPER, modules="outputs", donor_trainer=True),
     "organ, upper half, cache": Method(rates(1e-4, 2e-4, 4e-4), span=UPPER, **CACHED),
-    "organ, upper third, cache": Method(rates(2e-4, 4e-4, 8e-4), span=(2 / 3, 1), **CACHED),
     "organ, inserted": Method(rates(2.5e-4, 5e-4, 1e-3), span=(1 / 3, 13 / 30), donor_trainer=True, inserted=True),
     INSERTED: Method(
         rates(3e-4, 1e-3, 3e-3), span=(1 / 3, 1), donor_trainer=True, inserted=True, num_layers=3, position=0.12

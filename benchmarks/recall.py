@@ -29,13 +29,13 @@ from record import is_one_run, opened, parser_of
 from texts import documents, read_blocks
 
 CONFINED = "LoRA, r = 16, upper half, cache"
-ORGANS = ["organ, upper half, cache", "organ, upper third, cache"]
+ORGAN = "organ, upper half, cache"
 WAYS = {"line": "\n{code}", "code means": "The ICD-10-CM code {code} means:", "question": "What is {code}? It is"}
 FULL: dict[str, Any] = {
-    "methods": [REFERENCE, CONFINED, *ORGANS], "facts": [40, 80, 160], "main": 80, "seeds": 3, "epochs": 32,
+    "methods": [REFERENCE, CONFINED, ORGAN], "facts": [40, 80, 160], "main": 80, "seeds": 3, "epochs": 32,
     "search": 24, "block": 128, "control": 16,
 }  # fmt: skip
-SMALL = {**FULL, "methods": [REFERENCE, ORGANS[0]], "facts": [40], "main": 40, "seeds": 1, "search": 0}
+SMALL = {**FULL, "methods": [REFERENCE, ORGAN], "facts": [40], "main": 40, "seeds": 1, "search": 0}
 FORMS: dict[str, dict[str, Any]] = {
     "full": FULL,
     "quick": SMALL,
