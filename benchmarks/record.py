@@ -30,7 +30,7 @@ class Record:
         script: File that, with `--run JSON --base FOLDER`, prints the result of one run as JSON on its last line.
         unpack: Writes the model, unless it is there, and returns its folder; called before the first run.
         path: The file, or `None`.
-        alone: Whether to start a process with one thread for each run; else it is called here.
+        alone: The function that makes a run, in this process; `None`: each has a process of its own, with one thread.
         about: What is noted of every run beside its settings, and tells it from others.
     """
 
