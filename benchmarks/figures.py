@@ -12,6 +12,7 @@ import recall
 import report
 import sweep
 from methods import REFERENCE, mean, seconds_per_step
+from record import key_of
 from texts import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,9 +82,12 @@ def recall_table() -> str:
 def privacy_table() -> str:
     """What the attacks on trained rows found."""
     found = read("privacy")
-    size = privacy.FORMS[found["form"]]
-    runs = [run for run in found["runs"] if size.items() <= run["given"].items()]
-    return f"{privacy.tables(runs)}\n\n{source('privacy.py', found)}"
+    runs, size = {key_of(run["given"]): run for run in found["runs"]}, privacy.FORMS[found["form"]]
+    seeds = [
+        privacy.of_seed(lambda **given: runs[key_of(given)], size, privacy.COMPARED, seed)
+        for seed in range(found["seeds"])
+    ]
+    return f"{privacy.tables(seeds)}\n\n{source('privacy.py', found)}"
 
 
 def sweep_table() -> str:

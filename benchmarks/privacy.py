@@ -9,12 +9,14 @@ Each method learns every other block of King James, drawn by lot, with canaries 
 learning rates that `train.py` tries. `probe_privacy` then attacks what was learned as it is, and at equal domain loss:
 weights are moved to base + scale · (trained − base), with the smallest scale at which the loss on other chapters is as
 low as the best one of the method that learns least. The organ is also attacked in another fine-tune of the base, and
-in the base with random weights in its own layers. Each seed is a process of its own, with one thread. What is in the
-output file is not run again.
+in the base with random weights in its own layers. Each training and each attack is a process of its own, with one
+thread; what was trained is kept beside the base for the attacks. What is in the output file is not run again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 import statistics
@@ -59,23 +61,55 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     if is_one_run(options, run_once):
         return {}
-    size = {"methods": options.methods, **FORMS[options.form]}
+    size, seeds = FORMS[options.form], options.seeds or SEEDS[options.form]
     with opened(__file__, options, run_once) as (record, pool):
-        runs = list(pool.map(lambda seed: record(seed=seed, **size), range(options.seeds or SEEDS[options.form])))
-    record.save(form=options.form)
-    print(tables(runs))
+        found = [of_seed(record, size, options.methods, seed, pool.map) for seed in range(seeds)]
+    record.save(form=options.form, seeds=seeds)
+    print(tables(found))
     if options.output:
-        draw(runs, options.output.with_suffix(".png"))
-    return {"runs": runs}
+        draw(found, options.output.with_suffix(".png"))
+    return {"seeds": found}
 
 
-def run_once(
-    base: str, methods: list[str], seed: int, members: int, others: int, block: int, epochs: int,
-    repetitions: list[int], num_each: int, held: int, candidates: int, tune: int,
-) -> dict[str, Any]:  # fmt: skip
+def of_seed(
+    run: Callable[..., dict[str, Any]], size: dict[str, Any], methods: list[str], seed: int, each: Any = map
+) -> dict[str, Any]:
     """Train every method, choose the scales, and attack.
 
     Args:
+        run: Makes a run, or looks it up.
+        each: Calls a function for each of several values, as `map` does.
+
+    Returns:
+        `before`, the loss of the base, and of each method what was found, at equal loss and as trained.
+    """
+
+    def make(method: str, scale: float | None, tune: int = 0) -> dict[str, Any]:
+        return run(**{**size, "seed": seed, "method": method, "scale": scale, "tune": tune})
+
+    losses = [found["losses"][DOMAIN] for found in each(lambda method: make(method, None), methods)]
+    goal = max(map(min, losses))
+    equal = {method: scale_at(goal, own) for method, own in zip(methods, losses, strict=True)}
+    tune = {method: size["tune"] if METHODS[method].donor_trainer else 0 for method in methods}
+    attacks = [(method, scale, tune[method]) for method, scale in equal.items()]
+    attacks += [(method, 1.0, 0) for method, scale in equal.items() if scale < 1]
+    found = {of[:2]: attacked for of, attacked in zip(attacks, each(lambda of: make(*of), attacks), strict=True)}
+    return {
+        "before": losses[0][0],
+        "methods": {
+            method: {EQUAL: found[method, scale], AS_TRAINED: found[method, 1.0]} for method, scale in equal.items()
+        },
+    }
+
+
+def run_once(
+    base: str, method: str, seed: int, scale: float | None, members: int, others: int, block: int, epochs: int,
+    repetitions: list[int], num_each: int, held: int, candidates: int, tune: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a method, or attack what it learned.
+
+    Args:
+        scale: At which it is attacked; `None`: train, and measure the loss at several scales.
         members: Blocks that are learned.
         others: Blocks of the same chapters, which are not.
         num_each: Canaries for each of the repetitions.
@@ -84,6 +118,7 @@ def run_once(
         tune: Steps of the other fine-tune, on general text; 0: organs are attacked in their own recipient only.
     """
     import torch
+    from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
     from not_hf import plant_canaries
@@ -106,31 +141,30 @@ def run_once(
         fit(prepared, pairs, rate=rate, batch=batch, steps=steps or epochs * len(rows) // batch, seed=seed)
         return prepared
 
-    models = {method: trained(method, rows) for method in methods}
-    losses = {method: losses_at(SCALES, model, texts) for method, model in models.items()}
-    goal = max(min(each[DOMAIN]) for each in losses.values())
-    start = load(base)
+    key = json.dumps([method, seed, members, others, block, epochs, repetitions, num_each])
+    kept = Path(base, "trained", f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors")
+    if scale is None or not kept.exists():
+        prepared = trained(method, rows)
+        kept.parent.mkdir(exist_ok=True)
+        weights = {name: each.detach() for name, each in prepared.model.named_parameters() if each.requires_grad}
+        save_file(weights, kept)
+    else:
+        prepared = prepare(method, base)
+        prepared.model.load_state_dict(load_file(kept), strict=False)
+    if scale is None:
+        return {"tokens": sum(map(len, rows)), "scales": SCALES, "losses": losses_at(SCALES, prepared, texts)}
     elsewhere: dict[str, Any] = {}
     if tune:
         general = read_blocks(CONTROL, tokenizer, block, 4 * tune, part="train", seed=seed).tolist()
         tuned = trained(FULL, general, tune).model
         elsewhere = {"recipients": {"another fine-tune": tuned}, "with_random_layers": True}
     pair = [[{"input_ids": row} for row in some] for some in (own, unseen)]
-    how = {"canaries": canaries, "tokenizer": tokenizer, "num_candidates": candidates, "prefix_length": block // 4}
-    found: dict[str, Any] = {}
-    for method, prepared in models.items():
-        scale = scale_at(goal, losses[method][DOMAIN])
-        found[method] = {EQUAL: attack(prepared, scale, texts, pair, start, {**how, "seed": seed}, elsewhere)}
-        found[method][AS_TRAINED] = (
-            found[method][EQUAL]
-            if scale == 1
-            else attack(prepared, 1.0, texts, pair, start, {**how, "seed": seed}, {})
-        )
-    return {"tokens": sum(map(len, rows)), "scales": SCALES, "losses": losses, "methods": found}
+    how = {"tokenizer": tokenizer, "num_candidates": candidates, "prefix_length": block // 4, "seed": seed}
+    return attack(prepared, scale, texts, pair, {"canaries": canaries, **how}, elsewhere)
 
 
 def attack(
-    prepared: Prepared, scale: float, texts: dict[str, Any], pair: list[Any], base: Any, how: dict[str, Any],
+    prepared: Prepared, scale: float, texts: dict[str, Any], pair: list[Any], how: dict[str, Any],
     elsewhere: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Attack what a method learned, at a scale; an organ by its file, elsewhere too.
@@ -140,13 +174,12 @@ def attack(
         scale: The scale.
         texts: Rows that the loss is measured on, by the name of the text.
         pair: Members and non-members.
-        base: The live base.
         how: For `probe_privacy`, of any method.
         elsewhere: For `probe_privacy`, of an organ.
     """
     from not_hf import probe_privacy
 
-    losses = losses_at([scale], prepared, texts)
+    losses, base = losses_at([scale], prepared, texts), load(prepared.base)
     with tempfile.TemporaryDirectory() as folder:
         if prepared.method.donor_trainer:
             prepared.model.save_pretrained(folder)
@@ -154,7 +187,7 @@ def attack(
         else:
             probe = probe_privacy(prepared.model, *pair, reference=base, **how)
     tables = {name: getattr(probe, name) for name in ("attacks", "extraction", "canaries")}
-    return {"scale": scale, "losses": {name: each[0] for name, each in losses.items()}, **tables}
+    return {"losses": {name: each[0] for name, each in losses.items()}, **tables}
 
 
 def losses_at(scales: list[float], prepared: Prepared, texts: dict[str, Any]) -> dict[str, list[float]]:
@@ -173,12 +206,12 @@ def scale_at(goal: float, losses: list[float]) -> float:
     if end == 0:
         return SCALES[0]
     high, low = losses[end - 1], losses[end]
-    return SCALES[end - 1] + (SCALES[end] - SCALES[end - 1]) * (high - goal) / (high - low)
+    return round(SCALES[end - 1] + (SCALES[end] - SCALES[end - 1]) * (high - goal) / (high - low), 4)
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
     """Attacks and canaries as Markdown; of several seeds the median, with the smallest and the largest behind it."""
-    base = math.exp(statistics.median(next(iter(run["losses"].values()))[DOMAIN][0] for run in runs))
+    base = math.exp(statistics.median(run["before"] for run in runs))
     titles = ("attacked", "scale", "domain", "AUC, loss", "AUC, reference", "TPR, reference", "repeated", "of others")
     counts = sorted({row["repetitions"] for row in canaries_of(runs[0], *cases(runs[0])[0])})
     titles += tuple(f"exposure, {count}×" for count in counts) + tuple(f"completed, {count}×" for count in counts)
@@ -196,7 +229,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
         of = (method, what, recipient)
         is_own = recipient in ("its own", "as given")
         cells = [f"{method}, {what}" if is_own else f"… in {recipient}"]
-        cells.append(middle(lambda run, of=of: run["methods"][of[0]][of[1]]["scale"], ".2f"))
+        cells.append(middle(lambda run, of=of: run["methods"][of[0]][of[1]]["given"]["scale"], ".2f"))
         cells.append(
             middle(lambda run, of=of: math.exp(run["methods"][of[0]][of[1]]["losses"][DOMAIN]), ".2f")
             if is_own

@@ -187,15 +187,16 @@ def test_privacy(tmp_path):
     """Each method is attacked as trained and at the scale of equal loss, the organ elsewhere too."""
     printed, found = quick("privacy.py", tmp_path, form="--smoke", warm=True)
     assert "| organ, outputs, at equal loss |" in printed and "| … in random layers |" in printed
-    (run,) = found["runs"]
-    for method in run["methods"].values():
-        trained, equal = method["as trained"], method["at equal loss"]
-        assert equal["losses"]["kjv"] == pytest.approx(
-            run["methods"]["full"]["at equal loss"]["losses"]["kjv"], abs=0.05
-        )
-        assert 0 <= equal["scale"] <= trained["scale"] == 1
-        assert [row["repetitions"] for row in trained["canaries"]] == [0, 1, 3]
-        assert {row["attack"] for row in equal["attacks"]} == {"loss", "min-k", "reference", "control"}
-    recipients = {row["recipient"] for row in run["methods"]["organ, outputs"]["at equal loss"]["attacks"]}
+    trained = [run for run in found["runs"] if run["given"]["scale"] is None]
+    attacks = [run for run in found["runs"] if run["given"]["scale"] is not None]
+    equal, as_trained = attacks[:3], [run for run in attacks if run["given"]["scale"] == 1]
+    assert len(trained) == len(as_trained) == 3
+    assert max(run["losses"]["kjv"] for run in equal) - min(run["losses"]["kjv"] for run in equal) < 0.05
+    for run in attacks:
+        assert [row["repetitions"] for row in run["canaries"]][:3] == [0, 1, 3]
+        assert {row["attack"] for row in run["attacks"]} == {"loss", "min-k", "reference", "control"}
+    losses = {run["given"]["method"]: run["losses"]["kjv"] for run in as_trained}  # of what was kept
+    assert losses == pytest.approx({run["given"]["method"]: run["losses"]["kjv"][-1] for run in trained}, abs=1e-3)
+    recipients = {row["recipient"] for row in equal[0]["attacks"]}
     assert recipients == {"its own", "another fine-tune", "random layers"}
     assert (tmp_path / "found.png").stat().st_size > 10_000
