@@ -80,7 +80,7 @@ def plant_canaries(
             several epochs shows each of them as many times more.
         num_each: Canaries of each of these counts.
         prefix: What stands before a secret; it holds `{name}`, for which each canary has random symbols of its own.
-        symbols: What names and secrets are drawn of; each should be one token, or a few.
+        symbols: What names and secrets are drawn of, each as often as the others; each should be one token, or a few.
         length: Symbols of a secret.
         file: JSON file to write the canaries to, for `probe_privacy` and `not-hf probe` in another process.
         seed: Of names, secrets and places.
@@ -114,11 +114,11 @@ def plant_canaries(
             f"{length} of {len(set(symbols))} symbols make too few secrets for {count} canaries; give more symbols, "
             "or a larger length"
         )
-    generator = np.random.default_rng(seed)
+    generator, symbols = np.random.default_rng(seed), tuple(dict.fromkeys(symbols))
     names, secrets = (_distinct(symbols, size, count, generator) for size in (_NAME_LENGTH, length))
     counts = [each for each in repetitions for _ in range(num_each)]
     canaries = [
-        Canary(prefix.replace("{name}", name), secret, int(each), tuple(symbols))
+        Canary(prefix.replace("{name}", name), secret, int(each), symbols)
         for name, secret, each in zip(names, secrets, counts, strict=True)
     ]
     copies = [canary.text for canary in canaries for _ in range(canary.repetitions)]

@@ -255,6 +255,8 @@ def _base_config(base: PreTrainedModel | str | os.PathLike[str]) -> PreTrainedCo
 def _check_numbers(
     config: PreTrainedConfig, budget: float, rates: Mapping[str, float], block_length: int, batch_size: int
 ) -> None:
+    if not isinstance(rates, Mapping):
+        raise NotHFError(f"rates must be a dict, such as {{'organ': 3e-4}}, got {rates!r:.100}")
     numbers_above_0: dict[str, Any] = {f"rates[{name!r}]": rate for name, rate in rates.items()}
     for name, value in {"budget, in seconds,": budget, **numbers_above_0}.items():
         is_number = isinstance(value, numbers.Real)

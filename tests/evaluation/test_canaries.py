@@ -30,6 +30,7 @@ def test_texts_keep_their_order_and_secrets_are_planted_among_them(tmp_path):
     assert read_canaries(tmp_path / "canaries.json") == canaries
     assert plant_canaries(TEXTS, (0, 1, 40), num_each=2, seed=1) == (planted, canaries)
     assert plant_canaries(TEXTS, (0, 1, 40), num_each=2, seed=2) != (planted, canaries)
+    assert plant_canaries(TEXTS, (1,), symbols="00123") == plant_canaries(TEXTS, (1,), symbols="0123")  # also its bits
 
 
 @pytest.mark.parametrize(

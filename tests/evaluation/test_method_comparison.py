@@ -223,6 +223,7 @@ def test_names_of_donors(tmp_path):
         ({"rates": {"organ": -1}}, r"rates\['organ'\] must be a number above 0, got -1"),
         ({"rates": {"DoRA": 1e-3}}, "no method 'DoRA'; rates may name 'organ', 'LoRA', 'full fine-tuning'"),
         ({"rates": {}}, "nothing to compare"),
+        ({"rates": ["organ"]}, r"rates must be a dict, such as \{'organ': 3e-4\}, got \['organ'\]"),
         ({"donors": "me/gpt2-kjv"}, r"donors must be a list, got a single donor; give donors=\[donor\]"),
         ({"block_length": 1000}, "block_length must be between 2 and 64, the base's context, got 1000"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
