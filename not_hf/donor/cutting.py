@@ -23,7 +23,7 @@ from not_hf.architecture.splicing import place_bound, spliced_config
 from not_hf.architecture.stack import Stack, find_stack, layers_config, saved_class
 from not_hf.architecture.tables import STORED_NAMES, TEXT_PREFIXES
 from not_hf.architecture.twin import meta_twin, require_loadable
-from not_hf.architecture.upstream import HUB_KWARGS, commit_of, require_known, resolve_commit
+from not_hf.architecture.upstream import HUB_KWARGS, commit_of, fetch_file, require_known, resolve_commit
 from not_hf.cards.license import inherit_license
 from not_hf.config import INITS, MODES, DonorConfig
 from not_hf.errors import CorruptDonorError, NotHFError, UnsupportedArchitectureError, reading_repo
@@ -123,12 +123,12 @@ class StoredBase:
         return tensors
 
     def require_no_adapter(self) -> None:
-        """Check that a folder holds no adapter beside the model; of a repo, that would take a request more.
+        """Check that there is no adapter beside the model.
 
         Raises:
-            NotHFError: It does; transformers loads both.
+            NotHFError: There is; transformers loads both.
         """
-        if os.path.isfile(os.path.join(self.name, self.hub_kwargs.get("subfolder") or "", "adapter_config.json")):
+        if fetch_file(self.name, "adapter_config.json", **self.hub_kwargs):
             raise stored_adapter(self.name)
 
     def outside(self) -> dict[str, Any]:

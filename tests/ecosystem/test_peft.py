@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -119,13 +120,19 @@ def test_lora_that_is_merged_into_the_recipients_layers_is_not_saved_with_the_or
     assert ("own layers were changed since it got organs" in caplog.text) is warns
 
 
-def test_a_recipient_or_a_base_by_name_with_an_adapter_beside_its_config_is_refused(tmp_path):
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("place", ["folder", "repo"])
+def test_a_recipient_or_a_base_by_name_with_an_adapter_beside_its_config_is_refused(place, tmp_path):
     """transformers loads both; an organ saved from that would name the model without the adapter as its base."""
-    base = tiny_model("llama")
+    base, name = tiny_model("llama"), tmp_path
     donor = DonorModel.from_base(base, (1, 3))
     base.save_pretrained(tmp_path)
     get_peft_model(base, LORA).save_pretrained(tmp_path)
-    for use in (lambda: TransplantedForCausalLM.from_pretrained(tmp_path, donor), lambda: organ(tmp_path, 1)):
+    if place == "repo":
+        name = HfApi().create_repo("me/with-adapter").repo_id
+        edit_json(tmp_path / "adapter_config.json", base_model_name_or_path=name)
+        HfApi().upload_folder(repo_id=name, folder_path=tmp_path)
+    for use in (lambda: TransplantedForCausalLM.from_pretrained(name, donor), lambda: organ(name, 1)):
         with pytest.raises(NotHFError, match=r"holds an adapter \(LoRA\); merge it, save"):
             use()
 
