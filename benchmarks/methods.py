@@ -20,7 +20,7 @@ class Method:
     """What is trained, and how.
 
     Args:
-        settings: Learning rates and batch sizes that are tried, so many that no rate at an end is best.
+        settings: Learning rates and batch sizes that are tried.
         lora: Options of PEFT's `LoraConfig`, or `None`.
         span: Part of the stack that an organ, or LoRA, covers: 0 is the first layer, 1 the end.
         modules: Parts of the layers that an organ holds.
@@ -133,25 +133,29 @@ def load(folder: str) -> Any:
 
 def prepare(name: str, base: str) -> Prepared:
     """Load the base and put in what the method trains."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
     from not_hf import TransplantedForCausalLM
 
     method = METHODS[name]
     model = load(base)
     if method.lora is not None:
-        begin, end = span_of(method, model)
-        depth, kinds = model.config.num_hidden_layers, (torch.nn.Linear, Conv1D)
-        stacks = (part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == depth)
-        layer = next(stacks)[0]
-        linear = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, kinds)}
-        config = LoraConfig(target_modules=linear, layers_to_transform=list(range(begin, end)), **method.lora)
-        return Prepared(get_peft_model(model, config), method, base)
+        return Prepared(with_lora(model, method), method, base)
     if method.donor_trainer:
         model = TransplantedForCausalLM.from_pretrained(model, cut(method, model), is_trainable=True)
     return Prepared(model, method, base)
+
+
+def with_lora(model: Any, method: Method) -> Any:
+    """A model with LoRA on all linear modules of its layers, and nowhere else."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    depth, kinds = model.config.num_hidden_layers, (torch.nn.Linear, Conv1D)
+    stacks = (part for part in model.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == depth)
+    layer = next(stacks)[0]
+    linear = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, kinds)}
+    layers = list(range(*span_of(method, model)))
+    return get_peft_model(model, LoraConfig(target_modules=linear, layers_to_transform=layers, **method.lora))
 
 
 def cut(method: Method, base: Any) -> Any:
