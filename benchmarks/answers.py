@@ -9,17 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import figures
-from figures import CACHED, NAMES, OUTPUTS, RESULTS, middle, read, source
+from figures import CACHED, CONFINED, NAMES, OUTPUTS, RESULTS, middle, read, source
 from methods import REFERENCE
 
 
 def fresh() -> str:
     """Fresh text: the organ of outputs against LoRA."""
     domains, controls = changes("train")
-    worst = max(domains.values())
+    worst = max(map(statistics.median, domains.values()))
     verdict = "Yes" if worst <= 0 else "Within a per cent" if worst <= 0.01 else "Not quite" if worst <= 0.05 else "No"
     return paragraph(
-        f"**{verdict}:** against LoRA's, the organ's perplexity is {listed(domains)}. "
+        f"**{verdict}:** against LoRA's of the same seed, the organ's perplexity is {listed(domains)}. "
         f"That of general text, with both at equal perplexity of the domain, is {listed(controls)}."
     )
 
@@ -33,14 +33,14 @@ def other_forms() -> str:
     )
 
 
-def changes(name: str) -> tuple[dict[str, float], dict[str, float]]:
-    """By how much the organ's perplexity differs from LoRA's, of the domain and of general text, for each text."""
+def changes(name: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """By how much the organ's perplexity differs from LoRA's, of the domain and of general text; by text and seed."""
     runs = read(name)["comparison"]
 
-    def change(domain: str, ratio: Callable[[dict[str, Any], dict[str, Any]], float]) -> float:
+    def change(domain: str, ratio: Callable[[dict[str, Any], dict[str, Any]], float]) -> list[float]:
         here = {(each["method"], each["seed"]): each for each in runs if each["domain"] == domain}
         seeds = sorted(seed for method, seed in here if method == OUTPUTS)
-        return statistics.median(ratio(here[OUTPUTS, seed], here[REFERENCE, seed]) for seed in seeds) - 1
+        return [ratio(here[OUTPUTS, seed], here[REFERENCE, seed]) - 1 for seed in seeds]
 
     def of_domain(organ: dict[str, Any], lora: dict[str, Any]) -> float:
         ends = (each["losses"][f"{each['scale']:g}"]["domain"] for each in (organ, lora))
@@ -76,14 +76,19 @@ def paragraph(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 118, break_long_words=False, break_on_hyphens=False))
 
 
-def listed(changes: dict[str, float]) -> str:
-    """Changes with their names."""
-    return ", ".join(f"{value:+.1%} ({name})".replace("-", "−").replace("%", " %") for name, value in changes.items())
+def listed(changes: dict[str, list[float]]) -> str:
+    """The median of changes, with the smallest and the largest behind it if there are several, and their names."""
+
+    def said(name: str, values: list[float]) -> str:
+        low, middle, high = (f"{value:+.1%}" for value in (min(values), statistics.median(values), max(values)))
+        return f"{name} {middle}" + (f" ({low.removesuffix('%')} to {high})" if len(values) > 1 else "")
+
+    return ", ".join(said(*each) for each in changes.items()).replace("-", "−").replace("%", " %")
 
 
 def recall() -> str:
     """Facts by heart: an organ with the prefix cache against LoRA."""
-    runs, parts, sooner, spared = read("recall")["comparison"], [], [], []
+    runs, parts, confined, sooner, spared = read("recall")["comparison"], [], [], [], []
     for facts in sorted({each["facts"] for each in runs}):
         here = {(each["method"], each["seed"]): each for each in runs if each["facts"] == facts}
         seeds = sorted(seed for method, seed in here if method == CACHED)
@@ -91,6 +96,9 @@ def recall() -> str:
         controls = [[math.exp(here[method, seed]["control"]) for seed in seeds] for method in (CACHED, REFERENCE)]
         sooner.append(statistics.median(ratios) < 1)
         spared.append(statistics.median(controls[0]) < statistics.median(controls[1]))
+        ratio = statistics.median(share_of_reference(here[CONFINED, seed]) for seed in seeds)
+        control = statistics.median(math.exp(here[CONFINED, seed]["control"]) for seed in seeds)
+        confined.append(f"{ratio:.2f} of that time and {control:.0f}")
         parts.append(
             f"{facts} facts: {middle(ratios)} of the time to LoRA's best, general text at "
             f"{statistics.median(controls[0]):.0f} instead of {statistics.median(controls[1]):.0f}"
@@ -98,7 +106,10 @@ def recall() -> str:
     verdict = "Yes" if all(sooner) else "Not always" if any(sooner) else "No"
     less = "less" if all(spared) else "not always less" if any(spared) else "not less"
     before = math.exp(runs[0]["control_before"])
-    return paragraph(f"**{verdict}, and it forgets {less}** (general text before: {before:.0f}). {'; '.join(parts)}.")
+    return paragraph(
+        f"**{verdict}, and it forgets {less}** (general text before: {before:.0f}). {'; '.join(parts)}. LoRA in "
+        f"the same layers, with the same cache: {', '.join(confined)}."
+    )
 
 
 def share_of_reference(run: dict[str, Any]) -> float:
@@ -144,7 +155,7 @@ def demo_run() -> str:
 def of_paper(question: str) -> str:
     """What a script of `paper/` has answered, with its picture."""
     if not (RESULTS / "paper" / f"{question}.json").exists():
-        return "Not measured yet but for the small form in the test suite."
+        return "Only the small form in the test suite has been run."
     answer, name = read(f"paper/{question}")["answer"], question.replace("_", " ")
     return f"{paragraph(answer)}\n\n![{name}](results/paper/{question}.png)\n\n[Tables](results/paper/{question}.md)"
 

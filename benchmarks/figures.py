@@ -99,11 +99,14 @@ def sweep_table() -> str:
 def source(script: str, found: dict[str, Any]) -> str:
     """Where numbers come from."""
     commits = ", ".join(f"`{each[:7]}`" for each in dict.fromkeys(run["commit"] for run in found["runs"]))
-    versions = found["versions"]
-    made_on = (run.get("hardware", found["hardware"]) for run in found["runs"])
+    made_on = [run.get("hardware", found["hardware"]) for run in found["runs"]]
+    versions = [run.get("versions", found["versions"]) for run in found["runs"]]
     hardware = " and ".join(dict.fromkeys(each.get("gpu", each["processor"]) for each in made_on))
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
-    return f"`{script}`, commit {commits}; {hardware}, one thread a run; Python {versions['python']}, {packages}."
+    packages = ", ".join(
+        f"{name} {' and '.join(dict.fromkeys(each[name.lower()] for each in versions))}"
+        for name in ("Python", "torch", "transformers")
+    )
+    return f"`{script}`, commit {commits}; {hardware}, one thread a run; {packages}."
 
 
 def middle(values: list[float], form: str = ".2f") -> str:

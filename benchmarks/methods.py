@@ -54,6 +54,7 @@ def rates(*values: float, batch: int = 2) -> tuple[Setting, ...]:
     return tuple((value, batch) for value in values)
 
 
+SEARCH_SEED = 100  # of the runs by which a learning rate is chosen
 REFERENCE = "LoRA, r = 16"
 INSERTED = "organ, three layers inserted early"  # as in arXiv 2601.13580: of GPT-2 layers 4 to 6, before layer 1
 LOWER, UPPER = (0.0, 0.5), (0.5, 1.0)

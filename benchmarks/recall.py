@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS, REFERENCE, fit, load, mean, prepare, row_losses, seconds_per_step
+from methods import METHODS, REFERENCE, SEARCH_SEED, fit, load, mean, prepare, row_losses, seconds_per_step
 from record import is_one_run, opened, parser_of
 from texts import documents, read_blocks
 
@@ -44,7 +44,6 @@ FORMS: dict[str, dict[str, Any]] = {
 SHARES = (0.5, 0.9)
 ENOUGH = 0.98  # share of the facts after which training stops
 BATCH = 16
-SEARCH_SEED = 100
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from texts import ROOT
 sys.path[:0] = [str(ROOT / "examples")]
 import demo  # noqa: E402 (the commit, versions and hardware, as in its own results)
 
+MADE_ON = ("versions", "hardware")  # of each run, which may have been made elsewhere than the last one
+
 
 class Record:
     """The runs of a script so far; what is in the file is not run again.
@@ -45,9 +47,8 @@ class Record:
         self.script, self.path, self.alone, self.about = script, path, alone, about or {}
         self.base = functools.cache(lambda: str(unpack()))
         self.summary: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {"runs": []}
-        self.runs: dict[str, dict[str, Any]] = {
-            key_of(run["given"]): {"hardware": self.summary["hardware"], **run} for run in self.summary.pop("runs")
-        }
+        runs, made_on = self.summary.pop("runs"), {name: self.summary.get(name) for name in MADE_ON}
+        self.runs: dict[str, dict[str, Any]] = {key_of(run["given"]): {**made_on, **run} for run in runs}
         self.started, self._writing, self._unpacking = time.time(), threading.Lock(), threading.Lock()
 
     def __call__(self, **given: Any) -> dict[str, Any]:
@@ -59,7 +60,8 @@ class Record:
                 base = self.base()
             found = self.alone(base, **given) if self.alone else self._in_process(base, given)
             with self._writing:
-                made = {"commit": demo.commit(), "hardware": demo.provenance(self.script)["hardware"]}
+                about = demo.provenance(self.script)
+                made = {"commit": demo.commit(), **{name: about[name] for name in MADE_ON}}
                 self.runs[key] = {"given": {**self.about, **given}, **made, **found}
                 self.save()
         return self.runs[key]

@@ -104,7 +104,7 @@ def at_domain_loss(goal: float, mine: dict[str, Curve], reference: dict[str, Cur
     """Both methods scaled down until the loss on the domain is `goal`: their losses there on the control."""
 
     def control(curves: dict[str, Curve]) -> float:
-        first = next(n for n in range(1001) if curves["domain"](n / 1000) <= goal + 1e-4)
+        first = next(n for n in range(1001) if curves["domain"](n / 1000) <= goal + 1e-9)
         return curves["control"](first / 1000)
 
     return {"domain": goal, "control": control(mine), "control_of_reference": control(reference)}

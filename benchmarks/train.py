@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from apart import start_counting
-from methods import METHODS, REFERENCE, fit, load, prepare, row_losses, seconds_per_step
+from methods import METHODS, REFERENCE, SEARCH_SEED, fit, load, prepare, row_losses, seconds_per_step
 from record import is_one_run, opened, parser_of
 from report import compare, draw, tables
 from texts import ROOT, TEXTS, read_blocks
@@ -123,7 +123,7 @@ def search(run: Any, size: dict[str, Any], domain: str, method: str) -> tuple[fl
         rate, batch = setting
         steps, held = size["search"] * 4 // batch, {"choose": size["choose"]}
         given = {"rate": rate, "batch": batch, "steps": steps, "held": held, "scales": size["scales"]}
-        found = run(method=method, domain=domain, seed=100, **given)
+        found = run(method=method, domain=domain, seed=SEARCH_SEED, **given)
         return min(math.fsum(each["domain"]) for each in found["held"]["choose"].values())
 
     return min(settings, key=loss)

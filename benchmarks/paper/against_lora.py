@@ -26,13 +26,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from against_lora_report import DOMAIN, SEARCH_SEED, details, draw, find, headline, perplexity, rates_of
+from against_lora_report import DOMAIN, details, draw, find, headline, perplexity, rates_of
 from question import ask, parser_of, size_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import train  # noqa: E402 (from the folder above, like those that follow)
 from figures import OUTPUTS  # noqa: E402
-from methods import INSERTED, REFERENCE  # noqa: E402
+from methods import INSERTED, REFERENCE, SEARCH_SEED  # noqa: E402
 
 COMPARED = (INSERTED, OUTPUTS, REFERENCE, "rsLoRA, r = 64", "full")
 FULL: dict[str, Any] = {

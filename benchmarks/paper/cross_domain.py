@@ -6,11 +6,11 @@
     python benchmarks/paper/cross_domain.py --report          # train nothing: answer and picture of the runs so far
 
 The paper (arXiv 2601.13580) sees "unexpected regularization benefits" of organs in cross-domain transfer: they do
-better than LoRA and full fine-tuning on texts that they were not trained on. But so does anything that has changed the
-model less. So each method is trained on King James, with the same steps and the rate that `against_lora.py` found best
-for it on this base, and is then moved back along its scale: to base + scale · (trained − base), an inserted organ to
-that share of what its layers write. Measured are medical codes and the English encyclopedia, on which nothing was
-trained, and they are compared three times:
+better than LoRA and full fine-tuning on texts that they were not trained on. But so does anything that has changed
+the model less. So each method is trained on King James for the same number of steps, with the rate that
+`against_lora.py` found best for it on this base in half as many, and is then moved back along its scale: to base +
+scale · (trained − base), an inserted organ to that share of what its layers write. Measured are medical codes and the
+English encyclopedia, on which nothing was trained, and they are compared three times:
 
 - as trained;
 - at equal distance: where the KL divergence of the predictions from the base's, on the encyclopedia, is that of the

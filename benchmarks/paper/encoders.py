@@ -44,7 +44,7 @@ from encoders_report import COMPARED, LORA, ORGANS, details, draw, find, headlin
 from question import concluded, parser_of, size_of
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from methods import METHODS, REFERENCE, Prepared, fit, with_lora  # noqa: E402 (from the folder above, like the next)
+from methods import METHODS, REFERENCE, SEARCH_SEED, Prepared, fit, with_lora  # noqa: E402 (from the folder above, like the next)
 from record import Record, is_one_run  # noqa: E402
 from texts import ROOT, read_blocks  # noqa: E402
 
@@ -65,7 +65,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
 }
 SPAN = (3, 5)
-DOMAIN, SEARCH_SEED = "kjv", 100
+DOMAIN = "kjv"
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

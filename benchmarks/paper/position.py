@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from methods import Method, Prepared, fit, load, training_arguments  # noqa: E402 (from the folder above)
+from methods import SEARCH_SEED, Method, Prepared, fit, load, training_arguments  # noqa: E402 (from the folder above)
 from position_report import details, draw, find, headline  # noqa: E402
 from question import ask, parser_of, size_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
@@ -59,7 +59,7 @@ def run_all(record: Any, options: Any, pool: Any) -> None:
         mode, init = kind
 
         def loss(rate: float) -> float:
-            given = {"mode": mode, "init": init, "rate": rate, "seed": 100, "places": ["home"]}
+            given = {"mode": mode, "init": init, "rate": rate, "seed": SEARCH_SEED, "places": ["home"]}
             return run(**given, rows={"choose": size["choose"]})["places"][0]["choose"]
 
         return min(size["rates"], key=loss) if len(size["rates"]) > 1 else size["rates"][0]

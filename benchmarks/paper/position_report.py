@@ -8,18 +8,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from question import Runs, markdown, spread
+from question import Runs, is_at_end, markdown, spread
 
 WAYS = ("untrained", "moved", "trained there")
+NEAR = 0.01  # nats: a perplexity that is 1 % higher
 THIRDS = ("first third", "middle third", "last third")
 
 
 def find(runs: Runs) -> list[dict[str, Any]]:
     """One dict for each base, kind of organ and way: the losses of the domain at each position, of all seeds."""
     cases: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    searched: dict[tuple[str, str, str], dict[float, float]] = {}
     for run in runs:
         given = run["given"]
         if "choose" in given["rows"]:
+            of_kind = searched.setdefault((given["base"], given["mode"], given["init"]), {})
+            of_kind[given["rate"]] = run["places"][0]["choose"]
             continue
         way = WAYS[2 if not isinstance(given["places"], int) else 1 if given["rate"] else 0]
         for place in run["places"]:
@@ -32,6 +36,9 @@ def find(runs: Runs) -> list[dict[str, Any]]:
             losses = case["positions"].setdefault(str(place["position"]), {name: [] for name in given["rows"]})
             for name in given["rows"]:
                 losses[name].append(place[name])
+    for key, losses in searched.items():
+        if case := cases.get((*key, WAYS[-1])):
+            case["rate_at_end"] = is_at_end(losses)
     return [{**case, **best_of(case)} for case in cases.values()]
 
 
@@ -57,15 +64,19 @@ def third_of(position: int, case: dict[str, Any]) -> int:
 
 def headline(cases: list[dict[str, Any]]) -> str:
     """Whether early positions are best, and which organ was."""
-    early = {}
-    for way in (WAYS[-1], WAYS[0]):
-        thirds = [case["best_third"] for case in cases if case["way"] == way and case["best"] is not None]
-        early[way] = (thirds.count(THIRDS[0]), len(thirds))
-    count, of = early[WAYS[-1]]
-    verdict = "Not early" if not count else "Early" if count == of else "Early in some cases"
-    without = " of ".join(map(str, early[WAYS[0]]))
-    said = f"the best position lies in the first third in {count} of {of} sweeps with training, in {without} without."
-    return " ".join([f"**{verdict}:** {said}", *best_of_all(cases)])
+    trained, untrained = (
+        [case for case in cases if case["way"] == way and case["best"] is not None] for way in (WAYS[-1], WAYS[0])
+    )
+    early, early_untrained = (sum(case["best_third"] == THIRDS[0] for case in of) for of in (trained, untrained))
+    verdict = "Not early" if not early else "Early" if early == len(trained) else "Early in some cases"
+    near = sum(case["thirds"][THIRDS[0]] - min(medians(case)) < NEAR for case in trained if case["thirds"][THIRDS[0]])
+    places = max((len(case["positions"]) for case in trained), default=0)
+    said = (
+        f"of up to {places} positions at which an organ was trained, the best lies in the first third in {early} of "
+        f"{len(trained)} cases, and one there is within {NEAR:.0%} of the best perplexity in {near}. Of all positions "
+        f"of an untrained organ, the best lies in the first third in {early_untrained} of {len(untrained)} cases."
+    )
+    return " ".join([f"**{verdict}:** {said.replace('%', ' %')}", *best_of_all(cases)])
 
 
 def details(cases: list[dict[str, Any]]) -> str:
@@ -84,6 +95,13 @@ def details(cases: list[dict[str, Any]]) -> str:
         of_claim(way, [case for case in cases if case["way"] == way])
         for way in ("untrained", "moved", "trained there")
     ]
+    searched = [case["rate_at_end"] for case in cases if "rate_at_end" in case]
+    said.append(
+        "- The learning rate was searched right behind the place that the organ was cut from, or there, and then used "
+        f"at all: the best one is the smallest or largest of those tried in {sum(searched)} of {len(searched)} cases."
+        if searched
+        else ""
+    )
     return "\n".join([markdown(heads, rows), "", *(line for line in said if line)])
 
 

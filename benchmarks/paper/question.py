@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def concluded(
     if not runs:
         raise SystemExit(f"no {options.form} runs in {options.output}; leave out --report to make them")
     found = find(runs)
-    words = {"answer": headline(found), "details": details(found)}
+    words = {"answer": headline(found), "details": f"{details(found).rstrip()}\n\n{seeds_of(runs)}"}
     kept.save(form=options.form, found=found, **words)
     print(*words.values(), sep="\n\n")
     if options.output:
@@ -87,9 +87,23 @@ def concluded(
     return {"found": found, **words}
 
 
+def seeds_of(runs: Runs) -> str:
+    """How many seeds each base was measured with, in a sentence; the search for rates does not count."""
+    seeds: dict[str, set[int]] = {}
+    for given in (run["given"] for run in runs):
+        seeds.setdefault(given["base"], set()).add(given["seed"])
+    counts = (f"{base} {len(of_base - {methods.SEARCH_SEED})}" for base, of_base in seeds.items())
+    return f"Number of seeds: {', '.join(counts)}."
+
+
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """The median, with the smallest and the largest value behind it."""
     return methods.spread(values, f".{digits}f")
+
+
+def is_at_end(losses: Mapping[float, float]) -> bool:
+    """Whether the best of some learning rates is the smallest or the largest of them, by the loss with each."""
+    return min(losses, key=losses.__getitem__) in (min(losses), max(losses))
 
 
 def percentages(shares: Sequence[float]) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from methods import METHODS, REFERENCE, fit, load, mean, prepare, row_losses  # noqa: E402 (from the folder above)
+from methods import METHODS, REFERENCE, SEARCH_SEED, fit, load, mean, prepare, row_losses  # noqa: E402 (from the folder above)
 from question import ask, parser_of, size_of  # noqa: E402
 from texts import read_blocks  # noqa: E402
 from transfer_report import ORIGIN, details, draw, find, headline  # noqa: E402
@@ -67,7 +67,8 @@ def run_all(record: Any, options: Any, pool: Any) -> None:
     run = functools.partial(record, block=size["block"], batch=size["batch"])
 
     def loss(pair: tuple[str, float]) -> float:
-        return run(rates=dict([pair]), steps=size["search"], held=size["choose"], seed=100, part="choose")["loss"]
+        given = {"steps": size["search"], "held": size["choose"], "seed": SEARCH_SEED, "part": "choose"}
+        return run(rates=dict([pair]), **given)["loss"]
 
     methods = list(dict.fromkeys(WAYS.values()))
     rates = {method: METHODS[method].settings[len(METHODS[method].settings) // 2][0] for method in methods}

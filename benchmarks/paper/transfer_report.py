@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from question import Runs, markdown, percentages, spread
+from question import Runs, is_at_end, markdown, percentages, spread
 
 ORIGIN = "base"  # the recipient that the organ was trained in
 
@@ -16,12 +16,14 @@ ORIGIN = "base"  # the recipient that the organ was trained in
 def find(runs: Runs) -> list[dict[str, Any]]:
     """One dict for each base: its recipients, each with the values of all seeds."""
     found: dict[str, dict[str, Any]] = {}
+    searched: dict[str, dict[str, dict[float, float]]] = {}
     for run in runs:
+        base = run["given"]["base"]
         if "moved" not in run:
+            ((method, rate),) = run["given"]["rates"].items()
+            searched.setdefault(base, {}).setdefault(method, {})[rate] = run["loss"]
             continue
-        case = found.setdefault(
-            run["given"]["base"], {"base": run["given"]["base"], "identical": [], "recipients": {}}
-        )
+        case = found.setdefault(base, {"base": base, "identical": [], "recipients": {}})
         case["identical"].append(run["identical"])
         for moved in run["moved"]:
             name = f"{moved['recipient']}, {moved['steps']} steps" if moved["steps"] else ORIGIN
@@ -33,7 +35,8 @@ def find(runs: Runs) -> list[dict[str, Any]]:
             into["alone"].append(moved["alone"])
             for way, loss in moved["with"].items():
                 into.setdefault("gain", {}).setdefault(way, []).append(moved["alone"] - loss)
-    for case in found.values():
+    for base, case in found.items():
+        case["rates_at_end"] = [method for method, losses in searched.get(base, {}).items() if is_at_end(losses)]
         for into in case["recipients"].values():
             at_home = case["recipients"][ORIGIN]["gain"]
             into["kept"] = {
@@ -44,19 +47,25 @@ def find(runs: Runs) -> list[dict[str, Any]]:
 
 
 def headline(found: list[dict[str, Any]]) -> str:
-    """Whether organs gain in other models, and how much of it they keep there."""
+    """Whether organs gain in other fine-tunes of their base, and how much of it they keep there, by text."""
     gains: list[float] = []
-    kept: dict[str, list[float]] = {}
+    kept: dict[str, dict[str, list[float]]] = {}
     for case in found:
         for into in (into for name, into in case["recipients"].items() if name != ORIGIN):
             for way, shares in into["kept"].items():
-                kept.setdefault("organs" if way.startswith("organ") else way, []).append(statistics.median(shares))
+                of_text = kept.setdefault(into["text"], {})
+                of_text.setdefault("organs" if way.startswith("organ") else way, []).append(statistics.median(shares))
                 gains += [statistics.median(into["gain"][way])] if way.startswith("organ") else []
     count = sum(gain > 0 for gain in gains)
     verdict = "Yes" if count == len(gains) else "Mostly" if 2 * count > len(gains) else "No"
-    shares = ", ".join(f"{way} {percentages(each)}" for way, each in kept.items())
-    said = f"in another model an organ gains in {count} of {len(gains)} cases"
-    return f"**{verdict}:** {said}. Kept of the gain at home: {shares}."
+    shares = "; ".join(
+        f"in one trained on {text}, {', '.join(f'{way} {percentages(each)}' for way, each in of_text.items())}"
+        for text, of_text in kept.items()
+    )
+    return (
+        f"**{verdict}, in other fine-tunes of its base:** the loss falls in {count} of {len(gains)} cases. Kept of "
+        f"the gain at home: {shares}."
+    )
 
 
 def details(found: list[dict[str, Any]]) -> str:
@@ -90,6 +99,8 @@ def said_of(case: dict[str, Any]) -> list[str]:
     """The answer for one base, from its numbers."""
     reloaded = [same for each in case["identical"] for same in each.values()]
     lines = [f"- Reloaded, the logits are the same bit for bit in {sum(reloaded)} of {len(reloaded)} trainings."]
+    if case["rates_at_end"]:
+        lines.append(f"- Best with the smallest or largest rate that was tried: {'; '.join(case['rates_at_end'])}.")
     away = [into for name, into in case["recipients"].items() if name != ORIGIN]
     for way in case["recipients"][ORIGIN]["gain"]:
         useful = sum(statistics.median(into["gain"][way]) > 0 for into in away)

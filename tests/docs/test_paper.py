@@ -165,15 +165,16 @@ def test_answer_of_against_lora(module, lora, words):
     details = report.details(found)
     assert all(each in details for each in words)
     headline = report.headline(found)
-    assert headline.startswith("**A gap like the paper's, by" if lora > 3 else "**No such gap")
-    assert "best rate of each: b LoRA, 7.39 (inserted organ " in headline
+    assert headline.startswith("**A gap to LoRA like the paper's in 1 of 1 models, where" if lora > 3 else "**No such")
+    assert "best rate of each: b LoRA, 7.39 (inserted organ " in headline and "Full fine-tuning" not in headline
 
 
 @pytest.mark.parametrize(
     ("far", "lost", "words"),
     [
-        (2.0, 0.4, "is a smaller step away from the base"),
-        (1.0, 0.4, "More than a smaller step away from the base: 4 of 4 advantages"),
+        (2.0, 0.4, "For the most part a smaller step away from the base"),
+        (1.0, 0.4, "More than a smaller step away from the base"),
+        (1.0, 0.4, "4 (0) as trained, 4 (0) at equal distance, 4 (0) at equal gain; smaller in all three in 4 (b 4)"),
         (1.0, 0.1, "does not show"),
     ],
 )
@@ -242,6 +243,7 @@ def test_answer_of_transfer(module, gains, words):
 def test_answer_of_several_organs(module, rows, words):
     """What is said of two combinations turns with the numbers, and with their noise."""
     report = module("several_report")
+    assert report.headline({}).endswith("weight of 1: not measured.")
     losses = {"both, 1": [3.0, 3.0, 3.0], "both, the other order": rows}
     run = {
         "given": {"base": "b", "way": "organs inserted at one place", "seed": 0},
@@ -249,3 +251,17 @@ def test_answer_of_several_organs(module, rows, words):
         "row_losses": {what: dict.fromkeys(report.DOMAINS, each) for what, each in losses.items()},
     }
     assert words in report.details(report.find([run]))
+
+
+def test_best_of_several_organs(module):
+    """What is best for both texts is told by the mean gain, beside what each gains alone."""
+    report = module("several_report")
+    losses = {"base": (4, 4), "kjv alone": (2, 5), "icd10 alone": (4, 3), "both, 1": (4, 3.2), "both, 0.5": (3, 3.5)}
+    of = {what: dict(zip(report.NAMES, (*each, 3.0), strict=True)) for what, each in losses.items()}
+    answer = report.headline(report.find([{"given": {"base": "b", "way": "LoRA", "seed": 0}, "losses": of}]))
+    assert "b “LoRA: both, 0.5”, 0.75 (of 1.50)" in answer and answer.endswith("LoRA 0 to 80 %.")
+
+
+@pytest.mark.parametrize(("losses", "is_at_end"), [((3, 2, 1), True), ((1, 2, 3), True), ((2, 1, 3), False)])
+def test_rate_at_the_end_of_those_tried(module, losses, is_at_end):
+    assert module("question").is_at_end(dict(zip((1e-4, 1e-3, 1e-2), losses, strict=True))) is is_at_end
