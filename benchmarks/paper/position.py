@@ -37,7 +37,7 @@ CONTROL, DOMAIN = "english", "kjv"
 KINDS = (("insert", "copy"), ("insert", "identity"), ("replace", "copy"))  # of organs that are trained
 FULL: dict[str, Any] = {
     **{"layers": 3, "block": 128, "swept": 16, "choose": 16, "held": 64, "every": 1},
-    **{"steps": 16, "batch": 2, "rates": [2.5e-4, 5e-4, 1e-3], "seeds": 3},
+    **{"steps": 16, "batch": 2, "rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2], "seeds": 3},
     "places": ["first", "early", "home", "late"],
 }
 SMALL = {**FULL, "swept": 2, "held": 2, "steps": 2, "rates": [5e-4], "seeds": 1, "places": ["early", "late"]}
