@@ -180,7 +180,9 @@ def ask_for_secrets(
     """
     found = []
     for n, canary in enumerate(canaries):
-        texts = [canary.text, *canary.others(num_candidates, np.random.default_rng((seed, n)))]
+        # a stream of its own: that of (seed, 0) is that of seed, from which plant_canaries draws
+        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n,)))
+        texts = [canary.text, *canary.others(num_candidates, generator)]
         (start,), rows = ([list(ids) for ids in _encoded(each, tokenizer)] for each in ([canary.prefix], texts))
         firsts = [max(1, _num_shared(start, row)) for row in rows]  # the first token of each secret
         scores = score_tokens(model, rows, batch_size, f"canary {n + 1} of {len(canaries)}")
@@ -202,7 +204,8 @@ def ask_for_secrets(
 
 def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokenize texts as for training, but without EOS."""
-    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    rows: Any = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
 
 
 def _num_shared(start: list[int], row: list[int]) -> int:

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from not_hf import NotHFError, plant_canaries
 from not_hf.evaluation.canaries import Canary, ask_for_secrets, read_canaries
@@ -117,3 +118,31 @@ def test_scores_of_tokens_are_those_of_perplexity():
         model.lm_head.weight.fill_(math.inf)
     with pytest.raises(NotHFError, match="the probabilities of rows are not finite; the model has diverged"):
         score_tokens(model, rows, 2, "rows")
+
+
+def test_a_secret_is_not_ranked_among_those_that_were_planted():
+    """They are drawn with the same seed by default."""
+    seen: list[str] = []
+
+    class Recording:
+        eos_token_id = None
+
+        def __call__(self, texts, **options):
+            seen.extend(texts)
+            return tiny_tokenizer()(texts, **options)
+
+    _, canaries = plant_canaries([], (0, 5), num_each=10, prefix="w3 {name} w4", symbols=SYMBOLS)
+    ask(tiny_model("llama"), canaries, tokenizer=Recording())
+    others = [text.partition(" w4 ")[2] for text in seen if text not in {canary.text for canary in canaries}]
+    assert len(others) == 20 * 32 and not {canary.secret for canary in canaries}.intersection(others)
+
+
+def test_the_end_of_the_text_does_not_count():
+    """Some tokenizers append EOS."""
+    known = Canary("w3 w5 w7", "w11 w12 w13 w14", 3, SYMBOLS)
+    ends = tiny_tokenizer()
+    ends.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", ends.eos_token_id)]
+    )
+    assert ends("w3")["input_ids"][-1] == ends.eos_token_id
+    assert ask(Knowing(known), [known], tokenizer=ends) == ask(Knowing(known), [known])
