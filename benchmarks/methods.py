@@ -75,8 +75,12 @@ METHODS: dict[str, Method] = {
         modules=("v_proj", "o_proj", "up_proj", "down_proj"),
         donor_trainer=True,
     ),
-    "organ, outputs of the lower half": Method(rates(2e-4), span=LOWER, modules="outputs", donor_trainer=True),
-    "organ, outputs of the upper half": Method(rates(2e-4), span=UPPER, modules="outputs", donor_trainer=True),
+    "organ, outputs of the lower half": Method(
+        rates(2e-4, 4.5e-4, 9e-4), span=LOWER, modules="outputs", donor_trainer=True
+    ),
+    "organ, outputs of the upper half": Method(
+        rates(2e-4, 4.5e-4, 9e-4), span=UPPER, modules="outputs", donor_trainer=True
+    ),
     "organ, upper half, cache": Method(rates(1e-4, 2e-4, 4e-4), span=UPPER, **CACHED),
     "organ, inserted": Method(rates(2.5e-4, 5e-4, 1e-3), span=(1 / 3, 13 / 30), donor_trainer=True, inserted=True),
     INSERTED: Method(
