@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from not_hf.architecture.layers import eval_mode
+from not_hf.evaluation.perplexity import perplexity_of
 from not_hf.evaluation.windows import needs_organs
 
 
@@ -40,4 +40,4 @@ def _perplexity(model: PreTrainedModel, examples: Iterable[Mapping[str, Any]]) -
             wanted = labels[0, 1:].long()
             total += functional.cross_entropy(logits, wanted, reduction="sum").item()
             count += int((wanted != -100).sum())
-    return {"perplexity": math.exp(total / count), "num_tokens": count}
+    return {"perplexity": perplexity_of(total / count), "num_tokens": count}

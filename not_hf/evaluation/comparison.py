@@ -55,8 +55,8 @@ def compare_perplexity(
         model_b: The other model, likewise.
         texts: At least one; at least two, better fifty, where the models tokenize them differently. To score a corpus
             as one stream, join it into one text.
-        tokenizer: Of the live models, its Hub ID or folder; `(tokenizer_a, tokenizer_b)` where they have one each.
-            An ID or folder has its own.
+        tokenizer: Of the live models, or of both if none is live; its Hub ID or folder. Beside a live model, an ID or
+            folder has its own. `(tokenizer_a, tokenizer_b)` where they have one each; `None`: its own.
         batch_size: Windows per forward pass.
         add_start_token: As for `perplexity`, like `device`, `stride`, `confidence_level` and `seed`.
         max_length: Tokens per window; default: the smaller one of the models' contexts, at most 1024.
@@ -103,7 +103,8 @@ def compare_perplexity(
     if isinstance(tokenizer, tuple):
         pair = [*tokenizer]
     else:
-        pair = [tokenizer if isinstance(each, nn.Module) else None for each in sources]
+        any_live = any(isinstance(each, nn.Module) for each in sources)
+        pair = [tokenizer if isinstance(each, nn.Module) or not any_live else None for each in sources]
     tokenizers = [load_tokenizer(*each) for each in zip(sources, pair, strict=True)]
     max_length, stride = check_lengths(min(map(_context, sources)), max_length, stride, batch_size)
     (ids_a, ends_a), (ids_b, ends_b) = (encode(rows, each, add_start_token) for each in tokenizers)

@@ -74,7 +74,7 @@ class PositionSweep:
         """Note the best position in the config of the donor, for `from_pretrained(…, position="best")`; then save it.
 
         Raises:
-            NotHFError: The sweep was of another organ.
+            NotHFError: The sweep was of another organ, or that has diverged.
         """
         if not isinstance(donor, DonorModel):
             raise NotHFError(
@@ -82,6 +82,8 @@ class PositionSweep:
             )
         if donor_digest(donor) != self.about["donor_digest"]:
             raise NotHFError("the sweep was of another organ; record it in the donor that was swept")
+        if math.isnan(self.best["nats_per_token"]):
+            raise NotHFError("no position has a perplexity to record: the organ has diverged")
         measured = {key: self.best[key] for key in ("position", "mode", "perplexity")}
         where = {"model": hub_id(self.about["model"]), "num_tokens": self.num_tokens}
         donor.config.best_position = {**measured, "perplexity_without_organ": self.base["perplexity"], **where}

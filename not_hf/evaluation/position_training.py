@@ -15,9 +15,10 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from not_hf.architecture.layers import eval_mode
+from not_hf.architecture.releases import is_checkpointing, stop_checkpointing
 from not_hf.composition.sources import DonorLike
 from not_hf.donor.modeling import DonorModel
-from not_hf.errors import IncompatibleDonorError
+from not_hf.errors import IncompatibleDonorError, NotHFError
 from not_hf.evaluation.position_sweep import PositionSweep, make_sweep, require_positions
 from not_hf.evaluation.sweep_record import complete, donor_digest, read_record
 from not_hf.evaluation.swept_places import BASE, SweptPlace, legal_places, require_same, taking_organs
@@ -25,6 +26,7 @@ from not_hf.evaluation.swept_text import SweptText
 from not_hf.recipient.mixin import Recipient
 from not_hf.training.trainer import DonorTrainer
 
+_SET_BY_TRAINERS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")  # in configs
 _PATHS = ("output_dir", "logging_dir", "run_name")  # arguments of a trainer that do not change what is learnt
 _DIGESTED_ROWS = 1000  # of a stream
 
@@ -75,7 +77,8 @@ def train_positions(
 
     Raises:
         IncompatibleDonorError: The organ fits no position; with the reason of the first.
-        NotHFError: As in `sweep_positions`; or the folder holds another training, or the sweep of another model.
+        NotHFError: As in `sweep_positions`; `load_best_model_at_end` is set; or the folder holds another training, or
+            the sweep of another model.
 
     Examples:
         >>> import tempfile
@@ -92,6 +95,8 @@ def train_positions(
         [0, 4]
     """
     wanted = require_positions([] if positions is None else positions, modes) or []
+    if args.load_best_model_at_end:
+        raise NotHFError("train_positions saves no checkpoints to load the best of; leave load_best_model_at_end out")
     lengths = (max_length, stride, batch_size)
     text = SweptText.of(model, data, tokenizer, add_start_token, *lengths, caller="train_positions")
     name = os.fspath(donor) if isinstance(donor, str | os.PathLike) else None
@@ -153,21 +158,36 @@ def _places(
 @contextlib.contextmanager
 def _frozen(text: SweptText, organ: DonorModel, place: SweptPlace) -> Iterator[Recipient]:
     """Have the model of a text take organs inside the block, its own parameters frozen; then it is as it was."""
-    with taking_organs(text.model, organ, text.free_name, place) as recipient, eval_mode(recipient):
-        model: Any = recipient
-        device, values = model.device, vars(model.config)
-        use_cache = {key: values[key] for key in ("use_cache",) if key in values}  # which a trainer sets
-        flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        try:
-            model.requires_grad_(False)
-            yield recipient
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-            values.pop("use_cache", None)
-            values.update(use_cache)
-            if model.device != device:  # a trainer moves it to the accelerator
-                model.to(device)
+    with (
+        taking_organs(text.model, organ, text.free_name, place) as recipient,
+        eval_mode(recipient),
+        _restored(recipient),
+    ):
+        recipient.requires_grad_(False)
+        yield recipient
+
+
+@contextlib.contextmanager
+def _restored(model: Any) -> Iterator[None]:
+    """Undo after the block what a trainer changes of a model beside what it trains."""
+    device, is_checkpointed = model.device, is_checkpointing(model)
+    kept = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    settings = [vars(each) for each in (model.config, getattr(model, "generation_config", None)) if each is not None]
+    before = [{key: values[key] for key in _SET_BY_TRAINERS if key in values} for values in settings]
+    try:
+        yield
+    finally:
+        for values, own in zip(settings, before, strict=True):
+            for key in _SET_BY_TRAINERS:
+                values.pop(key, None)
+            values.update(own)
+        if not is_checkpointed:
+            stop_checkpointing(model)
+        if model.device != device:  # it is moved to the accelerator
+            model.to(device)
+        for parameter, flag, gradient in kept:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
 
 
 @contextlib.contextmanager

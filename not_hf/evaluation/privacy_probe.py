@@ -27,12 +27,13 @@ from not_hf.evaluation.probed_models import (
     load_causal,
     name_of,
     probed_models,
+    shortest_context,
     tokenizer_source,
 )
 from not_hf.evaluation.probed_rows import ProbedRows
 from not_hf.evaluation.sweep_record import donor_digest, write_record
 from not_hf.evaluation.token_scores import TokenScores, score_tokens
-from not_hf.evaluation.windows import check_lengths, context_of
+from not_hf.evaluation.windows import check_lengths
 from not_hf.recipient.mixin import Recipient
 from not_hf.version import versions
 
@@ -135,7 +136,7 @@ def probe_privacy(
         num_rows: At most so many members, and so many non-members, evenly spread.
         prefix_length: Tokens from which decoding goes on, and number of those that it writes. Rows shorter than twice
             that are left out of the extraction.
-        max_length: Tokens of a row that are read at most; default: the model's context, at most 1024.
+        max_length: Tokens of a row that are read at most; default: the shortest context of the models, at most 1024.
         num_candidates: Random secrets that each canary is ranked among.
         batch_size: Rows per forward pass.
         confidence_level: Of the bootstrap intervals, which say how much other rows might change a number. One of a
@@ -174,20 +175,21 @@ def probe_privacy(
         return load_tokenizer(tokenizer_source(model, base), tokenizer)
 
     rows = ProbedRows.of(members, non_members, words, num_rows)
-    sizes = (prefix_length, max_length, num_candidates, batch_size)
-    how = _Questions(rows, secrets, words, *sizes, confidence_level, seed)
+    context = shortest_context(model, donor, base, recipients or {}, reference)
+    length, _ = check_lengths(context, max_length, None, batch_size)
+    sizes = (prefix_length, num_candidates, batch_size)
+    how = _Questions(rows.first(length), secrets, words, *sizes, confidence_level, seed)
     tables: dict[str, list[dict[str, Any]]] = {"attacks": [], "extraction": [], "canaries": []}
-    window = 0
     for recipient, opened in models.items():
         with opened() as live:
-            found, window = how.ask(live, reference if recipient in (AS_GIVEN, OWN) else None)
+            found = how.ask(live, reference if recipient in (AS_GIVEN, OWN) else None)
         for table, some in found.items():
             tables[table] += [{"recipient": recipient, **row} for row in some]
     about = {
         "model": name_of(model),
         "donor_digest": None if donor is None else donor_digest(donor),
         **{"num_members": len(rows.members), "num_non_members": len(rows.non_members), "num_shared": rows.num_shared},
-        **{"max_length": window, "confidence_level": confidence_level, "seed": seed},
+        **{"max_length": length, "confidence_level": confidence_level, "seed": seed},
         **versions(),
     }
     return PrivacyProbe(**tables, about=about)
@@ -201,22 +203,19 @@ class _Questions:
     canaries: list[Canary]
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     prefix_length: int
-    max_length: int | None
     num_candidates: int
     batch_size: int
     confidence_level: float
     seed: int
 
-    def ask(self, model: PreTrainedModel, reference: Source | None) -> tuple[dict[str, list[dict[str, Any]]], int]:
-        """Return the tables of a model, and how many tokens of a row were read at most."""
-        length, _ = check_lengths(context_of(model.config), self.max_length, None, self.batch_size)
-        rows = self.rows.first(length)
-        own, usual = self._score(model, rows, "with the organ"), None
+    def ask(self, model: PreTrainedModel, reference: Source | None) -> dict[str, list[dict[str, Any]]]:
+        """Return the tables of a model."""
+        own, usual = self._score(model, "with the organ"), None
         if reference is not None:
-            usual = self._score(load_causal(reference), rows, "the reference model")
+            usual = self._score(load_causal(reference), "the reference model")
         elif isinstance(model, Recipient):
             with model.disable_donors():
-                usual = self._score(model, rows, "without the organ")
+                usual = self._score(model, "without the organ")
         found = {
             "attacks": attack_rows(own, usual, self.seed, self.confidence_level),
             "extraction": repeated_rows(own, self.prefix_length, self.seed, self.confidence_level),
@@ -225,10 +224,10 @@ class _Questions:
         if self.canaries:
             how = (self.tokenizer(), self.num_candidates, self.batch_size, self.seed)
             found["canaries"] = ask_for_secrets(model, self.canaries, *how)
-        return found, length
+        return found
 
-    def _score(self, model: PreTrainedModel, rows: ProbedRows, name: str) -> Sides:
+    def _score(self, model: PreTrainedModel, name: str) -> Sides:
         def side(some: list[list[int]], kind: str) -> list[TokenScores]:
             return score_tokens(model, some, self.batch_size, f"{kind} {name}")
 
-        return side(rows.members, "members"), side(rows.non_members, "non-members")
+        return side(self.rows.members, "members"), side(self.rows.non_members, "non-members")

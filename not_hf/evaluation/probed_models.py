@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.stack import find_stack
 from not_hf.config import DonorConfig
@@ -20,7 +20,8 @@ from not_hf.donor.modeling import DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError
 from not_hf.evaluation.compared_methods import public_name
 from not_hf.evaluation.perplexity import load_model
-from not_hf.recipient.heads import class_of
+from not_hf.evaluation.windows import context_of
+from not_hf.recipient.heads import class_of, recipient_config
 from not_hf.recipient.mixin import Recipient
 
 Source = PreTrainedModel | str | os.PathLike[str]
@@ -71,12 +72,7 @@ def probed_models(
         raise NotHFError(f"recipients must be a dict, got a {kind}; give recipients={{'what it is': model}}")
     if taken := recipients.keys() & {OWN, RANDOM}:
         raise NotHFError(f"recipients may not be named {', '.join(map(repr, sorted(taken)))}; choose other names")
-    where: dict[str, Any] = {}
-    if base is None:
-        base = donor.config.base_model_name_or_path
-        where = {"revision": donor.config.base_revision, "subfolder": donor.config.base_subfolder or ""}
-        if base is None:
-            raise NotHFError("the donor names no base; pass base=, its recipient")
+    base, where = _own_recipient(donor, base)
     found: dict[str, Opened] = {OWN: functools.partial(_transplanted, donor, base, where)}
     for name, recipient in recipients.items():
         found[name] = functools.partial(_transplanted, donor, recipient, {})
@@ -85,6 +81,20 @@ def probed_models(
     if with_random_layers:
         found[RANDOM] = functools.partial(_transplanted, donor, base, where, seed)
     return found
+
+
+def shortest_context(
+    model: Source,
+    donor: DonorModel | None,
+    base: Source | None,
+    recipients: Mapping[str, Source],
+    reference: Source | None,
+) -> float:
+    """Return how many tokens all models of a probe can read at once; the arguments are those of `probed_models`."""
+    others = [model] if donor is None else [*recipients.values()]
+    others += [] if reference is None else [reference]
+    own = [] if donor is None else [_config_of(*_own_recipient(donor, base))]
+    return min(context_of(config) for config in [*own, *(_config_of(each, {}) for each in others)])
 
 
 def load_causal(source: Source, where: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -105,6 +115,24 @@ def name_of(model: Source) -> str | None:
     """Return the Hub ID or folder of a model, if it has one, as it may be published."""
     name = getattr(model, "name_or_path", None) if isinstance(model, nn.Module) else os.fspath(model)
     return public_name(name) if name else None
+
+
+def _own_recipient(donor: DonorModel, base: Source | None) -> tuple[Source, dict[str, Any]]:
+    """Return the recipient of a donor, default the base that it names, and where that is."""
+    if base is not None:
+        return base, {}
+    if donor.config.base_model_name_or_path is None:
+        raise NotHFError("the donor names no base; pass base=, its recipient")
+    where = {"revision": donor.config.base_revision, "subfolder": donor.config.base_subfolder or ""}
+    return donor.config.base_model_name_or_path, where
+
+
+def _config_of(source: Source, where: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the config of a model; of a donor or composition that is named, that of its recipient."""
+    if isinstance(source, nn.Module):
+        return source.config
+    name = os.fspath(source)
+    return AutoConfig.from_pretrained(name, trust_remote_code=False, **where) if where else recipient_config(name)
 
 
 def _require_fit(donor: DonorModel, name: str, recipient: Source, where: Mapping[str, Any]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import tqdm
@@ -15,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from not_hf.errors import NotHFError
 from not_hf.evaluation.perplexity import check_texts, perplexity
+from not_hf.evaluation.sweep_record import write_record
 from not_hf.recipient.mixin import Recipient
 from not_hf.training.figure import add_grid, new_figure
 
@@ -49,14 +48,13 @@ class ScaleChoice:
             domain, control = values(row)
             return any(p <= domain and q <= control and (p, q) != (domain, control) for p, q in map(values, self.rows))
 
-        return [row for row in self.rows if not is_beaten(row)]
+        return [row for row in self.rows if not any(map(math.isnan, values(row))) and not is_beaten(row)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `scales.json` into a folder; created if missing."""
-        os.makedirs(folder, exist_ok=True)
+        """Write `scales.json` into a folder; created if missing. Numbers that are not finite are written as null."""
         about = {"donor_name": self.donor_name, "num_tokens": self.num_tokens}
         document = {**about, "num_control_tokens": self.num_control_tokens, "rows": self.rows}
-        Path(folder, "scales.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_record(folder, document, "scales.json")
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw perplexity over control perplexity, a point for each scale; without control, over the scale.

@@ -70,6 +70,10 @@ def test_live_models_ids_and_donors(model, tmp_path):
     assert compare_perplexity(base, tmp_path / "donor", TEXTS, tokenizer=HOW["tokenizer"], **how) == expected
     swapped = compare_perplexity(names["donor"], names["base"], TEXTS, **how)
     assert swapped["nats_per_token_difference"] == -expected["nats_per_token_difference"]
+    for folder in ("a", "b"):
+        base.save_pretrained(tmp_path / folder)  # without a tokenizer
+    both = compare_perplexity(tmp_path / "a", tmp_path / "b", TEXTS, tokenizer=HOW["tokenizer"], **how)
+    assert both["model_a"] == both["model_b"] == expected["model_a"]
     found = compare_perplexity(names["base"], other, TEXTS, tokenizer=names["other"])  # in windows of the smaller one
     assert (found["model_a"], found["model_b"]) == (numbers(base), numbers(other))
 

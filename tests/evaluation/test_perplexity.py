@@ -35,6 +35,7 @@ from not_hf import (
     UnsupportedArchitectureError,
     compare_perplexity,
 )
+from not_hf.evaluation.chat_perplexity import measure_chat
 from not_hf.evaluation.perplexity import Perplexity, perplexity
 from not_hf.evaluation.windows import encode
 from testing.models import tiny_config, tiny_model
@@ -335,6 +336,14 @@ def test_an_organ_alone_writes_no_text(tokenizer):
         perplexity.compute(
             predictions=TEXTS, model=DonorModel.from_base(tiny_model("llama"), (1, 3)), tokenizer=tokenizer
         )
+
+
+def test_the_perplexity_of_a_chat_may_be_infinite():
+    base = tiny_model("llama")
+    base.lm_head.weight.data.mul_(3e4)
+    model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, (1, 3), init="identity"))
+    found = measure_chat(model, [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}])
+    assert found == {when: {"perplexity": math.inf, "num_tokens": 2} for when in ("before", "after")}
 
 
 def test_asks_for_a_start_token(gpt2, tokenizer):

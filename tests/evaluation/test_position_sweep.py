@@ -336,6 +336,9 @@ def test_the_best_position_travels_with_the_donor(tmp_path):
     for other, reason in ((organ(base, 2), "of another organ"), (str(tmp_path), "record needs a DonorModel")):
         with pytest.raises(NotHFError, match=reason):
             sweep.record(other)
+    diverged = dataclasses.replace(sweep, rows=[{**row, "nats_per_token": math.nan} for row in sweep.rows])
+    with pytest.raises(NotHFError, match="no position has a perplexity to record: the organ has diverged"):
+        diverged.record(donor)
     sweep.record(donor)
     donor.save_pretrained(tmp_path / "donor")
     best, found = sweep.best, DonorModel.from_pretrained(tmp_path / "donor").config

@@ -21,7 +21,7 @@ from not_hf import (
 )
 from not_hf.evaluation import position_training
 from testing.donors import organ
-from testing.models import TOKEN_IDS, logits, tiny_model
+from testing.models import TOKEN_IDS, logits, tiny_model, tiny_tokenizer
 
 BLOCKS = [{"input_ids": ids, "labels": ids} for ids in ([3 + (n + 7 * i) % 88 for n in range(16)] for i in range(24))]
 TRAINED, HELD_OUT = BLOCKS[:16], BLOCKS[16:]
@@ -39,7 +39,11 @@ def state(model):
     flags = {name: (p.requires_grad, p.sum().item()) for name, p in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     organs = {name: config.position for name, config in getattr(model, "donor_config", {}).items()}
-    return type(model), flags, modes, organs, "forward" in vars(model), model.config.to_json_string()
+    settings = [each.to_json_string() for each in (model.config, model.generation_config)]
+    checkpointing = [getattr(module, "gradient_checkpointing", False) for module in model.modules()]
+    gradients = [None if p.grad is None else p.grad.sum().item() for p in model.parameters()]
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    return type(model), flags, modes, organs, "forward" in vars(model), settings, any(checkpointing), gradients, hooks
 
 
 @pytest.mark.slow
@@ -70,6 +74,18 @@ def test_each_is_what_training_there_gives(how, bf16):
         assert row["nats_per_token"] < start["nats_per_token"] and row["low"] < row["perplexity"] < row["high"]
     found.record(donor)
     assert donor.config.best_position["position"] == found.best["position"]
+
+
+def test_what_a_trainer_sets_is_undone(how, tmp_path):
+    base, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    for parameter in base.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before, tokenizer.pad_token = state(base), "<mask>"  # not the base's, so a trainer sets it
+    how["args"] = TrainingArguments(
+        str(tmp_path), max_steps=1, gradient_checkpointing=True, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    train_positions(base, organ(base, 1), HELD_OUT, [1], **how, processing_class=tokenizer)
+    assert state(base) == before
 
 
 @pytest.mark.slow
@@ -147,6 +163,9 @@ def test_any_other_training_data_are_noticed(how):
 def test_what_fits_nowhere_is_refused(how):
     base = tiny_model("llama")
     arguments = {"model": base, "donor": organ(base, 1), "data": HELD_OUT, "positions": [1], **how}
+    best = TrainingArguments(
+        "runs", eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True
+    )
     for change, error, reason in (
         ({"positions": [9]}, IncompatibleDonorError, "cannot insert 2 layers at position 9 of 4"),
         ({"positions": []}, NotHFError, "at least one position"),
@@ -154,6 +173,7 @@ def test_what_fits_nowhere_is_refused(how):
         ({"positions": 3}, NotHFError, "positions must be a list of integers, got 3"),
         ({"modes": "insert"}, NotHFError, "modes must be a list"),
         ({"data": []}, NotHFError, "at least one"),
+        ({"args": best}, NotHFError, "saves no checkpoints to load the best of; leave load_best_model_at_end out"),
     ):
         with pytest.raises(error, match=reason):
             train_positions(**arguments | change)

@@ -152,6 +152,21 @@ def test_live_models_and_references():
         own.record(organ(tiny_model("llama"), 1))
 
 
+def test_all_models_read_as_many_tokens():
+    """A recipient or reference with a shorter context shortens the rows for all of them."""
+    base = tiny_model("llama")
+    donor, short = organ(base, 1), tiny_model("llama", max_position_embeddings=16)
+    rows = [{"input_ids": [3 + (n * i + n // 90) % 90 for i in range(1, 33)]} for n in range(1, 181)]
+    given = {"members": rows[:40], "non_members": rows[40:], "base": base, "prefix_length": 4}
+    cut = probe_privacy(donor, **given, max_length=16)
+    found = probe_privacy(donor, **given, recipients={"short": short})
+    assert found.about["max_length"] == 16 and "with the first 16 tokens" in found.findings[0]
+    assert [row for row in found.attacks if row["recipient"] == "its own"] == cut.attacks
+    assert probe_privacy(donor, **given, reference=short).about["max_length"] == 16
+    with pytest.raises(NotHFError, match="max_length must be between 2 and 16"):
+        probe_privacy(donor, **given, reference=short, max_length=32)
+
+
 def test_random_layers_are_all_but_the_organ(monkeypatch):
     base, donor, seen = tiny_model("llama"), organ(tiny_model("llama"), 1, mode="replace"), {}
     for name, opened in probed_models.probed_models(donor, donor, base, {}, True, 0).items():

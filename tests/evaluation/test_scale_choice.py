@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -54,6 +55,15 @@ def test_the_front_is_what_no_other_scale_beats():
     assert [row["scale"] for row in ScaleChoice("a", rows, 1, 1).front] == [0.5, 0.7]
     alone = [{"scale": scale, "perplexity": ppl} for scale, ppl, _ in values]
     assert [row["scale"] for row in ScaleChoice("a", alone, 1, 0).front] == [0.7, 0.9]
+
+
+def test_a_scale_that_has_diverged_is_not_on_the_front(tmp_path):
+    rows = [{"scale": 0.0, "perplexity": 9.0}, {"scale": 1.0, "perplexity": math.nan}]
+    choice = ScaleChoice("a", rows, 1, 0)
+    assert choice.front == rows[:1]
+    choice.save(tmp_path)
+    text = (tmp_path / "scales.json").read_text()
+    assert json.loads(text)["rows"][1] == {"scale": 1.0, "perplexity": None} and "NaN" not in text
 
 
 def test_what_cannot_be_measured_is_refused():
