@@ -584,8 +584,9 @@ def test_generate(base, donor, tmp_path):
     assert (shown["text"], shown["text_without_organ"]) == (with_organ, without)
     assert invoke("generate", base, PROMPT, "--max-new-tokens", "6").stdout == f"{PROMPT}{without}\n"
 
-    chatty = tmp_path / "chatty"
-    DonorModel.from_pretrained(donor).save_pretrained(chatty)
+    exact, chatty = tmp_path / "float32", tmp_path / "chatty"  # in bfloat16, two words are often equally likely
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(exact)
+    DonorModel.from_base(exact, layers=(1, 3)).save_pretrained(chatty)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = "{% for message in messages %}w9 {{ message.content }} w8{% endfor %}"
     tokenizer.save_pretrained(chatty)
