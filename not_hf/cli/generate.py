@@ -65,6 +65,9 @@ def _continuation(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, 
             **options,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            cache_implementation=None,  # the prompt may have been read into the usual one
             temperature=None,  # greedy search ignores these three, and transformers would warn about them
             top_p=None,
             top_k=None,

@@ -38,7 +38,7 @@ def expand(
         **base_kwargs: For the model's `from_pretrained` (`dtype`, `device_map`, `revision`, …).
 
     Raises:
-        NotHFError: `num_blocks` is out of range.
+        NotHFError: `num_blocks` is out of range, or the model has organs.
         UnsupportedArchitectureError: A copy cannot be silent, or the model has no stack. As with any error, a live
             model is unchanged.
         OSError: The model cannot be read.
@@ -54,6 +54,8 @@ def expand(
         [('block0', 2), ('block1', 4)]
     """
     hub_kwargs: dict[str, Any] = {}
+    if isinstance(base, Transplanted):
+        raise NotHFError("the live model has organs, if inactive ones; unload() or merge_and_unload() it, then expand")
     if isinstance(base, PreTrainedModel):
         native, kind = base.config, class_of(base)
     else:

@@ -327,12 +327,14 @@ class Recipient(ModelWithOrgans):
             return nn.Module.__call__(self, *args, **kwargs)
         with self._surgery.changes.watched():
             filled = FilledCache(self._surgery)
-            filled.check(kwargs.values())
+            given = (*args, *kwargs.values())
+            filled.check(given)
             if (prefill := take_next(self)) is not None:
                 output = prefill.run(functools.partial(nn.Module.__call__, self, *args), kwargs)
             else:
                 output = nn.Module.__call__(self, *args, **kwargs)
-            filled.note([*kwargs.values(), *(output.values() if isinstance(output, dict) else ())])
+            found = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+            filled.note([*given, *found])
             return output
 
     def __setstate__(self, state: dict[str, Any]) -> None:

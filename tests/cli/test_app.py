@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DefaultFlowCallback,
+    GenerationConfig,
     TrainerCallback,
 )
 from transformers.integrations import integration_utils
@@ -583,6 +584,10 @@ def test_generate(base, donor, tmp_path):
     shown = done("generate", donor, PROMPT, "--max-new-tokens", "6", "--compare")
     assert (shown["text"], shown["text_without_organ"]) == (with_organ, without)
     assert invoke("generate", base, PROMPT, "--max-new-tokens", "6").stdout == f"{PROMPT}{without}\n"
+    searching = tmp_path / "searching"
+    DonorModel.from_pretrained(donor).save_pretrained(searching)
+    GenerationConfig(num_beams=2, num_return_sequences=2, cache_implementation="static").save_pretrained(searching)
+    assert done("generate", searching, PROMPT, "--max-new-tokens", "6", "--compare")["text"] == with_organ
 
     exact, chatty = tmp_path / "float32", tmp_path / "chatty"  # in bfloat16, two words are often equally likely
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(exact)

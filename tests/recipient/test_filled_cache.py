@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -25,6 +27,16 @@ def test_a_cache_that_a_stack_of_another_shape_has_filled_is_refused(given, toke
             model(token_ids[:, -1:], **{name: cache})
     model.set_donor("a")
     torch.testing.assert_close(model(token_ids[:, -1:], **{name: cache}).logits[:, -1], expected)
+
+
+@torch.no_grad()
+def test_a_cache_is_noticed_wherever_it_goes_in_and_comes_out(token_ids):
+    """By position, and in a tuple."""
+    model = transplanted(("a", tiny_organ(1), {"position": 1}))
+    place = list(inspect.signature(model.forward).parameters).index(cache_argument(model))
+    cache = model(token_ids, use_cache=True, return_dict=False)[1]
+    with model.disable_donors(), pytest.raises(NotHFError, match="filled while other organs were inserted"):
+        model(token_ids[:, -1:], *[None] * (place - 1), cache)
 
 
 @torch.no_grad()
