@@ -12,7 +12,7 @@ from typing import Any
 
 import equal_time
 from pictures import finish, panels_of
-from question import Runs, markdown, spread
+from question import Runs, is_at_end, markdown, spread
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import INSERTED, REFERENCE, SEARCH_SEED, mean  # noqa: E402 (from the folder above)
@@ -105,7 +105,7 @@ def headline(found: list[dict[str, Any]]) -> str:
     verdict += ", where the rate damages LoRA" if reached and all(reached) else ""
     one, full, best = [], [], []
     for each, lora, ratio, harm in cases:
-        one.append(f"{each['base']} {ratio:.1f} and {harm:.1f} ({lora}, {each['rates'][lora][ONE]:g})")
+        one.append(f"{each['base']} {shown(ratio)} and {shown(harm)} ({lora}, {each['rates'][lora][ONE]:g})")
         if "full" in each["rates"]:
             full.append(statistics.median(values(each, "full", ONE)) / statistics.median(values(each, INSERTED, ONE)))
         fair = {method: statistics.median(values(each, method, FAIR)) for method in each["rates"]}
@@ -119,9 +119,14 @@ def headline(found: list[dict[str, Any]]) -> str:
         f"{len(alone)} models.",
     ]
     if full:
-        ratios = ", ".join(f"{ratio:.1f}" for ratio in full)
+        ratios = ", ".join(map(shown, full))
         words.append(f"Full fine-tuning at that rate: {ratios} times, in the paper {RATIOS['full'][0]:.1f} or more.")
     return " ".join([*words, f"Lowest with the best rate of each: {'; '.join(best)}."])
+
+
+def shown(ratio: float) -> str:
+    """A ratio without digits that mean nothing."""
+    return f"{ratio:,.0f}" if ratio > 1000 else f"{ratio:.1f}"
 
 
 def largest_ratio(each: dict[str, Any], method: str) -> float:
@@ -157,6 +162,7 @@ def details_of(each: dict[str, Any]) -> str:
     }
     paper = ", ".join(f"{each[0]:.1f} to {each[-1]:.1f} ({method})" for method, each in RATIOS.items())
     losses = of(lora, ONE, "training_loss")[0]
+    at_end = [method for method, points in each["sweep"].items() if is_at_end(dict(points))]
     words = [
         f"With one rate for all, {one:g}, the perplexity is so many times that of the inserted organ:",
         ", ".join(f"{spread(each)} ({method})" for method, each in ratios.items()) + f"; in the paper {paper}.",
@@ -167,6 +173,7 @@ def details_of(each: dict[str, Any]) -> str:
         "training has damaged the model" if harm > 1 else "it has learned, but less",
         f"(loss on the rows of a step: {losses['first']:.2f} at first, {losses['highest']:.2f} at most,",
         f"{losses['last']:.2f} at last).",
+        f"Best with the smallest or largest rate tried: {'; '.join(at_end)}." if at_end else "",
         equal_time.learned(DOMAIN) if each["base"] == "smollm2" else "",
     ]
     title = f"{each['base']}, perplexity before: domain {before['domain']:.2f}, control {before['control']:.2f}"
