@@ -60,7 +60,8 @@ def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> I
             if is_locked:  # so no other save is under way
                 _clear_up(Path(folder))
             # inside its destination, so that files need only be renamed
-            with _temporary_folder(folder, DRAFT) as draft:
+            # on Windows a file that a program has open stays, and the next save deletes it
+            with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder, ignore_cleanup_errors=True) as draft:
                 yield draft
                 _move(Path(draft), Path(folder))
     except BaseException:
@@ -120,6 +121,8 @@ def require_donor_folder(folder: str | os.PathLike[str], name: str | None = None
 def _move(draft: Path, folder: Path) -> None:
     """Move the draft's files into `folder`. After an error, or an interruption, the old files are back.
 
+    If putting them back fails too, they are left for `_clear_up`.
+
     Old configs are the first to leave and new ones the last to arrive, that of the folder itself outermost: a process
     that is killed in between leaves a folder that does not load, with the old files in a subfolder, but never the
     config of one organ with the weights of another. Readers rely on it too, see `consistent_read`.
@@ -132,27 +135,24 @@ def _move(draft: Path, folder: Path) -> None:
     present = [file for place in places if place.is_dir() for file in place.iterdir() if file.is_file()]
     stale = stale_weights((file.relative_to(folder).as_posix() for file in present), written)
     replaced = [path for path in (*reversed(written), *stale) if (folder / path).exists()]
-    with _temporary_folder(folder, _REPLACED) as aside:
-        moves = [(folder / path, Path(aside, path)) for path in replaced]
-        moves += [(draft / path, folder / path) for path in written]
-        done: list[tuple[Path, Path]] = []
-        try:
-            for source, target in moves:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                done.append((source, target))
-                os.replace(source, target)
-        except BaseException:
-            for source, target in reversed(done):
-                if not source.exists():
-                    os.replace(target, source)
-            for place in filter(Path.exists, new_folders):
-                place.rmdir()
-            raise
-
-
-def _temporary_folder(folder: str | os.PathLike[str], prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """Windows does not delete a file that a program has open: the next save deletes the folder then."""
-    return tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=_REPLACED, dir=folder))  # outlives an undo that fails
+    moves = [(folder / path, aside / path) for path in replaced]
+    moves += [(draft / path, folder / path) for path in written]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            done.append((source, target))
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(done):
+            if not source.exists():
+                os.replace(target, source)
+        for place in filter(Path.exists, new_folders):
+            place.rmdir()
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _clear_up(folder: Path) -> None:
