@@ -56,8 +56,9 @@ def push_folder(
     """Upload what `save(folder, repo_id)` writes, as one commit.
 
     Nothing is sent if saving fails, and an interrupted upload leaves the repo as it was. If somebody else commits in
-    the meantime, saving starts over on top of that commit, so that neither silently undoes the other. Weights of an
-    earlier push that a load would prefer to the new ones, and its generation config, are deleted in the same commit.
+    the meantime, or creates the repo, saving starts over on top of that commit, so that neither silently undoes the
+    other. Weights of an earlier push that a load would prefer to the new ones, and its generation config, are deleted
+    in the same commit.
 
     Args:
         save: Called with a temporary folder that holds the repo's cards and configs, which it may update or remove.
@@ -94,7 +95,8 @@ def push_folder(
                             parent_commit=parent,
                         )
             except HfHubHTTPError as error:
-                if error.response.status_code != 412 or attempt == _ATTEMPTS:  # 412: the parent is not the last commit
+                # 409: somebody else has just created the repo or the branch; 412: the parent is not the last commit
+                if error.response.status_code not in (409, 412) or attempt == _ATTEMPTS:
                     raise
     raise AssertionError("the last attempt returns or raises")
 

@@ -513,6 +513,23 @@ def test_an_edit_during_the_push_is_not_lost(hub, base, api, repo_id):
     assert len([record for record in hub.requests if record.method == "PUT"]) == 1  # the weights are sent once
 
 
+@pytest.mark.parametrize("revision", [None, pytest.param("v2", marks=pytest.mark.slow)])
+def test_a_repo_or_branch_that_somebody_else_creates_during_the_push_is_pushed_to(hub, revision, base, api, repo_id):
+    second, theirs = (organ(base, next(fresh)) for _ in range(2))
+    if revision is not None:
+        organ(base, 1).push_to_hub(repo_id)
+    part = "/api/repos/create" if revision is None else "/branch/"
+    pushes = [theirs]
+
+    def hook(method: str, path: str, headers: dict) -> None:
+        if method == "POST" and part in path and pushes:
+            pushes.pop().push_to_hub(repo_id, revision=revision, commit_message="theirs")
+
+    hub.fault = guarded(hook)
+    second.push_to_hub(repo_id, revision=revision, commit_message="ours")
+    assert titles(repo_id, revision)[:2] == ["ours", "theirs"] and holds(repo_id, second, revision=revision)
+
+
 @pytest.mark.slow
 def test_a_repo_that_never_rests_is_an_error(hub, base, api, repo_id):
     organ(base, 1).push_to_hub(repo_id)
