@@ -29,7 +29,7 @@ from not_hf.architecture.upstream import (
     commit_of,
     native_classes,
 )
-from not_hf.cards.license import inherit_license
+from not_hf.cards.license import inherited_licenses
 from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
@@ -217,13 +217,12 @@ class Transplanted(Recipient):
 
     def _push(self, repo_id: str, names: Sequence[str], of_files: dict[str, Any], options: PushOptions) -> CommitInfo:
         """Push what `save_organs` writes of these organs with the arguments `of_files`."""
-        for config in (self.donor_config[name] for name in names):
-            inherit_license(config, revision=config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
             save_organs(self, self._surgery, names, folder, repo_id=repo_id, **of_files)
 
-        return push_folder(save, repo_id, self.model_tags, **options)
+        with inherited_licenses([self.donor_config[name] for name in names], options.get("token")):
+            return push_folder(save, repo_id, self.model_tags, **options)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
