@@ -262,7 +262,7 @@ class DonorModel(FilledModel):
 
         Args:
             save_directory: Folder; created if missing.
-            is_main_process: Whether this process writes files.
+            is_main_process: Whether this process writes files, and pushes.
             state_dict: Tensors to save instead of the donor's own, by the same names.
             push_to_hub: Also push to `repo_id` (default: the folder's name).
             max_shard_size: Size above which the weights are sharded.
@@ -281,7 +281,7 @@ class DonorModel(FilledModel):
         kwargs |= {"max_shard_size": max_shard_size, "delta": plan_delta(delta, rank, self.config, push_to_hub)}
         kwargs |= {"tensors": state_dict, "token": push_kwargs.get("token")}
         write_donor(self, save_directory, is_main_process, **kwargs)
-        if push_to_hub:
+        if push_to_hub and is_main_process:
             self._push(repo_id, kwargs, push_kwargs)
 
     def push_to_hub(  # type: ignore[override]

@@ -133,6 +133,15 @@ def test_what_is_pushed_beside_a_save_is_what_was_saved(base, api, repo_id, tmp_
     assert same(DonorModel.from_pretrained(repo_id), halved)
 
 
+@pytest.mark.parametrize("seeds", [None, (1,)], ids=["donor", "organ"])
+def test_only_the_main_process_pushes_beside_a_save(base, seeds, api, repo_id, tmp_path):
+    model = organ(base, 1) if seeds is None else with_organs(base, *seeds)
+    model.save_pretrained(tmp_path / "donor", push_to_hub=True, repo_id=repo_id, is_main_process=False)
+    assert not api.repo_exists(repo_id)
+    model.save_pretrained(tmp_path / "donor", push_to_hub=True, repo_id=repo_id, is_main_process=True)
+    assert holds(repo_id, model)
+
+
 @pytest.mark.parametrize("seeds", [None, (1,), (1, 2)], ids=["donor", "organ", "composition"])
 def test_a_tokenizer_that_the_repo_has_stays(base_folder, seeds, api, repo_id):
     folder = base_folder("llama")
