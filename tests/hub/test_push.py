@@ -154,6 +154,20 @@ def test_a_tokenizer_that_the_repo_has_stays(base_folder, seeds, api, repo_id):
     assert "<verse>" in AutoTokenizer.from_pretrained(repo_id).get_vocab()
 
 
+@pytest.mark.parametrize("pushed", ["donor", "folder"])
+def test_a_tokenizer_that_may_be_of_the_base_of_before_stays_with_a_warning(
+    pushed, base, base_folder, repo_id, tmp_path, caplog
+):
+    organ(base_folder("llama"), 1).save_pretrained(tmp_path / "local")
+    for _ in range(2):
+        push_donor(tmp_path / "local", repo_id)
+    assert "tokenizer" not in caplog.text
+    donor = organ(base, 2)  # whose tokenizer is on the Hub
+    donor.save_pretrained(tmp_path / "donor")
+    donor.push_to_hub(repo_id) if pushed == "donor" else push_donor(tmp_path / "donor", repo_id)
+    assert f"was of another base, {base_folder('llama')}; if it is the tokenizer of that base" in caplog.text
+
+
 @pytest.mark.slow
 def test_trainer_pushes_the_organ_and_its_tags(base, api, repo_id, tmp_path):
     donor = organ(base, 1)
