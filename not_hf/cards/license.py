@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
@@ -73,6 +74,20 @@ def organ_license(config: DonorConfig, **hub_kwargs: Any) -> License:
 def inherit_license(config: DonorConfig, **hub_kwargs: Any) -> None:
     """Write `organ_license` into a donor's config."""
     organ_license(config, **hub_kwargs).set(config)
+
+
+@contextlib.contextmanager
+def inherited_licenses(configs: Sequence[DonorConfig], token: bool | str | None) -> Iterator[None]:
+    """Write `organ_license` into the configs of donors; they are as before if the block fails."""
+    before = [License.of(config) for config in configs]
+    try:
+        for config in configs:
+            inherit_license(config, revision=config.base_revision, token=token)
+        yield
+    except BaseException:
+        for config, license in zip(configs, before, strict=True):
+            license.set(config)
+        raise
 
 
 def joint_license(parts: Iterable[License]) -> License:

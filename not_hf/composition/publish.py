@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from huggingface_hub import CommitInfo
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from not_hf.cards.common import README
@@ -22,6 +23,7 @@ from not_hf.donor.delta import Delta, plan_delta, require_on_hub, write_delta
 from not_hf.donor.loading import refuse
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saving import digests_of
+from not_hf.donor.tokenizer import warn_of_another_base
 from not_hf.errors import NotHFError
 from not_hf.hub.atomic_write import DRAFT
 from not_hf.hub.consistent_read import require_same_save, saved_digests
@@ -110,6 +112,8 @@ def push_donor(
 
         if not (folder / GENERATION_CONFIG_NAME).exists():  # an earlier donor's, which a load would use for this one
             Path(target, GENERATION_CONFIG_NAME).unlink(missing_ok=True)
+        if Path(target, TOKENIZER_CONFIG_FILE).exists() and not (folder / TOKENIZER_CONFIG_FILE).exists():
+            warn_of_another_base(config, target)
         shutil.copytree(folder, target, dirs_exist_ok=True, ignore=left_out)
         require_same_save(target, None, config.digests)
         for organ in inside:

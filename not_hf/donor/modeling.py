@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from not_hf.architecture import upstream
 from not_hf.architecture.layers import silence
 from not_hf.architecture.part_names import ALL, Modules
-from not_hf.cards.license import inherit_license
+from not_hf.cards.license import inherited_licenses
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
 from not_hf.donor.delta import plan_delta, with_base
@@ -262,7 +262,7 @@ class DonorModel(FilledModel):
 
         Args:
             save_directory: Folder; created if missing.
-            is_main_process: Whether this process writes files.
+            is_main_process: Whether this process writes files, and pushes.
             state_dict: Tensors to save instead of the donor's own, by the same names.
             push_to_hub: Also push to `repo_id` (default: the folder's name).
             max_shard_size: Size above which the weights are sharded.
@@ -281,7 +281,7 @@ class DonorModel(FilledModel):
         kwargs |= {"max_shard_size": max_shard_size, "delta": plan_delta(delta, rank, self.config, push_to_hub)}
         kwargs |= {"tensors": state_dict, "token": push_kwargs.get("token")}
         write_donor(self, save_directory, is_main_process, **kwargs)
-        if push_to_hub:
+        if push_to_hub and is_main_process:
             self._push(repo_id, kwargs, push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
@@ -304,12 +304,12 @@ class DonorModel(FilledModel):
 
     def _push(self, repo_id: str, of_files: dict[str, Any], options: PushOptions) -> CommitInfo:
         """Push what `write_donor` writes with the arguments `of_files`."""
-        inherit_license(self.config, revision=self.config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
             write_donor(self, folder, repo_id=repo_id, **of_files)
 
-        return push_folder(save, repo_id, self.model_tags, **options)
+        with inherited_licenses([self.config], options.get("token")):
+            return push_folder(save, repo_id, self.model_tags, **options)
 
     @torch.no_grad()
     def _make_identity(self, hidden: torch.Tensor) -> None:

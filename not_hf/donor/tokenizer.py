@@ -63,7 +63,7 @@ def save_local_tokenizer(config: DonorConfig, folder: str | os.PathLike[str], dr
     """
     base = config.base_model_name_or_path
     if os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
-        _warn_of_another_base(config, folder)
+        warn_of_another_base(config, folder)
         return
     if base is None or not os.path.isdir(base):
         return
@@ -84,7 +84,7 @@ def save_local_tokenizer(config: DonorConfig, folder: str | os.PathLike[str], dr
             )
 
 
-def _warn_of_another_base(config: DonorConfig, folder: str | os.PathLike[str]) -> None:
+def warn_of_another_base(config: DonorConfig, folder: str | os.PathLike[str]) -> None:
     """Warn if the tokenizer in a folder, which is kept, may be that of the base of the donor saved there before."""
     try:
         before = DonorConfig.from_pretrained(folder)

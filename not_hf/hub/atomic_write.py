@@ -1,4 +1,4 @@
-"""Writing a donor's folder atomically, without stale weights that a later load would prefer."""
+"""Writing a donor's folder atomically, without stale files that a later load would use."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from not_hf.hub.folder_lock import locked
 DRAFT = "_not_hf-draft-"
 # Prefix of those with the files that are being replaced
 _REPLACED = f"{DRAFT}replaced-"
-# Names of weight files; group 1 or 3 is the variant
-_WEIGHTS = re.compile(r"model(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.\w+)?\.json")
+# Names of files that go with the weights; group 1 or 3 is the variant
+_WEIGHTS = re.compile(
+    r"model(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.\w+)?\.json|generation_config\.json"
+)
 
 
 @contextlib.contextmanager
@@ -39,8 +41,9 @@ def full_disk_is_oserror(folder: str | os.PathLike[str]) -> Iterator[None]:
 def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> Iterator[str]:
     """Write into a temporary folder, whose files move into `folder` when the block ends.
 
-    If the block or the move fails, `folder` stays as it was. Weights of an earlier save that the new files do not
-    overwrite are removed. What a killed save left is put back or removed first. Other saves into `folder` wait.
+    If the block or the move fails, `folder` stays as it was. Weights and generation config of an earlier save that
+    the new files do not overwrite are removed. What a killed save left is put back or removed first. Other saves into
+    `folder` wait.
 
     Args:
         folder: The donor's folder; created if missing.
@@ -60,7 +63,8 @@ def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> I
             if is_locked:  # so no other save is under way
                 _clear_up(Path(folder))
             # inside its destination, so that files need only be renamed
-            with _temporary_folder(folder, DRAFT) as draft:
+            # on Windows a file that a program has open stays, and the next save deletes it
+            with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder, ignore_cleanup_errors=True) as draft:
                 yield draft
                 _move(Path(draft), Path(folder))
     except BaseException:
@@ -70,8 +74,8 @@ def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> I
         raise
 
 
-def stale_weights(present: Iterable[str], written: Iterable[str]) -> list[str]:
-    """Weight files of an earlier save that a load could take for those of the donor just written.
+def stale_files(present: Iterable[str], written: Iterable[str]) -> list[str]:
+    """Weights and generation configs of an earlier save that a load could take for those of the donor just written.
 
     A load prefers `model.safetensors` to shards, so an old one must not stay beside new shards. Other files, folders
     and variants are left alone.
@@ -120,6 +124,8 @@ def require_donor_folder(folder: str | os.PathLike[str], name: str | None = None
 def _move(draft: Path, folder: Path) -> None:
     """Move the draft's files into `folder`. After an error, or an interruption, the old files are back.
 
+    If putting them back fails too, they are left for `_clear_up`.
+
     Old configs are the first to leave and new ones the last to arrive, that of the folder itself outermost: a process
     that is killed in between leaves a folder that does not load, with the old files in a subfolder, but never the
     config of one organ with the weights of another. Readers rely on it too, see `consistent_read`.
@@ -130,29 +136,26 @@ def _move(draft: Path, folder: Path) -> None:
     places = {(folder / path).parent for path in written}
     new_folders = sorted((place for place in places if not place.exists()), reverse=True)  # the inner ones first
     present = [file for place in places if place.is_dir() for file in place.iterdir() if file.is_file()]
-    stale = stale_weights((file.relative_to(folder).as_posix() for file in present), written)
+    stale = stale_files((file.relative_to(folder).as_posix() for file in present), written)
     replaced = [path for path in (*reversed(written), *stale) if (folder / path).exists()]
-    with _temporary_folder(folder, _REPLACED) as aside:
-        moves = [(folder / path, Path(aside, path)) for path in replaced]
-        moves += [(draft / path, folder / path) for path in written]
-        done: list[tuple[Path, Path]] = []
-        try:
-            for source, target in moves:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                done.append((source, target))
-                os.replace(source, target)
-        except BaseException:
-            for source, target in reversed(done):
-                if not source.exists():
-                    os.replace(target, source)
-            for place in filter(Path.exists, new_folders):
-                place.rmdir()
-            raise
-
-
-def _temporary_folder(folder: str | os.PathLike[str], prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """Windows does not delete a file that a program has open: the next save deletes the folder then."""
-    return tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=_REPLACED, dir=folder))  # outlives an undo that fails
+    moves = [(folder / path, aside / path) for path in replaced]
+    moves += [(draft / path, folder / path) for path in written]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            done.append((source, target))
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(done):
+            if not source.exists():
+                os.replace(target, source)
+        for place in filter(Path.exists, new_folders):
+            place.rmdir()
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _clear_up(folder: Path) -> None:
@@ -189,7 +192,7 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _checkpoint(path: str) -> tuple[str, str | None] | None:
-    """Folder and variant of the checkpoint that a file belongs to; `None` if it is not a weight file.
+    """Folder and variant of the checkpoint that a file belongs to; `None` if it belongs to none.
 
     A delta stands in the place of a whole checkpoint, so it counts as one.
     """

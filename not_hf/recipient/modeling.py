@@ -29,7 +29,7 @@ from not_hf.architecture.upstream import (
     commit_of,
     native_classes,
 )
-from not_hf.cards.license import inherit_license
+from not_hf.cards.license import inherited_licenses
 from not_hf.composition.check import Fit, validate
 from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
@@ -42,7 +42,7 @@ from not_hf.hub.push import PushOptions, push_folder
 from not_hf.recipient.loading import Training, fit_organs, load_donors
 from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.organ import Organ
-from not_hf.recipient.saving import save_organs
+from not_hf.recipient.saving import organ_tensors, save_organs
 from not_hf.recipient.scaffold import load_scaffold, wants_scaffold
 from not_hf.recipient.surgery import Surgery
 from not_hf.recipient.trainer_card import keep_card_from_trainers
@@ -192,11 +192,13 @@ class Transplanted(Recipient):
             )
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs: Any = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
-        kwargs |= {"state_dict": state_dict, "dtype": dtype, "max_shard_size": max_shard_size}
+        # once, since all processes have to gather partitioned organs, and one of them pushes
+        tensors = {name: organ_tensors(self, self._surgery, name, state_dict) for name in names}
+        kwargs |= {"tensors": tensors, "dtype": dtype, "max_shard_size": max_shard_size}
         kwargs |= {"delta": delta, "rank": rank, "token": push_kwargs.get("token"), "is_pushed": push_to_hub}
         save_organs(self, self._surgery, names, save_directory, is_main_process=is_main_process, **kwargs)
         keep_card_from_trainers()
-        if push_to_hub:
+        if push_to_hub and is_main_process:
             self._push(repo_id, names, kwargs, push_kwargs)
 
     def push_to_hub(  # type: ignore[override]
@@ -217,13 +219,12 @@ class Transplanted(Recipient):
 
     def _push(self, repo_id: str, names: Sequence[str], of_files: dict[str, Any], options: PushOptions) -> CommitInfo:
         """Push what `save_organs` writes of these organs with the arguments `of_files`."""
-        for config in (self.donor_config[name] for name in names):
-            inherit_license(config, revision=config.base_revision, token=options.get("token"))
 
         def save(folder: str, repo_id: str) -> None:
             save_organs(self, self._surgery, names, folder, repo_id=repo_id, **of_files)
 
-        return push_folder(save, repo_id, self.model_tags, **options)
+        with inherited_licenses([self.donor_config[name] for name in names], options.get("token")):
+            return push_folder(save, repo_id, self.model_tags, **options)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -76,7 +76,7 @@ def save_organs(
     names: Sequence[str],
     folder: str | os.PathLike[str],
     *,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     repo_id: str | None = None,
     is_main_process: bool = True,
     dtype: str | torch.dtype | None = None,
@@ -85,9 +85,10 @@ def save_organs(
     is_pushed: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Save one organ as a donor, several as a composition. Arguments as in `organ_tensors` and `write_donor`.
+    """Save one organ as a donor, several as a composition. Arguments as in `write_donor`.
 
     Args:
+        tensors: `organ_tensors` of each organ, if already collected.
         dtype: dtype of the files, or its name; `None`: that of each organ.
         delta: As in `plan_delta`, like `rank` and `is_pushed`.
     """
@@ -101,7 +102,7 @@ def save_organs(
     shells = {name: _shell(surgery, surgery.organs[name], dtype) for name in names}
     origins = {name: _cut_from(surgery.organs[name], shell) for name, shell in shells.items()}
     deltas = {name: plan_delta(delta, rank, config, is_pushed) for name, config in origins.items()}
-    states = {name: organ_tensors(model, surgery, name, state_dict) for name in names}
+    states = tensors or {name: organ_tensors(model, surgery, name) for name in names}
     if dtype is not None:
         states = {
             name: {key: tensor.to(dtype) if computes(tensor) else tensor for key, tensor in state.items()}
@@ -120,9 +121,9 @@ def save_organs(
     entries = [write_entry(name, shells[name].config, surgery.organs[name].active, subfolder=name) for name in names]
     licenses = (License.of(shell.config) for shell in shells.values())
     config = composition_config(*base, surgery.base_config, entries, licenses)
-    tensors = [tensor for state in states.values() for tensor in state.values()]
-    num_parameters = sum(tensor.numel() for tensor in tensors)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    saved = [tensor for state in states.values() for tensor in state.values()]
+    num_parameters = sum(tensor.numel() for tensor in saved)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in saved)
     with replacing(folder, is_main_process) as draft:
         digests: dict[str, str] = {}
         for name, shell in shells.items():

@@ -214,6 +214,16 @@ def test_it_is_looked_up_when_pushed(hub, licensed, tmp_path):
         assert "license:other" in HfApi().model_info(repo).tags
 
 
+def test_a_push_that_fails_leaves_the_licence_as_it_was(licensed):
+    live = AutoModelForCausalLM.from_pretrained(licensed("license: mit"))
+    donor = DonorModel.from_base(live, layers=(1, 3))
+    model = TransplantedForCausalLM.from_pretrained(live, donor)
+    for pushed in (model, donor):
+        with pytest.raises(OSError, match="403"):
+            pushed.push_to_hub("somebody-else/organ")
+    assert stated(model.donor_config["default"]) == stated(donor.config) == (None, None, None)
+
+
 def test_a_base_that_is_gone_is_no_reason_not_to_push(hub, licensed, tmp_path):
     base = licensed(None)
     donor = DonorModel.from_base(base, layers=(1, 3))

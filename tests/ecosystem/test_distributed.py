@@ -11,6 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer
 
 from not_hf import DonorTrainer, TransplantedForCausalLM
@@ -104,3 +106,32 @@ def test_two_organs_on_two_processes(cls, tmp_path):
     best = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), runs[0] / "checkpoint-2", is_trainable=True)
     kept = [torch.load(tmp_path / f"two/{run}-{rank}") for run in ("whole", "resumed") for rank in (0, 1)]
     assert all(same(organ(best), each) for each in kept)  # the loss falls, and the greatest was asked for
+
+
+def push_sharded(rank: int, port: int, folder: Path) -> None:
+    """What one of two processes does."""
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    model = two_organs()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    model.save_pretrained(folder, push_to_hub=True, repo_id="me/sharded", is_main_process=rank == 0)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("distributed")
+def test_sharded_organs_are_gathered_by_all_processes_and_pushed_by_one(hub, tmp_path):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    processes = [forked(push_sharded, rank, port, tmp_path / "saved") for rank in (0, 1)]
+    for process in processes:
+        process.join(60)
+        process.kill()  # one that waits for the other
+    assert [process.exitcode for process in processes] == [0, 0]
+    two_organs().save_pretrained(tmp_path / "alone")
+    saved, alone, pushed = (
+        organ(TransplantedForCausalLM.from_pretrained(tiny_model("llama"), place))
+        for place in (tmp_path / "saved", tmp_path / "alone", "me/sharded")
+    )
+    assert same(saved, alone) and same(pushed, alone)
+    assert len([record for record in hub.requests if "me/sharded/commit/" in record.path]) == 1

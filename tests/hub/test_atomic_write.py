@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import save_file
 
 from not_hf import NotHFError, TransplantedForCausalLM
-from not_hf.hub.atomic_write import DRAFT
+from not_hf.hub.atomic_write import DRAFT, replacing
 from testing import tree
 from testing.donors import holds, organ, with_organs
 
@@ -93,6 +93,26 @@ def test_a_save_that_breaks_off_while_files_take_their_places_changes_nothing(
     else:
         assert nth >= 6 and holds(tmp_path, second)  # three files aside, three in place: it was through before
     assert not list(tmp_path.glob(f"{DRAFT}*"))
+
+
+@pytest.mark.parametrize("nth", every_third_first(6))
+def test_a_save_whose_undo_breaks_off_too_keeps_the_old_files_for_the_next_save(base, nth, tmp_path, monkeypatch):
+    """Ctrl-C twice: once while files are moved, and again while they are moved back."""
+    organ(base, 1).save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
+    replace, moves = os.replace, itertools.count()
+
+    def interrupted(source, target) -> None:
+        if next(moves) in (nth, nth + 1):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("not_hf.hub.atomic_write.os.replace", interrupted)
+        organ(base, 2).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="full"), replacing(tmp_path):
+        raise OSError("full")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("nth", every_third_first(9))

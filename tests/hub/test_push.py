@@ -133,6 +133,15 @@ def test_what_is_pushed_beside_a_save_is_what_was_saved(base, api, repo_id, tmp_
     assert same(DonorModel.from_pretrained(repo_id), halved)
 
 
+@pytest.mark.parametrize("seeds", [None, (1,)], ids=["donor", "organ"])
+def test_only_the_main_process_pushes_beside_a_save(base, seeds, api, repo_id, tmp_path):
+    model = organ(base, 1) if seeds is None else with_organs(base, *seeds)
+    model.save_pretrained(tmp_path / "donor", push_to_hub=True, repo_id=repo_id, is_main_process=False)
+    assert not api.repo_exists(repo_id)
+    model.save_pretrained(tmp_path / "donor", push_to_hub=True, repo_id=repo_id, is_main_process=True)
+    assert holds(repo_id, model)
+
+
 @pytest.mark.parametrize("seeds", [None, (1,), (1, 2)], ids=["donor", "organ", "composition"])
 def test_a_tokenizer_that_the_repo_has_stays(base_folder, seeds, api, repo_id):
     folder = base_folder("llama")
@@ -143,6 +152,20 @@ def test_a_tokenizer_that_the_repo_has_stays(base_folder, seeds, api, repo_id):
     tokenizer.push_to_hub(repo_id)
     model.push_to_hub(repo_id)
     assert "<verse>" in AutoTokenizer.from_pretrained(repo_id).get_vocab()
+
+
+@pytest.mark.parametrize("pushed", ["donor", "folder"])
+def test_a_tokenizer_that_may_be_of_the_base_of_before_stays_with_a_warning(
+    pushed, base, base_folder, repo_id, tmp_path, caplog
+):
+    organ(base_folder("llama"), 1).save_pretrained(tmp_path / "local")
+    for _ in range(2):
+        push_donor(tmp_path / "local", repo_id)
+    assert "tokenizer" not in caplog.text
+    donor = organ(base, 2)  # whose tokenizer is on the Hub
+    donor.save_pretrained(tmp_path / "donor")
+    donor.push_to_hub(repo_id) if pushed == "donor" else push_donor(tmp_path / "donor", repo_id)
+    assert f"was of another base, {base_folder('llama')}; if it is the tokenizer of that base" in caplog.text
 
 
 @pytest.mark.slow
@@ -434,14 +457,20 @@ def test_checkpoints_of_a_trainer_are_not_pushed(base, repo_id, tmp_path):
     assert not [file for file in HfApi().list_repo_files(repo_id) if "checkpoint" in file]
 
 
-@pytest.mark.slow
-def test_the_generation_config_of_an_earlier_push_goes_with_a_folder_that_has_none(base, api, repo_id, tmp_path):
+@pytest.mark.parametrize("pushed", ["donor", pytest.param("folder", marks=pytest.mark.slow)])
+def test_the_generation_config_of_an_earlier_push_goes_with_a_donor_that_has_none(
+    pushed, base, api, repo_id, tmp_path
+):
     model = with_organs(base, 1)
     model.generation_config.max_new_tokens = 7
     model.push_to_hub(repo_id)
+    model.push_to_hub(repo_id, max_shard_size="8KB")  # the weights change, it does not
     assert T(repo_id).generation_config.max_new_tokens == 7
-    organ(base, 2).save_pretrained(tmp_path)
-    push_donor(tmp_path, repo_id)
+    if pushed == "donor":
+        organ(base, 2).push_to_hub(repo_id)
+    else:
+        organ(base, 2).save_pretrained(tmp_path)
+        push_donor(tmp_path, repo_id)
     assert "generation_config.json" not in api.list_repo_files(repo_id) and titles(repo_id)[1] == "Upload organ"
     assert T(repo_id).generation_config.max_new_tokens != 7
 
@@ -505,6 +534,23 @@ def test_an_edit_during_the_push_is_not_lost(hub, base, api, repo_id):
     assert "Edit 0." in card(repo_id).text and "Edit 1." in card(repo_id).text
     assert holds(repo_id, second)
     assert len([record for record in hub.requests if record.method == "PUT"]) == 1  # the weights are sent once
+
+
+@pytest.mark.parametrize("revision", [None, pytest.param("v2", marks=pytest.mark.slow)])
+def test_a_repo_or_branch_that_somebody_else_creates_during_the_push_is_pushed_to(hub, revision, base, api, repo_id):
+    second, theirs = (organ(base, next(fresh)) for _ in range(2))
+    if revision is not None:
+        organ(base, 1).push_to_hub(repo_id)
+    part = "/api/repos/create" if revision is None else "/branch/"
+    pushes = [theirs]
+
+    def hook(method: str, path: str, headers: dict) -> None:
+        if method == "POST" and part in path and pushes:
+            pushes.pop().push_to_hub(repo_id, revision=revision, commit_message="theirs")
+
+    hub.fault = guarded(hook)
+    second.push_to_hub(repo_id, revision=revision, commit_message="ours")
+    assert titles(repo_id, revision)[:2] == ["ours", "theirs"] and holds(repo_id, second, revision=revision)
 
 
 @pytest.mark.slow
