@@ -1,4 +1,4 @@
-"""Writing a donor's folder atomically, without stale files that a later load would use."""
+"""Writing a donor's folder atomically, without stale weights that a later load would prefer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ from not_hf.hub.folder_lock import locked
 DRAFT = "_not_hf-draft-"
 # Prefix of those with the files that are being replaced
 _REPLACED = f"{DRAFT}replaced-"
-# Names of files that go with the weights; group 1 or 3 is the variant
-_WEIGHTS = re.compile(
-    r"model(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.\w+)?\.json|generation_config\.json"
-)
+# Names of weight files; group 1 or 3 is the variant
+_WEIGHTS = re.compile(r"model(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.\w+)?\.json")
 
 
 @contextlib.contextmanager
@@ -41,9 +39,8 @@ def full_disk_is_oserror(folder: str | os.PathLike[str]) -> Iterator[None]:
 def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> Iterator[str]:
     """Write into a temporary folder, whose files move into `folder` when the block ends.
 
-    If the block or the move fails, `folder` stays as it was. Weights and generation config of an earlier save that
-    the new files do not overwrite are removed. What a killed save left is put back or removed first. Other saves into
-    `folder` wait.
+    If the block or the move fails, `folder` stays as it was. Weights of an earlier save that the new files do not
+    overwrite are removed. What a killed save left is put back or removed first. Other saves into `folder` wait.
 
     Args:
         folder: The donor's folder; created if missing.
@@ -74,8 +71,8 @@ def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> I
         raise
 
 
-def stale_files(present: Iterable[str], written: Iterable[str]) -> list[str]:
-    """Weights and generation configs of an earlier save that a load could take for those of the donor just written.
+def stale_weights(present: Iterable[str], written: Iterable[str]) -> list[str]:
+    """Weight files of an earlier save that a load could take for those of the donor just written.
 
     A load prefers `model.safetensors` to shards, so an old one must not stay beside new shards. Other files, folders
     and variants are left alone.
@@ -136,7 +133,7 @@ def _move(draft: Path, folder: Path) -> None:
     places = {(folder / path).parent for path in written}
     new_folders = sorted((place for place in places if not place.exists()), reverse=True)  # the inner ones first
     present = [file for place in places if place.is_dir() for file in place.iterdir() if file.is_file()]
-    stale = stale_files((file.relative_to(folder).as_posix() for file in present), written)
+    stale = stale_weights((file.relative_to(folder).as_posix() for file in present), written)
     replaced = [path for path in (*reversed(written), *stale) if (folder / path).exists()]
     aside = Path(tempfile.mkdtemp(prefix=_REPLACED, dir=folder))  # outlives an undo that fails
     moves = [(folder / path, aside / path) for path in replaced]
@@ -192,7 +189,7 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _checkpoint(path: str) -> tuple[str, str | None] | None:
-    """Folder and variant of the checkpoint that a file belongs to; `None` if it belongs to none.
+    """Folder and variant of the checkpoint that a file belongs to; `None` if it is not a weight file.
 
     A delta stands in the place of a whole checkpoint, so it counts as one.
     """

@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from not_hf.cards.common import README
 from not_hf.errors import reaching_hub, require_plain_token
-from not_hf.hub.atomic_write import files_in, require_donor_folder, stale_files
+from not_hf.hub.atomic_write import files_in, require_donor_folder, stale_weights
 
 # Read before saving: the card to update, the kind of model, what may be outdated, and whether there is a tokenizer
 _SEEDS = (README, CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_FILE)
@@ -57,8 +57,7 @@ def push_folder(
 
     Nothing is sent if saving fails, and an interrupted upload leaves the repo as it was. If somebody else commits in
     the meantime, or creates the repo, saving starts over on top of that commit, so that neither silently undoes the
-    other. Weights of an earlier push that a load would prefer to the new ones, and its generation config, are deleted
-    in the same commit.
+    other. Weights of an earlier push that a load would prefer to the new ones are deleted in the same commit.
 
     Args:
         save: Called with a temporary folder that holds the repo's cards and configs, which it may update or remove.
@@ -82,8 +81,8 @@ def push_folder(
                 with tempfile.TemporaryDirectory() as folder:
                     written, removed = _save(save, api, repo_id, head, folder, all_tags)
                     additions = [CommitOperationAdd(path, os.path.join(folder, path)) for path in written]
-                    stale = [path for path in stale_files(head.files, written) if not Path(folder, path).exists()]
-                    deletions = [CommitOperationDelete(path) for path in sorted({*removed, *stale})]
+                    stale = [*removed, *stale_weights(head.files, written)]
+                    deletions = [CommitOperationDelete(path) for path in stale]
                     with _ready(api, repo_id, head, private, additions) as parent:
                         return api.create_commit(
                             repo_id,

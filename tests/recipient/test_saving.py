@@ -18,7 +18,6 @@ from not_hf import (
     DonorModel,
     NotHFError,
     TransplantedForCausalLM,
-    compose,
     reference_model,
 )
 from testing import tree
@@ -187,20 +186,6 @@ def test_a_changed_generation_config_is_kept(donors, where, base_folder, base_re
     model.generation_config.temperature, model.generation_config.do_sample = 1.0, False  # as the base
     save(place)
     assert AutoModelForCausalLM.from_pretrained(place).generation_config.temperature != 0.3
-
-
-@pytest.mark.parametrize("saved", ["donor", "composition"])
-def test_the_generation_config_of_an_earlier_save_goes_with_a_donor_that_has_none(saved, base_folder, tmp_path):
-    with_temperature(base_folder("llama")).save_pretrained(tmp_path)
-    donor = DonorModel.from_base(base_folder("llama"), layers=(0, 1))
-    donor.save_pretrained(tmp_path, variant="half")  # beside the organ that it applies to
-    assert (tmp_path / "generation_config.json").exists()
-    if saved == "donor":
-        donor.save_pretrained(tmp_path)
-    else:
-        donor.save_pretrained(tmp_path / "organ")
-        compose([tmp_path / "organ"]).save_pretrained(tmp_path)
-    assert not (tmp_path / "generation_config.json").exists()
 
 
 def test_the_base_alone_generates_as_it_did(base_folder, tmp_path):
