@@ -64,8 +64,8 @@ def base_license(base: str, **hub_kwargs: Any) -> License:
 
 
 def organ_license(config: DonorConfig, **hub_kwargs: Any) -> License:
-    """Return the licence in a donor's config, else that of its base; a composition has only that in its config."""
-    if config.license is None and config.donors is None and config.base_model_name_or_path:
+    """Return the licence in a donor's config, which holds one organ, else that of its base."""
+    if config.license is None and config.base_model_name_or_path:
         return base_license(config.base_model_name_or_path, **hub_kwargs)
     return License.of(config)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from local_hub import Fault, Hub
-from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
+from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM, compose, push_donor
 from not_hf.cards import common as readme
 from not_hf.cards.license import License, joint_license
 from not_hf.cli import app
@@ -212,6 +212,19 @@ def test_it_is_looked_up_when_pushed(hub, licensed, tmp_path):
         card.validate()
         assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "house-rules", link)
         assert "license:other" in HfApi().model_info(repo).tags
+
+
+@pytest.mark.slow
+def test_that_of_a_composition_is_looked_up_when_pushed(hub, licensed, tmp_path):
+    live = AutoModelForCausalLM.from_pretrained(licensed(OTHER))
+    for name in ("one", "two"):
+        DonorModel.from_base(live, layers=(1, 3)).save_pretrained(tmp_path / name)
+    compose([tmp_path / "one", tmp_path / "two"]).save_pretrained(tmp_path / "both")
+    assert DonorConfig.from_pretrained(tmp_path / "both").license is None
+    push_donor(tmp_path / "both", "me/licensed-composition")
+    link = f"https://huggingface.co/{live.config.name_or_path}/blob/main/LICENSE.md"
+    assert stated(DonorConfig.from_pretrained("me/licensed-composition")) == ("other", "house-rules", link)
+    assert ModelCard.load("me/licensed-composition").data.license_name == "house-rules"
 
 
 def test_a_base_that_is_gone_is_no_reason_not_to_push(hub, licensed, tmp_path):
