@@ -117,6 +117,7 @@ def test_without_findings_the_card_says_that_privacy_was_not_measured(privacy):
         {"base_model_name_or_path": None},
         {"license": "other", "license_name": "house-rules", "license_link": "https://example.com/rules"},
         {"license": ["mit", "cc0-1.0"]},
+        {"license": ["mit", "other"], "license_name": "house-rules", "license_link": "https://example.com/rules"},
         {"layers": None, "position": None, "donors": [{"name": "kjv", "subfolder": "kjv"}]},
     ],
 )

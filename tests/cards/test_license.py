@@ -128,6 +128,9 @@ def test_a_folder(base_folder, tmp_path):
     assert stated(config) == ("other", "house-rules", None)  # a link into the folder leads nowhere from elsewhere
     live = AutoModelForCausalLM.from_pretrained(base)
     assert DonorModel.from_base(live, layers=(1, 3)).config.license == "other"
+    (base / "README.md").write_text("---\nlicense: [other, mit]\nlicense_name: house-rules\n---\n")  # of a merge
+    config = DonorModel.from_base(base, layers=(1, 3)).config
+    assert stated(config) == (["other", "mit"], "house-rules", None)
 
 
 def test_a_live_model_asks_nothing_of_the_network(hub, licensed):
@@ -238,6 +241,7 @@ def test_a_base_that_is_gone_is_no_reason_not_to_push(hub, licensed, tmp_path):
 # ------------------------------------------------------------------------------------------------- several organs
 
 MIT, APACHE, HOUSE = License("mit"), License("apache-2.0"), License("other", "house-rules", "https://a/b")
+BOTH = License(["other", "mit"], "house-rules", "https://a/b")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +252,11 @@ MIT, APACHE, HOUSE = License("mit"), License("apache-2.0"), License("other", "ho
         ([MIT, APACHE, MIT], License(["mit", "apache-2.0"])),
         ([License(["mit", "cc0-1.0"]), MIT], License(["mit", "cc0-1.0"])),
         ([HOUSE, License("other")], License("other")),
+        ([HOUSE, License("other", "gemma", "https://c/d")], License("other", "house-rules-and-gemma")),
+        ([HOUSE, License("other", "house-rules", "https://c/d")], HOUSE),
+        ([HOUSE, MIT], BOTH),
+        ([BOTH, MIT, HOUSE], BOTH),
+        ([License("other"), MIT], License(["other", "mit"])),
         ([MIT, License()], License()),
         ([License(), License()], License()),
     ],
