@@ -209,7 +209,11 @@ def test_local_base_is_named_nowhere(tmp_path, monkeypatch, caplog):
     assert 'from_pretrained("path/to/smol base", "me/organ")' in card.text
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "base").mkdir()
+    caplog.clear()
     assert donor_card(make_config(base_model_name_or_path="me/base")).data.base_model is None  # a folder, not the repo
+    assert "'me/base' is a folder here, " in caplog.text and "give the folder as './me/base'" in caplog.text
+    monkeypatch.chdir(tmp_path / "me")
+    assert donor_card(make_config(base_model_name_or_path="./me/base")).data.base_model is None
 
 
 def test_composition_lists_its_organs():
