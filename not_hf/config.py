@@ -69,7 +69,7 @@ class DonorConfig(PreTrainedConfig):
         tokens_seen: Number of training tokens.
         metrics: Results, a nested dict of floats; and under `privacy` what a probe found, in sentences.
         license: The Hub's identifier of the licence, or a list of them; default: the base's.
-        license_name: Name of the licence, if `license` is `other`.
+        license_name: Name of the licence, if `license` is `other` or includes it.
         license_link: Link to that licence.
         not_hf_version: Version of not_hf that cut the donor.
         fingerprint: SHA-256 of the part of the base's config that concerns its layers.

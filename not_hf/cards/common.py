@@ -57,22 +57,27 @@ logger = logging.getLogger(__name__)
 
 def hub_id(name: str | None) -> str | None:
     """Return `name` if it is a valid Hub ID and not a local path, else `None`."""
-    if not name or os.path.exists(name):
-        return None
+    return name if name and not os.path.exists(name) and _is_valid_id(name) else None
+
+
+def _is_valid_id(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return None
-    return name
+        return False
+    return True
 
 
 def named_base(name: str | None) -> str | None:
     """Return `hub_id(name)`, with a warning if the card cannot name the base."""
     if name and not hub_id(name):
-        warn_once(
-            f"the model card names no base_model: {name!r} is not a Hub ID; "
-            "use its Hub ID if people are to find your work by it"
-        )
+        reason = "is not a Hub ID; use its Hub ID if people are to find your work by it"
+        if _is_valid_id(name):
+            reason = (
+                "is a folder here, and elsewhere the Hub's repo of that name would be taken for it; "
+                f"give the folder as './{name}', or use the base's Hub ID"
+            )
+        warn_once(f"the model card names no base_model: {name!r} {reason}")
     return hub_id(name)
 
 

@@ -38,9 +38,14 @@ class License(NamedTuple):
         """Write the licence into a donor's config."""
         config.license, config.license_name, config.license_link = self
 
+    @property
+    def is_other(self) -> bool:
+        """Whether it is `other`, or one of several is: only then a card has a name and a link."""
+        return "other" in unite(self.license)
+
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata for a card, which has a name and a link only for `other`."""
-        return self._asdict() if self.license == "other" else {"license": self.license}
+        """Return the metadata for a card."""
+        return self._asdict() if self.is_other else {"license": self.license}
 
 
 def base_license(base: str, **hub_kwargs: Any) -> License:
@@ -58,15 +63,15 @@ def base_license(base: str, **hub_kwargs: Any) -> License:
     license = card.get("license")
     if not license or not all(isinstance(name, str) for name in (license if isinstance(license, list) else [license])):
         return License()
-    if license != "other":
+    if not License(license).is_other:
         return License(license)
     name, link = (text if isinstance(text := card.get(f"license_{key}"), str) else None for key in ("name", "link"))
     return License(license, name, link and _absolute(link, base, hub_kwargs.get("revision")))
 
 
 def organ_license(config: DonorConfig, **hub_kwargs: Any) -> License:
-    """Return the licence in a donor's config, else that of its base; a composition has only that in its config."""
-    if config.license is None and config.donors is None and config.base_model_name_or_path:
+    """Return the licence in a donor's config, which holds one organ, else that of its base."""
+    if config.license is None and config.base_model_name_or_path:
         return base_license(config.base_model_name_or_path, **hub_kwargs)
     return License.of(config)
 
@@ -91,14 +96,23 @@ def inherited_licenses(configs: Sequence[DonorConfig], token: bool | str | None)
 
 
 def joint_license(parts: Iterable[License]) -> License:
-    """Combine licences; the result is unknown if one of several different ones is."""
+    """Combine licences; the result is unknown if one of several different ones is.
+
+    Those that the Hub calls `other` keep their names, as in `a-and-b`: it takes one name, without commas and spaces. A
+    card has room for one link, so that of several such licences is left out.
+    """
     parts = list(parts)
     if all(part == parts[0] for part in parts):
         return parts[0]
     if any(part.license is None for part in parts):
         return License()
     ids = unite(*(part.license for part in parts))
-    return License(ids if len(ids) > 1 else ids[0])
+    others = [part for part in parts if part.is_other]
+    names, links = (unite(*(getattr(part, key) for part in others)) for key in ("license_name", "license_link"))
+    if any(part.license_name is None for part in others):  # a name would seem to be that of all
+        names = []
+    link = links[0] if links and len(names) == 1 else None
+    return License(ids if len(ids) > 1 else ids[0], "-and-".join(names) or None, link)
 
 
 def _absolute(link: str, base: str, revision: str | None) -> str | None:

@@ -61,7 +61,8 @@ def extract(
         options: dict[str, Any] = {"modules": parse_modules(modules), "dtype": dtype, "license": license}
         donor = DonorModel.from_base(base, span, position, mode, init, **options, **hub)
         if base_name is not None:
-            donor.config.base_model_name_or_path, donor.config.base_revision = base_name, None
+            donor.config.base_model_name_or_path = base_name
+            donor.config.base_revision = donor.config.base_subfolder = None  # the copy's
         donor.save_pretrained(output)
     data = describe_donor(donor, output)
     return Result(data, facts("Cut", data))

@@ -15,7 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from not_hf.cards.common import README
 from not_hf.cards.donor import updated_card
-from not_hf.cards.license import inherit_license
+from not_hf.cards.license import joint_license, organ_license
 from not_hf.composition.resolve import ResolvedOrgan, resolve_donor
 from not_hf.composition.sources import OrganSource
 from not_hf.config import DELTA
@@ -99,7 +99,9 @@ def push_donor(
         place for organ in inside for path in [folder / (organ.subfolder or "")] for place in (path, *path.parents)
     }
     stated = config.license
-    inherit_license(config, revision=config.base_revision, token=token)
+    if stated is None:
+        configs = [organ.spec.config for organ in organs]
+        joint_license(organ_license(each, revision=each.base_revision, token=token) for each in configs).set(config)
 
     def save(target: str, repo_id: str) -> None:
         readme = Path(target, README)  # the published card, if any

@@ -133,7 +133,7 @@ class Transplanted(Recipient):
             surgery = base._surgery
         else:
             commit, subfolder = (resolved.base_kwargs.get(key) for key in ("revision", "subfolder"))
-            surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold)
+            surgery = Surgery(base, commit_of(commit), subfolder or None, is_scaffold, is_live=live is not None)
         cache_dir = resolved.shared.get("cache_dir")
         chosen = (modules_to_save, trainable_token_indices)
         training = Training(is_trainable, is_trainable and autocast_donor_dtype, *chosen)

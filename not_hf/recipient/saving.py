@@ -147,9 +147,10 @@ def save_organs(
 
 def _cut_from(organ: Organ, shell: DonorModel) -> DonorConfig:
     """Return the config that says more of what an organ was cut from: its own, or that which names the recipient."""
-    own, base = organ.config, shell.config.base_model_name_or_path
-    is_recipient = own.base_revision is None and own.base_model_name_or_path in (None, base)
-    return shell.config if is_recipient else own
+    own, here = organ.config, shell.config
+    names = [(config.base_model_name_or_path, config.base_subfolder) for config in (own, here)]
+    is_recipient = own.base_revision is None and (own.base_model_name_or_path is None or names[0] == names[1])
+    return here if is_recipient else own
 
 
 def _save_for_trainers(
@@ -194,7 +195,8 @@ def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> 
     config = copy.deepcopy(organ.config)
     config.metrics = metrics_after_move(config, organ.spec.config)
     if name := surgery.base_config.name_or_path:
-        if surgery.base_revision or name != config.base_model_name_or_path:
+        is_same = surgery.is_live or surgery.base_subfolder == config.base_subfolder
+        if surgery.base_revision or name != config.base_model_name_or_path or not is_same:
             config.base_revision, config.base_subfolder = surgery.base_revision, surgery.base_subfolder
         config.base_model_name_or_path = name
         for values in (config.base_config, config.organ_config):

@@ -58,6 +58,7 @@ class Surgery:
         base_revision: str | None = None,
         base_subfolder: str | None = None,
         is_scaffold: bool = False,
+        is_live: bool = False,
     ) -> None:
         stack = meta_twin(model.config, type(model)).stack if is_scaffold else find_stack(model)
         self.native_class = type(model)
@@ -72,6 +73,7 @@ class Surgery:
         self.generation_configs = GenerationConfigs(getattr(model, "generation_config", None))
         self.base_revision = base_revision  # commit, if known
         self.base_subfolder = base_subfolder
+        self.is_live = is_live  # loaded by the caller, perhaps from a subfolder, which no config tells
         self.base_modules: dict[str, nn.Module] = {}  # by path, in whose place those of organs may stand
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.organs: dict[str, Organ] = {}

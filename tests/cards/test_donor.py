@@ -117,6 +117,7 @@ def test_without_findings_the_card_says_that_privacy_was_not_measured(privacy):
         {"base_model_name_or_path": None},
         {"license": "other", "license_name": "house-rules", "license_link": "https://example.com/rules"},
         {"license": ["mit", "cc0-1.0"]},
+        {"license": ["mit", "other"], "license_name": "house-rules", "license_link": "https://example.com/rules"},
         {"layers": None, "position": None, "donors": [{"name": "kjv", "subfolder": "kjv"}]},
     ],
 )
@@ -208,7 +209,11 @@ def test_local_base_is_named_nowhere(tmp_path, monkeypatch, caplog):
     assert 'from_pretrained("path/to/smol base", "me/organ")' in card.text
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "base").mkdir()
+    caplog.clear()
     assert donor_card(make_config(base_model_name_or_path="me/base")).data.base_model is None  # a folder, not the repo
+    assert "'me/base' is a folder here, " in caplog.text and "give the folder as './me/base'" in caplog.text
+    monkeypatch.chdir(tmp_path / "me")
+    assert donor_card(make_config(base_model_name_or_path="./me/base")).data.base_model is None
 
 
 def test_composition_lists_its_organs():

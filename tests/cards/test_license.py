@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from local_hub import Fault, Hub
-from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
+from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM, compose, push_donor
 from not_hf.cards import common as readme
 from not_hf.cards.license import License, joint_license
 from not_hf.cli import app
@@ -128,6 +128,9 @@ def test_a_folder(base_folder, tmp_path):
     assert stated(config) == ("other", "house-rules", None)  # a link into the folder leads nowhere from elsewhere
     live = AutoModelForCausalLM.from_pretrained(base)
     assert DonorModel.from_base(live, layers=(1, 3)).config.license == "other"
+    (base / "README.md").write_text("---\nlicense: [other, mit]\nlicense_name: house-rules\n---\n")  # of a merge
+    config = DonorModel.from_base(base, layers=(1, 3)).config
+    assert stated(config) == (["other", "mit"], "house-rules", None)
 
 
 def test_a_live_model_asks_nothing_of_the_network(hub, licensed):
@@ -224,6 +227,19 @@ def test_a_push_that_fails_leaves_the_licence_as_it_was(licensed):
     assert stated(model.donor_config["default"]) == stated(donor.config) == (None, None, None)
 
 
+@pytest.mark.slow
+def test_that_of_a_composition_is_looked_up_when_pushed(hub, licensed, tmp_path):
+    live = AutoModelForCausalLM.from_pretrained(licensed(OTHER))
+    for name in ("one", "two"):
+        DonorModel.from_base(live, layers=(1, 3)).save_pretrained(tmp_path / name)
+    compose([tmp_path / "one", tmp_path / "two"]).save_pretrained(tmp_path / "both")
+    assert DonorConfig.from_pretrained(tmp_path / "both").license is None
+    push_donor(tmp_path / "both", "me/licensed-composition")
+    link = f"https://huggingface.co/{live.config.name_or_path}/blob/main/LICENSE.md"
+    assert stated(DonorConfig.from_pretrained("me/licensed-composition")) == ("other", "house-rules", link)
+    assert ModelCard.load("me/licensed-composition").data.license_name == "house-rules"
+
+
 def test_a_base_that_is_gone_is_no_reason_not_to_push(hub, licensed, tmp_path):
     base = licensed(None)
     donor = DonorModel.from_base(base, layers=(1, 3))
@@ -235,6 +251,7 @@ def test_a_base_that_is_gone_is_no_reason_not_to_push(hub, licensed, tmp_path):
 # ------------------------------------------------------------------------------------------------- several organs
 
 MIT, APACHE, HOUSE = License("mit"), License("apache-2.0"), License("other", "house-rules", "https://a/b")
+BOTH = License(["other", "mit"], "house-rules", "https://a/b")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +262,11 @@ MIT, APACHE, HOUSE = License("mit"), License("apache-2.0"), License("other", "ho
         ([MIT, APACHE, MIT], License(["mit", "apache-2.0"])),
         ([License(["mit", "cc0-1.0"]), MIT], License(["mit", "cc0-1.0"])),
         ([HOUSE, License("other")], License("other")),
+        ([HOUSE, License("other", "gemma", "https://c/d")], License("other", "house-rules-and-gemma")),
+        ([HOUSE, License("other", "house-rules", "https://c/d")], HOUSE),
+        ([HOUSE, MIT], BOTH),
+        ([BOTH, MIT, HOUSE], BOTH),
+        ([License("other"), MIT], License(["other", "mit"])),
         ([MIT, License()], License()),
         ([License(), License()], License()),
     ],

@@ -422,6 +422,14 @@ def test_the_command_line_names_the_base_otherwise(copy, folder_base, base_repo,
     assert same(T(out), T(tiny_model("llama", seed=2), DonorModel.from_base(copied, layers=(1, 3))))
 
 
+def test_a_base_that_is_named_otherwise_is_not_sought_in_the_subfolder_of_its_copy(folder_base, tmp_path):
+    where, out = ["--subfolder", folder_base.name], tmp_path / "organ"
+    done = invoke("extract", folder_base.parent, *where, "--layers", "1:3", "--base-name", BASE, "-o", out)
+    assert done.exit_code == 0, done.stderr
+    config = DonorConfig.from_pretrained(out)
+    assert (config.base_model_name_or_path, config.base_subfolder) == (BASE, None)
+
+
 # Xet, in processes of their own: the client reads its settings once, at import
 
 XET_PUSH = """

@@ -133,6 +133,34 @@ def test_an_organ_is_saved_with_the_recipient_it_was_used_in(token_ids, tmp_path
     assert donor.config.base_model_name_or_path == str(tmp_path / "cut-from")
 
 
+@pytest.mark.parametrize(("cut_from", "used_in"), [("a", "b"), ("a", ""), ("", "b")])
+def test_the_recipient_may_be_another_subfolder_of_one_folder(cut_from, used_in, token_ids, tmp_path):
+    base = tmp_path / "base"
+    for seed, name in enumerate((cut_from, used_in)):
+        tiny_model("llama", seed=seed).save_pretrained(base / name)
+    donor = DonorModel.from_base(base, (1, 3), subfolder=cut_from)
+    model = TransplantedForCausalLM.from_pretrained(base, donor, donor_name="one", subfolder=used_in)
+    model.save_pretrained(tmp_path / "organ")
+    model.save_pretrained(tmp_path / "delta", delta="bfloat16")
+    assert (DonorConfig.from_pretrained(tmp_path / "delta").delta.get("base_subfolder") or "") == cut_from
+    model.load_donor(donor, "two", position=0)
+    model.save_pretrained(tmp_path / "composition")
+    for name in ("organ", "delta", "composition"):
+        config = DonorConfig.from_pretrained(tmp_path / name)
+        assert (config.base_model_name_or_path, config.base_subfolder or "") == (str(base), used_in)
+    assert torch.equal(
+        logits(TransplantedForCausalLM.from_pretrained(tmp_path / "composition"), token_ids), logits(model, token_ids)
+    )
+
+
+def test_a_live_recipient_does_not_say_which_subfolder_it_is_of(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base" / "a")
+    live = AutoModelForCausalLM.from_pretrained(tmp_path / "base", subfolder="a")
+    donor = DonorModel.from_base(tmp_path / "base", (1, 3), subfolder="a")
+    TransplantedForCausalLM.from_pretrained(live, donor).save_pretrained(tmp_path / "organ")
+    assert DonorConfig.from_pretrained(tmp_path / "organ").base_subfolder == "a"
+
+
 def test_an_organ_is_not_saved_over_another_model(tmp_path, token_ids):
     tiny_model("llama").save_pretrained(tmp_path)
     files = tree(tmp_path)
