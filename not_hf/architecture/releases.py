@@ -20,7 +20,7 @@ from huggingface_hub import constants, is_offline_mode, model_info
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.utils import hub as transformers_hub
 
@@ -41,18 +41,18 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Whether layers recompute their activations in the backward pass."""
+def is_checkpointing(model: Any) -> bool:
+    """Whether the layers of a model recompute their activations in the backward pass."""
     return bool(getattr(model, f"is_{_checkpointing(model)}"))
 
 
-def stop_checkpointing(model: PreTrainedModel) -> None:
+def stop_checkpointing(model: Any) -> None:
     """Have layers keep their activations, and embeddings give no gradients that checkpointing had asked for."""
     getattr(model, f"{_checkpointing(model)}_disable")()
     model.disable_input_require_grads()
 
 
-def _checkpointing(model: PreTrainedModel) -> str:
+def _checkpointing(model: Any) -> str:
     """What it is called in the methods of models: transformers 5.24 has renamed it."""
     return (
         "activation_checkpointing" if hasattr(model, "activation_checkpointing_disable") else "gradient_checkpointing"
