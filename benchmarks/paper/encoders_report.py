@@ -10,6 +10,7 @@ from pictures import finish, panels_of
 from question import Runs, markdown, spread
 
 ORGANS, LORA = ("organ, replace", "organ, insert"), "LoRA, r = 16"
+LEAST = 0.01  # nats per token: of a smaller gain of LoRA no share is taken
 COMPARED = (*ORGANS, LORA, "full")
 
 
@@ -34,11 +35,13 @@ def find(runs: Runs) -> Runs:
 
 def headline(found: Runs) -> str:
     """Whether organs have a smaller share of LoRA's gain in encoders than in a decoder."""
-    shares = {}
+    shares, idle = {}, []
     for base in dict.fromkeys(each["base"] for each in found):
         gains = {method: statistics.median(gains_of(found, base, method)) for method in (*ORGANS, LORA)}
-        if gains[LORA] > 0:
+        if gains[LORA] > LEAST:
             shares |= {(base, organ): gains[organ] / gains[LORA] for organ in ORGANS}
+        else:
+            idle.append(base)
     pairs = [(base, organ) for base, organ in shares if base != DECODER and (DECODER, organ) in shares]
     lower = sum(shares[pair] < shares[DECODER, pair[1]] for pair in pairs)
     verdict = (
@@ -52,6 +55,7 @@ def headline(found: Runs) -> str:
     return (
         f"**{verdict}.** Share of LoRA's gain that an organ has: {text}; smaller in the encoder than in the decoder "
         f"({DECODER}) in {lower} of {len(pairs)} comparisons."
+        + (f" In {', '.join(idle)}, LoRA in the layers gains less than {LEAST:g} nats." if idle else "")
         + ("" if MINILM in (base for base, _ in shares) else " No pretrained encoder is among them.")
     )
 
