@@ -75,12 +75,17 @@ class Record:
         return json.loads(done.stdout.splitlines()[-1])
 
     def save(self, **summary: Any) -> None:
-        """Write the runs, with what is said about all of them, or was said when there were fewer."""
+        """Write the runs, a line each, with what is said about all of them, or was said when there were fewer."""
         self.summary |= {**demo.provenance(self.script), **summary}
         if self.path:
-            document = {**self.summary, "runs": list(self.runs.values())}
+            runs = [
+                {key: value for key, value in run.items() if key not in MADE_ON or value != self.summary[key]}
+                for run in self.runs.values()
+            ]
+            parts = [f'"{key}": {json.dumps(value)}' for key, value in self.summary.items()]
+            parts.append('"runs": [\n' + ",\n".join(map(json.dumps, runs)) + "\n]")
             half = self.path.with_suffix(".half")
-            half.write_text(json.dumps(document, indent=1) + "\n")
+            half.write_text("{\n" + ",\n".join(parts) + "\n}\n")
             half.replace(self.path)
 
 

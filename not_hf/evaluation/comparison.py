@@ -106,7 +106,9 @@ def compare_perplexity(
         any_live = any(isinstance(each, nn.Module) for each in sources)
         pair = [tokenizer if isinstance(each, nn.Module) or not any_live else None for each in sources]
     tokenizers = [load_tokenizer(*each) for each in zip(sources, pair, strict=True)]
-    max_length, stride = check_lengths(min(map(_context, sources)), max_length, stride, batch_size)
+    max_length, stride = check_lengths(
+        min(context_of(recipient_config(each)) for each in sources), max_length, stride, batch_size
+    )
     (ids_a, ends_a), (ids_b, ends_b) = (encode(rows, each, add_start_token) for each in tokenizers)
     is_same = ids_a == ids_b
     if not is_same and len(rows) < 2:
@@ -161,11 +163,6 @@ def _compare(a: Scores, b: Scores, is_same: bool, confidence_level: float, seed:
         "confidence_interval": {name: each if len(a.nats) > 1 else None for name, (_, each) in found.items()},
         "paired_by": "window" if is_same else "text",
     }
-
-
-def _context(model: nn.Module | str) -> float:
-    config: Any = model.config if isinstance(model, nn.Module) else recipient_config(model)
-    return context_of(config)
 
 
 def _is_part(model: object, whole: object) -> bool:

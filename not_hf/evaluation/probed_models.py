@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from not_hf.architecture.stack import find_stack
 from not_hf.config import DonorConfig
@@ -93,8 +93,10 @@ def shortest_context(
     """Return how many tokens all models of a probe can read at once; the arguments are those of `probed_models`."""
     others = [model] if donor is None else [*recipients.values()]
     others += [] if reference is None else [reference]
-    own = [] if donor is None else [_config_of(*_own_recipient(donor, base))]
-    return min(context_of(config) for config in [*own, *(_config_of(each, {}) for each in others)])
+    places: list[tuple[Source, dict[str, Any]]] = [(each, {}) for each in others] + (
+        [] if donor is None else [_own_recipient(donor, base)]
+    )
+    return min(context_of(recipient_config(source, **where)) for source, where in places)
 
 
 def load_causal(source: Source, where: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -125,14 +127,6 @@ def _own_recipient(donor: DonorModel, base: Source | None) -> tuple[Source, dict
         raise NotHFError("the donor names no base; pass base=, its recipient")
     where = {"revision": donor.config.base_revision, "subfolder": donor.config.base_subfolder or ""}
     return donor.config.base_model_name_or_path, where
-
-
-def _config_of(source: Source, where: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return the config of a model; of a donor or composition that is named, that of its recipient."""
-    if isinstance(source, nn.Module):
-        return source.config
-    name = os.fspath(source)
-    return AutoConfig.from_pretrained(name, trust_remote_code=False, **where) if where else recipient_config(name)
 
 
 def _require_fit(donor: DonorModel, name: str, recipient: Source, where: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ They differ in the Auto class that loads the recipient; those that generate text
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -249,9 +250,11 @@ def class_for(config: PreTrainedConfig) -> type[Transplanted]:
     return next(kind for kind in (*BY_ID, TransplantedModel) if kind.native_auto_class is usual)
 
 
-def recipient_config(source: str) -> Any:
-    """Read the config of a recipient, or of the base of a donor, by its name."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+def recipient_config(source: PreTrainedModel | str | os.PathLike[str], **where: Any) -> Any:
+    """Return the config of a recipient, live or by name, or of the base of a donor; `where` names its state on the Hub."""
+    if isinstance(source, torch.nn.Module):
+        return source.config
+    config = AutoConfig.from_pretrained(os.fspath(source), trust_remote_code=False, **where)
     if isinstance(config, DonorConfig) and config.base_model_name_or_path:
         where = {"revision": config.base_revision, "subfolder": config.base_subfolder or ""}
         config = AutoConfig.from_pretrained(config.base_model_name_or_path, trust_remote_code=False, **where)
