@@ -251,7 +251,7 @@ def class_for(config: PreTrainedConfig) -> type[Transplanted]:
 
 
 def recipient_config(source: PreTrainedModel | str | os.PathLike[str], **where: Any) -> Any:
-    """Return the config of a recipient, live or by name, or of the base of a donor; `where` names its state on the Hub."""
+    """Return the config of a recipient, live or by name (`where`: its revision …), or of the base of a donor."""
     if isinstance(source, torch.nn.Module):
         return source.config
     config = AutoConfig.from_pretrained(os.fspath(source), trust_remote_code=False, **where)
