@@ -48,7 +48,7 @@ def complete_card(
     if config.donors is None:
         config.datasets = unite(config.datasets, dataset_tags or dataset) or None
         if gives_perplexity(trainer, trainer.model):
-            config.metrics = config.metrics or _evaluations(trainer.state)
+            config.metrics = config.metrics or _evaluations(trainer)
         config.save_pretrained(folder)
     places = ["."] if config.donors is None else [each["subfolder"] for each in config.donors if "donor" not in each]
     tensors = [tensor for place in places for tensor in list_tensors(os.path.join(folder, place)).values()]
@@ -79,10 +79,22 @@ def gives_perplexity(trainer: Any, model: PreTrainedModel) -> bool:
     )
 
 
-def _evaluations(state: TrainerState) -> dict[str, Any] | None:
-    """Return what was measured after the last step of a training."""
-    logs = [logs for logs in state.log_history if logs.get("step") == state.global_step]
-    return trainer_metrics({name: value for each in logs for name, value in perplexities(each)})
+def _evaluations(trainer: Any) -> dict[str, Any] | None:
+    """Return what a training measured of the weights that it left.
+
+    Without that, what was measured after it, unless that was twice with different results: the model may then have
+    had its organs switched off, of which a log says nothing.
+    """
+    state: TrainerState = trainer.state
+    step = (state.best_global_step if trainer.args.load_best_model_at_end else None) or state.global_step
+    found: dict[str, set[float]] = {}
+    for logs in state.log_history:
+        if logs.get("step") == step:
+            for name, value in perplexities(logs):
+                found.setdefault(name, set()).add(value)
+        if found and "train_runtime" in logs:
+            break
+    return trainer_metrics({name: value for name, (value, *others) in found.items() if not others})
 
 
 @functools.cache

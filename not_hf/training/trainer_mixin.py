@@ -152,7 +152,7 @@ class DonorTrainerMixin(Trainer):
         """
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if (eval_dataset is None or isinstance(eval_dataset, str)) and gives_perplexity(self, self._native):
-            self._record.add_evaluation(self.state.global_step, metrics)
+            self._record.add_evaluation(self._native, self.state.global_step, metrics)
             self.note_tokens()
         return metrics
 

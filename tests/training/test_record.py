@@ -134,6 +134,57 @@ def config_of(model):
     return model.donor_config["default"]
 
 
+def measured_twice(trainer, change: str) -> float:
+    """The organ's loss, and then that of the model with the organ switched off or at another scale."""
+    loss = trainer.evaluate()["eval_loss"]
+    if change == "off":
+        with trainer.model.disable_donors():
+            assert trainer.evaluate()["eval_loss"] != loss
+    else:
+        trainer.model.set_donor_scale("default", 0.5)
+        assert trainer.evaluate()["eval_loss"] != loss
+        assert config_of(trainer.model).metrics["perplexity"]["after"] != math.exp(loss)
+        trainer.model.set_donor_scale("default", 1.0)
+    return loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["off", "scale"])
+def test_numbers_are_of_the_organ_as_it_is_saved(change, tmp_path):
+    trainer = made(recipient(), tmp_path, max_steps=2, eval_dataset=rows(4, seed=1))
+    trainer.train()
+    loss = measured_twice(trainer, change)
+    trainer.save_model()
+    assert DonorModel.from_pretrained(tmp_path / "run").config.metrics["perplexity"]["after"] == math.exp(loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("during", [True, False])
+def test_a_trainers_card_tells_what_is_known_to_be_of_the_organ(during, tmp_path):
+    """The log of a plain `Trainer` does not say whether the organ was switched off after the training."""
+    evaluated = {"eval_strategy": "epoch"} if during else {}
+    trainer = made(recipient(), tmp_path, cls=Trainer, max_steps=2, eval_dataset=rows(4, seed=1), **evaluated)
+    trainer.train()
+    loss = measured_twice(trainer, "off")
+    trainer.save_model()
+    complete_card(trainer)
+    metrics = DonorModel.from_pretrained(tmp_path / "run").config.metrics
+    assert metrics["perplexity"]["after"] == pytest.approx(math.exp(loss)) if during else metrics is None
+
+
+@pytest.mark.slow
+def test_a_trainers_card_tells_of_the_best_model(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_domain_loss", "greater_is_better": True}
+    best |= {"learning_rate": 3.0, "save_strategy": "steps", "save_steps": 1}  # so that the first step is the worst
+    trainer = made(recipient(), tmp_path, cls=Trainer, **EVALUATED, **best)
+    trainer.train()
+    assert trainer.state.best_global_step < 3
+    trainer.save_model()
+    complete_card(trainer)
+    found = DonorModel.from_pretrained(tmp_path / "run").config.metrics["domain_perplexity"]["after"]
+    assert found == measured(trainer, "domain", trainer.state.best_global_step)
+
+
 @pytest.mark.slow
 def test_each_training_of_a_trainer_counts(tmp_path):
     model = recipient()
