@@ -21,7 +21,7 @@ from not_hf.errors import NotHFError, UnsupportedArchitectureError
 from not_hf.recipient.mixin import Recipient
 
 _MAX_ENTRIES = 2**16  # of a tensor that are sampled, approximately
-_COLUMNS = ("input_ids", "attention_mask", "labels")
+_COLUMNS = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ def test_what_is_read_of_the_data():
     assert spread == choose_span(model, rows(IDS[::3]).to_iterable_dataset(), **options)
     first = choose_span(model, rows().to_iterable_dataset(), **options)  # rows 0 to 3
     assert first == choose_span(model, rows(IDS[:4]), **options) != spread
+    packed = [{"input_ids": row, "position_ids": torch.arange(16) % 5} for row in IDS[::3]]
+    assert choose_span(model, packed, **options) != spread
     uneven = [{"input_ids": row[: 8 + n]} for n, row in enumerate(IDS)]
     assert len(choose_span(model, uneven, 2, num_batches=3, batch_size=1)) == 3
     text = pack(Dataset.from_dict({"text": ["w4 w5 w6 w7 w8 w9"] * 8}), tiny_tokenizer(), 8)
