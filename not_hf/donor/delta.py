@@ -172,7 +172,8 @@ def low_rank(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     kept, padding = values[..., :rank].sqrt(), max(0, rank - values.shape[-1])
     down = nn.functional.pad(kept[..., :, None] * right[..., :rank, :], (0, 0, 0, padding))
     up = nn.functional.pad(left[..., :, :rank] * kept[..., None, :], (0, padding))
-    return down, up, float(values[..., rank:].norm() / values.norm())
+    total = values.norm()
+    return down, up, float(values[..., rank:].norm() / total) if total else 0.0
 
 
 def plan_delta(kind: str | None, rank: int | None, config: DonorConfig, is_pushed: bool = False) -> Delta | None:

@@ -72,6 +72,14 @@ def test_the_error_is_what_the_product_loses(tmp_path):
     assert found == pytest.approx(float(values[8:].norm() / values.norm()), abs=1e-4)
 
 
+def test_where_only_a_bias_has_changed_the_product_loses_nothing(tmp_path):
+    donor = DonorModel.from_base(tiny_model("gpt2"), (1, 3), mode="replace")
+    donor.stack.layers[0].attn.c_proj.bias.data += 0.1
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("gpt2"), donor, donor_name="kjv")
+    assert {matrix.error for matrix in to_lora(model, "kjv", tmp_path / "lora", rank=2)} == {0.0}
+    assert "nan" not in (tmp_path / "lora/README.md").read_text()
+
+
 def test_files_are_those_that_servers_read(tmp_path, caplog):
     """One rank for all, no `modules_to_save` if norms are left out, which is said; a card that keeps edits."""
     base = tiny_model("llama")
