@@ -57,12 +57,17 @@ class TrainingCurve(TrainerCallback):
         if is_evaluated and state.global_step == 0 and find_spec("matplotlib"):
             self._asked, args.eval_on_start = args.eval_on_start, True
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the arguments as they were: that evaluation is over, and a training may end without a word."""
+        if self._asked is not None:
+            args.eval_on_start, self._asked = self._asked, None
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the plot."""
-        if self._asked is not None:
-            args.eval_on_start, self._asked = self._asked, None
         drawable = any("loss" in logs or any(perplexities(logs)) for logs in state.log_history)
         if state.is_world_process_zero and drawable and find_spec("matplotlib"):
             os.makedirs(str(args.output_dir), exist_ok=True)

@@ -243,6 +243,18 @@ def test_the_picture_begins_before_the_first_step(blocks, tmp_path):
     assert [logs["step"] for logs in run.state.log_history if "eval_domain_loss" in logs] == [3, 6]
 
 
+@pytest.mark.slow
+def test_an_interrupted_training_leaves_its_arguments_as_they_were(blocks, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    run = trainer(blocks, tmp_path, both(blocks), callbacks=[TrainingCurve(), Interrupt()], save_strategy="no")
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert run.args.eval_on_start is False and run.state.log_history[0]["step"] == 0
+
+
 def test_the_clock_goes_on_where_training_was_resumed():
     def log(tokens: int, seconds: float) -> dict[str, float]:
         return {"loss": 1.0, "step": tokens, "num_input_tokens_seen": tokens, "train_runtime": seconds}
