@@ -26,5 +26,5 @@ class EarlyStopping(EarlyStoppingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
         """Count evaluations on the set of the best model's metric; the others come one by one, too."""
-        if args.metric_for_best_model in metrics:
+        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)

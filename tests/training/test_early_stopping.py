@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import Trainer, TrainerCallback
@@ -17,7 +18,7 @@ class PowerCut(TrainerCallback):
             raise InterruptedError
 
 
-def stopping(folder: Path, patience: int | None, *more: TrainerCallback) -> Trainer:
+def stopping(folder: Path, patience: int | None, *more: TrainerCallback, **changes: Any) -> Trainer:
     """A training that stops gaining at once: the first evaluation, after a step, is its best."""
     options = {
         "max_steps": 9,
@@ -31,7 +32,7 @@ def stopping(folder: Path, patience: int | None, *more: TrainerCallback) -> Trai
         "metric_for_best_model": "eval_held-out_loss",
     }
     counting = [EarlyStopping(patience)] if patience else []
-    return made(recipient(), folder, callbacks=[*counting, *more], **options)
+    return made(recipient(), folder, callbacks=[*counting, *more], **{**options, **changes})
 
 
 @pytest.mark.slow
@@ -44,3 +45,11 @@ def test_a_resumed_training_counts_on(patience, resumed, steps, tmp_path, caplog
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == steps
     assert "early stopping is disabled" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, "loss", "eval_loss"])
+def test_the_metric_is_named_as_for_the_trainer(name, tmp_path):
+    trainer = stopping(tmp_path, 2, eval_dataset=rows(2, seed=1), metric_for_best_model=name)
+    trainer.train()
+    assert trainer.state.global_step == 3
