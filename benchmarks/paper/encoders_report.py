@@ -56,7 +56,11 @@ def headline(found: Runs) -> str:
         f"**{verdict}.** Share of LoRA's gain that an organ has: {text}; smaller in the encoder than in the decoder "
         f"({DECODER}) in {lower} of {len(pairs)} comparisons."
         + (f" In {', '.join(idle)}, LoRA in the layers gains less than {LEAST:g} nats." if idle else "")
-        + ("" if MINILM in (base for base, _ in shares) else " No pretrained encoder is among them.")
+        + (
+            f" Only {MINILM} (all-MiniLM-L6-v2, under a new head) is a pretrained encoder."
+            if MINILM in (base for base, _ in shares)
+            else " No pretrained encoder is among them."
+        )
     )
 
 
