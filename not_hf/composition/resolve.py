@@ -122,10 +122,15 @@ def resolve(
         kwargs["revision"] = resolve_commit(base, kwargs)
     else:
         named_by = os.fspath(first)
+        if not isinstance(config, DonorConfig | None):
+            raise NotHFError(
+                f"without a recipient, config is that of the donor {named_by}, got {type(config).__name__}; to choose "
+                "the recipient's config, name the recipient first: from_pretrained(base, donor, config=...)"
+            )
         revision = source.revision or kwargs.pop("revision", None)
         subfolder = source.subfolder or kwargs.pop("subfolder", None)
         source = _pin(replace(source, donor=named_by, revision=revision, subfolder=subfolder), shared)
-        root, organs = resolve_donor(source, shared, config if isinstance(config, DonorConfig) else None)
+        root, organs = resolve_donor(source, shared, config)
         config = None
         if "generation_config" not in kwargs:
             generation = _read_generation_config(source, shared)
@@ -247,6 +252,10 @@ def _resolve_entry(entry: OrganSource, composition: OrganSource, hub_kwargs: Map
 def _pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
     """Resolve the revision to a commit, so that everything read from the repo is consistent."""
     if isinstance(source.donor, DonorModel):
+        if source.revision or source.subfolder:
+            raise NotHFError(
+                "a DonorModel in memory has no revision or subfolder; leave them out, or give its folder or ID"
+            )
         return source
     if isinstance(source.donor, nn.Module):
         raise NotHFError(

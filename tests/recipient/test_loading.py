@@ -140,3 +140,19 @@ def test_private_keys_of_a_config_are_no_difference(tmp_path, caplog):
     DonorModel.from_base(base, SPAN).save_pretrained(tmp_path)
     TransplantedForCausalLM.from_pretrained(base, tmp_path)
     assert "another config" not in caplog.text
+
+
+@pytest.mark.parametrize("where", [{"donor_revision": "v1"}, {"donor_subfolder": "law"}])
+def test_a_donor_in_memory_is_in_no_repo(where):
+    donor = DonorModel.from_base(tiny_model("llama"), (1, 2))
+    with pytest.raises(NotHFError, match="has no revision or subfolder; leave them out"):
+        TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor, **where)
+
+
+def test_a_donor_is_not_read_by_the_config_of_its_base(base_folder, tmp_path):
+    donor = DonorModel.from_base(base_folder("llama"), (1, 2))
+    donor.save_pretrained(tmp_path)
+    native, load = tiny_model("llama").config, TransplantedForCausalLM.from_pretrained
+    with pytest.raises(NotHFError, match="without a recipient, config is that of the donor .*, got LlamaConfig; "):
+        load(tmp_path, config=native)
+    assert load(tmp_path, config=donor.config).active_donors == load(base_folder("llama"), tmp_path).active_donors
