@@ -40,7 +40,7 @@ class ComputedWeights(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle the native class and extend it again, since the dynamic class cannot be imported by name."""
-        return _revive, type(self).__bases__, self.__dict__
+        return _revive, type(self).__bases__, self.__getstate__()
 
 
 def compute_weights(module: nn.Module, kind: type[ComputedWeights], **attributes: Any) -> None:

@@ -205,10 +205,11 @@ def swapped_layers(stack: nn.ModuleList, layers: Iterable[nn.Module]) -> Iterato
 def view_with_layers(model: nn.Module, path: str, layers: Iterable[nn.Module]) -> nn.Module:
     """A model that shares all modules with another, but has other layers in the list at `path`.
 
-    It has the `forward` of its class: one that accelerate has set belongs to the other model.
+    It has the `forward` of its class: one that accelerate has set, or a compiled one, belongs to the other model.
     """
     view = model.__new__(type(model))
-    view.__dict__ = {key: value for key, value in vars(model).items() if key != "forward"}
+    others = ("forward", "_compiled_call_impl")
+    view.__dict__ = {key: value for key, value in vars(model).items() if key not in others}
     view._modules = dict(model._modules)
     name, _, rest = path.partition(".")
     inner: Any = model._modules[name]

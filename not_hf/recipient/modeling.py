@@ -182,7 +182,7 @@ class Transplanted(Recipient):
             delta: Store changes of the layers that each organ was cut from; `rank` is as there, too.
 
         Raises:
-            NotHFError: A `variant` is given; only a `DonorModel` is saved, and loaded, as one.
+            NotHFError: `state_dict` lacks an organ, or a `variant` is given, which only a `DonorModel` is saved as.
         """
         names = self._selected(selected_donors)
         if variant := kwargs.get("variant"):
@@ -258,7 +258,7 @@ class Transplanted(Recipient):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle the native class and extend it again, since the dynamic class cannot be imported by name."""
-        return _revive, type(self).__bases__, self.__dict__
+        return _revive, type(self).__bases__, self.__getstate__()
 
     def _selected(self, donor_names: Sequence[str] | None) -> list[str]:
         """Return the names of the organs to save, in load order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -49,6 +51,31 @@ def test_compiled_logits_are_those_of_the_model(token_ids, backend):
     model = two_organs()
     expected = logits(model, token_ids)
     assert torch.equal(logits(torch.compile(model, backend=backend, fullgraph=True), token_ids), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_layers", [False, True])
+def test_a_copy_of_a_compiled_model_is_one_of_its_own(of_layers, base_folder, token_ids):
+    """As of a native model: the graph stays behind. The organ of 16 bits has layers of a class of their own, too."""
+    options = {"is_trainable": True, "dtype": torch.bfloat16}
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), organ(tiny_model("llama"), 1), **options)
+    for module in model.model.layers if of_layers else [model]:
+        module.compile(backend="eager")
+    expected = logits(model, token_ids)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(copied, token_ids), expected)
+        for parameter in copied.model.layers.parameters():
+            parameter.data.zero_()
+        assert not torch.equal(logits(copied, token_ids), expected)
+    assert torch.equal(logits(model, token_ids), expected)
+
+
+def test_an_organ_in_a_compiled_base_has_a_scale(token_ids):
+    base = tiny_model("llama")
+    base.model.compile(backend="eager")
+    model = TransplantedForCausalLM.from_pretrained(base, organ(tiny_model("llama"), 1))
+    model.set_donor_scale("default", 0.0)
+    torch.testing.assert_close(logits(model, token_ids), logits(tiny_model("llama"), token_ids))
 
 
 @pytest.mark.exhaustive
