@@ -274,7 +274,7 @@ class DonorModel(FilledModel):
 
         Raises:
             CorruptDonorError: A tensor is empty, on the meta device or, in that dtype, not finite; nothing is written.
-            NotHFError: No delta can be made, or it would be no smaller.
+            NotHFError: `state_dict` has other names, no delta can be made, or it would be no smaller.
         """
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         push_kwargs: Any = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}

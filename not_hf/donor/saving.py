@@ -61,11 +61,18 @@ def write_donor(
 
     Raises:
         CorruptDonorError: A tensor is missing, empty, on the meta device or not finite; nothing is written.
-        NotHFError: The folder holds another model, a delta cannot be made, or there is no such dtype.
+        NotHFError: Tensors have other names than the donor's, the folder holds another model, a delta cannot be made,
+            or there is no such dtype.
         OSError: The folder cannot be written, or the base not read; the folder is as it was.
     """
     dtype = require_dtype(dtype)
-    tensors = donor.state_dict() if tensors is None else tensors
+    own = donor.state_dict()
+    tensors = own if tensors is None else tensors
+    if is_main_process and (other := sorted(tensors.keys() ^ own.keys())):
+        raise NotHFError(
+            f"state_dict does not hold the donor's tensors by their names ({other[0]}, …); take it from the unwrapped "
+            "donor, or leave it out"
+        )
     if dtype is not None:
         tensors = {name: tensor.to(dtype) if computes(tensor) else tensor for name, tensor in tensors.items()}
     beside = {name: tensor for name, tensor in tensors.items() if is_saved(name)}

@@ -41,7 +41,7 @@ def organ_tensors(
     """Collect an organ's unscaled tensors, by name in a `DonorModel`, from the model or its gathered `state_dict`.
 
     Raises:
-        NotHFError: The organ is partitioned, and not in `state_dict`.
+        NotHFError: The organ is not in `state_dict`, or partitioned and there is none.
     """
     organ, stack = surgery.organs[name], surgery.stack(model)
     places = {id(layer): n for n, layer in enumerate(stack.layers)}
@@ -54,6 +54,11 @@ def organ_tensors(
             raise NotHFError(
                 f"organ {name!r} is partitioned (DeepSpeed ZeRO-3); set stage3_gather_16bit_weights_on_model_save and "
                 "save with Trainer.save_model, or pass state_dict=accelerator.get_state_dict(model)"
+            )
+        if state_dict and not given and id(layer) in places:
+            raise NotHFError(
+                f"state_dict holds nothing of organ {name!r}: no name begins with {place!r}; take it from the "
+                "unwrapped model, or leave it out"
             )
         tensors |= {
             f"{prefix}.{n}.{key}": organ.at_scale_one(f"{n}.{key}", _whole(value))

@@ -53,6 +53,15 @@ def test_an_organ_is_saved_in_its_own_dtype_or_as_asked_for(tmp_path):
         model.save_pretrained(tmp_path, dtype="fp16")
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_state_dict_of_other_names_is_refused_and_nothing_written(prefix, tmp_path):
+    for model in (transplanted(("a", A, {})), DonorModel.from_base(tiny_model("llama"), (1, 2))):
+        wrapped = {prefix + key: tensor for key, tensor in model.state_dict().items()}
+        with pytest.raises(NotHFError, match=r"^state_dict .* the unwrapped (model|donor), or leave it out$"):
+            model.save_pretrained(tmp_path, state_dict=wrapped)
+        assert not any(tmp_path.iterdir())
+
+
 def test_a_variant_which_no_model_would_load_is_refused(tmp_path):
     with pytest.raises(NotHFError, match=r"variant='fp16' would not be found; leave it out, .*dtype=torch.float16"):
         transplanted(("a", A, {})).save_pretrained(tmp_path / "out", variant="fp16")
