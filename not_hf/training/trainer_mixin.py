@@ -255,13 +255,18 @@ class DonorTrainerMixin(Trainer):
             super().create_model_card(*args, **kwargs)
 
     def _current_stack(self) -> TrainedStack:
-        """Describe the model's layers, anew if they have changed, and keep frozen modules in eval mode."""
+        """Describe the model's layers, anew if they have changed, and keep frozen modules in eval mode.
+
+        So are the modules between the model and its layers: some have dropout in their own forward pass.
+        """
         native, stack = self._native, self._stack
         if stack is None or not stack.is_current(native):
             stack = TrainedStack.of(native)
         if native.training:
             for module in stack.frozen:
                 module.eval()
+            for module in stack.around[1:]:  # their layers keep their mode
+                module.training = False
             if self.neftune_noise_alpha is not None:  # the noise is a hook of the embeddings, off in eval mode
                 native.get_input_embeddings().train()
         if self.cache_prefix and stack.prefix is None and (native.training or 0 < stack.entry < len(stack.layers)):

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf.architecture.layers import is_dropout
 from not_hf.training.checkpoints import last_complete_checkpoint
 from not_hf.training.trainer import DonorTrainer
 from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
@@ -135,7 +136,24 @@ def test_dropout_of_the_organ_stays_and_that_below_it_is_off(tmp_path):
         dropout.register_forward_hook(lambda module, args, output, modes=modes: modes.append(module.training))
     made(model, tmp_path, max_steps=1).train()
     assert not any(seen[1]) and seen[2][-1]
-    assert model.transformer.training and not model.transformer.drop.training
+    assert model.training and not model.transformer.drop.training
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(("model_type", "rate"), [("starcoder2", "embedding_dropout"), ("opt", "layerdrop")])
+def test_dropout_that_no_module_stands_for_is_off_below_the_organ(model_type, rate, cache, tmp_path):
+    """It is in the forward pass of the module that contains the layers."""
+    model = recipient(model_type)
+    for module in model.modules():
+        vars(module).update({key: 0.0 for key in vars(module) if is_dropout(module, key)})
+    (around,) = (module for module in model.modules() if hasattr(module, rate))
+    setattr(around, rate, 0.9)
+    batch = {key: torch.stack([each[key] for each in rows(2)]) for key in ("input_ids", "labels")}
+    expected = model.eval()(**batch).loss.item()
+    trainer = made(model, tmp_path, cache_prefix=cache)
+    found = [trainer.compute_loss(model.train(), dict(batch)).item() for _ in range(2)]
+    assert found == pytest.approx([expected] * 2, abs=1e-5)
+    assert model.training and all(layer.training for layer in trainer._stack.layers[2:])
 
 
 @pytest.mark.slow
