@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from not_hf.architecture.partial_forward import router_loss_configs
 from not_hf.architecture.stack import layers_config
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
-from not_hf.training.chunked_loss import IGNORE_INDEX, summed_loss
+from not_hf.training.chunked_loss import next_labels, summed_loss
 from not_hf.training.trained_stack import TrainedStack, is_trainable
 from not_hf.training.trainer_mixin import MAX_PREFIX_BYTES, DonorTrainerMixin
 
@@ -187,7 +186,7 @@ class DonorTrainer(DonorTrainerMixin):
             model(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         self._native.get_input_embeddings().eval()  # passes through the head draw no noise (NEFTune)
         if shift_labels is None:
-            shift_labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+            shift_labels = next_labels(labels)
         shift_labels = shift_labels.to(last[0].device)
         total, count = summed_loss(last[0], shift_labels, stack.forward.head, self._chunk, base_hidden, self.kl_weight)
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,13 +16,14 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.partial_forward import router_loss_configs
-from not_hf.architecture.stack import find_stack
+from not_hf.architecture.stack import find_stack, is_encoder, layers_config
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import unite
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.trainer_card import gives_perplexity
 from not_hf.training.checkpoints import last_complete_checkpoint, require_same_organs
+from not_hf.training.chunked_loss import IGNORE_INDEX, next_labels
 from not_hf.training.optimizers import MuonWithAdamW
 from not_hf.training.prefix_cache import PrefixCache, prefix_folder
 from not_hf.training.record import TrainingRecord, trained_organs
@@ -185,8 +186,16 @@ class DonorTrainerMixin(Trainer):
             )
         stack = self._current_stack()
         batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
-        hidden = None if stack.prefix is None else stack.prefix.hidden(batch)
+        hidden = None if stack.prefix is None else stack.prefix.hidden(batch, self._counted(inputs))
         return self._loss_from(hidden, stack, model, inputs, return_outputs, num_items_in_batch)
+
+    def _counted(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Whether each position of a batch has a label to predict, `(batch, seq)`; `None` without labels."""
+        labels = inputs.get("shift_labels")
+        if labels is None and (labels := inputs.get("labels")) is None:
+            return None
+        is_own = "shift_labels" not in inputs and not is_encoder(layers_config(self._native.config))
+        return (next_labels(labels) if is_own else labels) != IGNORE_INDEX
 
     def _loss_from(
         self,
