@@ -261,7 +261,7 @@ def _settings(model: Any, entry: int, dtype: torch.dtype | None, mixed_precision
     """Return what hidden states at the entry depend on besides the tokens and the modules below it."""
     config = layers_config(model.config)
     return {
-        "version": 2,  # of how they are computed; until 1, with the dropout of the modules around the layers
+        "version": 3,  # 2: no dropout of modules around the layers; 3: mixed precision in models of PEFT too
         "layers": fingerprint(spliced_config(config, [(config, n) for n in range(entry)])),
         "dtype": str(dtype),
         "mixed_precision": mixed_precision,

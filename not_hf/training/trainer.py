@@ -188,7 +188,12 @@ class DonorTrainer(DonorTrainerMixin):
         if shift_labels is None:
             shift_labels = next_labels(labels)
         shift_labels = shift_labels.to(last[0].device)
-        total, count = summed_loss(last[0], shift_labels, stack.forward.head, self._chunk, base_hidden, self.kl_weight)
+
+        def head(states: torch.Tensor) -> torch.Tensor:
+            with self.accelerator.autocast():
+                return stack.forward.head(states)
+
+        total, count = summed_loss(last[0], shift_labels, head, self._chunk, base_hidden, self.kl_weight)
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
             return total / count
         loss = total / num_items_in_batch
@@ -213,6 +218,7 @@ class DonorTrainer(DonorTrainerMixin):
             batch: Inputs without labels.
             hidden: Hidden states at the organ's entry, if they are known.
         """
-        with self._without_donors(stack, hidden), stack.forward.capturing_last() as last:
+        capturing = stack.forward.capturing_last()
+        with self._without_donors(stack, hidden), capturing as last, self.accelerator.autocast():
             self._native(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         return last[0]

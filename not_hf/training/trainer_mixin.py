@@ -186,7 +186,10 @@ class DonorTrainerMixin(Trainer):
             )
         stack = self._current_stack()
         batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
-        hidden = None if stack.prefix is None else stack.prefix.hidden(batch, self._counted(inputs))
+        hidden = None
+        if stack.prefix is not None:
+            with self.accelerator.autocast():  # which acts in the forward pass of PEFT's model, not of the one in it
+                hidden = stack.prefix.hidden(batch, self._counted(inputs))
         return self._loss_from(hidden, stack, model, inputs, return_outputs, num_items_in_batch)
 
     def _counted(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:

@@ -433,13 +433,29 @@ def test_a_compiled_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_lora_on_an_organ(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_lora_on_an_organ(bf16, tmp_path):
     lora = LoraConfig(target_modules=["q_proj", "up_proj"], layers_to_transform=[2], r=4)
-    models = [get_peft_model(recipient(), copy.deepcopy(lora)) for _ in range(2)]
+    models = [get_peft_model(recipient(), copy.deepcopy(lora)) for _ in range(3)]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
-    ours = trained(tmp_path / "a", models[0], cache_prefix=True)
-    assert ours[0] == pytest.approx(trained(tmp_path / "b", models[1], cls=Trainer)[0], abs=1e-4)
+    plain = trained(tmp_path / "a", models[0], cls=Trainer, bf16=bf16)[0]
+    ours, cached = (
+        trained(tmp_path / "b", model, cache_prefix=bool(n), bf16=bf16)[0] for n, model in enumerate(models[1:])
+    )
+    assert ours == cached == pytest.approx(plain, abs=5e-2 if bf16 else 1e-4)
+    assert ours[0] == pytest.approx(plain[0], abs=1e-5)  # before gradients of chunks are rounded
+
+
+def test_the_base_of_the_kl_term_has_the_precision_of_the_model(tmp_path):
+    """An organ that is a copy does not differ from it, with an adapter that does nothing yet."""
+    model = get_peft_model(recipient(), LoraConfig(target_modules=["q_proj"], layers_to_transform=[2]))
+    batch = {key: torch.stack([each[key] for each in rows(2)]) for key in ("input_ids", "labels")}
+    found = []
+    for weight in (0.0, 1.0):
+        trainer = made(model, tmp_path, bf16=True, kl_weight=weight)
+        found.append(trainer.compute_loss(trainer.accelerator.prepare(model).train(), dict(batch)).item())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
