@@ -126,8 +126,8 @@ class DonorTrainer(DonorTrainerMixin):
             if not is_chunked:
                 raise NotHFError(
                     "kl_weight needs the chunked loss, which head_chunk=0, label smoothing, a loss function of your "
-                    "own, a compute_loss that asks for outputs, a router loss or a trainable head turn off; use "
-                    "kl_weight=0 or leave those out"
+                    "own, a compute_loss that asks for outputs, a router loss, PEFT's prompt learning or a trainable "
+                    "head turn off; use kl_weight=0 or leave those out"
                 )
             batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
             base_hidden = self._base_hidden(stack, batch, hidden)
@@ -159,6 +159,7 @@ class DonorTrainer(DonorTrainerMixin):
             and (not return_outputs or (self._prediction_loss_only and not is_overridden))
             and native.loss_function is ForCausalLMLoss
             and not router_loss_configs(native)
+            and not self._has_trained_prompt
             and "logits_to_keep" in inspect.signature(native.forward).parameters
             and not any(map(is_trainable, stack.outside))
         )

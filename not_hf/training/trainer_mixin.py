@@ -184,6 +184,11 @@ class DonorTrainerMixin(Trainer):
                 "cache_prefix=False, or turn that loss off: model.config.output_router_logits = False (in TRL "
                 "router_aux_loss_coef=0.0)"
             )
+        if self.cache_prefix and self._has_trained_prompt:
+            raise NotHFError(
+                "cache_prefix stores what depends on tokens alone, but PEFT's prompt learning puts trained vectors "
+                "before them; use cache_prefix=False, or LoRA"
+            )
         stack = self._current_stack()
         batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
         hidden = None
@@ -191,6 +196,11 @@ class DonorTrainerMixin(Trainer):
             with self.accelerator.autocast():  # which acts in the forward pass of PEFT's model, not of the one in it
                 hidden = stack.prefix.hidden(batch, self._counted(inputs))
         return self._loss_from(hidden, stack, model, inputs, return_outputs, num_items_in_batch)
+
+    @property
+    def _has_trained_prompt(self) -> bool:
+        """Whether PEFT puts vectors before the tokens, or before the keys and values of each layer."""
+        return bool(getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False))
 
     def _counted(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
         """Whether each position of a batch has a label to predict, `(batch, seq)`; `None` without labels."""

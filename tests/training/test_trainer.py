@@ -17,7 +17,7 @@ import pytest
 import torch
 from datasets import IterableDataset
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback
@@ -447,6 +447,21 @@ def test_lora_on_an_organ(bf16, tmp_path):
     assert ours[0] == pytest.approx(plain[0], abs=1e-5)  # before gradients of chunks are rounded
 
 
+def with_prompt(kind: type[PeftConfig]) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(recipient(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def test_a_trained_prompt(tmp_path):
+    options = {"max_steps": 2, "eval_dataset": rows(2)}
+    found = []
+    for cls in (Trainer, DonorTrainer):
+        trainer = made(with_prompt(PromptTuningConfig), tmp_path / cls.__name__, cls=cls, **options)
+        trainer.train()
+        found.append((losses(trainer), trainer.evaluate()["eval_loss"]))
+    assert found[0] == found[1]
+
+
 def test_the_base_of_the_kl_term_has_the_precision_of_the_model(tmp_path):
     """An organ that is a copy does not differ from it, with an adapter that does nothing yet."""
     model = get_peft_model(recipient(), LoraConfig(target_modules=["q_proj"], layers_to_transform=[2]))
@@ -536,6 +551,9 @@ def test_a_trainer_s_card_of_a_model_without_organs_is_its_own(hub, tmp_path):
         (recipient, {"kl_weight": 1.0, "head_chunk": 0}, "chunked loss"),
         (lambda: with_router_loss("mixtral"), {"kl_weight": 1.0}, "chunked loss.*a router loss"),
         (lambda: with_router_loss("mixtral"), {"cache_prefix": True}, "the router loss is of all layers"),
+        (lambda: with_prompt(PromptTuningConfig), {"kl_weight": 1.0}, "chunked loss.*PEFT's prompt learning"),
+        (lambda: with_prompt(PromptTuningConfig), {"cache_prefix": True}, "use cache_prefix=False, or LoRA"),
+        (lambda: with_prompt(PrefixTuningConfig), {"cache_prefix": True}, "use cache_prefix=False, or LoRA"),
     ],
 )
 def test_what_cannot_be_had_is_refused(model, options, message, tmp_path):
