@@ -17,6 +17,11 @@ Head = Callable[[torch.Tensor], torch.Tensor]  # (tokens, hidden) -> logits, (to
 IGNORE_INDEX = -100
 
 
+def next_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Return the label that each position predicts, `(batch, seq)`, of those of the tokens themselves."""
+    return functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+
+
 def summed_loss(
     hidden: torch.Tensor,
     labels: torch.Tensor,

@@ -105,29 +105,40 @@ class PrefixCache:
         self._keyed = document_keys if by_document else row_keys
         about = _settings(forward.model, entry, dtype, mixed_precision)
         self._model_key = PrefixKey(forward.model, below, around, about)
-        self._is_off = self._has_warned = False
+        self._said: set[str] = set()
         self.store: _Store | None = None  # opened with the first batch
 
     def forget(self) -> None:
         """Look at every byte below the organ before the next batch."""
         self._model_key.forget()
 
-    def hidden(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    def hidden(self, inputs: Mapping[str, Any], counted: torch.Tensor | None = None) -> torch.Tensor | None:
         """Return the hidden states at the entry, from the cache if it has all rows of the batch.
 
         If any row is missing, the whole batch is run: so a row's values do not depend on which other rows were cached.
 
         Args:
             inputs: A batch as the model takes it, without labels.
+            counted: Whether there is a loss at each position, `(batch, seq)`; `None`: nowhere in padding.
 
         Returns:
-            Hidden states, `(batch, seq, hidden)`; `None` where they depend on what cannot be followed.
+            Hidden states, `(batch, seq, hidden)`; `None` where they depend on what cannot be followed, and where
+            padding, which is not stored, counts.
         """
         store = None if self._has_more_than_tokens(inputs) else self._follow()
         if store is None:
             return None
         ids = inputs["input_ids"]  # (batch, seq)
         keys, places = self._keyed(inputs)
+        if counted is not None:
+            padding = torch.ones(ids.shape, dtype=torch.bool)
+            for place in places:
+                padding[place] = False
+            if (counted.cpu() & padding).any():
+                self._warn_once(
+                    "cache_prefix does not store padding; batches with labels that are predicted there are run whole"
+                )
+                return None
         if all(key in store.rows for key in keys):
             width = self.forward.stack.base_model.config.hidden_size
             batch = torch.zeros(*ids.shape, width, dtype=store.dtype)
@@ -151,22 +162,24 @@ class PrefixCache:
             for name, value in inputs.items()
             if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "attention_mask"
         ]
-        if found and not self._has_warned:
-            logger.warning("cache_prefix stores rows of text; batches with %s are run whole", ", ".join(found))
-        self._has_warned |= bool(found)
+        if found:
+            self._warn_once("cache_prefix stores rows of text; batches with %s are run whole", ", ".join(found))
         return bool(found)
+
+    def _warn_once(self, message: str, *values: str) -> None:
+        if message not in self._said:
+            logger.warning(message, *values)
+        self._said.add(message)
 
     def _follow(self) -> _Store | None:
         """Return the store of the model as it is now, if there can be one."""
         key = self._model_key.current()
         if hook := self._model_key.foreign_hook():
-            if not self._is_off:
-                logger.warning(
-                    "cache_prefix is off while there is a hook that may change what the layers below the organ "
-                    "compute: %s; remove the hook, or use cache_prefix=False",
-                    hook,
-                )
-            self._is_off = True
+            self._warn_once(
+                "cache_prefix is off while there is a hook that may change what the layers below the organ "
+                "compute: %s; remove the hook, or use cache_prefix=False",
+                hook,
+            )
             return None
         if self.store is None or self.store.key != key:
             self._require_frozen()
@@ -248,6 +261,7 @@ def _settings(model: Any, entry: int, dtype: torch.dtype | None, mixed_precision
     """Return what hidden states at the entry depend on besides the tokens and the modules below it."""
     config = layers_config(model.config)
     return {
+        "version": 3,  # 2: no dropout of modules around the layers; 3: mixed precision in models of PEFT too
         "layers": fingerprint(spliced_config(config, [(config, n) for n in range(entry)])),
         "dtype": str(dtype),
         "mixed_precision": mixed_precision,

@@ -67,7 +67,7 @@ class RowStore:
         if location is not None and location.size == row.nbytes:
             data = _read_at(location.file, location.start, location.size)
             if len(data) == location.size and zlib.crc32(data) == location.checksum:
-                row.view(torch.uint8).numpy().data.cast("B")[:] = data
+                _bytes_of(row)[:] = data
                 self.hits += 1
                 return row
         self._locations.pop(key, None)
@@ -76,7 +76,7 @@ class RowStore:
 
     def write(self, key: bytes, row: torch.Tensor) -> None:
         """Store a tensor if there is room; otherwise do nothing."""
-        data = row.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
+        data = _bytes_of(row.detach().cpu().contiguous())
         if key in self._locations or len(data) > self._room:
             return
         try:
@@ -109,6 +109,11 @@ class RowStore:
         for key, start, size, checksum in _RECORD.iter_unpack(records[: len(records) // _RECORD.size * _RECORD.size]):
             if start + size <= end:
                 self._locations[key] = _Location(rows, start, size, checksum)
+
+
+def _bytes_of(row: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, which may be none, to read and write."""
+    return row.view(-1).view(torch.uint8).numpy().data
 
 
 def _read_at(file: BinaryIO, start: int, size: int) -> bytes:

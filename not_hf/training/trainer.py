@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from not_hf.architecture.partial_forward import router_loss_configs
 from not_hf.architecture.stack import layers_config
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
-from not_hf.training.chunked_loss import IGNORE_INDEX, summed_loss
+from not_hf.training.chunked_loss import next_labels, summed_loss
 from not_hf.training.trained_stack import TrainedStack, is_trainable
 from not_hf.training.trainer_mixin import MAX_PREFIX_BYTES, DonorTrainerMixin
 
@@ -32,7 +31,8 @@ class DonorTrainer(DonorTrainerMixin):
     """A `transformers.Trainer` for organs, faster and in less memory because the base is frozen.
 
     Arguments, callbacks, optimizers, schedules, checkpoints, trackers and distributed training are those of `Trainer`.
-    One thing differs: frozen modules below the organ stay in eval mode, so their dropout is off.
+    One thing differs: frozen modules below the organ stay in eval mode, so their dropout is off. So does the module
+    that contains the layers, which turns off its layerdrop.
 
     Args:
         *trainer_args: Passed to `Trainer`.
@@ -126,8 +126,8 @@ class DonorTrainer(DonorTrainerMixin):
             if not is_chunked:
                 raise NotHFError(
                     "kl_weight needs the chunked loss, which head_chunk=0, label smoothing, a loss function of your "
-                    "own, a compute_loss that asks for outputs, a router loss or a trainable head turn off; use "
-                    "kl_weight=0 or leave those out"
+                    "own, a compute_loss that asks for outputs, a router loss, PEFT's prompt learning or a trainable "
+                    "head turn off; use kl_weight=0 or leave those out"
                 )
             batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
             base_hidden = self._base_hidden(stack, batch, hidden)
@@ -159,6 +159,7 @@ class DonorTrainer(DonorTrainerMixin):
             and (not return_outputs or (self._prediction_loss_only and not is_overridden))
             and native.loss_function is ForCausalLMLoss
             and not router_loss_configs(native)
+            and not self._has_trained_prompt
             and "logits_to_keep" in inspect.signature(native.forward).parameters
             and not any(map(is_trainable, stack.outside))
         )
@@ -186,9 +187,14 @@ class DonorTrainer(DonorTrainerMixin):
             model(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         self._native.get_input_embeddings().eval()  # passes through the head draw no noise (NEFTune)
         if shift_labels is None:
-            shift_labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+            shift_labels = next_labels(labels)
         shift_labels = shift_labels.to(last[0].device)
-        total, count = summed_loss(last[0], shift_labels, stack.forward.head, self._chunk, base_hidden, self.kl_weight)
+
+        def head(states: torch.Tensor) -> torch.Tensor:
+            with self.accelerator.autocast():
+                return stack.forward.head(states)
+
+        total, count = summed_loss(last[0], shift_labels, head, self._chunk, base_hidden, self.kl_weight)
         if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
             return total / count
         loss = total / num_items_in_batch
@@ -213,6 +219,7 @@ class DonorTrainer(DonorTrainerMixin):
             batch: Inputs without labels.
             hidden: Hidden states at the organ's entry, if they are known.
         """
-        with self._without_donors(stack, hidden), stack.forward.capturing_last() as last:
+        capturing = stack.forward.capturing_last()
+        with self._without_donors(stack, hidden), capturing as last, self.accelerator.autocast():
             self._native(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         return last[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,13 +16,14 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from not_hf.architecture.layers import eval_mode
 from not_hf.architecture.partial_forward import router_loss_configs
-from not_hf.architecture.stack import find_stack
+from not_hf.architecture.stack import find_stack, is_encoder, layers_config
 from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import unite
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.trainer_card import gives_perplexity
 from not_hf.training.checkpoints import last_complete_checkpoint, require_same_organs
+from not_hf.training.chunked_loss import IGNORE_INDEX, next_labels
 from not_hf.training.optimizers import MuonWithAdamW
 from not_hf.training.prefix_cache import PrefixCache, prefix_folder
 from not_hf.training.record import TrainingRecord, trained_organs
@@ -183,10 +184,31 @@ class DonorTrainerMixin(Trainer):
                 "cache_prefix=False, or turn that loss off: model.config.output_router_logits = False (in TRL "
                 "router_aux_loss_coef=0.0)"
             )
+        if self.cache_prefix and self._has_trained_prompt:
+            raise NotHFError(
+                "cache_prefix stores what depends on tokens alone, but PEFT's prompt learning puts trained vectors "
+                "before them; use cache_prefix=False, or LoRA"
+            )
         stack = self._current_stack()
         batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
-        hidden = None if stack.prefix is None else stack.prefix.hidden(batch)
+        hidden = None
+        if stack.prefix is not None:
+            with self.accelerator.autocast():  # which acts in the forward pass of PEFT's model, not of the one in it
+                hidden = stack.prefix.hidden(batch, self._counted(inputs))
         return self._loss_from(hidden, stack, model, inputs, return_outputs, num_items_in_batch)
+
+    @property
+    def _has_trained_prompt(self) -> bool:
+        """Whether PEFT puts vectors before the tokens, or before the keys and values of each layer."""
+        return bool(getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False))
+
+    def _counted(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Whether each position of a batch has a label to predict, `(batch, seq)`; `None` without labels."""
+        labels = inputs.get("shift_labels")
+        if labels is None and (labels := inputs.get("labels")) is None:
+            return None
+        is_own = "shift_labels" not in inputs and not is_encoder(layers_config(self._native.config))
+        return (next_labels(labels) if is_own else labels) != IGNORE_INDEX
 
     def _loss_from(
         self,
@@ -255,13 +277,18 @@ class DonorTrainerMixin(Trainer):
             super().create_model_card(*args, **kwargs)
 
     def _current_stack(self) -> TrainedStack:
-        """Describe the model's layers, anew if they have changed, and keep frozen modules in eval mode."""
+        """Describe the model's layers, anew if they have changed, and keep frozen modules in eval mode.
+
+        So are the modules between the model and its layers: some have dropout in their own forward pass.
+        """
         native, stack = self._native, self._stack
         if stack is None or not stack.is_current(native):
             stack = TrainedStack.of(native)
         if native.training:
             for module in stack.frozen:
                 module.eval()
+            for module in stack.around[1:]:  # their layers keep their mode
+                module.training = False
             if self.neftune_noise_alpha is not None:  # the noise is a hook of the embeddings, off in eval mode
                 native.get_input_embeddings().train()
         if self.cache_prefix and stack.prefix is None and (native.training or 0 < stack.entry < len(stack.layers)):

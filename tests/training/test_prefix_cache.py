@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf import DonorModel, NotHFError, TransplantedForCausalLM, TransplantedForMaskedLM
 from testing.donors import moved
 from testing.models import tiny_model
 from testing.releases import since
@@ -261,6 +261,46 @@ def test_models_that_accelerate_has_placed_are_cached(tmp_path):
     for _ in range(2):
         trainer.evaluate()
     assert trainer._stack.prefix.store.rows.hits == 4
+
+
+def padded(labels: str, side: str) -> list[dict[str, torch.Tensor]]:
+    """Two rows, one of them padded, with labels up to there."""
+    found = []
+    for length, row in zip((9, 16), rows(2), strict=True):
+        places = torch.arange(16)
+        beyond = places >= {"tokens": length, "first of padding": length + 1, "all": 16}[labels]
+        row = {**row, "labels": row["labels"].masked_fill(beyond, -100), "attention_mask": (places < length).long()}
+        found.append({name: value.flip(0) if side == "left" else value for name, value in row.items()})
+    return found
+
+
+def encoder() -> TransplantedForMaskedLM:
+    donor = DonorModel.from_base(tiny_model("bert"), (2, 3), mode="replace")
+    return TransplantedForMaskedLM.from_pretrained(tiny_model("bert"), donor, is_trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "labels", "side", "is_cached"),
+    [
+        (recipient, "tokens", "right", True),
+        (recipient, "first of padding", "right", True),  # predicted from the last token
+        (recipient, "all", "right", False),
+        (recipient, "all", "left", True),  # this padding is stored
+        (encoder, "tokens", "right", True),
+        (encoder, "first of padding", "right", False),
+    ],
+)
+def test_labels_in_padding(make, labels, side, is_cached, tmp_path, caplog):
+    model, data = make(), padded(labels, side)
+    cached, plain = (
+        made(model, tmp_path, cache_prefix=cache, eval_dataset=data, head_chunk=0) for cache in (True, False)
+    )
+    expected = plain.evaluate()["eval_loss"]
+    for _ in range(2):
+        assert cached.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    assert cached._stack.prefix.store.rows.hits == 2 * is_cached
+    said = [each for each in caplog.messages if "cache_prefix does not store padding" in each]
+    assert len(said) == (not is_cached)
 
 
 def test_only_what_changed_is_read_again(tmp_path, monkeypatch):

@@ -17,12 +17,13 @@ import pytest
 import torch
 from datasets import IterableDataset
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
+from not_hf.architecture.layers import is_dropout
 from not_hf.training.checkpoints import last_complete_checkpoint
 from not_hf.training.trainer import DonorTrainer
 from testing.models import CHECKPOINTING, tiny_model, tiny_tokenizer
@@ -135,7 +136,24 @@ def test_dropout_of_the_organ_stays_and_that_below_it_is_off(tmp_path):
         dropout.register_forward_hook(lambda module, args, output, modes=modes: modes.append(module.training))
     made(model, tmp_path, max_steps=1).train()
     assert not any(seen[1]) and seen[2][-1]
-    assert model.transformer.training and not model.transformer.drop.training
+    assert model.training and not model.transformer.drop.training
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(("model_type", "rate"), [("starcoder2", "embedding_dropout"), ("opt", "layerdrop")])
+def test_dropout_that_no_module_stands_for_is_off_below_the_organ(model_type, rate, cache, tmp_path):
+    """It is in the forward pass of the module that contains the layers."""
+    model = recipient(model_type)
+    for module in model.modules():
+        vars(module).update({key: 0.0 for key in vars(module) if is_dropout(module, key)})
+    (around,) = (module for module in model.modules() if hasattr(module, rate))
+    setattr(around, rate, 0.9)
+    batch = {key: torch.stack([each[key] for each in rows(2)]) for key in ("input_ids", "labels")}
+    expected = model.eval()(**batch).loss.item()
+    trainer = made(model, tmp_path, cache_prefix=cache)
+    found = [trainer.compute_loss(model.train(), dict(batch)).item() for _ in range(2)]
+    assert found == pytest.approx([expected] * 2, abs=1e-5)
+    assert model.training and all(layer.training for layer in trainer._stack.layers[2:])
 
 
 @pytest.mark.slow
@@ -415,13 +433,44 @@ def test_a_compiled_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_lora_on_an_organ(tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_lora_on_an_organ(bf16, tmp_path):
     lora = LoraConfig(target_modules=["q_proj", "up_proj"], layers_to_transform=[2], r=4)
-    models = [get_peft_model(recipient(), copy.deepcopy(lora)) for _ in range(2)]
+    models = [get_peft_model(recipient(), copy.deepcopy(lora)) for _ in range(3)]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
-    ours = trained(tmp_path / "a", models[0], cache_prefix=True)
-    assert ours[0] == pytest.approx(trained(tmp_path / "b", models[1], cls=Trainer)[0], abs=1e-4)
+    plain = trained(tmp_path / "a", models[0], cls=Trainer, bf16=bf16)[0]
+    ours, cached = (
+        trained(tmp_path / "b", model, cache_prefix=bool(n), bf16=bf16)[0] for n, model in enumerate(models[1:])
+    )
+    assert ours == cached == pytest.approx(plain, abs=5e-2 if bf16 else 1e-4)
+    assert ours[0] == pytest.approx(plain[0], abs=1e-5)  # before gradients of chunks are rounded
+
+
+def with_prompt(kind: type[PeftConfig]) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(recipient(), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def test_a_trained_prompt(tmp_path):
+    options = {"max_steps": 2, "eval_dataset": rows(2)}
+    found = []
+    for cls in (Trainer, DonorTrainer):
+        trainer = made(with_prompt(PromptTuningConfig), tmp_path / cls.__name__, cls=cls, **options)
+        trainer.train()
+        found.append((losses(trainer), trainer.evaluate()["eval_loss"]))
+    assert found[0] == found[1]
+
+
+def test_the_base_of_the_kl_term_has_the_precision_of_the_model(tmp_path):
+    """An organ that is a copy does not differ from it, with an adapter that does nothing yet."""
+    model = get_peft_model(recipient(), LoraConfig(target_modules=["q_proj"], layers_to_transform=[2]))
+    batch = {key: torch.stack([each[key] for each in rows(2)]) for key in ("input_ids", "labels")}
+    found = []
+    for weight in (0.0, 1.0):
+        trainer = made(model, tmp_path, bf16=True, kl_weight=weight)
+        found.append(trainer.compute_loss(trainer.accelerator.prepare(model).train(), dict(batch)).item())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])
@@ -502,6 +551,9 @@ def test_a_trainer_s_card_of_a_model_without_organs_is_its_own(hub, tmp_path):
         (recipient, {"kl_weight": 1.0, "head_chunk": 0}, "chunked loss"),
         (lambda: with_router_loss("mixtral"), {"kl_weight": 1.0}, "chunked loss.*a router loss"),
         (lambda: with_router_loss("mixtral"), {"cache_prefix": True}, "the router loss is of all layers"),
+        (lambda: with_prompt(PromptTuningConfig), {"kl_weight": 1.0}, "chunked loss.*PEFT's prompt learning"),
+        (lambda: with_prompt(PromptTuningConfig), {"cache_prefix": True}, "use cache_prefix=False, or LoRA"),
+        (lambda: with_prompt(PrefixTuningConfig), {"cache_prefix": True}, "use cache_prefix=False, or LoRA"),
     ],
 )
 def test_what_cannot_be_had_is_refused(model, options, message, tmp_path):
