@@ -153,6 +153,6 @@ def test_a_donor_is_not_read_by_the_config_of_its_base(base_folder, tmp_path):
     donor = DonorModel.from_base(base_folder("llama"), (1, 2))
     donor.save_pretrained(tmp_path)
     native, load = tiny_model("llama").config, TransplantedForCausalLM.from_pretrained
-    with pytest.raises(NotHFError, match="without a recipient, config is that of the donor .*, got LlamaConfig; "):
+    with pytest.raises(NotHFError, match=r"without a recipient, config is that of the donor .*, got LlamaConfig; "):
         load(tmp_path, config=native)
     assert load(tmp_path, config=donor.config).active_donors == load(base_folder("llama"), tmp_path).active_donors
