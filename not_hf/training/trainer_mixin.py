@@ -279,7 +279,7 @@ class DonorTrainerMixin(Trainer):
     def _current_stack(self) -> TrainedStack:
         """Describe the model's layers, anew if they have changed, and keep frozen modules in eval mode.
 
-        So are the modules between the model and its layers: some have dropout in their own forward pass.
+        The modules between the model and its layers are in eval mode, too: some have dropout in their forward pass.
         """
         native, stack = self._native, self._stack
         if stack is None or not stack.is_current(native):
