@@ -67,10 +67,16 @@ def _continuation(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, 
             do_sample=False,
             num_beams=1,
             num_return_sequences=1,
-            cache_implementation=None,  # the prompt may have been read into the usual one
+            cache_implementation=None,  # the prompt as it is may have been read, whole, into the usual one
+            prefill_chunk_size=None,
+            prompt_lookup_num_tokens=None,
+            assistant_early_exit=None,
+            token_healing=None,
             temperature=None,  # greedy search ignores these three, and transformers would warn about them
             top_p=None,
             top_k=None,
+            return_dict_in_generate=False,
+            tokenizer=tokenizer,  # stop strings need it
             streamer=streamer,
         )
     # some tokenizers leave out the space before the first token that they decode
