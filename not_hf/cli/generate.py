@@ -31,6 +31,7 @@ def generate(
     if compare and not has_organ(loaded):
         raise NotHFError(f"{model} has no organ to compare with and without; leave out --compare")
     inputs = _encoded(loaded, tokenizer, prompt, chat)
+    _check_context(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     shared: dict[str, Any] = {}
     if compare:
         with contextlib.suppress(UnsupportedArchitectureError):  # then the prompt is read twice
@@ -56,6 +57,21 @@ def _encoded(model: Any, tokenizer: Any, prompt: str, chat: bool) -> Any:
     if inputs["input_ids"].shape[1] == 0:
         raise NotHFError("the prompt is empty; give a text to continue")
     return inputs.to(model.device)
+
+
+def _check_context(model: Any, length: int, max_new_tokens: int) -> None:
+    from not_hf.evaluation.windows import context_of
+
+    if getattr(model.config.get_text_config(), "rope_parameters", None):
+        return  # rotary positions go on past the context, with a warning of transformers
+    context = context_of(model.config)
+    if length > context:
+        raise NotHFError(f"the prompt has {length} tokens, and the context {context}; shorten the prompt")
+    if max_new_tokens > (room := context - length + 1):  # the last token is not read
+        raise NotHFError(
+            f"after the {length} tokens of the prompt, the context of {context} tokens has room for {room} new ones, "
+            f"not {max_new_tokens}; use --max-new-tokens {room}"
+        )
 
 
 def _continuation(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, **options: Any) -> str:

@@ -58,3 +58,14 @@ def test_stop_strings_of_the_generation_config_end_the_text(tmp_path):
     words = done("generate", donor, PROMPT, *HOW[:2])["text"].split()
     GenerationConfig(stop_strings=[words[1]]).save_pretrained(base)
     assert done("generate", donor, PROMPT, *HOW[:2])["text"].split() == words[:2]
+
+
+def test_the_context_ends_where_positions_are_a_table(tmp_path, llama):
+    _, donor = saved("gpt2", tmp_path)
+    prompt = " ".join(["w3"] * 30)
+    for more in ((), ("--compare",)):
+        reason = "context of 64 tokens has room for 35 new ones, not 40; use --max-new-tokens 35"
+        assert reason in failed("generate", donor, prompt, *more)
+        done("generate", donor, prompt, "--max-new-tokens", 35, *more)
+        assert "the prompt has 65 tokens, and the context 64; shorten" in failed("generate", donor, "w3 " * 65, *more)
+    assert len(done("generate", llama[1], prompt, "--max-new-tokens", 50)["text"].split()) == 50  # rotary ones go on
