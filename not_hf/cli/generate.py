@@ -31,6 +31,7 @@ def generate(
     if compare and not has_organ(loaded):
         raise NotHFError(f"{model} has no organ to compare with and without; leave out --compare")
     inputs = _encoded(loaded, tokenizer, prompt, chat)
+    _check_context(loaded, inputs["input_ids"].shape[1], max_new_tokens)
     shared: dict[str, Any] = {}
     if compare:
         with contextlib.suppress(UnsupportedArchitectureError):  # then the prompt is read twice
@@ -58,6 +59,21 @@ def _encoded(model: Any, tokenizer: Any, prompt: str, chat: bool) -> Any:
     return inputs.to(model.device)
 
 
+def _check_context(model: Any, length: int, max_new_tokens: int) -> None:
+    from not_hf.evaluation.windows import context_of
+
+    if getattr(model.config.get_text_config(), "rope_parameters", None):
+        return  # rotary positions go on past the context, with a warning of transformers
+    context = context_of(model.config)
+    if length > context:
+        raise NotHFError(f"the prompt has {length} tokens, and the context {context}; shorten the prompt")
+    if max_new_tokens > (room := context - length + 1):  # the last token is not read
+        raise NotHFError(
+            f"after the {length} tokens of the prompt, the context of {context} tokens has room for {room} new ones, "
+            f"not {max_new_tokens}; use --max-new-tokens {room}"
+        )
+
+
 def _continuation(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, **options: Any) -> str:
     with _token_bar(max_new_tokens) as streamer:
         output = model.generate(
@@ -67,10 +83,16 @@ def _continuation(model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int, 
             do_sample=False,
             num_beams=1,
             num_return_sequences=1,
-            cache_implementation=None,  # the prompt may have been read into the usual one
+            cache_implementation=None,  # the prompt as it is may have been read, whole, into the usual one
+            prefill_chunk_size=None,
+            prompt_lookup_num_tokens=None,
+            assistant_early_exit=None,
+            token_healing=None,
             temperature=None,  # greedy search ignores these three, and transformers would warn about them
             top_p=None,
             top_k=None,
+            return_dict_in_generate=False,
+            tokenizer=tokenizer,  # stop strings need it
             streamer=streamer,
         )
     # some tokenizers leave out the space before the first token that they decode

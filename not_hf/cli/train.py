@@ -268,8 +268,10 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 
 def _check_context(model: Any, block_length: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and block_length > context:
+    from not_hf.evaluation.windows import context_of
+
+    context = context_of(model.config)
+    if block_length > context:
         raise NotHFError(
             f"block length {block_length} exceeds the recipient's context of {context} tokens; "
             f"use --block-length {context}"

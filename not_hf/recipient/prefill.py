@@ -6,20 +6,26 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 
 from not_hf.architecture.adapters import adapter_state, is_adapted
 from not_hf.architecture.partial_forward import PartialForward
 from not_hf.architecture.stack import Stack
 from not_hf.architecture.upstream import tensor_state
 from not_hf.errors import NotHFError, UnsupportedArchitectureError
+
+# Options of `generate` with which its first forward pass does not read the prompt as it is, whole and alone
+_READ_OTHERWISE = (
+    *("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"),
+    *("prefill_chunk_size", "token_healing"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,30 @@ class Prefill:
             raise NotHFError(
                 f"the prefill holds what {self.depth} layers computed, and organs, adapters or weights among them, or "
                 "the embeddings, have changed since; call prefill() again, with depth= below what changes"
+            )
+
+    def require_same_reading(self, model: PreTrainedModel, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Check that the first forward pass of `generate` will read the prompt as it is, whole and alone.
+
+        Args:
+            model: The model.
+            args: Arguments of `generate`.
+            kwargs: Its named arguments.
+
+        Raises:
+            NotHFError: It will not, because of an option among them or in the generation config.
+        """
+        given = inspect.signature(GenerationMixin.generate).bind_partial(model, *args, **kwargs).arguments
+        options = {**given.pop("kwargs", {}), **given}
+        configs = (options.get("generation_config"), model.generation_config)
+        for name in _READ_OTHERWISE:
+            values = [options[name]] if name in options else [getattr(config, name, None) for config in configs]
+            chosen = next((value for value in values if value is not None), False)
+            if chosen is False or (name == "prefill_chunk_size" and chosen >= self.input_ids.shape[1]):
+                continue
+            raise NotHFError(
+                f"with {name}, generate() does not begin with the prompt as prefill() has read it, whole and alone; "
+                f"pass {name}=None, or leave out prefill"
             )
 
     def run(self, call: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import GenerationConfig
 
 from not_hf import DonorModel, NotHFError, TransplantedForCausalLM
 from not_hf.architecture.releases import CACHES_FOLLOW_STATES
@@ -120,6 +121,28 @@ def test_what_has_changed_is_refused():
     assert isinstance(other.get_input_embeddings(), nn.Embedding)
     with pytest.raises(NotHFError, match="or the embeddings, have changed since"):
         other.generate(TOKEN_IDS, **HOW, prefill=prefill)
+
+
+def test_a_prompt_that_is_not_read_as_it_is_and_whole_is_refused_before_anything_runs():
+    model, assistant = model_of("llama"), tiny_model("llama")
+    ids = TOKEN_IDS[:1]
+    expected, prefill, ran = model.generate(ids, **HOW), model.prefill(ids), []
+    for each in (model, assistant):
+        each.register_forward_pre_hook(lambda *_: ran.append(1))
+    options = {"prompt_lookup_num_tokens": 3, "assistant_early_exit": 2}
+    options |= {"prefill_chunk_size": ids.shape[1] - 1, "token_healing": True}
+    for name, value in {**options, "assistant_model": assistant}.items():
+        with pytest.raises(NotHFError, match=f"with {name}, .*; pass {name}=None, or leave out prefill"):
+            model.generate(ids, **HOW, prefill=prefill, **{name: value})
+    for name, value in options.items():
+        with pytest.raises(NotHFError, match=f"pass {name}=None"):
+            model.generate(ids, GenerationConfig(max_new_tokens=4, **{name: value}), prefill=prefill)
+    model.generation_config.prefill_chunk_size = 4
+    with pytest.raises(NotHFError, match="pass prefill_chunk_size=None"):
+        model.generate(ids, **HOW, prefill=prefill)
+    assert not ran
+    for size in (None, ids.shape[1]):
+        assert same(model.generate(ids, **HOW, prefill_chunk_size=size, prefill=prefill), expected)
 
 
 @pytest.mark.parametrize(
