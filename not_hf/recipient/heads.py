@@ -45,9 +45,9 @@ class Generating(Transplanted):
         and, on a CPU in float32, logits are those of `generate` without it, bit for bit. Several beams or answers of a
         prompt share its reading, where `generate` alone reads it for each of them: there logits may differ in their
         last digits if a processor rounds differently in larger batches. What has changed below since then is noticed
-        and refused, but for what is written through `tensor.data`. So are options of `generate` with which the prompt
-        is not read as it is, whole and alone: `assistant_model`, `prompt_lookup_num_tokens` and others that draft
-        tokens, a `prefill_chunk_size` below that of the prompt, and `token_healing`.
+        and refused, but for what is written through `tensor.data`. Options with which `generate` does not begin by
+        reading the whole prompt as it is are refused, too: `assistant_model`, `prompt_lookup_num_tokens` and others
+        that draft tokens, a `prefill_chunk_size` smaller than the prompt, and `token_healing`.
 
         Args:
             input_ids: Tokens of the prompt, `(batch, seq)`.
