@@ -105,17 +105,33 @@ def require_donor_folder(folder: str | os.PathLike[str], name: str | None = None
     Raises:
         NotHFError: The folder holds another kind of model.
     """
+    kind = _kind_of_model(folder)
+    if kind not in ("", DonorConfig.model_type):
+        raise NotHFError(
+            f"{name or folder} holds a model of type {kind!r}, which a donor would overwrite; choose another"
+        )
+
+
+def require_no_donor(folder: str | os.PathLike[str]) -> None:
+    """Refuse to overwrite a donor or composition by a merged model.
+
+    Raises:
+        NotHFError: The folder holds a donor.
+    """
+    if _kind_of_model(folder) == DonorConfig.model_type:
+        raise NotHFError(f"{folder} holds a donor, which the merged model would overwrite; choose another folder")
+
+
+def _kind_of_model(folder: str | os.PathLike[str]) -> str | None:
+    """Return the `model_type` in a folder's config, which may lack it; `""` if the folder holds no model."""
     config = Path(folder, CONFIG_NAME)
     if not config.is_file():
-        return
+        return ""
     try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        kind: str | None = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError):
-        return  # not the config of a model
-    if model_type != DonorConfig.model_type:
-        raise NotHFError(
-            f"{name or folder} holds a model of type {model_type!r}, which a donor would overwrite; choose another"
-        )
+        return ""  # not the config of a model
+    return kind
 
 
 def _move(draft: Path, folder: Path) -> None:

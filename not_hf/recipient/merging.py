@@ -21,7 +21,7 @@ from not_hf.architecture.upstream import require_known, without_progress_bar
 from not_hf.cards.common import README
 from not_hf.cards.merged import merged_card
 from not_hf.errors import NotHFError, one_line
-from not_hf.hub.atomic_write import replacing
+from not_hf.hub.atomic_write import replacing, require_no_donor
 from not_hf.hub.checkpoint import View
 from not_hf.hub.partial_download import borrow_part
 from not_hf.hub.tensor_file import write_tensors
@@ -71,7 +71,8 @@ def merge_donor(
 
     Args:
         donor: Folder or Hub ID of a donor or composition.
-        folder: Folder to write; created if missing. As with any error, it is unchanged if the merge fails.
+        folder: Folder to write; created if missing. It may hold another model, but no donor and no base that is
+            read. As with any error, it is unchanged if the merge fails.
         base: Folder or Hub ID of the recipient; `None`: the base that the donor was cut from.
         max_shard_size: Size above which the weights are split into several files.
         **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only`.
@@ -79,7 +80,7 @@ def merge_donor(
     Raises:
         IncompatibleDonorError: The organs do not fit, or a native model cannot hold them; the error lists all reasons.
         CorruptDonorError: The donor is damaged.
-        NotHFError: The recipient is quantized.
+        NotHFError: The recipient is quantized, or the folder holds a donor or that base.
         OSError: A file cannot be read.
 
     Examples:
@@ -98,6 +99,7 @@ def merge_donor(
     require_known(hub_kwargs)
     first, second = (donor, None) if base is None else (base, donor)
     opened, reason = open_merge(first, second, hub_kwargs), None
+    _require_other_folder(folder, opened)
     processor = _processor(os.fspath(first), opened.base_config, hub_kwargs)
     with replacing(folder) as draft:
         try:
@@ -120,6 +122,18 @@ def merge_donor(
         card.save(Path(draft, README))
     num_layers = layers_config(native.config).num_hidden_layers
     return Merged(os.fspath(folder), type(native).__name__, num_layers, native.num_parameters(), reason)
+
+
+def _require_other_folder(folder: str | os.PathLike[str], opened: OpenedMerge) -> None:
+    """Refuse to write over a donor, or over a base that is read: neither could be had back of the merged model."""
+    require_no_donor(folder)
+    bases = [(str(opened.resolved.base), opened.base_where.get("subfolder"))]
+    configs = [organ.spec.config for organ in opened.resolved.organs]
+    bases += [(each.base_model_name_or_path or "", each.base_subfolder) for each in configs]
+    for base, subfolder in bases:
+        place = os.path.join(base, subfolder or "")
+        if os.path.isdir(place) and os.path.isdir(folder) and os.path.samefile(place, folder):
+            raise NotHFError(f"{folder} holds a base, which the merged model would overwrite; choose another folder")
 
 
 def _processor(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, Any]) -> Any:

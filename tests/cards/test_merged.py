@@ -147,6 +147,7 @@ def test_several_organs(recipient, organ, tmp_path):
 def test_a_card_that_is_there_is_updated(organ, tmp_path):
     readme = tmp_path / "README.md"
     DonorModel.from_pretrained(organ).save_pretrained(tmp_path)  # a donor's card, of all things
+    (tmp_path / "config.json").unlink()
     readme.write_text(readme.read_text().replace("- not-hf", "- bible\n- not-hf") + "\nBy hand.\n")
     done("merge", organ, "-o", tmp_path, "--force")
     card = ModelCard.load(readme)

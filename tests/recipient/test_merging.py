@@ -31,6 +31,7 @@ from not_hf import (
 )
 from not_hf.architecture.stack import is_encoder
 from testing.checkpoints import write_fp8
+from testing.commands import failed
 from testing.cuts import weights
 from testing.donors import edit_json, moved, organ
 from testing.models import tiny_model, tiny_tokenizer
@@ -334,16 +335,33 @@ def test_a_quantized_recipient_is_merged_in_memory(tmp_path, caplog):
     assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
 
 
-def test_a_donor_becomes_its_merged_model(base, donor, tmp_path):
-    """In its own folder."""
-    folder = tmp_path / "donor"
-    DonorModel.from_pretrained(donor).save_pretrained(folder)
-    merge_in_memory(donor, tmp_path / "theirs", shard="5GB")
-    merge_donor(folder, folder)
-    ours, theirs = contents(folder), contents(tmp_path / "theirs")
-    assert {key: ours[key] for key in theirs if key != "README.md"} == {
-        key: value for key, value in theirs.items() if key != "README.md"
-    }
+def test_what_is_merged_is_not_overwritten(tmp_path, monkeypatch):
+    base = write_base(tmp_path / "base")
+    donor = write_organ(base, tmp_path / "donor")
+    compose([OrganSource("a", donor, position=0), OrganSource("b", donor)], base).save_pretrained(tmp_path / "both")
+    other = write_organ(base, tmp_path / "other", 2)
+    before = contents(tmp_path)
+    monkeypatch.chdir(base)
+    for source, folder, kind in (
+        (donor, donor, "donor"),
+        (donor, other, "donor"),
+        ("../both", tmp_path / "both", "donor"),
+        ("../both", donor, "donor"),
+        (donor, base, "base"),
+        (donor, ".", "base"),
+    ):
+        with pytest.raises(NotHFError, match=f"holds a {kind}, which the merged model would overwrite"):
+            merge_donor(source, folder)
+    assert f"error: {donor} holds a donor, " in failed("merge", donor, "-o", donor, "--force")
+    assert contents(tmp_path) == before
+
+
+def test_an_earlier_merge_is_overwritten(base, donor, tmp_path):
+    first = write_base(tmp_path / "merged", "gpt2")
+    merge_donor(donor, first, base)
+    merge_in_memory(donor, tmp_path / "theirs", base, shard="5GB")
+    ours = contents(first)
+    assert {name: ours[name] for name in contents(tmp_path / "theirs")} == contents(tmp_path / "theirs")
 
 
 def test_new_tokens_bring_their_tokenizer_into_another_recipient(base, tmp_path):
