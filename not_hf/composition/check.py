@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from not_hf.architecture.differences import native_differences
 from not_hf.architecture.scaling import scale_problem
 from not_hf.architecture.stack import layers_config
-from not_hf.architecture.upstream import require_known, resolve_commit, without_progress_bar
+from not_hf.architecture.upstream import require_known, without_progress_bar
 from not_hf.composition.layout import Place, StackEntry, arrange, require_free_names
-from not_hf.composition.resolve import ResolvedOrgan, read_base_config, resolve_donor
+from not_hf.composition.resolve import ResolvedOrgan, resolve_donor
 from not_hf.composition.sources import DEFAULT_NAME, OrganSource
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor import compatibility
@@ -187,7 +187,7 @@ def check_donor(
         One line per problem, none if the donor can be loaded; with `differences` as in `check_compatibility`.
 
     Raises:
-        NotHFError: A config is invalid, or a composition is given another place.
+        NotHFError: A config is invalid, a composition is given another place, or the recipient is a donor.
         OSError: A config or a header cannot be read.
 
     Examples:
@@ -213,14 +213,8 @@ def recipient_problems(
     **hub_kwargs: Any,
 ) -> Mismatches:
     """`check_donor` for organs returned by `survey`; digests are compared if `verify`."""
-    if not isinstance(recipient, PreTrainedModel | PreTrainedConfig):
-        name = os.fspath(recipient)
-        revision = resolve_commit(name, hub_kwargs)
-        recipient, _ = read_base_config(name, None, {**hub_kwargs, "revision": revision})
-    whole = (
-        recipient if isinstance(recipient, PreTrainedConfig) else getattr(recipient, "base_config", recipient.config)
-    )
-    config = layers_config(whole)
+    whole = compatibility.config_of_recipient(recipient, hub_kwargs)
+    config, live = layers_config(whole), recipient if isinstance(recipient, PreTrainedModel) else whole
     fit = examine([each.organ for each in surveyed], config)
     problems, differences = [*fit.problems], []
     if fit.differences:
@@ -231,7 +225,7 @@ def recipient_problems(
         if verify and not found:
             found = _local_digest_problem(each.organ, hub_kwargs)
         if not fit.problems:
-            found += module_problems(each.organ.spec.config, recipient)
+            found += module_problems(each.organ.spec.config, live)
         problems += [f"{prefix}{problem}" for problem in found]
         others = compatibility.recipient_differences(each.organ.spec, config, hub_kwargs.get("cache_dir"))
         others += compatibility.layer_type_differences(each.organ.spec, config, each.organ.position, each.organ.mode)

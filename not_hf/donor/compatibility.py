@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -14,11 +14,12 @@ from not_hf.architecture.releases import overridden_keys, values_of_layer
 from not_hf.architecture.splicing import place_bound, require_counted, spliced_config
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.twin import meta_twin
+from not_hf.architecture.upstream import require_known, resolve_commit
 from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.modeling import DonorModel
 from not_hf.donor.saved_modules import module_problems, sharing_differences
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
-from not_hf.errors import UnsupportedArchitectureError, printable, reading_repo
+from not_hf.errors import NotHFError, UnsupportedArchitectureError, printable, reading_repo
 
 # Values that the recipient uses for all its layers at once or for its caches: an organ must have the same.
 SHARED_GEOMETRY = (
@@ -61,6 +62,8 @@ def check_compatibility(
     recipient: RecipientLike,
     position: int | None = None,
     mode: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
     **hub_kwargs: Any,
 ) -> Mismatches:
     """List all reasons why a donor does not fit a recipient, from configs alone.
@@ -70,7 +73,9 @@ def check_compatibility(
         recipient: Recipient model, native config, folder or Hub ID.
         position: Position among the recipient's own layers; default: the donor's.
         mode: `"insert"` or `"replace"`; default: the donor's.
-        **hub_kwargs: `token`, `cache_dir`, `local_files_only`, …
+        revision: Branch, tag or commit of the donor's repo.
+        subfolder: Folder of the donor within its repo.
+        **hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only` for both repos.
 
     Returns:
         One line per mismatch, none if the organ fits. If only the position is wrong, the line names those that fit. If
@@ -78,6 +83,7 @@ def check_compatibility(
 
     Raises:
         CorruptDonorError: The donor's config is invalid.
+        NotHFError: The recipient is a donor, or a donor in memory is given a revision or subfolder.
         OSError: A config cannot be read.
 
     Examples:
@@ -90,7 +96,9 @@ def check_compatibility(
         >>> check_compatibility(donor, GPT2Config(vocab_size=9, n_embd=16, n_layer=4, n_head=2))
         ['donor hidden_size 8 does not fit recipient hidden_size 16 (the recipient); choose a recipient ...']
     """
-    donor_config, whole = _donor_config(donor, hub_kwargs), _recipient_config(recipient, hub_kwargs)
+    require_known(hub_kwargs)
+    donor_config = _donor_config(donor, revision, subfolder, hub_kwargs)
+    whole = config_of_recipient(recipient, hub_kwargs)
     spec, config = donor_config.check(), layers_config(whole)
     place = (donor_config.position if position is None else position, mode or donor_config.mode)
     live = recipient if isinstance(recipient, PreTrainedModel) else whole
@@ -299,18 +307,33 @@ def _last_position(k: int, mode: str, config: PreTrainedConfig) -> int:
     return config.num_hidden_layers if mode == "insert" else config.num_hidden_layers - k
 
 
-def _donor_config(donor: DonorLike, hub_kwargs: dict[str, Any]) -> DonorConfig:
-    if isinstance(donor, DonorConfig):
-        return donor
-    if isinstance(donor, DonorModel):
-        return donor.config
-    return DonorConfig.from_pretrained(os.fspath(donor), **hub_kwargs)
+def _donor_config(
+    donor: DonorLike, revision: str | None, subfolder: str | None, hub_kwargs: Mapping[str, Any]
+) -> DonorConfig:
+    if isinstance(donor, DonorConfig | DonorModel):
+        if revision or subfolder:
+            raise NotHFError(
+                "a donor in memory has no revision or subfolder; leave them out, or give its folder or ID"
+            )
+        return donor if isinstance(donor, DonorConfig) else donor.config
+    return DonorConfig.from_pretrained(os.fspath(donor), revision=revision, subfolder=subfolder or "", **hub_kwargs)
 
 
-def _recipient_config(recipient: RecipientLike, hub_kwargs: dict[str, Any]) -> PreTrainedConfig:
-    if isinstance(recipient, PreTrainedConfig):
-        return recipient
+def config_of_recipient(recipient: RecipientLike, hub_kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return the whole config of a recipient, live or by name, without organs.
+
+    Raises:
+        NotHFError: It is a donor.
+        OSError: The config cannot be read.
+    """
+    config: Any = recipient
     if isinstance(recipient, PreTrainedModel):
-        return getattr(recipient, "base_config", recipient.config)  # without organs
-    with reading_repo(os.fspath(recipient)):
-        return AutoConfig.from_pretrained(os.fspath(recipient), **hub_kwargs)
+        config = getattr(recipient, "base_config", recipient.config)
+    elif not isinstance(recipient, PreTrainedConfig):
+        name = os.fspath(recipient)
+        with reading_repo(name):
+            config = AutoConfig.from_pretrained(name, **{**hub_kwargs, "revision": resolve_commit(name, hub_kwargs)})
+    if isinstance(config, DonorConfig):
+        name = config.name_or_path or f"the {type(recipient).__name__}"
+        raise NotHFError(f"{name} is a donor, not a recipient; name the donor first, then its base or another model")
+    return config

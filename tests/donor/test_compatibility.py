@@ -115,6 +115,39 @@ def test_compatibility_counts_the_own_layers_of_a_transplanted_recipient():
     assert "between 0 and 4" in check_compatibility(a, model, position=5)[0]
 
 
+def test_a_revision_and_a_subfolder_are_the_donors(base_repo, base_folder, hub, tmp_path):
+    """The recipient has neither."""
+    donor = DonorModel.from_base(base_repo("llama"), (1, 3))
+    donor.save_pretrained(tmp_path / "inner")
+    assert check_compatibility(tmp_path, base_folder("llama"), subfolder="inner") == []
+    donor.push_to_hub("me/tagged-organ")
+    HfApi().create_tag("me/tagged-organ", tag="v1")
+    tiny_config("llama", hidden_size=64).save_pretrained(tmp_path / "gone")
+    HfApi().upload_folder(repo_id="me/tagged-organ", folder_path=tmp_path / "gone")
+    assert check_compatibility("me/tagged-organ", base_repo("llama"), revision="v1") == []
+    with pytest.raises(NotHFError, match="is not a donor: its config has model_type 'llama'"):
+        check_compatibility("me/tagged-organ", base_repo("llama"))
+    for where in ({"revision": "v1"}, {"subfolder": "inner"}):
+        for given in (donor, donor.config):
+            with pytest.raises(NotHFError, match="a donor in memory has no revision or subfolder; leave them out"):
+                check_compatibility(given, base_repo("llama"), **where)
+
+
+def test_unknown_arguments_are_refused(tmp_path):
+    donor = tiny_organ(1)
+    with pytest.raises(TypeError, match="unexpected arguments: donor_revision; expected are cache_dir"):
+        check_compatibility(donor, tiny_model("llama"), donor_revision="v2")
+
+
+def test_a_donor_in_the_place_of_the_recipient(tmp_path):
+    donor = tiny_organ(1)
+    donor.save_pretrained(tmp_path)
+    for recipient in (tmp_path, donor, DonorModel.from_pretrained(tmp_path).config):
+        for check in (check_compatibility, check_donor):
+            with pytest.raises(NotHFError, match=r" is a donor, not a recipient; name the donor first, then its base"):
+                check(tmp_path, recipient)
+
+
 @pytest.mark.slow
 def test_modules_beside_the_layers_are_compared(caplog, tmp_path):
     """What would be refused or shared when the donor is loaded."""
