@@ -288,6 +288,7 @@ class DonorModel(FilledModel):
         self,
         repo_id: str,
         *,
+        dtype: str | torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         delta: str | None = None,
         rank: int | None = None,
@@ -299,8 +300,9 @@ class DonorModel(FilledModel):
             NotHFError: The repo holds another kind of model.
             OSError: The Hub refuses the push or cannot be reached; the repo is unchanged.
         """
-        of_files = {"max_shard_size": max_shard_size, "delta": plan_delta(delta, rank, self.config, is_pushed=True)}
-        return self._push(repo_id, {**of_files, "token": options.get("token")}, options)
+        of_files: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "token": options.get("token")}
+        of_files["delta"] = plan_delta(delta, rank, self.config, is_pushed=True)
+        return self._push(repo_id, of_files, options)
 
     def _push(self, repo_id: str, of_files: dict[str, Any], options: PushOptions) -> CommitInfo:
         """Push what `write_donor` writes with the arguments `of_files`."""

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 from not_hf import (
     CorruptDonorError,
@@ -58,6 +59,16 @@ def test_the_files_have_the_dtype_that_is_asked_for(tmp_path):
         with pytest.raises(NotHFError, match=f"dtype must be a floating-point one or its name, .*, got {wrong!r}"):
             donor.save_pretrained(tmp_path, dtype=wrong)
     assert (tmp_path / "model.safetensors").read_bytes() == written
+
+
+def test_a_push_has_the_dtype_that_is_asked_for(hub):
+    donor = copy.deepcopy(A)
+    donor.push_to_hub("me/half-organ", dtype=torch.float16)
+    assert same(DonorModel.from_pretrained("me/half-organ", verify=True), copy.deepcopy(A).half())
+    assert donor.dtype == torch.float32
+    with pytest.raises(NotHFError, match="dtype must be a floating-point one or its name"):
+        donor.push_to_hub("me/no-organ", dtype="float17")
+    assert not HfApi().repo_exists("me/no-organ")
 
 
 def test_an_organ_alone_uses_the_attention_of_its_live_base(token_ids):
