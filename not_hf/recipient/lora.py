@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from not_hf.architecture.differences import describe, native_differences
 from not_hf.architecture.quantization import is_quantized
+from not_hf.architecture.upstream import HUB_KWARGS, SHARED_KWARGS, require_known
 from not_hf.cards.common import README, named_base, render, updated, warn_once
 from not_hf.donor.cutting import StoredBase, layer_pattern, open_base
 from not_hf.donor.delta import low_rank
@@ -31,6 +32,7 @@ from not_hf.errors import (
     one_line,
     some,
 )
+from not_hf.hub.adapter_files import fetch_adapter
 from not_hf.hub.atomic_write import replacing
 from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.organ import Organ
@@ -135,20 +137,28 @@ def to_lora(
 
 @torch.no_grad()
 def from_lora(
-    base: str | os.PathLike[str] | PreTrainedModel, adapter: str | os.PathLike[str], **hub_kwargs: Any
+    base: str | os.PathLike[str] | PreTrainedModel,
+    adapter: str | os.PathLike[str],
+    adapter_revision: str | None = None,
+    adapter_subfolder: str | None = None,
+    **hub_kwargs: Any,
 ) -> DonorModel:
     """Make an organ of a LoRA adapter: the layers that it adapts, in their own place, with the adapter merged.
 
     Args:
         base: Base of the adapter: a folder, a Hub ID or a live model.
         adapter: Folder or Hub ID of the adapter.
-        **hub_kwargs: For the base, as in `DonorModel.from_base`.
+        adapter_revision: Branch, tag or commit of the adapter's repo.
+        adapter_subfolder: Folder of the adapter within its repo.
+        **hub_kwargs: `revision` and `subfolder` of the base; `token`, `cache_dir`, `force_download`,
+            `local_files_only` for both repos.
 
     Returns:
         A donor that replaces these layers.
 
     Raises:
-        NotHFError: It is no LoRA, it adapts modules outside the layers, or layers that do not stand side by side.
+        NotHFError: It is no LoRA or an activated one, or it adapts modules outside the layers, or layers that do not
+            stand side by side.
         CorruptDonorError: Its tensors do not fit the base.
         OSError: A repo cannot be read.
 
@@ -168,14 +178,20 @@ def from_lora(
     from peft.utils import load_peft_weights
     from peft.utils.other import get_pattern_key
 
-    name = os.fspath(adapter)
-    config: Any = PeftConfig.from_pretrained(name)
+    require_known(hub_kwargs, HUB_KWARGS)
+    name, shared = os.fspath(adapter), {key: value for key, value in hub_kwargs.items() if key in SHARED_KWARGS}
+    if isinstance(base, PreTrainedModel):  # which has no repo: they are for the adapter's
+        hub_kwargs = {key: value for key, value in hub_kwargs.items() if key not in shared}
+    folder = fetch_adapter(name, revision=adapter_revision, subfolder=adapter_subfolder or "", **shared)
+    config: Any = PeftConfig.from_pretrained(folder)
     if config.peft_type != PeftType.LORA:
         raise NotHFError(f"{name} is an adapter of type {config.peft_type.value}; only LoRA can be made an organ")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise NotHFError(f"{name} is an activated LoRA, which adapts a part of each text; an organ adapts all of it")
     source = open_base(base, **hub_kwargs)
     prefixes = source.prefixes if isinstance(source, StoredBase) else (source.stack.base,)
     pattern = layer_pattern(prefixes, source.path)
-    weights = load_peft_weights(name, "cpu")
+    weights = load_peft_weights(folder, "cpu")
     found = {key: pattern.fullmatch(key.removeprefix(_PEFT)) for key in weights}
     if outside := [key for key, match in found.items() if match is None]:
         raise NotHFError(f"{name} adapts modules outside of the layers, which no organ holds: {some(outside)}")

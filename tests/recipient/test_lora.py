@@ -8,10 +8,11 @@ import logging
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from local_hub import DEFAULT_TOKEN
 from not_hf import (
     DonorModel,
     IncompatibleDonorError,
@@ -207,6 +208,53 @@ def test_other_adapters_are_refused(base_folder, tmp_path):
     get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
     with pytest.raises(NotHFError, match="is an adapter of type PREFIX_TUNING; only LoRA can be made an organ"):
         from_lora(base_folder("llama"), tmp_path)
+
+
+def test_a_folder_without_an_adapter_is_an_os_error(base_folder, tmp_path):
+    with pytest.raises(OSError, match=r"has no adapter_config\.json$"):
+        from_lora(base_folder("llama"), tmp_path)
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"has no adapter_model\.safetensors$"):
+        from_lora(base_folder("llama"), tmp_path)
+
+
+def test_an_activated_lora_is_refused(base_folder, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1, 2], alora_invocation_tokens=[5])
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path)
+    with pytest.raises(NotHFError, match=r"is an activated LoRA, .*; an organ adapts all of it"):
+        from_lora(base_folder("llama"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cache")
+def test_an_adapter_is_fetched_as_the_base_is(base_repo, hub, tmp_path, monkeypatch):
+    """With the token, into the cache and, from there, without the Hub."""
+    base, live = base_repo("llama"), tiny_model("llama")
+    HfApi().create_repo("me/lora", private=True)
+    HfApi().create_branch("me/lora", branch="v1")
+    expected = []
+    for n, options in enumerate(({}, {"revision": "v1", "path_in_repo": "inner"})):
+        config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1, 2], r=n + 1, init_lora_weights=False)
+        get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / f"{n}")
+        HfApi().upload_folder(repo_id="me/lora", folder_path=tmp_path / f"{n}", **options)
+        expected.append(from_lora(live, tmp_path / f"{n}"))
+    assert not same(*expected)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(OSError, match="me/lora is not a local folder"):
+        from_lora(base, "me/lora")
+    where = {"token": DEFAULT_TOKEN, "cache_dir": tmp_path / "elsewhere"}
+    assert same(from_lora(base, "me/lora", **where), expected[0])
+    inner = {"adapter_revision": "v1", "adapter_subfolder": "inner", **where}
+    assert same(from_lora(live, "me/lora", **inner), expected[1])
+    hub.requests.clear()
+    assert same(from_lora(live, "me/lora", **inner, local_files_only=True), expected[1])
+    assert not hub.requests
+    with pytest.raises(OSError, match=r"me/lora has no adapter_config\.json in the cache"):
+        from_lora(live, "me/lora", local_files_only=True)  # but in the other one
+    with pytest.raises(TypeError, match="revision: only for a base that is read"):
+        from_lora(live, tmp_path / "0", revision="v1")
+    with pytest.raises(TypeError, match="unexpected arguments: rank"):
+        from_lora(live, tmp_path / "0", rank=4)
 
 
 def test_an_adapter_of_another_base_is_refused(base_folder, tmp_path):
