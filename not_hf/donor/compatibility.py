@@ -316,6 +316,8 @@ def _donor_config(
                 "a donor in memory has no revision or subfolder; leave them out, or give its folder or ID"
             )
         return donor if isinstance(donor, DonorConfig) else donor.config
+    if isinstance(donor, PreTrainedModel):
+        raise NotHFError(f"the donor is a {type(donor).__name__}, not a DonorModel; name the donor first")
     return DonorConfig.from_pretrained(os.fspath(donor), revision=revision, subfolder=subfolder or "", **hub_kwargs)
 
 

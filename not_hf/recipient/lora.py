@@ -157,8 +157,8 @@ def from_lora(
         A donor that replaces these layers.
 
     Raises:
-        NotHFError: It is no LoRA or an activated one, or it adapts modules outside the layers, or layers that do not
-            stand side by side.
+        NotHFError: It is no LoRA or an activated one, or it adapts parameters by name, modules outside the layers, or
+            layers that do not stand side by side.
         CorruptDonorError: Its tensors do not fit the base.
         OSError: A repo cannot be read.
 
@@ -188,6 +188,11 @@ def from_lora(
         raise NotHFError(f"{name} is an adapter of type {config.peft_type.value}; only LoRA can be made an organ")
     if getattr(config, "alora_invocation_tokens", None):
         raise NotHFError(f"{name} is an activated LoRA, which adapts a part of each text; an organ adapts all of it")
+    if names_of := getattr(config, "target_parameters", None):
+        raise NotHFError(
+            f"{name} adapts parameters by name ({some(names_of)}), which cannot be made an organ; merge it with PEFT, "
+            "and cut the organ from the merged model"
+        )
     source = open_base(base, **hub_kwargs)
     prefixes = source.prefixes if isinstance(source, StoredBase) else (source.stack.base,)
     pattern = layer_pattern(prefixes, source.path)

@@ -31,8 +31,8 @@ class DonorTrainer(DonorTrainerMixin):
     """A `transformers.Trainer` for organs, faster and in less memory because the base is frozen.
 
     Arguments, callbacks, optimizers, schedules, checkpoints, trackers and distributed training are those of `Trainer`.
-    One thing differs: frozen modules below the organ stay in eval mode, so their dropout is off. So does the module
-    that contains the layers, which turns off its layerdrop.
+    One thing differs: frozen modules below the organ stay in eval mode, as does the module that contains the layers.
+    So their dropout and layerdrop are off.
 
     Args:
         *trainer_args: Passed to `Trainer`.

@@ -141,6 +141,8 @@ def test_unknown_arguments_are_refused(tmp_path):
 
 def test_a_donor_in_the_place_of_the_recipient(tmp_path):
     donor = tiny_organ(1)
+    with pytest.raises(NotHFError, match="the donor is a LlamaForCausalLM, not a DonorModel; name the donor first"):
+        check_compatibility(tiny_model("llama"), donor)
     donor.save_pretrained(tmp_path)
     for recipient in (tmp_path, donor, DonorModel.from_pretrained(tmp_path).config):
         for check in (check_compatibility, check_donor):

@@ -225,6 +225,13 @@ def test_an_activated_lora_is_refused(base_folder, tmp_path):
         from_lora(base_folder("llama"), tmp_path)
 
 
+def test_a_lora_of_parameters_is_refused(base_folder, tmp_path):
+    config = LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    get_peft_model(tiny_model("mixtral"), config).save_pretrained(tmp_path)
+    with pytest.raises(NotHFError, match=r"adapts parameters by name \(mlp.experts.down_proj\), .* merge it with"):
+        from_lora(base_folder("mixtral"), tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_an_adapter_is_fetched_as_the_base_is(base_repo, hub, tmp_path, monkeypatch):
