@@ -33,7 +33,8 @@ class TrainingRecord:
             seen = {name: saved[ALONE if ALONE in saved else name].tokens_seen or 0 for name in organs}
             self._tokens = {name: max(0, count - int(state.num_input_tokens_seen)) for name, count in seen.items()}
         self._metrics = {name: config.metrics for name, config in organs.items()}
-        self._perplexities: dict[Any, dict[str, float]] = {}  # by step and active organs, then by evaluation set
+        # by step and active organs, then by name of the evaluation set
+        self._perplexities: dict[tuple[int, tuple[Any, ...]], dict[str, float]] = {}
 
     def note_tokens(self, model: PreTrainedModel, state: TrainerState, step: int) -> None:
         """Write how many tokens the organs were trained on up to a step, earlier trainings included."""
