@@ -213,7 +213,7 @@ def recipient_problems(
     **hub_kwargs: Any,
 ) -> Mismatches:
     """`check_donor` for organs returned by `survey`; digests are compared if `verify`."""
-    whole = compatibility.config_of_recipient(recipient, hub_kwargs)
+    whole = compatibility.whole_config(recipient, hub_kwargs)
     config, live = layers_config(whole), recipient if isinstance(recipient, PreTrainedModel) else whole
     fit = examine([each.organ for each in surveyed], config)
     problems, differences = [*fit.problems], []

@@ -27,6 +27,7 @@ from not_hf.architecture.upstream import (
 from not_hf.composition.layout import Place
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource, read_entries
 from not_hf.config import MODES, DonorConfig, OrganSpec
+from not_hf.donor.compatibility import require_no_repo
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError, one_line, reading_base
 from not_hf.hub.consistent_read import require_same_save, saved_digests
@@ -252,10 +253,7 @@ def _resolve_entry(entry: OrganSource, composition: OrganSource, hub_kwargs: Map
 def _pin(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> OrganSource:
     """Resolve the revision to a commit, so that everything read from the repo is consistent."""
     if isinstance(source.donor, DonorModel):
-        if source.revision or source.subfolder:
-            raise NotHFError(
-                "a DonorModel in memory has no revision or subfolder; leave them out, or give its folder or ID"
-            )
+        require_no_repo(source.revision, source.subfolder)
         return source
     if isinstance(source.donor, nn.Module):
         raise NotHFError(

@@ -98,7 +98,7 @@ def check_compatibility(
     """
     require_known(hub_kwargs)
     donor_config = _donor_config(donor, revision, subfolder, hub_kwargs)
-    whole = config_of_recipient(recipient, hub_kwargs)
+    whole = whole_config(recipient, hub_kwargs)
     spec, config = donor_config.check(), layers_config(whole)
     place = (donor_config.position if position is None else position, mode or donor_config.mode)
     live = recipient if isinstance(recipient, PreTrainedModel) else whole
@@ -311,17 +311,20 @@ def _donor_config(
     donor: DonorLike, revision: str | None, subfolder: str | None, hub_kwargs: Mapping[str, Any]
 ) -> DonorConfig:
     if isinstance(donor, DonorConfig | DonorModel):
-        if revision or subfolder:
-            raise NotHFError(
-                "a donor in memory has no revision or subfolder; leave them out, or give its folder or ID"
-            )
+        require_no_repo(revision, subfolder)
         return donor if isinstance(donor, DonorConfig) else donor.config
     if isinstance(donor, PreTrainedModel):
         raise NotHFError(f"the donor is a {type(donor).__name__}, not a DonorModel; name the donor first")
     return DonorConfig.from_pretrained(os.fspath(donor), revision=revision, subfolder=subfolder or "", **hub_kwargs)
 
 
-def config_of_recipient(recipient: RecipientLike, hub_kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+def require_no_repo(revision: str | None, subfolder: str | None) -> None:
+    """Check that a donor in memory is given no place in a repo."""
+    if revision or subfolder:
+        raise NotHFError("a donor in memory has no revision or subfolder; leave them out, or give its folder or ID")
+
+
+def whole_config(recipient: RecipientLike, hub_kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     """Return the whole config of a recipient, live or by name, without organs.
 
     Raises:
