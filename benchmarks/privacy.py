@@ -1,7 +1,7 @@
 """What an organ, LoRA and full fine-tuning give away of the rows that they learned, at equal perplexity of the domain.
 
-    python benchmarks/privacy.py            # three seeds: hours (make bench-privacy)
-    python benchmarks/privacy.py --quick    # one seed, few rows, one epoch, own recipient only: half an hour
+    python benchmarks/privacy.py            # one seed: three hours of one core (make bench-privacy)
+    python benchmarks/privacy.py --quick    # few rows, one epoch, own recipient only: half an hour
     python benchmarks/privacy.py --smoke    # a small random model, for the test suite
 
 Each method learns every other block of King James, drawn by lot, with canaries among them that stand there 1, 10 and
@@ -50,18 +50,17 @@ FORMS: dict[str, dict[str, Any]] = {
         "held": 4, "candidates": 15, "tune": 1,
     },
 }  # fmt: skip
-SEEDS = {"full": 3, "quick": 1, "smoke": 1}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train, attack, print the tables, write the numbers and the picture."""
     parser = parser_of("What fine-tuned models give away of their training rows.", FORMS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=COMPARED)
-    parser.add_argument("--seeds", type=int, help="how many (three; of small forms, one)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many (one)")
     options = parser.parse_args(arguments)
     if is_one_run(options, run_once):
         return {}
-    size, seeds = FORMS[options.form], options.seeds or SEEDS[options.form]
+    size, seeds = FORMS[options.form], options.seeds
     with opened(__file__, options, run_once) as (record, pool):
         found = [of_seed(record, size, options.methods, seed, pool.map) for seed in range(seeds)]
     record.save(form=options.form, seeds=seeds)
