@@ -250,13 +250,19 @@ def load_for_texts(
 
 
 def load_tokenizer(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | str | None
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | str | None, **where: Any
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, loaded if given by ID or folder; default for a model by ID or folder: its own."""
-    if tokenizer is None and isinstance(model, torch.nn.Module):
+    """Return the tokenizer, loaded if given by ID or folder; default for a model by ID or folder: its own.
+
+    `where` is the model's `revision` and `subfolder`.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    if tokenizer is not None:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    if isinstance(model, torch.nn.Module):
         raise NotHFError("a live model needs its tokenizer; pass tokenizer=")
-    source: Any = model if tokenizer is None else tokenizer
-    return source if isinstance(source, PreTrainedTokenizerBase) else AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(model, **where)
 
 
 def load_model(source: PreTrainedModel | str, device: str | None = None, **where: Any) -> PreTrainedModel:

@@ -172,7 +172,8 @@ def probe_privacy(
 
     @functools.cache
     def words() -> PreTrainedTokenizerBase:
-        return load_tokenizer(tokenizer_source(model, base), tokenizer)
+        source, where = tokenizer_source(model, base)
+        return load_tokenizer(source, tokenizer, **where)
 
     rows = ProbedRows.of(members, non_members, words, num_rows)
     context = shortest_context(model, donor, base, recipients or {}, reference)

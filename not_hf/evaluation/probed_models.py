@@ -104,13 +104,12 @@ def load_causal(source: Source, where: Mapping[str, Any] | None = None) -> PreTr
     return load_model(source if isinstance(source, nn.Module) else os.fspath(source), **(where or {}))
 
 
-def tokenizer_source(model: Source, base: Source | None) -> PreTrainedModel | str:
-    """Return what the tokenizer is loaded from; a live model cannot tell."""
-    if base is not None and not isinstance(base, nn.Module):
-        return os.fspath(base)
-    if isinstance(model, DonorModel):
-        return model.config.base_model_name_or_path or model
-    return model if isinstance(model, nn.Module) else os.fspath(model)
+def tokenizer_source(model: Source | DonorModel, base: Source | None) -> tuple[PreTrainedModel | str, dict[str, Any]]:
+    """Return what the tokenizer is loaded from, and where that is; a live model cannot tell."""
+    source, where = (model if base is None or isinstance(base, nn.Module) else base), dict[str, Any]()
+    if isinstance(source, DonorModel) and source.config.base_model_name_or_path:
+        source, where = _own_recipient(source, None)
+    return (source if isinstance(source, nn.Module) else os.fspath(source)), where
 
 
 def name_of(model: Source) -> str | None:

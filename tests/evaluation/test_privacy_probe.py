@@ -152,6 +152,13 @@ def test_live_models_and_references():
         own.record(organ(tiny_model("llama"), 1))
 
 
+def test_the_tokenizer_of_a_donor_in_memory_lies_where_its_base_does(files, tmp_path):
+    (tmp_path / "inner").symlink_to(files / "base")
+    donor = DonorModel.from_base(tmp_path, (1, 3), subfolder="inner")
+    found = probe_privacy(donor, MEMBERS, OTHERS, prefix_length=40)
+    assert donor.config.base_subfolder == "inner" and found.about["num_members"] == len(MEMBERS)
+
+
 def test_all_models_read_as_many_tokens():
     """A recipient or reference with a shorter context shortens the rows for all of them."""
     base = tiny_model("llama")
