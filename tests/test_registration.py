@@ -254,8 +254,11 @@ def test_auto_class_extras(tmp_path, base_folder, token_ids):
     DonorModel.from_base(base_folder("llama"), (1, 3)).save_pretrained(tmp_path)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(model, TransplantedForCausalLM) and not info["missing_keys"]
-    with pytest.raises(TypeError, match="unexpected arguments for a live recipient: dtype"):
-        TransplantedForCausalLM.from_pretrained(model, tmp_path, dtype=torch.float16)
+    for given in ({"dtype": torch.float16}, {"config": organ_alone.config}):
+        with pytest.raises(TypeError, match=f"unexpected arguments for a live recipient: {next(iter(given))}"):
+            TransplantedForCausalLM.from_pretrained(model, tmp_path, **given)
+    own = model.unload()
+    assert TransplantedForCausalLM.from_pretrained(own, tmp_path, config=own.config) is own
     with pytest.raises(NotHFError, match="is a donor, not a recipient"):
         TransplantedForCausalLM.from_pretrained(tmp_path, tmp_path)
 
