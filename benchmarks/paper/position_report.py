@@ -68,7 +68,7 @@ def headline(cases: list[dict[str, Any]]) -> str:
         [case for case in cases if case["way"] == way and case["best"] is not None] for way in (WAYS[-1], WAYS[0])
     )
     early, early_untrained = (sum(case["best_third"] == THIRDS[0] for case in of) for of in (trained, untrained))
-    verdict = "Not early" if not early else "Early" if early == len(trained) else "Early in some cases"
+    verdict = verdict_of(early, len(trained))[0]
     near = sum(case["thirds"][THIRDS[0]] - min(medians(case)) < NEAR for case in trained if case["thirds"][THIRDS[0]])
     places = max((len(case["positions"]) for case in trained), default=0)
     said = (
@@ -135,12 +135,23 @@ def of_claim(way: str, cases: list[dict[str, Any]]) -> str:
     if not decided:
         return ""
     early = [case for case in decided if case["best_third"] == THIRDS[0]]
-    verdict = "borne out" if len(early) == len(decided) else "borne out in part" if early else "not borne out"
+    verdict = verdict_of(len(early), len(decided))[1]
     where = ", ".join(f"{sum(case['best_third'] == third for case in decided)} in the {third}" for third in THIRDS)
     gaps = [max(losses) - min(losses) for losses in map(medians, decided)]
     return (
         f"- {way.capitalize()}: of {len(decided)} sweeps the best position lies {where}; best and worst differ by "
         f"{spread(gaps)} nats. That early positions are best is {verdict}."
+    )
+
+
+def verdict_of(early: int, count: int) -> tuple[str, str]:
+    """What is said of the claim, in a headline and in a sentence, if that many of the cases are best early."""
+    if not early:
+        return "Not early", "not borne out"
+    if early == count:
+        return "Early", "borne out"
+    return (
+        ("Mostly not early", "mostly not borne out") if 2 * early < count else ("Early in part", "borne out in part")
     )
 
 

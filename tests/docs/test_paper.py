@@ -143,6 +143,13 @@ def test_answer_of_position(module, best, verdict):
 
 
 @pytest.mark.parametrize(
+    ("early", "words"), [(0, "Not early"), (1, "Mostly not early"), (2, "Early in part"), (4, "Early")]
+)
+def test_verdict_on_early_positions(module, early, words):
+    assert module("position_report").verdict_of(early, 4)[0] == words
+
+
+@pytest.mark.parametrize(
     ("lora", "words"),
     [(9.0, ["is enough for such a gap", "has damaged the model"]), (2.2, ["No rate", "it has learned, but less"])],
 )
