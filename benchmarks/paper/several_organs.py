@@ -17,7 +17,7 @@ thirds of the way up, and both active. Or one after the other: the second is tra
 frozen. Besides, one organ is trained on both texts, with the steps of two.
 
 Measured: the loss on 8,192 held-out tokens of both texts and of a general one. Learning rates are the middle ones of
-those that `methods.py` lists.
+those that `methods.py` lists, or `bases.py` for a base to which those do not apply.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from bases import RATES, middle_rate
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import METHODS, REFERENCE, Prepared, cut, fit, load, mean, prepare, row_losses  # noqa: E402 (folder above)
@@ -65,12 +67,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def run_all(record: Any, options: Any, pool: Any) -> None:
     """Each way with each seed."""
     ways = [ONE_PLACE] if options.form == "quick" else WAYS
-    pairs = [(seed, way) for seed in range(options.seeds or 1) for way in ways]
-    list(pool.map(lambda pair: record(way=pair[1], seed=pair[0], **FORMS[options.form]), pairs))
+
+    def run(pair: tuple[int, str]) -> None:
+        seed, way = pair
+        own = {"rates": {name: middle_rate(options.base, name) for name in WAYS[way]}} if options.base in RATES else {}
+        record(way=way, seed=seed, **FORMS[options.form], **own)
+
+    list(pool.map(run, [(seed, way) for seed in range(options.seeds or 1) for way in ways]))
 
 
-def run_once(base: str, way: str, seed: int, steps: int, block: int, held: int) -> dict[str, Any]:
-    """Train in a way, then measure each text's alone and what is put together."""
+def run_once(
+    base: str, way: str, seed: int, steps: int, block: int, held: int, rates: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """Train in a way, then measure each text's alone and what is put together.
+
+    Args:
+        rates: Of each method; default: the middle ones of those that `methods.py` lists.
+    """
     from transformers import AutoTokenizer
 
     read = functools.partial(read_blocks, tokenizer=AutoTokenizer.from_pretrained(base), block=block)
@@ -80,24 +93,25 @@ def run_once(base: str, way: str, seed: int, steps: int, block: int, held: int) 
     def losses(model: Any) -> dict[str, list[float]]:
         return {name: row_losses(model, rows) for name, rows in texts.items()}
 
-    def train(prepared: Prepared, rows: list[Any]) -> Any:
-        settings = prepared.method.settings
+    def train(method: str, rows: list[Any], prepared: Prepared | None = None) -> Any:
+        settings, prepared = METHODS[method].settings, prepared or prepare(method, base)
         rate, batch = settings[len(settings) // 2]
-        fit(prepared, [(row, row) for row in rows], rate=rate, batch=batch, steps=len(rows) // batch, seed=seed)
+        how = {"rate": (rates or {}).get(method, rate), "batch": batch, "steps": len(rows) // batch, "seed": seed}
+        fit(prepared, [(row, row) for row in rows], **how)
         return prepared.model
 
     found = {"base": losses(load(base))}  # before training, all are the base
     with tempfile.TemporaryDirectory() as scratch:
         if way == JOINT:
             rows = list(itertools.chain.from_iterable(zip(*learned.values(), strict=True)))
-            found["both, 1"] = losses(train(prepare(*WAYS[way], base), rows))
+            found["both, 1"] = losses(train(*WAYS[way], rows))
         elif way == IN_TURN:
             for order in (DOMAINS, DOMAINS[::-1]):
                 found[", then ".join(order)] = losses(in_turn(base, order, learned, train, Path(scratch)))
         else:
             folders = {domain: Path(scratch, domain) for domain in DOMAINS}
             for domain, method in zip(DOMAINS, WAYS[way], strict=True):
-                model = train(prepare(method, base), learned[domain])
+                model = train(method, learned[domain])
                 found[f"{domain} alone"] = losses(model)
                 model.save_pretrained(folders[domain])
                 del model
@@ -112,12 +126,12 @@ def in_turn(base: str, order: tuple[str, ...], learned: dict[str, Any], train: A
 
     first, second = order
     folder = scratch / f"{first} first"
-    train(prepare(INSERTED, base), learned[first]).save_pretrained(folder)
+    train(INSERTED, learned[first]).save_pretrained(folder)
     model = load(base)
     fresh = cut(METHODS[INSERTED], model)
     model = TransplantedForCausalLM.from_pretrained(model, folder, donor_name=first)
     model.load_donor(fresh, second, is_trainable=True)
-    return train(Prepared(model, METHODS[INSERTED], base, second), learned[second])
+    return train(INSERTED, learned[second], Prepared(model, METHODS[INSERTED], base, second))
 
 
 def together(way: str, base: str, folders: dict[str, Path]) -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bases import RATES, middle_rate, rates_of
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from methods import METHODS, REFERENCE, SEARCH_SEED, fit, load, mean, prepare, row_losses  # noqa: E402 (from the folder above)
 from question import ask, parser_of, size_of  # noqa: E402
@@ -71,12 +73,14 @@ def run_all(record: Any, options: Any, pool: Any) -> None:
         return run(rates=dict([pair]), **given)["loss"]
 
     methods = list(dict.fromkeys(WAYS.values()))
-    rates = {method: METHODS[method].settings[len(METHODS[method].settings) // 2][0] for method in methods}
+    rates = {method: middle_rate(options.base, method) for method in methods}
     if size["search"]:
-        pairs = [(method, rate) for method in methods for rate, _ in METHODS[method].settings]
+        pairs = [(method, rate) for method in methods for rate in rates_of(options.base, method)]
         losses = dict(zip(pairs, pool.map(loss, pairs), strict=True))
         rates = {name: min((pair for pair in pairs if pair[0] == name), key=losses.__getitem__)[1] for name in methods}
     given = {name: size[name] for name in ("steps", "held", "control", "recipients", "recipient_rate")}
+    if options.base in RATES:
+        given["recipient_rate"] = middle_rate(options.base, "full")
     list(pool.map(lambda seed: run(rates=rates, **given, seed=seed, part="test"), range(size["seeds"])))
 
 
