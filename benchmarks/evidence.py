@@ -75,7 +75,7 @@ class Script:
 QUESTIONS = ("position", "transfer", "several_organs", "against_lora", "cross_domain", "encoders")  # one uses another
 OTHER_BASES: dict[str, tuple[float, tuple[str, ...]]] = {  # hours for a question, and options
     **dict.fromkeys(SHAPES, (0.5, ())),
-    "gemma": (1, ("--seeds", "1")),  # runs of many minutes each
+    "gemma": (2, ("--seeds", "1")),  # runs of many minutes each
 }
 PACKAGES = {"gemma": GEMMA.replace("-", "_")}  # which not every installation has
 SCRIPTS = (

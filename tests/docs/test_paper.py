@@ -120,6 +120,16 @@ def test_cross_domain_without_rates(module, tmp_path):
         module("cross_domain").best_rates("gemma", tmp_path / "cross_domain.json", needed=True)
 
 
+def test_rates_of_a_base(module):
+    """Those of `methods.py`, unless the base has its own; each names methods that there are."""
+    bases, methods = module("bases"), module("methods").METHODS
+    assert bases.rates_of("smollm2", "full") == (3e-5, 6e-5, 1.2e-4) and bases.middle_rate("smollm2", "full") == 6e-5
+    assert bases.rates_of("gemma", "full") == bases.RATES["gemma"]["full"] != bases.rates_of("smollm2", "full")
+    assert bases.RATES.keys() <= bases.BASES.keys() and all(
+        each.keys() <= methods.keys() for each in bases.RATES.values()
+    )
+
+
 def test_number_of_seeds(module):
     """It is that of the form, unless told otherwise."""
     question, forms = module("question"), module("position").FORMS
