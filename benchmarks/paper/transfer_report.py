@@ -91,7 +91,7 @@ def details(found: list[dict[str, Any]]) -> str:
 def row_of(name: str, into: dict[str, Any], ways: list[str]) -> list[str]:
     """A recipient: its distance, and the share of the gain that each way keeps."""
     kept = [spread([100 * share for share in into["kept"][way]], 0) + " %" for way in ways]
-    distance = spread([100 * each for each in into["weights"]])
+    distance = spread([100 * each for each in into["weights"]], 3)
     return [name, distance, spread(into["kl"], 4), spread([math.exp(loss) for loss in into["alone"]]), *kept]
 
 
