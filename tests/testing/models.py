@@ -102,9 +102,8 @@ CHECKPOINTING = (
 )
 
 
-@functools.cache
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word: the special ones, then `w3`, `w4`, … to the end of the tiny vocabulary."""
+    """One token per word: the special ones, then `w3`, `w4`, … to the end of the vocabulary; a new one each time."""
     words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, VOCAB - 1)), "<mask>"]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
