@@ -32,6 +32,7 @@ from typing import Any
 
 from against_lora import longer
 from against_lora_report import FAIR
+from bases import middle_rate
 from cross_domain_report import OTHERS, TRAINED, details, draw, find, headline
 from distance import divergences
 from question import ask, parser_of, size_of
@@ -82,7 +83,7 @@ def best_rates(base: str, path: Path | None, needed: bool) -> dict[str, float]:
     best = {name: each[FAIR] for of in found if of["base"] == base for name, each in of["rates"].items()}
     if needed and not best:
         raise SystemExit(f"the rates of {base} are not known; run against_lora.py first, into the same folder")
-    return {name: method.settings[len(method.settings) // 2][0] for name, method in METHODS.items()} | best
+    return {name: middle_rate(base, name) for name in METHODS} | best
 
 
 def run_once(

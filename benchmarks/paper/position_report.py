@@ -150,9 +150,9 @@ def verdict_of(early: int, count: int) -> tuple[str, str]:
         return "Not early", "not borne out"
     if early == count:
         return "Early", "borne out"
-    return (
-        ("Mostly not early", "mostly not borne out") if 2 * early < count else ("Early in part", "borne out in part")
-    )
+    if 2 * early < count:
+        return "Mostly not early", "mostly not borne out"
+    return "Early in part", "borne out in part"
 
 
 def medians(case: dict[str, Any]) -> list[float]:

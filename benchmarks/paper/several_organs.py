@@ -151,6 +151,8 @@ def together(way: str, base: str, folders: dict[str, Path]) -> Iterator[tuple[st
             try:
                 both = both_organs(model, folders, weight)
             except UnsupportedArchitectureError:  # in Gemma, norms undo the scale of an inserted organ
+                if weight == 1:
+                    raise
                 continue
             yield name, both
     if way == ONE_PLACE:

@@ -111,8 +111,8 @@ def resolve(
     if isinstance(first, PreTrainedModel):
         if donor is None:
             raise NotHFError("a live recipient needs a donor; give it: from_pretrained(model, donor)")
-        own = {} if config in (None, first.config) else {"config": config}
-        if unusable := sorted({**kwargs, **own}.keys() - set(SHARED_KWARGS)):
+        other = set() if config in (None, first.config) else {"config"}
+        if unusable := sorted((kwargs.keys() | other) - set(SHARED_KWARGS)):
             raise TypeError(f"unexpected arguments for a live recipient: {', '.join(unusable)}; leave them out")
         _, organs = resolve_donor(replace(source, donor=donor), shared)
         native = layers_config(getattr(first, "base_config", first.config))
