@@ -11,7 +11,7 @@ import privacy
 import recall
 import report
 import sweep
-from methods import REFERENCE, mean, seconds_per_step
+from methods import REFERENCE, SEARCH_SEED, mean, seconds_per_step
 from record import key_of
 from texts import ROOT
 
@@ -33,17 +33,28 @@ def train(form: str = "") -> str:
 
 
 def gpu() -> str:
-    """What a step costs on a GPU, and what the search for rates there gave."""
+    """What a step costs on a GPU, what the search for rates there gave, and the runs at equal time."""
     found = read("train-gpu")
-    base = next(run for run in found["runs"] if run["given"]["method"] is None)
-    heads = ("method", "ms per step", "memory, GB", "with checkpointing", "best rate", "perplexity")
+    base = found["comparison"][0]["base"]
+    ends = {each["method"]: each for each in found["comparison"]}
+    heads = ("method", "ms per step", "memory, GB", "with checkpointing", "best rate", "perplexity after the search")
+    heads += ("steps", "tokens, millions", "perplexity at equal time", "of general text")
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for method, each in on_gpu().items():
         costs = (f"{1000 * each['seconds']:.0f}", *(f"{each[key] / 1e9:.1f}" for key in ("peak", "peak_saving")))
         rate = f"{each['rate']:g}{', the end of its grid' if each['at_end'] else ''}"
-        perplexity = f"{math.exp(each['loss']):.2f}"
-        lines.append(f"| {' | '.join((method, *costs, rate, perplexity))} |")
-    before = f"Perplexity of the base: {math.exp(*losses_aside(base)):.2f}. "
+        end = ("–",) * 4
+        if run := ends.get(method):
+            losses = run["losses"][f"{run['scale']:g}"]
+            tokens = run["steps"] * run["batch"] * found["runs"][0]["given"]["block"] / 1e6
+            end = (
+                f"{run['steps']}",
+                f"{tokens:.1f}",
+                *(f"{math.exp(losses[of]):.2f}" for of in ("domain", "control")),
+            )
+        cells = (method, *costs, rate, f"{math.exp(each['loss']):.2f}", *end)
+        lines.append(f"| {' | '.join(cells)} |")
+    before = f"Before, at the end: {math.exp(base['domain']):.2f}, general text {math.exp(base['control']):.2f}. "
     return "\n".join([*lines, "", before + source("train.py --gpu", found)])
 
 
@@ -54,13 +65,13 @@ def on_gpu() -> dict[str, dict[str, Any]]:
     for method in dict.fromkeys(run["given"]["method"] for run in runs):
         mine = [run for run in runs if run["given"]["method"] == method]
         saving, plain = sorted((run for run in mine if not run["given"]["held"]), key=lambda run: len(run["ends"]))
-        losses = {run["given"]["rate"]: min(losses_aside(run)) for run in mine if run["given"]["held"]}
+        searched = [run for run in mine if run["given"].get("seed") == SEARCH_SEED]
+        losses = {run["given"]["rate"]: min(losses_aside(run)) for run in searched}
         rate = min(losses, key=losses.__getitem__)
         found[method] = {
             "seconds": seconds_per_step(plain["ends"], 2),
             "peak": plain["peak"],
             "peak_saving": saving["peak"],
-            "steps": mine[-1]["given"]["steps"],
             "rate": rate,
             "at_end": rate in (min(losses), max(losses)),
             "loss": losses[rate],
@@ -106,7 +117,8 @@ def source(script: str, found: dict[str, Any]) -> str:
         f"{name} {' and '.join(dict.fromkeys(each[name.lower()] for each in versions))}"
         for name in ("Python", "torch", "transformers")
     )
-    return f"`{script}`, commit {commits}; {hardware}, one thread a run; {packages}."
+    threads = "" if all("gpu" in each for each in made_on) else ", one thread a run"
+    return f"`{script}`, commit {commits}; {hardware}{threads}; {packages}."
 
 
 def middle(values: list[float], form: str = ".2f") -> str:
