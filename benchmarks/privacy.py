@@ -39,7 +39,7 @@ AS_TRAINED, EQUAL = "as trained", "at equal loss"
 FORMS: dict[str, dict[str, Any]] = {
     "full": {
         "members": 256, "others": 256, "block": 128, "epochs": 4, "repetitions": [0, 1, 10, 100], "num_each": 4,
-        "held": 32, "candidates": 255, "tune": 16,
+        "held": 32, "candidates": 127, "tune": 16,
     },
     "quick": {
         "members": 100, "others": 100, "block": 64, "epochs": 1, "repetitions": [0, 1, 10, 100], "num_each": 1,
