@@ -199,7 +199,7 @@ def switch_rows() -> list[tuple[str, ...]]:
     pairs = {"switch to another one": ("set_donor", "set_adapter"), "load one more": ("load_donor", "load_adapter")}
     for what, names in pairs.items():
         cells = (f"{switch['seconds'][name] * 1000:.1f}" for name in names)
-        rows.append((f"{what}, {switch['num_layers']} layers: ms", *cells, "`runtime.py`"))
+        rows.append((f"{what}, {switch['num_layers']} layers of random weights: ms", *cells, "`runtime.py`"))
     return rows
 
 
@@ -218,7 +218,7 @@ def native() -> str:
         ),
         ("load and first forward pass ÷ its time", f"{min(ratios):.2f} – {max(ratios):.2f}", "`runtime.py`"),
         (
-            f"MB read from a repo of {extract['model_bytes'] / 1e6:,.0f} MB to cut an organ of "
+            f"MB read from a repo of {extract['model_bytes'] / 1e6:,.0f} MB (random weights) to cut an organ of "
             f"{cut['organ_bytes'] / 1e6:,.0f} MB",
             f"{cut['bytes_served'] / 1e6:,.0f}",
             "`extract.py`",

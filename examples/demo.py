@@ -1,4 +1,4 @@
-"""The whole life of an organ, in a few minutes on two CPU cores: cut, train, push, load by ID, merge.
+"""The whole life cycle of an organ, in a few minutes on two CPU cores: cut, train, push, load by ID, merge.
 
     python examples/demo.py            # all it needs comes out of two Python packages: no Hub, no GPU
     python examples/demo.py --quick    # the same with fewer steps

@@ -1,6 +1,6 @@
 """An organ in a recipient of 8-bit weights, on a CPU: it stays in its own dtype beside them.
 
-pip install "not_hf[quantized]"
+pip install optimum-quanto
 python examples/quantized.py --donor me/my-organ
 python examples/quantized.py --donor me/my-organ --merged merged-model    # 8-bit weights made plain again
 """

@@ -94,7 +94,13 @@ def gap(each: dict[str, Any]) -> tuple[str, float, float]:
         return statistics.median(values(each, method, ONE))
 
     worst = max(loras(each["rates"]), key=at_one)
-    return worst, at_one(worst) / at_one(INSERTED), at_one(worst) / each["before"]["domain"]
+    return worst, to_inserted(each, worst), at_one(worst) / each["before"]["domain"]
+
+
+def to_inserted(each: dict[str, Any], method: str) -> float:
+    """A method's perplexity ÷ the inserted organ's at one rate for all, seed by seed; the median."""
+    pairs = zip(values(each, method, ONE), values(each, INSERTED, ONE), strict=True)
+    return statistics.median(of / inserted for of, inserted in pairs)
 
 
 def headline(found: list[dict[str, Any]]) -> str:
@@ -107,7 +113,7 @@ def headline(found: list[dict[str, Any]]) -> str:
     for each, lora, ratio, harm in cases:
         one.append(f"{each['base']} {shown(ratio)} and {shown(harm)} ({lora}, {each['rates'][lora][ONE]:g})")
         if "full" in each["rates"]:
-            full.append(statistics.median(values(each, "full", ONE)) / statistics.median(values(each, INSERTED, ONE)))
+            full.append(to_inserted(each, "full"))
         fair = {method: statistics.median(values(each, method, FAIR)) for method in each["rates"]}
         ahead = min(fair, key=fair.__getitem__)
         best.append(f"{each['base']} {ahead}, {fair[ahead]:.2f} (inserted organ {fair[INSERTED]:.2f})")

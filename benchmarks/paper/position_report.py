@@ -97,8 +97,9 @@ def details(cases: list[dict[str, Any]]) -> str:
     ]
     searched = [case["rate_at_end"] for case in cases if "rate_at_end" in case]
     said.append(
-        "- The learning rate was searched right behind the place that the organ was cut from, or there, and then used "
-        f"at all: the best one is the smallest or largest of those tried in {sum(searched)} of {len(searched)} cases."
+        "- The learning rate was searched with the organ right behind the layers that it was cut from or, if it "
+        "replaces layers, in their place, and then used at all positions. It is the smallest or largest of those "
+        f"tried in {sum(searched)} of {len(searched)} cases."
         if searched
         else ""
     )
@@ -136,10 +137,10 @@ def of_claim(way: str, cases: list[dict[str, Any]]) -> str:
         return ""
     early = [case for case in decided if case["best_third"] == THIRDS[0]]
     verdict = verdict_of(len(early), len(decided))[1]
-    where = ", ".join(f"{sum(case['best_third'] == third for case in decided)} in the {third}" for third in THIRDS)
+    where = ", ".join(f"in the {third} in {sum(case['best_third'] == third for case in decided)}" for third in THIRDS)
     gaps = [max(losses) - min(losses) for losses in map(medians, decided)]
     return (
-        f"- {way.capitalize()}: of {len(decided)} sweeps the best position lies {where}; best and worst differ by "
+        f"- {way.capitalize()}, {len(decided)} sweeps: the best position lies {where}. Best and worst differ by "
         f"{spread(gaps)} nats. That early positions are best is {verdict}."
     )
 

@@ -22,7 +22,7 @@ def new_figure(width: float, height: float, needed_by: str) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise NotHFError(f"{needed_by} needs matplotlib; pip install not_hf[plot]") from error
+        raise NotHFError(f"{needed_by} needs matplotlib; pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -22,7 +22,7 @@ class _NeedsTRL(Trainer):
     """Stands in for TRL's trainers where it is not installed, so that `from not_hf import *` works there."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise ImportError(f"{type(self).__name__} needs TRL; pip install not_hf[trl]")
+        raise ImportError(f"{type(self).__name__} needs TRL; pip install trl")
 
 
 try:
