@@ -278,6 +278,6 @@ def test_pictures_that_cannot_be_drawn(tmp_path, monkeypatch):
     with pytest.raises(NotHFError, match=r"^none of 1 logs holds a loss; pass trainer\.state\.log_history"):
         plot_training_curve([{"train_runtime": 3.0, "step": 1}], tmp_path / "curve.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(NotHFError, match="needs matplotlib; pip install matplotlib$"):
+    with pytest.raises(NotHFError, match=r"needs matplotlib; pip install matplotlib$"):
         plot_training_curve([{"loss": 3.0, "step": 1}], tmp_path / "curve.png")
     assert not list(tmp_path.iterdir())
