@@ -101,7 +101,7 @@ SCRIPTS = (
         if name != "encoders"  # has models of its own
         for base, (hours, more) in OTHER_BASES.items()
     ),
-    Script("privacy", 3, small=("--smoke",), goes_on=True),
+    Script("privacy", 1, small=("--smoke",), goes_on=True),
     Script("organs", 1, ("--cards", str(ROOT / "model_cards")), ("--smoke",), goes_on=True),
 )
 

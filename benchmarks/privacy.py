@@ -1,7 +1,7 @@
 """What an organ, LoRA and full fine-tuning give away of the rows that they learned, at equal perplexity of the domain.
 
-    python benchmarks/privacy.py            # one seed: three hours of one core (make bench-privacy)
-    python benchmarks/privacy.py --quick    # few rows, one epoch, own recipient only: half an hour
+    python benchmarks/privacy.py            # one seed: two hours of one core (make bench-privacy)
+    python benchmarks/privacy.py --quick    # fewer rows, one epoch, own recipient only: half an hour
     python benchmarks/privacy.py --smoke    # a small random model, for the test suite
 
 Each method learns every other block of King James, drawn by lot, with canaries among them that stand there 1, 10 and
@@ -38,8 +38,8 @@ SCALES = [0.0, 0.3, 0.5, 0.7, 0.85, 1.0]
 AS_TRAINED, EQUAL = "as trained", "at equal loss"
 FORMS: dict[str, dict[str, Any]] = {
     "full": {
-        "members": 256, "others": 256, "block": 128, "epochs": 4, "repetitions": [0, 1, 10, 100], "num_each": 4,
-        "held": 32, "candidates": 127, "tune": 16,
+        "members": 256, "others": 256, "block": 64, "epochs": 2, "repetitions": [0, 1, 10, 100], "num_each": 2,
+        "held": 64, "candidates": 127, "tune": 16,
     },
     "quick": {
         "members": 100, "others": 100, "block": 64, "epochs": 1, "repetitions": [0, 1, 10, 100], "num_each": 1,
