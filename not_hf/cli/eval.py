@@ -82,7 +82,8 @@ def measure(
         The results of `perplexity`: `after` the transplant; and, if wanted, `before` it, without the organ, and the
         `change`, as by `compare_perplexity`.
     """
-    from not_hf import compare_perplexity, perplexity
+    from not_hf import compare_perplexity
+    from not_hf.evaluation.perplexity import Perplexity
     from not_hf.evaluation.windows import encode, needs_organs
 
     window = window_of(model)
@@ -99,7 +100,7 @@ def measure(
     if without_organ:
         change = compare_perplexity(None, model, stream, tokenizer=tokenizer, **how)
         return {"before": change.pop("model_a"), "after": change.pop("model_b"), "change": change}
-    after = perplexity.compute(predictions=stream, model=model, tokenizer=tokenizer, **how)
+    after = Perplexity().compute(predictions=stream, model=model, tokenizer=tokenizer, **how)
     assert after is not None  # it is None on other processes than the main one
     return {"after": after}
 

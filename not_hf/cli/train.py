@@ -123,6 +123,8 @@ def train(
         from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
         from not_hf import DonorConfig, DonorTrainer, ProgressLine, TrainingCurve
+        from not_hf.donor.tokenizer import TOKENIZER_FILES
+        from not_hf.hub.atomic_write import replacing
         from not_hf.recipient.heads import writing_class
         from not_hf.training.early_stopping import EarlyStopping
         from not_hf.training.examples import TrainingData, collator, mix_replay
@@ -207,7 +209,8 @@ def train(
         trainer.note_tokens()
         save_trained(model, output, [data, *([replay_data] if replay_data else [])], domain)
         if tokenizer.name_or_path == donor or (output / TOKENIZER_CONFIG_FILE).exists():  # else it is the base's
-            tokenizer.save_pretrained(output)
+            with replacing(output, stale=TOKENIZER_FILES) as draft:
+                tokenizer.save_pretrained(draft)
         tokens_seen = max((each.tokens_seen or 0 for each in trained_organs(model).values()), default=0)
         del model, trainer
         if evaluated:

@@ -109,6 +109,7 @@ class FilledModel(StrippedModel):
         except RuntimeError as error:  # from transformers' conversion of the tensors
             raise CorruptDonorError(f"{source}: {one_line(error, 300)}") from error
         organ, info = loaded
+        organ.config.name_or_path = organ.name_or_path = ""  # not "None", as transformers has it
         forget_conversions(organ)
         attach(organ, {name: tensor[...].to(organ.dtype) for name, tensor in beside.items()})
         return organ, info

@@ -243,7 +243,7 @@ class DonorModel(FilledModel):
         views = open_tensors(source, spec.config, hub_kwargs, variant, verify)
         tensors = with_base(source, views, spec.config, hub_kwargs)
         organ, missing = cls.load_tensors(spec, tensors, dtype, *model_args, source=source, **kwargs)
-        organ.config.name_or_path = source
+        organ.config.name_or_path = organ.name_or_path = source
         organ.config.digests = organ.config.delta = None  # its tensors may change
         return organ, missing
 

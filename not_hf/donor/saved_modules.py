@@ -132,7 +132,8 @@ def choose_modules(
 
 def class_names(config: PreTrainedConfig) -> list[str]:
     """Return the names of the classes that a native config has, in order."""
-    return [str(label) for _, label in sorted((config.id2label or {}).items())]
+    names = (config.id2label or {}).items()  # its keys may be strings, as they are read from JSON
+    return [str(label) for _, label in sorted(names, key=lambda each: int(each[0]))]
 
 
 def _is_classifier(stack: Stack, name: str) -> bool:

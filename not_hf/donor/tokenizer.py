@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    CHAT_TEMPLATE_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
 
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import AUTO_KWARGS, HUB_KWARGS
@@ -17,6 +23,15 @@ from not_hf.config import DonorConfig
 from not_hf.errors import NotHFError, one_line, reading_base
 
 logger = logging.getLogger(__name__)
+
+# Not all of them are written by every tokenizer, and a load reads what an earlier one has left
+TOKENIZER_FILES = (
+    ADDED_TOKENS_FILE,
+    CHAT_TEMPLATE_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
 
 
 class DonorTokenizer:

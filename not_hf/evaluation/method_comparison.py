@@ -47,6 +47,7 @@ from not_hf.evaluation.timed_training import train_for
 from not_hf.evaluation.windows import context_of
 from not_hf.recipient.heads import writing_class
 from not_hf.recipient.mixin import Recipient
+from not_hf.recipient.new_tokens import require_tokens
 from not_hf.version import versions
 
 SCALES = (0.0, 0.5, 0.7, 0.85, 1.0)
@@ -178,8 +179,12 @@ def compare_methods(
     _check_numbers(config, budget, rates, block_length, batch_size)
     if isinstance(donors, str | os.PathLike | DonorModel):
         raise NotHFError("donors must be a list, got a single donor; give donors=[donor]")
-    methods, skipped = _methods(config, rates, list(donors))
-    parts, held = _divided(base, data, control, tokenizer, block_length, batch_size)
+    donors = list(donors)
+    methods, skipped = _methods(config, rates, donors)
+    words = load_tokenizer(base if isinstance(base, PreTrainedModel) else os.fspath(base), tokenizer)
+    for donor in donors:
+        require_tokens(words, donor.config if isinstance(donor, DonorModel) else DonorConfig.from_pretrained(donor))
+    parts, held = _divided(data, control, words, block_length, batch_size)
 
     fresh = functools.partial(_load, base)
     model = fresh()
@@ -291,16 +296,14 @@ def _methods(
 
 
 def _divided(
-    base: PreTrainedModel | str | os.PathLike[str],
     data: Iterable[str],
     control: Iterable[str] | None,
-    tokenizer: PreTrainedTokenizerBase | str | None,
+    words: PreTrainedTokenizerBase,
     block_length: int,
     batch_size: int,
 ) -> tuple[TextParts, HeldOut]:
     """Divide the text, and return the parts with what is measured."""
     texts, general = check_texts(data, "data"), None if control is None else check_texts(control, "control")
-    words = load_tokenizer(base if isinstance(base, PreTrainedModel) else os.fspath(base), tokenizer)
     parts = TextParts.of(texts, words, block_length)
     if len(parts.train) < batch_size:
         raise NotHFError(f"the text has {len(parts.train)} blocks to train on, fewer than batch_size={batch_size}")

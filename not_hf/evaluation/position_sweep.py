@@ -73,6 +73,8 @@ class PositionSweep:
     def record(self, donor: DonorModel) -> None:
         """Note the best position in the config of the donor, for `from_pretrained(…, position="best")`; then save it.
 
+        Perplexities go with it, unless they are of organs that `train_positions` has discarded.
+
         Raises:
             NotHFError: The sweep was of another organ, or that has diverged.
         """
@@ -84,9 +86,12 @@ class PositionSweep:
             raise NotHFError("the sweep was of another organ; record it in the donor that was swept")
         if math.isnan(self.best["nats_per_token"]):
             raise NotHFError("no position has a perplexity to record: the organ has diverged")
-        measured = {key: self.best[key] for key in ("position", "mode", "perplexity")}
-        where = {"model": hub_id(self.about["model"]), "num_tokens": self.num_tokens}
-        donor.config.best_position = {**measured, "perplexity_without_organ": self.base["perplexity"], **where}
+        best = {key: self.best[key] for key in ("position", "mode")}
+        if "training_digest" not in self.about:
+            beside = {"beside": self.about["beside"]} if self.about.get("beside") else {}
+            best |= {"perplexity": self.best["perplexity"], "perplexity_without_organ": self.base["perplexity"]}
+            best |= {"model": hub_id(self.about["model"]), **beside, "num_tokens": self.num_tokens}
+        donor.config.best_position = best
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw perplexity over position with its interval, the base as a line, and the best position marked.
@@ -163,8 +168,8 @@ def sweep_positions(
     """
     wanted = require_positions(positions, modes)
     lengths = (max_length, stride, batch_size)
-    text = SweptText.of(model, data, tokenizer, add_start_token, *lengths, caller="sweep_positions")
     organ = donor if isinstance(donor, DonorModel) else DonorModel.from_pretrained(donor)
+    text = SweptText.of(model, organ, data, tokenizer, add_start_token, *lengths, caller="sweep_positions")
     places, skipped = legal_places(text.model, organ, text.free_name, wanted, dict.fromkeys(modes))
     about: dict[str, Any] = {
         "donor": None if isinstance(donor, DonorModel) else os.fspath(donor),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -68,8 +70,8 @@ def train_positions(
         args: As for `DonorTrainer`: `max_steps`, `learning_rate`, … No checkpoints are saved.
         tokenizer: As for `sweep_positions`, like `max_length`, `stride`, `add_start_token`, `batch_size` and `seed`.
         folder: Where `sweep.json` is written after each position. If it holds one of the same organ, text and
-            training, only the positions that are missing there are trained. What a function returns is not compared,
-            nor what a stream yields after its first 1,000 rows.
+            training, only the positions that are missing there are trained. Not compared are what a function does,
+            what a stream yields after its first 1,000 rows, and what arguments hold that are no dataclasses.
         **trainer_kwargs: For `DonorTrainer`: `data_collator`, `optimizer`, `cache_prefix`, `callbacks`, …
 
     Returns:
@@ -98,9 +100,9 @@ def train_positions(
     if args.load_best_model_at_end:
         raise NotHFError("train_positions saves no checkpoints to load the best of; leave load_best_model_at_end out")
     lengths = (max_length, stride, batch_size)
-    text = SweptText.of(model, data, tokenizer, add_start_token, *lengths, caller="train_positions")
     name = os.fspath(donor) if isinstance(donor, str | os.PathLike) else None
     organ: Any = donor if name is None else DonorModel.from_pretrained(name)
+    text = SweptText.of(model, organ, data, tokenizer, add_start_token, *lengths, caller="train_positions")
     places, skipped = _places(text, organ, wanted, modes)
     about: dict[str, Any] = {
         "donor": name,
@@ -212,12 +214,25 @@ def _train(recipient: Recipient, args: TrainingArguments, train_dataset: Any, tr
 def _digest(train_dataset: Any, args: TrainingArguments, trainer_kwargs: Mapping[str, Any]) -> str:
     """Digest the arguments of a training, as far as they can be compared, and its rows; of a stream the first ones."""
     values = {key: value for key, value in args.to_dict().items() if key not in _PATHS}
-    plain = {key: value for key, value in trainer_kwargs.items() if isinstance(value, str | int | float | None)}
-    digest = hashlib.sha256(repr((sorted(values.items()), sorted(plain.items()))).encode())
+    digest = hashlib.sha256(repr((sorted(values.items()), _told(trainer_kwargs))).encode())
     count = len(train_dataset) if isinstance(train_dataset, Sized) else _DIGESTED_ROWS
     for row in itertools.islice(train_dataset, count):
         digest.update(repr([(key, _plain(value)) for key, value in sorted(row.items())]).encode())
     return digest.hexdigest()
+
+
+def _told(value: Any) -> Any:
+    """Return what tells an argument from others: numbers, texts, names of classes and functions, and their parts."""
+    if isinstance(value, Mapping):
+        return sorted((str(key), _told(each)) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return [_told(each) for each in value]
+    if isinstance(value, str | int | float | torch.dtype | None):
+        return value
+    named = value if hasattr(value, "__qualname__") else type(value)
+    is_filled = dataclasses.is_dataclass(value) and named is not value
+    parts = [_told(getattr(value, each.name)) for each in dataclasses.fields(value)] if is_filled else []
+    return [named.__module__, named.__qualname__, *parts]
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,6 @@ from not_hf.errors import NotHFError
 from not_hf.evaluation.bootstrap import check_level
 from not_hf.evaluation.canaries import Canary, ask_for_secrets, canaries_of
 from not_hf.evaluation.membership import Sides, attack_rows, repeated_rows
-from not_hf.evaluation.perplexity import load_tokenizer
 from not_hf.evaluation.privacy_findings import findings, page
 from not_hf.evaluation.probed_models import (
     AS_GIVEN,
@@ -28,12 +27,12 @@ from not_hf.evaluation.probed_models import (
     name_of,
     probed_models,
     shortest_context,
-    tokenizer_source,
+    tokenizer_of,
 )
 from not_hf.evaluation.probed_rows import ProbedRows
 from not_hf.evaluation.sweep_record import donor_digest, write_record
 from not_hf.evaluation.token_scores import TokenScores, score_tokens
-from not_hf.evaluation.windows import check_lengths
+from not_hf.evaluation.windows import check_lengths, needs_organs
 from not_hf.recipient.mixin import Recipient
 from not_hf.version import versions
 
@@ -124,15 +123,17 @@ def probe_privacy(
             `input_ids`. At least 20 of at least 2 tokens.
         non_members: Rows that were not, best drawn by lot from the same documents; at least 100, since 1 % of them may
             be false positives. Rows that are also among the members are left out.
-        reference: A model that was not trained on the members, for the reference attack and the control; default:
-            the model without its organs. A model without organs has no default, and goes without these two.
+        reference: A model with the same tokenizer that was not trained on the members, for the reference attack and
+            the control; default: the model without its organs. A model without organs, and one whose organs have the
+            only rows for some tokens, has no default, and goes without these two.
         base: Recipient of a donor, without organs; default: the base that it names. A live one is left unchanged.
         canaries: What `plant_canaries` returned, or the file that it wrote.
         recipients: Other recipients of a donor, by what they are, such as another fine-tune of the base. Each is
             measured like the donor's own.
         with_random_layers: Also measure the organ in its recipient after all layers of that have been given random
             weights: what the file tells somebody who has only embeddings and head besides.
-        tokenizer: Of a live model, its Hub ID or folder; needed for texts and canaries. Default: the base's.
+        tokenizer: Of a live model, its Hub ID or folder; needed for texts and canaries. Default: the base's, or the
+            donor's if it brings tokens.
         num_rows: At most so many members, and so many non-members, evenly spread.
         prefix_length: Tokens from which decoding goes on, and number of those that it writes. Rows shorter than twice
             that are left out of the extraction.
@@ -145,8 +146,8 @@ def probe_privacy(
 
     Raises:
         IncompatibleDonorError: The donor does not fit a recipient.
-        NotHFError: An argument is out of range, there are too few rows, a tokenizer or the base is missing, recipients
-            are given for a model that is no donor, or the model has diverged.
+        NotHFError: An argument is out of range, there are too few rows, a tokenizer or the base is missing or of other
+            tokens, recipients are given for a model that is no donor, or the model has diverged.
         UnsupportedArchitectureError: The model is no causal LM.
 
     Examples:
@@ -172,8 +173,7 @@ def probe_privacy(
 
     @functools.cache
     def words() -> PreTrainedTokenizerBase:
-        source, where = tokenizer_source(model, base)
-        return load_tokenizer(source, tokenizer, **where)
+        return tokenizer_of(model, donor, base, reference, tokenizer)
 
     rows = ProbedRows.of(members, non_members, words, num_rows)
     context = shortest_context(model, donor, base, recipients or {}, reference)
@@ -214,7 +214,7 @@ class _Questions:
         own, usual = self._score(model, "with the organ"), None
         if reference is not None:
             usual = self._score(load_causal(reference), "the reference model")
-        elif isinstance(model, Recipient):
+        elif isinstance(model, Recipient) and not needs_organs(model, self.rows.members + self.rows.non_members):
             with model.disable_donors():
                 usual = self._score(model, "without the organ")
         found = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.stack import find_stack
 from not_hf.config import DonorConfig
@@ -19,10 +19,11 @@ from not_hf.donor.compatibility import check_compatibility
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import IncompatibleDonorError, NotHFError
 from not_hf.evaluation.compared_methods import public_name
-from not_hf.evaluation.perplexity import load_model
+from not_hf.evaluation.perplexity import load_model, load_tokenizer
 from not_hf.evaluation.windows import context_of
 from not_hf.recipient.heads import class_of, recipient_config
 from not_hf.recipient.mixin import Recipient
+from not_hf.recipient.new_tokens import lacks_tokens, require_tokens
 
 Source = PreTrainedModel | str | os.PathLike[str]
 Opened = Callable[[], contextlib.AbstractContextManager[Any]]  # yields the model, ready to be run
@@ -104,12 +105,31 @@ def load_causal(source: Source, where: Mapping[str, Any] | None = None) -> PreTr
     return load_model(source if isinstance(source, nn.Module) else os.fspath(source), **(where or {}))
 
 
-def tokenizer_source(model: Source | DonorModel, base: Source | None) -> tuple[PreTrainedModel | str, dict[str, Any]]:
-    """Return what the tokenizer is loaded from, and where that is; a live model cannot tell."""
+def tokenizer_of(
+    model: Source | DonorModel,
+    donor: DonorModel | None,
+    base: Source | None,
+    reference: Source | None,
+    tokenizer: PreTrainedTokenizerBase | str | None,
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a probe: by default that of the recipient, or the donor's if it brings tokens.
+
+    Raises:
+        NotHFError: A live model has none, it lacks tokens of the donor, or that of the reference has other ids.
+    """
     source, where = (model if base is None or isinstance(base, nn.Module) else base), dict[str, Any]()
     if isinstance(source, DonorModel) and source.config.base_model_name_or_path:
         source, where = _own_recipient(source, None)
-    return (source if isinstance(source, nn.Module) else os.fspath(source)), where
+    found = load_tokenizer(source if isinstance(source, nn.Module) else os.fspath(source), tokenizer, **where)
+    if donor is not None:
+        if tokenizer is None and donor.name_or_path and lacks_tokens(found, [donor.config]):
+            found = AutoTokenizer.from_pretrained(donor.name_or_path)
+        require_tokens(found, donor.config)
+    if reference is not None and not isinstance(reference, nn.Module):
+        own, other = found.get_vocab(), AutoTokenizer.from_pretrained(os.fspath(reference)).get_vocab()
+        if any(other.get(token, number) != number for token, number in own.items()):
+            raise NotHFError(f"{reference} reads other token ids; give a reference with the tokenizer of the model")
+    return found
 
 
 def name_of(model: Source) -> str | None:

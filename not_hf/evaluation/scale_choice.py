@@ -12,7 +12,7 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from not_hf.errors import NotHFError
-from not_hf.evaluation.perplexity import check_texts, perplexity
+from not_hf.evaluation.perplexity import Perplexity, check_texts
 from not_hf.evaluation.sweep_record import write_record
 from not_hf.recipient.mixin import Recipient
 from not_hf.training.figure import add_grid, new_figure
@@ -140,7 +140,7 @@ def choose_scale(
             model.set_donor_scale(donor_name, scale)
             row = {"scale": scale}
             for key, text in texts.items():
-                found: Any = perplexity.compute(
+                found: Any = Perplexity().compute(
                     predictions=[text], model=model, tokenizer=tokenizer, **perplexity_kwargs
                 )
                 row[key], counts[key] = found["perplexity"], found["num_tokens"]

@@ -13,10 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.architecture.layers import eval_mode
+from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError
 from not_hf.evaluation.perplexity import load_for_texts, load_model
 from not_hf.evaluation.windows import Window, batches_of, check_lengths, context_of, encode, nll_of
 from not_hf.recipient.mixin import Recipient
+from not_hf.recipient.new_tokens import require_tokens
 from not_hf.version import versions
 
 
@@ -40,6 +42,7 @@ class SweptText:
     def of(
         cls,
         model: PreTrainedModel | str | os.PathLike[str],
+        organ: Any,
         data: Iterable[Any],
         tokenizer: PreTrainedTokenizerBase | str | None,
         add_start_token: bool,
@@ -51,6 +54,9 @@ class SweptText:
     ) -> Self:
         """Check the arguments of a sweep, load the model if it is given by name, and split the text into windows.
 
+        Args:
+            organ: The donor, or a function that returns one for each place.
+
         Raises:
             NotHFError: An argument is out of range, there is nothing to score, or a tokenizer is missing.
             UnsupportedArchitectureError: The model is no causal LM.
@@ -58,13 +64,14 @@ class SweptText:
         rows = [] if isinstance(data, str) else list(data)
         if not rows:
             raise NotHFError("data must be texts, or rows with input_ids, at least one; give [text] for one text")
-        live, ids = _model_and_ids(model, rows, tokenizer, add_start_token)
+        live, ids = _model_and_ids(model, organ, rows, tokenizer, add_start_token)
         if isinstance(live, Recipient):
             live._surgery.require_layers(caller)
         max_length, stride = check_lengths(context_of(live.config), max_length, stride, batch_size)
         batches = batches_of(ids, max_length, stride, batch_size)
         about = {
             "model": live.name_or_path or None,
+            "beside": live.active_donors if isinstance(live, Recipient) else [],
             "windows_digest": _digest(ids, batches),
             **{"max_length": max_length, "stride": stride},
             **versions(),
@@ -92,6 +99,7 @@ class SweptText:
 
 def _model_and_ids(
     model: PreTrainedModel | str | os.PathLike[str],
+    organ: Any,
     rows: list[Any],
     tokenizer: PreTrainedTokenizerBase | str | None,
     add_start_token: bool,
@@ -100,6 +108,8 @@ def _model_and_ids(
     source: Any = model if isinstance(model, nn.Module) else os.fspath(model)
     if all(isinstance(row, str) for row in rows):
         loaded, tokenizer = load_for_texts(source, None, tokenizer, None)
+        if isinstance(organ, DonorModel):
+            require_tokens(tokenizer, organ.config)
         return loaded, encode(["\n".join(rows)], tokenizer, add_start_token)[0]
     if not all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
         raise NotHFError("data must be texts, or rows with input_ids; give dataset['text'], or use not_hf.pack")

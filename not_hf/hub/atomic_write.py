@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
@@ -36,7 +36,9 @@ def full_disk_is_oserror(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> Iterator[str]:
+def replacing(
+    folder: str | os.PathLike[str], is_main_process: bool = True, stale: Collection[str] = ()
+) -> Iterator[str]:
     """Write into a temporary folder, whose files move into `folder` when the block ends.
 
     If the block or the move fails, `folder` stays as it was. Weights of an earlier save that the new files do not
@@ -45,6 +47,7 @@ def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> I
     Args:
         folder: The donor's folder; created if missing.
         is_main_process: Whether this process writes. What others write is discarded; they do not wait.
+        stale: Names of other files of an earlier save that are removed unless they are written.
 
     Yields:
         Path of the temporary folder, which is empty.
@@ -63,7 +66,7 @@ def replacing(folder: str | os.PathLike[str], is_main_process: bool = True) -> I
             # on Windows a file that a program has open stays, and the next save deletes it
             with tempfile.TemporaryDirectory(prefix=DRAFT, dir=folder, ignore_cleanup_errors=True) as draft:
                 yield draft
-                _move(Path(draft), Path(folder))
+                _move(Path(draft), Path(folder), stale)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):  # not empty: somebody else has written to it
@@ -134,7 +137,7 @@ def _kind_of_model(folder: str | os.PathLike[str]) -> str | None:
     return kind
 
 
-def _move(draft: Path, folder: Path) -> None:
+def _move(draft: Path, folder: Path, also_stale: Collection[str]) -> None:
     """Move the draft's files into `folder`. After an error, or an interruption, the old files are back.
 
     If putting them back fails too, they are left for `_clear_up`.
@@ -150,6 +153,7 @@ def _move(draft: Path, folder: Path) -> None:
     new_folders = sorted((place for place in places if not place.exists()), reverse=True)  # the inner ones first
     present = [file for place in places if place.is_dir() for file in place.iterdir() if file.is_file()]
     stale = stale_weights((file.relative_to(folder).as_posix() for file in present), written)
+    stale += [name for name in also_stale if name not in written]
     replaced = [path for path in (*reversed(written), *stale) if (folder / path).exists()]
     aside = Path(tempfile.mkdtemp(prefix=_REPLACED, dir=folder))  # outlives an undo that fails
     moves = [(folder / path, aside / path) for path in replaced]

@@ -20,6 +20,7 @@ from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import require_known, without_progress_bar
 from not_hf.cards.common import README
 from not_hf.cards.merged import merged_card
+from not_hf.donor.tokenizer import TOKENIZER_FILES
 from not_hf.errors import NotHFError, one_line
 from not_hf.hub.atomic_write import replacing, require_no_donor
 from not_hf.hub.checkpoint import View
@@ -101,7 +102,7 @@ def merge_donor(
     opened, reason = open_merge(first, second, hub_kwargs), None
     _require_other_folder(folder, opened)
     processor = _processor(os.fspath(first), opened.base_config, hub_kwargs)
-    with replacing(folder) as draft:
+    with replacing(folder, stale=() if processor is None else TOKENIZER_FILES) as draft:
         try:
             merge = hollow_merge(opened, folder)
         except NotCopiedError as error:

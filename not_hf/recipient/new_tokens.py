@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedTokenizerBase
 
 from not_hf.architecture.stack import layers_config
+from not_hf.config import DonorConfig
+from not_hf.errors import NotHFError
 from not_hf.recipient.views import ModelWithOrgans
 
 
 def brings_tokens(model: ModelWithOrgans, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether organs of a model have rows for tokens that the recipient's tokenizer lacks, so theirs is needed."""
-    rows = (ids for config in model.donor_config.values() for ids in (config.trainable_token_indices or {}).values())
     has_more = layers_config(model.config).vocab_size > model.base_config.vocab_size
-    return has_more or any(max(ids) >= len(tokenizer) for ids in rows)  # some models have spare rows
+    return has_more or lacks_tokens(tokenizer, model.donor_config.values())  # some models have spare rows
+
+
+def lacks_tokens(tokenizer: PreTrainedTokenizerBase, donors: Iterable[DonorConfig]) -> bool:
+    """Whether a tokenizer lacks tokens that donors have rows for."""
+    rows = (ids for config in donors for ids in (config.trainable_token_indices or {}).values())
+    return any(max(ids) >= len(tokenizer) for ids in rows)
+
+
+def require_tokens(tokenizer: PreTrainedTokenizerBase, donor: DonorConfig) -> None:
+    """Check that a tokenizer has the tokens that a donor has rows for.
+
+    Raises:
+        NotHFError: It lacks some, and would write others in their place.
+    """
+    if lacks_tokens(tokenizer, [donor]):
+        raise NotHFError(
+            "the organ has rows for tokens that the tokenizer lacks; pass tokenizer=, the one that it was trained with"
+        )

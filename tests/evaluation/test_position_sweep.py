@@ -185,6 +185,19 @@ def test_rows_are_scored_each_on_its_own():
         assert sweep.base["perplexity"] == pytest.approx(found["perplexity"], rel=1e-6)
 
 
+def test_an_organ_is_not_read_without_its_tokens_and_other_organs_are_told_of():
+    base = tiny_model("llama")
+    count = len(tiny_tokenizer())
+    rows = DonorModel.from_base(base, (1, 2), trainable_token_indices={"embed_tokens": [count - 1]})
+    assert sweep_positions(base, rows, TEXT, [1], **HOW).rows
+    rows.config.trainable_token_indices = {"embed_tokens": [count]}
+    with pytest.raises(NotHFError, match="rows for tokens that the tokenizer lacks"):
+        sweep_positions(base, rows, TEXT, [1], **HOW)
+    donor, model = organ(base, 1), TransplantedForCausalLM.from_pretrained(base, organ(base, 2), donor_name="law")
+    sweep_positions(model, donor, TEXT, [1], **HOW).record(donor)
+    assert donor.config.best_position["beside"] == ["law"]
+
+
 def test_what_cannot_be_swept_is_refused_and_nothing_changes(tmp_path):
     base = tiny_model("llama")
     donor, before = organ(base, 1), state(base)
@@ -359,6 +372,10 @@ def test_the_best_position_travels_with_the_donor(tmp_path):
         expected.load_donor(tmp_path / "donor", "b", position="best", mode=other)
     expected.save_pretrained(tmp_path / "saved")  # and is not lost on the way through a model
     assert DonorModel.from_pretrained(tmp_path / "saved").config.best_position == found.best_position
+    learning = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tmp_path / "donor", is_trainable=True)
+    learning.save_pretrained(tmp_path / "trained")
+    kept = {key: found.best_position[key] for key in ("position", "mode")}
+    assert DonorModel.from_pretrained(tmp_path / "trained").config.best_position == kept
     for wrong in ({"position": "1", "mode": "insert"}, {"position": 1}):
         donor.config.best_position = wrong
         with pytest.raises(CorruptDonorError, match="best_position must hold a position and a mode"):

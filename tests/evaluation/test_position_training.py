@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import DataCollatorForLanguageModeling, TrainingArguments, default_data_collator
 
 from not_hf import (
     DonorModel,
@@ -73,7 +74,7 @@ def test_each_is_what_training_there_gives(how, bf16):
         (start,) = (each for each in untrained.rows if place.items() <= each.items())
         assert row["nats_per_token"] < start["nats_per_token"] and row["low"] < row["perplexity"] < row["high"]
     found.record(donor)
-    assert donor.config.best_position["position"] == found.best["position"]
+    assert donor.config.best_position == {key: found.best[key] for key in ("position", "mode")}  # no number of its own
 
 
 def test_what_a_trainer_sets_is_undone(how, tmp_path):
@@ -158,6 +159,26 @@ def test_any_other_training_data_are_noticed(how):
     assert digest(stream) == digest(longer) == digest(rows[:1000])
     wide = [{"input_ids": torch.arange(n, 2000 + n) % 90} for n in range(2)]
     assert digest(wide[:1]) != digest([{"input_ids": wide[0]["input_ids"].index_fill(0, torch.tensor(1000), 0)}])
+
+
+def test_any_other_trainer_arguments_are_noticed(how):
+    def digest(**trainer_kwargs):
+        return position_training._digest(TRAINED, how["args"], trainer_kwargs)
+
+    slow, fast = ((torch.optim.AdamW, {"lr": rate}) for rate in (1e-6, 0.05))
+    masks = [DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False, pad_to_multiple_of=n) for n in (None, 8)]
+    others: list[dict[str, Any]] = [
+        {},
+        *({"optimizer_cls_and_kwargs": each} for each in (slow, fast, (torch.optim.SGD, {"lr": 0.05}))),
+        *({"data_collator": each} for each in (default_data_collator, *masks)),
+        {"compute_loss_func": default_data_collator},
+        {"prefix_dtype": torch.float16},
+        {"prefix_dtype": torch.bfloat16},
+        {"optimizer": "muon"},
+    ]
+    assert len({digest(**each) for each in others}) == len(others)
+    again = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False, pad_to_multiple_of=8)
+    assert digest(data_collator=again) == digest(data_collator=masks[1])
 
 
 def test_what_fits_nowhere_is_refused(how):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from not_hf import (
     DonorModel,
@@ -157,6 +161,41 @@ def test_the_tokenizer_of_a_donor_in_memory_lies_where_its_base_does(files, tmp_
     donor = DonorModel.from_base(tmp_path, (1, 3), subfolder="inner")
     found = probe_privacy(donor, MEMBERS, OTHERS, prefix_length=40)
     assert donor.config.base_subfolder == "inner" and found.about["num_members"] == len(MEMBERS)
+
+
+def test_tokens_of_the_donor_and_of_the_reference(files, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_tokens(["zig", "zag"])
+    grown = AutoModelForCausalLM.from_pretrained(files / "base")
+    grown.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = dict.fromkeys(("embed_tokens", "lm_head"), tokenizer.convert_tokens_to_ids(["zig", "zag"]))
+    donor = DonorModel.from_base(grown, (1, 3), mode="replace", trainable_token_indices=rows)
+    donor.config.base_model_name_or_path = str(files / "base")
+    donor.save_pretrained(tmp_path / "donor")
+    texts = [f"zig w{3 + n % 80} zag w{3 + n // 80} w5" for n in range(160)]
+    given: dict[str, Any] = {"members": texts[:40], "non_members": texts[40:], "prefix_length": 2}
+    for model, base in ((donor, None), (tmp_path / "donor", None), (tmp_path / "donor", files / "base")):
+        with pytest.raises(NotHFError, match="rows for tokens that the tokenizer lacks; pass tokenizer="):
+            probe_privacy(model, **given, base=base)
+    tokenizer.save_pretrained(tmp_path / "donor")
+    loaded = DonorModel.from_pretrained(tmp_path / "donor")
+    found = [
+        probe_privacy(model, **given, base=base, **how).attacks
+        for model, base, how in (
+            (tmp_path / "donor", None, {}),
+            (tmp_path / "donor", files / "base", {}),
+            (loaded, None, {}),
+            (donor, files / "base", {"tokenizer": tokenizer}),
+        )
+    ]
+    assert all(each == found[0] for each in found)
+    assert (donor.name_or_path, loaded.name_or_path) == ("", str(tmp_path / "donor"))
+    shuffled = {word: 89 - n if 89 - n >= 0 and n < 90 else n for word, n in tiny_tokenizer().get_vocab().items()}
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(shuffled, unk_token="</s>")))
+    tiny_model("llama").save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(NotHFError, match="other reads other token ids; give a reference with the tokenizer"):
+        probe_privacy(files / "organ", MEMBERS, OTHERS, reference=tmp_path / "other", prefix_length=8)
 
 
 def test_all_models_read_as_many_tokens():

@@ -49,6 +49,15 @@ def test_perplexities_are_those_of_each_scale_and_the_model_stays(options, tmp_p
     assert (tmp_path / "scales.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_texts_that_wait_elsewhere_stay_there():
+    base = tiny_model("llama")
+    model = TransplantedForCausalLM.from_pretrained(base, DonorModel.from_base(base, (1, 3)), donor_name="a")
+    perplexity.add_batch(predictions=["w5 w6 w7"])
+    choice = choose_scale(model, "a", ["w8 w9"], scales=(1,), **HOW)
+    waiting = perplexity.compute(model=model, **HOW)
+    assert (choice.num_tokens, waiting["num_tokens"]) == (2, 3)
+
+
 def test_the_front_is_what_no_other_scale_beats():
     values = [(0, 9, 3), (0.5, 7, 3), (0.7, 6, 4), (0.9, 6, 5), (1, 7, 6)]
     rows = [{"scale": scale, "perplexity": ppl, "control_perplexity": control} for scale, ppl, control in values]

@@ -125,10 +125,10 @@ def test_a_composition_that_breaks_off_leaves_no_folder(base, nth, tmp_path, mon
         replace(source, target)
 
     organ(base, 1).save_pretrained(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
+    before, several = sorted(tmp_path.rglob("*")), with_organs(base, 1, 2)
     monkeypatch.setattr("not_hf.hub.atomic_write.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
-        with_organs(base, 1, 2).save_pretrained(tmp_path)
+        several.save_pretrained(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before and holds(tmp_path, organ(base, 1))
 
 

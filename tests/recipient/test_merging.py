@@ -358,7 +358,9 @@ def test_what_is_merged_is_not_overwritten(tmp_path, monkeypatch):
 
 def test_an_earlier_merge_is_overwritten(base, donor, tmp_path):
     first = write_base(tmp_path / "merged", "gpt2")
+    (first / "chat_template.jinja").write_text("{{ messages }}")
     merge_donor(donor, first, base)
+    assert [AutoTokenizer.from_pretrained(each).chat_template for each in (first, base)] == [None, None]
     merge_in_memory(donor, tmp_path / "theirs", base, shard="5GB")
     ours = contents(first)
     assert {name: ours[name] for name in contents(tmp_path / "theirs")} == contents(tmp_path / "theirs")

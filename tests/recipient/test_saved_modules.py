@@ -32,6 +32,7 @@ from not_hf import (
     TransplantedForSequenceClassification,
     merge_donor,
 )
+from not_hf.donor.saved_modules import class_names
 from testing.donors import moved, organ, same, tiny_organ
 from testing.models import TOKEN_IDS, tiny_config, tiny_model, tiny_tokenizer
 from testing.shapes import VOCAB
@@ -39,6 +40,12 @@ from testing.training import made, rows
 
 NEW = [VOCAB, VOCAB + 1]
 MODELS = ["llama", "gpt2", "gemma3_text", "opt", "phi3"]  # tied and not, with projections around the embeddings
+
+
+def test_class_names_stand_in_the_order_of_their_numbers():
+    config = tiny_config("llama", num_labels=12)
+    config.id2label = {str(n): f"class{n}" for n in range(12)}  # as they are read from JSON
+    assert class_names(config) == [f"class{n}" for n in range(12)]
 
 
 @pytest.fixture(params=MODELS)

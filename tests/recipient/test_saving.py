@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments
 
 from not_hf import (
     CorruptDonorError,
@@ -23,6 +23,7 @@ from not_hf import (
 from testing import tree
 from testing.donors import tiny_organ, transplanted
 from testing.models import logits, tiny_model
+from testing.training import rows
 
 A, B, C = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2)), tiny_organ(3, layers=(1, 2))
 
@@ -92,6 +93,23 @@ def test_a_card_says_where_its_numbers_were_measured(tmp_path, base_folder):
     for name in ("back", "anew"):
         card = ModelCard.load(tmp_path / name / "README.md")
         assert elsewhere not in card.text and card.data.eval_results
+
+
+def test_numbers_from_before_a_training_are_not_those_of_what_it_gave(tmp_path, base_folder):
+    donor = tiny_organ(1)
+    donor.config.metrics = {"perplexity": {"before": 30.0, "after": 12.5}, "privacy": ["No attack found more."]}
+    donor.save_pretrained(tmp_path / "donor")
+    model = TransplantedForCausalLM.from_pretrained(base_folder("llama"), tmp_path / "donor", is_trainable=True)
+    folder = tmp_path / "out"
+    arguments = TrainingArguments(folder, max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    Trainer(model, arguments, train_dataset=rows(2)).train()
+    model.save_pretrained(folder)
+    assert DonorModel.from_pretrained(folder).config.metrics is None
+    text = ModelCard.load(folder / "README.md").text
+    assert "12.5" not in text and "No attack" not in text
+    measured = model.donor_config["default"].metrics = {"perplexity": {"before": 30.0, "after": 11.0}}
+    model.save_pretrained(folder)
+    assert DonorModel.from_pretrained(folder).config.metrics == measured
 
 
 @pytest.mark.slow
