@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from not_hf.architecture.adapters import has_adapters
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import (
     AUTO_KWARGS,
     SHARED_KWARGS,
-    fetch_file,
     implementations,
     require_known,
     resolve_commit,
@@ -28,6 +24,7 @@ from not_hf.composition.layout import Place
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource, read_entries
 from not_hf.config import MODES, DonorConfig, OrganSpec
 from not_hf.donor.compatibility import require_no_repo
+from not_hf.donor.generation_config import read_generation_config
 from not_hf.donor.modeling import DonorModel
 from not_hf.errors import CorruptDonorError, NotHFError, one_line, reading_base
 from not_hf.hub.consistent_read import require_same_save, saved_digests
@@ -135,7 +132,8 @@ def resolve(
         root, organs = resolve_donor(source, shared, config)
         config = None
         if "generation_config" not in kwargs:
-            generation = _read_generation_config(source, shared)
+            where = {**shared, "revision": source.revision, "subfolder": source.subfolder or ""}
+            generation = read_generation_config(str(source.donor), where)
         if root.base_model_name_or_path is None:
             raise NotHFError(f"{named_by} does not name its base; give it: from_pretrained(base, {named_by!r})")
         base = root.base_model_name_or_path
@@ -271,30 +269,6 @@ def _read_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> DonorCon
     return DonorConfig.from_pretrained(
         source.donor, **{**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
     )
-
-
-# Keys of a generation config that choose how to compute, not what: the caller's choice
-_CALLERS = ("compile_config", "cache_implementation", "cache_config", "disable_compile")
-
-
-def _read_generation_config(source: OrganSource, hub_kwargs: Mapping[str, Any]) -> GenerationConfig | None:
-    """Read the `generation_config.json` of a donor, if any.
-
-    Raises:
-        CorruptDonorError: It is no generation config.
-    """
-    where = {**hub_kwargs, "revision": source.revision, "subfolder": source.subfolder or ""}
-    path = fetch_file(str(source.donor), GENERATION_CONFIG_NAME, **where)
-    if path is None:
-        return None
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        unknown = values.keys() - GenerationConfig().to_dict().keys()  # of another release, or of a model's own
-        if hiding := sorted(key for key in unknown if hasattr(GenerationConfig, key)):
-            raise ValueError(f"the keys {', '.join(hiding)} would hide methods")
-        return GenerationConfig.from_dict({key: value for key, value in values.items() if key not in _CALLERS})
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptDonorError(f"{source.donor}: generation_config.json: {one_line(error, 300)}") from error
 
 
 def _checked(source: OrganSource, config: DonorConfig) -> ResolvedOrgan:

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from not_hf.architecture import upstream
 from not_hf.architecture.layers import silence
@@ -21,6 +21,7 @@ from not_hf.config import DonorConfig, OrganSpec
 from not_hf.donor.cutting import LiveBase, StoredBase, cut_config, open_base
 from not_hf.donor.delta import plan_delta, with_base
 from not_hf.donor.filled import FilledModel
+from not_hf.donor.generation_config import read_generation_config
 from not_hf.donor.loading import open_tensors
 from not_hf.donor.saved_modules import Indices, base_stack, choose_modules, cut_modules
 from not_hf.donor.saving import write_donor
@@ -53,6 +54,8 @@ class DonorModel(FilledModel):
         >>> donor(inputs_embeds=hidden_states).last_hidden_state.shape
         torch.Size([1, 5, 8])
     """
+
+    _generation_config: GenerationConfig | None = None  # that of the repo, for the next save
 
     @classmethod
     def from_base(
@@ -214,7 +217,11 @@ class DonorModel(FilledModel):
         def read() -> tuple[DonorModel, set[str]]:
             known = isinstance(config, DonorConfig)
             described: Any = config if known else DonorConfig.from_pretrained(config or source, **hub_kwargs)
-            return cls.load_files(described.check(), source, hub_kwargs, dtype, *model_args, verify=verify, **kwargs)
+            organ, missing = cls.load_files(
+                described.check(), source, hub_kwargs, dtype, *model_args, verify=verify, **kwargs
+            )
+            organ._generation_config = read_generation_config(source, hub_kwargs)
+            return organ, missing
 
         organ, missing = read_steadily(source, read)
         info = {"missing_keys": missing, "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
@@ -280,6 +287,7 @@ class DonorModel(FilledModel):
         push_kwargs: Any = {key: kwargs.pop(key) for key in PushOptions.__annotations__ if key in kwargs}
         kwargs |= {"max_shard_size": max_shard_size, "delta": plan_delta(delta, rank, self.config, push_to_hub)}
         kwargs |= {"tensors": state_dict, "token": push_kwargs.get("token")}
+        kwargs["generation_config"] = self._generation_config
         write_donor(self, save_directory, is_main_process, **kwargs)
         if push_to_hub and is_main_process:
             self._push(repo_id, kwargs, push_kwargs)
@@ -302,6 +310,7 @@ class DonorModel(FilledModel):
         """
         of_files: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "token": options.get("token")}
         of_files["delta"] = plan_delta(delta, rank, self.config, is_pushed=True)
+        of_files["generation_config"] = self._generation_config
         return self._push(repo_id, of_files, options)
 
     def _push(self, repo_id: str, of_files: dict[str, Any], options: PushOptions) -> CommitInfo:

@@ -61,7 +61,15 @@ class DonorTokenizer:
             base_config = AutoConfig.from_pretrained(base, **where, **shared)
             if isinstance(base_config, DonorConfig):
                 raise NotHFError(f"{pretrained_model_name_or_path} names {base} as its base, which is a donor")
-            return cls.auto_class.from_pretrained(base, *inputs, **where, **kwargs)
+            found = cls.auto_class.from_pretrained(base, *inputs, **where, **kwargs)
+        if lacks_tokens(found, config):
+            logger.warning(
+                "%s has rows for tokens that the tokenizer of its base, %s, lacks; save the one that it was trained "
+                "with beside it",
+                pretrained_model_name_or_path,
+                base,
+            )
+        return found
 
 
 class DonorProcessor(DonorTokenizer):
@@ -70,11 +78,18 @@ class DonorProcessor(DonorTokenizer):
     auto_class = AutoProcessor
 
 
+def lacks_tokens(tokenizer: Any, *donors: DonorConfig) -> bool:
+    """Whether a tokenizer, or that of a processor, lacks tokens that donors have rows for."""
+    rows = (ids for config in donors for ids in (config.trainable_token_indices or {}).values())
+    return any(max(ids) >= len(getattr(tokenizer, "tokenizer", tokenizer)) for ids in rows)
+
+
 def save_local_tokenizer(config: DonorConfig, folder: str | os.PathLike[str], draft: str | os.PathLike[str]) -> None:
     """Save the tokenizer of a donor's local base in `draft`, unless `folder`, to which the draft is moved, has one.
 
-    Of a base for images or sounds, the processor is saved, of which the tokenizer is a part. A tokenizer with code of
-    its own is left out, with a warning: saving a donor runs no code, and asks nothing.
+    Of a base for images or sounds, the processor is saved, of which the tokenizer is a part. A tokenizer that lacks
+    tokens of the donor is left out, for the donor needs its own; and, with a warning, one with code of its own: saving
+    a donor runs no code, and asks nothing.
     """
     base = config.base_model_name_or_path
     if os.path.exists(os.path.join(folder, TOKENIZER_CONFIG_FILE)):
@@ -86,7 +101,9 @@ def save_local_tokenizer(config: DonorConfig, folder: str | os.PathLike[str], dr
     try:
         native = AutoConfig.from_pretrained(base)
         auto_class: Any = AutoTokenizer if layers_config(native) is native else AutoProcessor
-        auto_class.from_pretrained(base, trust_remote_code=False).save_pretrained(draft)
+        found = auto_class.from_pretrained(base, trust_remote_code=False)
+        if not lacks_tokens(found, config):
+            found.save_pretrained(draft)
     except ImportError as error:  # of what a processor needs
         logger.warning("the processor of %s is not saved with the donor: %s", base, one_line(error, 200))
     except (OSError, ValueError) as error:  # a base without a tokenizer is still a base

@@ -17,13 +17,14 @@ from not_hf.architecture.stack import find_stack
 from not_hf.config import DonorConfig
 from not_hf.donor.compatibility import check_compatibility
 from not_hf.donor.modeling import DonorModel
+from not_hf.donor.tokenizer import lacks_tokens
 from not_hf.errors import IncompatibleDonorError, NotHFError
 from not_hf.evaluation.compared_methods import public_name
 from not_hf.evaluation.perplexity import load_model, load_tokenizer
 from not_hf.evaluation.windows import context_of
 from not_hf.recipient.heads import class_of, recipient_config
 from not_hf.recipient.mixin import Recipient
-from not_hf.recipient.new_tokens import lacks_tokens, require_tokens
+from not_hf.recipient.new_tokens import require_tokens
 
 Source = PreTrainedModel | str | os.PathLike[str]
 Opened = Callable[[], contextlib.AbstractContextManager[Any]]  # yields the model, ready to be run
@@ -122,7 +123,7 @@ def tokenizer_of(
         source, where = _own_recipient(source, None)
     found = load_tokenizer(source if isinstance(source, nn.Module) else os.fspath(source), tokenizer, **where)
     if donor is not None:
-        if tokenizer is None and donor.name_or_path and lacks_tokens(found, [donor.config]):
+        if tokenizer is None and donor.name_or_path and lacks_tokens(found, donor.config):
             found = AutoTokenizer.from_pretrained(donor.name_or_path)
         require_tokens(found, donor.config)
     if reference is not None and not isinstance(reference, nn.Module):

@@ -199,12 +199,13 @@ def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> 
     """Build a `DonorModel` on the meta device, in the organ's dtype unless told; the recipient is its base."""
     config = copy.deepcopy(organ.config)
     config.metrics = metrics_after_move(config, before := organ.spec.config)
-    if organ.learns() and config.metrics and organ.config.metrics == before.metrics:
+    may_have_learned = organ.active and organ.learns()
+    if may_have_learned and config.metrics and organ.config.metrics == before.metrics:
         config.metrics = None
         warn_once(
             f"the metrics of organ {organ.name!r} are not saved: they were measured before it was loaded to be trained"
         )
-    if organ.learns() and config.best_position and config.best_position == before.best_position:
+    if may_have_learned and config.best_position and config.best_position == before.best_position:
         config.best_position = {key: config.best_position[key] for key in ("position", "mode")}
     if name := surgery.base_config.name_or_path:
         is_same = surgery.is_live or surgery.base_subfolder == config.base_subfolder

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from not_hf import DonorModel, TransplantedForCausalLM, compose
 from testing.models import tiny_model, tiny_tokenizer
@@ -72,3 +73,21 @@ def test_one_that_may_be_of_the_base_of_before_is_kept_with_a_warning(tmp_path, 
     assert "tokenizer" not in caplog.text
     second.save_pretrained(tmp_path / "donor")
     assert f"was of another base, {tmp_path / 'a'}; if it is the tokenizer of that base, delete" in caplog.text
+
+
+def test_the_tokenizer_of_the_base_is_not_taken_for_one_that_has_the_tokens_of_the_donor(tmp_path, caplog):
+    base, folder = tmp_path / "base", tmp_path / "donor"
+    tiny_model("llama").save_pretrained(base)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(base)
+    for last in (len(tokenizer) - 1, len(tokenizer)):
+        donor = DonorModel.from_base(tiny_model("llama"), (1, 3), trainable_token_indices={"embed_tokens": [5]})
+        donor.config.base_model_name_or_path, donor.config.trainable_token_indices = (
+            str(base),
+            {"embed_tokens": [last]},
+        )
+        donor.save_pretrained(folder / str(last))
+        AutoTokenizer.from_pretrained(folder / str(last))
+        lacks = last == len(tokenizer)
+        assert (folder / str(last) / "tokenizer.json").exists() is not lacks
+        assert ("rows for tokens that the tokenizer of its base" in caplog.text) is lacks

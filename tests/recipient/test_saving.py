@@ -234,6 +234,9 @@ def test_a_changed_generation_config_is_kept(donors, where, base_folder, base_re
         assert type(again.generation_config) is type(model.generation_config)
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "generation_config.json").exists()
+    if not donors:  # a donor without a recipient keeps it too
+        DonorModel.from_pretrained(place).save_pretrained(tmp_path / "copied")
+        assert GenerationConfig.from_pretrained(tmp_path / "copied").temperature == 0.3
     # a recipient that is named has its own, and so has a caller who gives one
     assert TransplantedForCausalLM.from_pretrained(base, A).generation_config.temperature != 0.3
     given = GenerationConfig(temperature=0.9, do_sample=True)
