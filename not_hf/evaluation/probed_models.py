@@ -127,7 +127,7 @@ def tokenizer_of(
             found = AutoTokenizer.from_pretrained(donor.name_or_path)
         require_tokens(found, donor.config)
     if reference is not None and not isinstance(reference, nn.Module):
-        own, other = found.get_vocab(), AutoTokenizer.from_pretrained(os.fspath(reference)).get_vocab()
+        own, other = found.get_vocab(), _vocabulary(os.fspath(reference))
         if any(other.get(token, number) != number for token, number in own.items()):
             raise NotHFError(f"{reference} reads other token ids; give a reference with the tokenizer of the model")
     return found
@@ -137,6 +137,14 @@ def name_of(model: Source) -> str | None:
     """Return the Hub ID or folder of a model, if it has one, as it may be published."""
     name = getattr(model, "name_or_path", None) if isinstance(model, nn.Module) else os.fspath(model)
     return public_name(name) if name else None
+
+
+def _vocabulary(name: str) -> dict[str, int]:
+    """Return the token ids of a model by name; none, if it has no tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(name).get_vocab()
+    except (OSError, ValueError):
+        return {}
 
 
 def _own_recipient(donor: DonorModel, base: Source | None) -> tuple[Source, dict[str, Any]]:
