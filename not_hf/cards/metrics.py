@@ -32,6 +32,26 @@ def metrics_after_move(config: DonorConfig, before: DonorConfig) -> dict[str, An
     return {**metrics, MEASURED_AT: place_of(before)}
 
 
+def drop_measured_before(config: DonorConfig, before: DonorConfig) -> bool:
+    """Drop what was measured of an organ before it learned; its best position keeps its place, without perplexities.
+
+    What was written since is kept.
+
+    Args:
+        config: The organ's, which is changed.
+        before: The one that it was loaded with.
+
+    Returns:
+        Whether there were `metrics` to drop.
+    """
+    has_old = bool(config.metrics) and config.metrics == before.metrics
+    if has_old:
+        config.metrics = None
+    if config.best_position and config.best_position == before.best_position:
+        config.best_position = {key: config.best_position[key] for key in ("position", "mode")}
+    return has_old
+
+
 def organ_metrics(
     found: Mapping[str, Mapping[str, Any]], measured_on: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Any]:

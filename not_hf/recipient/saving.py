@@ -20,7 +20,7 @@ from not_hf.architecture.upstream import is_partitioned
 from not_hf.cards.common import README, warn_once
 from not_hf.cards.donor import updated_card
 from not_hf.cards.license import License
-from not_hf.cards.metrics import metrics_after_move
+from not_hf.cards.metrics import drop_measured_before, metrics_after_move
 from not_hf.composition.sources import composition_config, write_entry
 from not_hf.config import DonorConfig
 from not_hf.donor.delta import plan_delta
@@ -198,15 +198,12 @@ def _require_own(name: str, keys: Collection[str], shell: DonorModel) -> None:
 def _shell(surgery: Surgery, organ: Organ, dtype: torch.dtype | None = None) -> DonorModel:
     """Build a `DonorModel` on the meta device, in the organ's dtype unless told; the recipient is its base."""
     config = copy.deepcopy(organ.config)
-    config.metrics = metrics_after_move(config, before := organ.spec.config)
-    may_have_learned = organ.active and organ.learns()
-    if may_have_learned and config.metrics and organ.config.metrics == before.metrics:
-        config.metrics = None
+    before = organ.spec.config
+    if organ.active and organ.learns() and drop_measured_before(config, before):
         warn_once(
             f"the metrics of organ {organ.name!r} are not saved: they were measured before it was loaded to be trained"
         )
-    if may_have_learned and config.best_position and config.best_position == before.best_position:
-        config.best_position = {key: config.best_position[key] for key in ("position", "mode")}
+    config.metrics = metrics_after_move(config, before)
     if name := surgery.base_config.name_or_path:
         is_same = surgery.is_live or surgery.base_subfolder == config.base_subfolder
         if surgery.base_revision or name != config.base_model_name_or_path or not is_same:

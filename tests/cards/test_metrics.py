@@ -7,7 +7,7 @@ import math
 import pytest
 
 from not_hf.cards.donor import donor_card
-from not_hf.cards.metrics import organ_metrics, perplexities
+from not_hf.cards.metrics import drop_measured_before, organ_metrics, perplexities
 from testing.cards import make_config
 
 
@@ -49,6 +49,16 @@ def test_results_of_perplexity_become_metrics_and_a_card():
         ("perplexity", 18.0),
         ("bits_per_byte", 0.9),
     ]
+
+
+def test_only_what_was_measured_before_is_dropped():
+    old = {"metrics": {"perplexity": {"after": 2.0}}, "best_position": {"position": 1, "mode": "insert", "rows": 9}}
+    new = {"metrics": {"perplexity": {"after": 1.5}}, "best_position": {"position": 2, "mode": "insert", "rows": 9}}
+    place = {"position": 1, "mode": "insert"}
+    for now, kept in ((old, (None, place)), (new, tuple(new.values())), ({"metrics": None}, (None, None))):
+        config = make_config(**now)
+        assert drop_measured_before(config, make_config(**old)) == (now is old)
+        assert (config.metrics, config.best_position) == kept
 
 
 @pytest.mark.parametrize("wrong", [{"after": 3}, {"after": [1.0]}, {"after": ["a", "b"]}, [1.0, 2.0], None])

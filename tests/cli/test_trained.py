@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM
+from not_hf import DonorConfig, DonorModel, TransplantedForCausalLM, perplexity
 from testing.commands import done, invoke
 from testing.models import tiny_model, tiny_tokenizer
 from testing.training import CHAT_TEMPLATE, chat
@@ -62,17 +62,29 @@ def test_a_tokenizer_of_the_donor_s_own_stays_with_it(base, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_training_over_another_leaves_no_chat_template_of_it(verses, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    done("train", verses, "--data", verses / "text.txt", "-o", out, *TRAINING, "--force")
+    assert AutoTokenizer.from_pretrained(out).chat_template is None
+
+
+@pytest.mark.slow
 def test_new_tokens_stay_with_the_organ_and_are_measured(base, verses, tmp_path):
     text, out = verses / "text.txt", tmp_path / "out"
+    perplexity.add_batch(predictions=["w5 w6 w7"])  # which the command leaves waiting
     for options in ((), ("--base", base, "--force")):
         shown = invoke("train", verses, "--data", text, "--eval-data", text, "-o", out, *TRAINING, *options)
         assert shown.exit_code == 0, shown.stderr
         assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids(NEW) == [96, 97]
-        perplexity = DonorConfig.from_pretrained(out).metrics["perplexity"]
-        assert "before" not in perplexity and f" {perplexity['after']:.4g} with the organ (" in shown.stdout
+        found = DonorConfig.from_pretrained(out).metrics["perplexity"]
+        assert "before" not in found and f" {found['after']:.4g} with the organ (" in shown.stdout
         result = invoke("eval", out, "--data", text, "--json", *options[:2])
-        assert json.loads(result.stdout)["perplexity"] == perplexity["after"]
+        assert json.loads(result.stdout)["perplexity"] == found["after"]
         assert "not measured without the organ, which has the only rows for some tokens" in result.stderr
+    waiting = perplexity.compute(model=tiny_model("llama"), tokenizer=tiny_tokenizer(), add_start_token=False)
+    assert waiting["num_tokens"] == 2
 
 
 @pytest.fixture

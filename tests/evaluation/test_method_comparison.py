@@ -249,6 +249,10 @@ def test_donors_and_bases_that_do_not_fit(tmp_path, monkeypatch):
     for donor, name in ((wide, "donor"), (tmp_path / "wide", "donor wide")):
         with pytest.raises(IncompatibleDonorError, match=f"^{name}: .*hidden_size 64 does not fit"):
             compare_methods(base, TEXTS, donors=[donor], **HOW)
+    spare = DonorModel.from_base(base, (1, 2), trainable_token_indices={"embed_tokens": [1]})
+    spare.config.trainable_token_indices = {"embed_tokens": [len(tiny_tokenizer())]}
+    with pytest.raises(NotHFError, match="rows for tokens that the tokenizer lacks"):
+        compare_methods(base, TEXTS, donors=[spare], **HOW)
     with pytest.raises(NotHFError, match="is a donor; give the model that it was cut from"):
         compare_methods(tmp_path / "wide", TEXTS, **HOW)
     with pytest.raises(NotHFError, match="the base is wrapped in PeftModel; give the model without it"):
