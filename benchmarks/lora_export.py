@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     given = parser.parse_args(arguments)
     commit, base = demo.commit(), str(demo.unpack_base(given.cache))
-    options = demo.read_options(["--quick", "--steps", "30", "--lr", "1e-2"] if given.quick else [])
+    options = demo.read_options(["--quick", "--steps", "12", "--lr", "2e-2"] if given.quick else [])
     options.eval_chars = 600 if given.quick else 30_000
     tokenizer, blocks, texts = demo.prepare_text(base, options)
     with tempfile.TemporaryDirectory() as scratch:

@@ -52,7 +52,7 @@ FULL: dict[str, Any] = {
 SMALL = {**FULL, "search": 0, "seeds": 1, "held": 4, "control": 2}
 FORMS: dict[str, dict[str, Any]] = {
     "full": FULL,
-    "quick": {**SMALL, "steps": 4, "recipients": {CONTROL: [2, 6], "icd10": [4]}},
+    "quick": {**SMALL, "steps": 2, "held": 2, "recipients": {CONTROL: [2, 4]}},
     "smoke": {**SMALL, "block": 32, "steps": 2, "recipients": {CONTROL: [1, 3], "icd10": [2]}},
 }
 
