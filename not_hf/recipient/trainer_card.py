@@ -75,6 +75,7 @@ def gives_perplexity(trainer: Any, model: PreTrainedModel) -> bool:
         and trainer.label_smoother is None
         and getattr(trainer.args, "loss_type", "nll") == "nll"  # of TRL
         and not router_loss_configs(model)
+        and not getattr(model, "z_loss_coefficient", 0)
         and model.get_output_embeddings() is not None
     )
 

@@ -103,6 +103,7 @@ class PrefixCache:
         self.forward, self.entry, self.folder, self.max_bytes = forward, entry, folder, max_bytes
         self._below, self._given_dtype = below, dtype
         self._keyed = document_keys if by_document else row_keys
+        self._fixed_width = _fixed_width(below)
         about = _settings(forward.model, entry, dtype, mixed_precision)
         self._model_key = PrefixKey(forward.model, below, around, about)
         self._said: set[str] = set()
@@ -129,7 +130,7 @@ class PrefixCache:
         if store is None:
             return None
         ids = inputs["input_ids"]  # (batch, seq)
-        keys, places = self._keyed(inputs)
+        keys, places = self._keyed({**inputs, **self._width(inputs)})
         if counted is not None:
             padding = torch.ones(ids.shape, dtype=torch.bool)
             for place in places:
@@ -165,6 +166,14 @@ class PrefixCache:
         if found:
             self._warn_once("cache_prefix stores rows of text; batches with %s are run whole", ", ".join(found))
         return bool(found)
+
+    def _width(self, inputs: Mapping[str, Any]) -> dict[str, int]:
+        """Return the number of positions of a batch, under a name, where rows depend on that; 0: not at this width."""
+        if self._fixed_width is None:
+            return {}
+        positions = inputs.get("position_ids")
+        width = inputs["input_ids"].shape[1] if positions is None else int(positions.max()) + 1
+        return {"width": width if width >= self._fixed_width else 0}
 
     def _warn_once(self, message: str, *values: str) -> None:
         if message not in self._said:
@@ -255,6 +264,20 @@ def _digest(values: Mapping[str, Any]) -> bytes:
             value = (tuple(value.shape), str(value.dtype), value.contiguous().numpy().tobytes())
         digest.update(repr((name, value)).encode())
     return digest.digest()
+
+
+def _fixed_width(below: Sequence[nn.Module]) -> int | None:
+    """Return from how many positions on rotary frequencies follow the width of a batch; `None`: they never do."""
+    found: list[int] = []
+    for module in (each for part in below for each in part.modules()):
+        kinds = str(getattr(module, "rope_type", ""))  # a dict where layers of each type have one
+        if "dynamic" in kinds or "longrope" in kinds:
+            rotary: Any = module
+            rope = rotary.config.rope_parameters
+            given = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
+            trained = [each.get("original_max_position_embeddings") for each in given]
+            found += [rotary.original_max_seq_len, *filter(None, trained)]
+    return min(found, default=None)
 
 
 def _settings(model: Any, entry: int, dtype: torch.dtype | None, mixed_precision: str) -> dict[str, Any]:

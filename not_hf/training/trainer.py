@@ -51,7 +51,8 @@ class DonorTrainer(DonorTrainerMixin):
         optimizer: `None`: as in `TrainingArguments`; `"muon"`: Muon for matrices and AdamW for the rest, with the
             learning rate, weight decay, betas and epsilon of `TrainingArguments`.
         kl_weight: Factor of KL(base ‖ model), the mean over tokens in nats, which is added to the training loss; it
-            keeps predictions close to those of the model without its organs, whose dropout is off.
+            keeps predictions close to those of the model without its organs, whose dropout is off. Not for organs that
+            hold modules beside their layers.
         **trainer_kwargs: Passed to `Trainer`.
 
     Raises:
@@ -126,14 +127,14 @@ class DonorTrainer(DonorTrainerMixin):
             if not is_chunked:
                 raise NotHFError(
                     "kl_weight needs the chunked loss, which head_chunk=0, label smoothing, a loss function of your "
-                    "own, a compute_loss that asks for outputs, a router loss, PEFT's prompt learning or a trainable "
-                    "head turn off; use kl_weight=0 or leave those out"
+                    "own, a compute_loss that asks for outputs, a router loss, a z-loss, PEFT's prompt learning or a "
+                    "trainable head turn off; use kl_weight=0 or leave those out"
                 )
             batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
             base_hidden = self._base_hidden(stack, batch, hidden)
         if not is_chunked:
             return super()._loss_from(hidden, stack, model, inputs, return_outputs, num_items_in_batch)
-        with stack.starting_at(hidden):
+        with stack.learning_at(hidden):
             loss = self._chunked_loss(stack, model, inputs, base_hidden, num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -159,6 +160,7 @@ class DonorTrainer(DonorTrainerMixin):
             and (not return_outputs or (self._prediction_loss_only and not is_overridden))
             and native.loss_function is ForCausalLMLoss
             and not router_loss_configs(native)
+            and not getattr(native, "z_loss_coefficient", 0)  # Bamba adds that loss after `loss_function`
             and not self._has_trained_prompt
             and "logits_to_keep" in inspect.signature(native.forward).parameters
             and not any(map(is_trainable, stack.outside))
@@ -181,8 +183,8 @@ class DonorTrainer(DonorTrainerMixin):
             base_hidden: Output of the base's last layer for the KL term, `(batch, seq, hidden)`.
             num_items_in_batch: Tokens to divide the sum by; `None`: those of this batch.
         """
-        batch = dict(inputs)
-        labels, shift_labels = batch.pop("labels"), batch.pop("shift_labels", None)  # (batch, seq)
+        batch = {name: value for name, value in inputs.items() if name not in self._beside_inputs}
+        labels, shift_labels = inputs["labels"], inputs.get("shift_labels")  # (batch, seq)
         with stack.forward.capturing_last() as last:
             model(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         self._native.get_input_embeddings().eval()  # passes through the head draw no noise (NEFTune)
@@ -221,5 +223,11 @@ class DonorTrainer(DonorTrainerMixin):
         """
         capturing = stack.forward.capturing_last()
         with self._without_donors(stack, hidden), capturing as last, self.accelerator.autocast():
+            if not stack.outside_stands:
+                raise NotHFError(
+                    "kl_weight takes the base's predictions from the model's own head, but an organ holds modules "
+                    "beside its layers; use kl_weight=0, or an organ without modules_to_save and "
+                    "trainable_token_indices"
+                )
             self._native(**batch, logits_to_keep=_LAST_TOKEN, use_cache=False)
         return last[0]

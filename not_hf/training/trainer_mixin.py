@@ -46,7 +46,8 @@ class DonorTrainerMixin(Trainer):
     """
 
     _of_whole_models: tuple[str, ...] = ("cache_prefix",)  # options that need the whole model on one device
-    _beside_inputs: tuple[str, ...] = ("labels", "shift_labels")  # of a batch; hidden states do not depend on them
+    # Of a batch; hidden states do not depend on them
+    _beside_inputs: tuple[str, ...] = ("labels", "shift_labels", "skip_logits")
 
     def __init__(
         self,
@@ -229,14 +230,14 @@ class DonorTrainerMixin(Trainer):
             return_outputs: Return the model's outputs too.
             num_items_in_batch: Tokens to divide the sum by; `None`: those of this batch.
         """
-        with stack.starting_at(hidden):
+        with stack.starting_at(hidden) if self._has_trained_prompt else stack.learning_at(hidden):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @contextlib.contextmanager
     def _without_donors(self, stack: TrainedStack, hidden: torch.Tensor | None) -> Iterator[None]:
         """Make forward passes in the block those of the base, in eval mode.
 
-        They start at the entry if the layers below it are the same.
+        They start at the entry if the layers below it and the modules beside them are the same.
 
         Args:
             stack: Layers of the model.
@@ -245,7 +246,7 @@ class DonorTrainerMixin(Trainer):
         native: Any = self._native
         with native.disable_donors(), eval_mode(native):
             shared = list(stack.forward.stack.layers)[: stack.entry] == stack.layers[: stack.entry]
-            with stack.starting_at(hidden if shared else None):
+            with stack.starting_at(hidden if shared and stack.outside_stands else None):
                 yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -143,7 +143,7 @@ class DonorDPOTrainer(DonorTrainerMixin, DPOTrainer):
         2
     """
 
-    _beside_inputs = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    _beside_inputs = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "skip_logits")
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -196,6 +197,27 @@ def test_dpo_with_the_cache_gives_dpo_s_organ(span, options, tmp_path, monkeypat
     assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
     assert store.hits == 2 * 8 * 2 and ours.model.donor_config["default"].metrics is None
     assert ours.model.active_donors == ["default"]
+
+
+@CACHED
+@pytest.mark.slow
+def test_the_reference_has_the_base_s_embeddings_and_head(tmp_path):
+    found = []
+    for cls in (DPOTrainer, DonorDPOTrainer):
+        base = tiny_model("llama")
+        donor = DonorModel.from_base(base, (2, 3), mode="replace")
+        held = {"modules_to_save": ["embed_tokens", "lm_head"]}
+        model = TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True, **held)
+        for module in (model.get_input_embeddings(), model.lm_head):
+            module.requires_grad_(False).weight.mul_(1.5)
+        cache = cls is DonorDPOTrainer
+        more = {"cache_prefix": True, "prefix_dir": tmp_path / "prefixes"} if cache else {}
+        args = DPOConfig(output_dir=str(tmp_path / cls.__name__), **{**COMMON, "max_steps": 1})
+        reference = None if cache else reference_model(model)
+        trainer = cls(model, reference, args, train_dataset=dpo_pairs(), processing_class=tiny_tokenizer(), **more)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == found[1] and found[0] != pytest.approx([math.log(2)], abs=1e-3)  # that of the reference itself
 
 
 @CACHED

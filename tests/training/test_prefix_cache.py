@@ -303,6 +303,29 @@ def test_labels_in_padding(make, labels, side, is_cached, tmp_path, caplog):
     assert len(said) == (not is_cached)
 
 
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+def test_a_row_beside_one_that_changes_its_rotary_frequencies(rope, tmp_path):
+    rope = {**rope, "rope_theta": 1e4, "original_max_position_embeddings": 12}
+    base = tiny_model("llama", rope_parameters=rope, max_position_embeddings=12)
+    donor = DonorModel.from_base(base, (2, 3), mode="replace")
+    model = TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
+    both = {
+        name: torch.stack([row[name] for row in padded("tokens", "right")]) for name in padded("tokens", "right")[0]
+    }
+    alone = {name: value[:1, :9] for name, value in both.items()}
+    cached, plain = (made(model, tmp_path, cache_prefix=cache) for cache in (True, False))
+    for _ in range(3):  # there is a store for each state of the frequencies
+        for batch in (alone, both):
+            found, expected = (trainer.compute_loss(model, dict(batch)).item() for trainer in (cached, plain))
+            assert found == pytest.approx(expected, abs=1e-6)
+
+
 def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
     from not_hf.training import prefix_key
 

@@ -18,6 +18,7 @@ import torch
 from datasets import IterableDataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback
@@ -75,6 +76,25 @@ def test_losses_are_those_of_the_plain_trainer(model_type, tmp_path):
     # Adam turns the rounding of a gradient near zero into a step
     chunked = trained(tmp_path / "c", recipient(model_type), head_chunk=7, **once)
     assert chunked[0] == pytest.approx(plain[0], abs=1e-4)
+
+
+def with_z_loss(model_type: str) -> TransplantedForCausalLM:
+    base = tiny_model(model_type, z_loss_coefficient=0.1)
+    donor = DonorModel.from_base(base, (2, 3), mode="replace")
+    return TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True)
+
+
+@pytest.mark.parametrize("model_type", in_matrix("bamba"))
+def test_the_z_loss_is_that_of_the_plain_trainer_and_gives_no_perplexity(model_type, tmp_path):
+    options = {"max_steps": 1, "eval_dataset": rows(4, seed=1)}
+    ours, plain = (
+        made(with_z_loss(model_type), tmp_path / cls.__name__, cls=cls, **options) for cls in (DonorTrainer, Trainer)
+    )
+    for trainer in (ours, plain):
+        trainer.train()
+    assert_same((losses(ours), organ(ours.model)), (losses(plain), organ(plain.model)))
+    assert ours.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert ours.model.donor_config["default"].metrics is None
 
 
 def with_router_loss(model_type: str) -> TransplantedForCausalLM:
@@ -282,6 +302,25 @@ def test_a_model_made_anew_for_each_training(tmp_path):
     assert losses(trainer)[-len(first) :] == first
 
 
+def test_what_liger_asks_for_is_left_out_where_there_are_no_labels(tmp_path, monkeypatch):
+    """With `use_liger_kernel`, `Trainer` evaluates with `skip_logits=True`, which Liger refuses without labels."""
+    model = recipient()
+    trainer = made(model, tmp_path, cache_prefix=True)
+    cls = next(cls for cls in type(model).__mro__ if "forward" in vars(cls))
+    native, given = cls.forward, []
+
+    @functools.wraps(native)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given.append(kwargs.pop("skip_logits", None) and "labels" not in kwargs)
+        return native(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", forward)
+    batch = {key: torch.stack([each[key] for each in rows(2)]) for key in ("input_ids", "labels")}
+    found = [trainer.compute_loss(model, {**batch, **more}).item() for more in ({}, {"skip_logits": True})]
+    assert found[0] == found[1] and len(given) > 4 and not any(given)
+    assert trainer._stack.prefix.store.rows.hits == 2
+
+
 def test_logits_are_there_for_whoever_asks(tmp_path):
     def compute_metrics(prediction: Any) -> dict[str, float]:
         return {"mean": float(np.mean(prediction.predictions))}
@@ -330,6 +369,38 @@ def test_what_trainer_can_do_is_done(options, tmp_path):
     plain = trained(tmp_path / "a", cls=Trainer, **options)
     assert_same(trained(tmp_path / "b", head_chunk=0, cache_prefix=True, **options), plain)
     assert trained(tmp_path / "c", cache_prefix=True, **options)[0] == pytest.approx(plain[0], abs=1e-4)
+
+
+def of_twelve_layers() -> TransplantedForCausalLM:
+    base = tiny_model("llama", num_hidden_layers=12)
+    return TransplantedForCausalLM.from_pretrained(
+        base, DonorModel.from_base(base, (10, 12), mode="replace"), is_trainable=True
+    )
+
+
+@pytest.mark.parametrize("head_chunk", [None, 0])
+def test_checkpointing_keeps_no_activations_below_the_organ(head_chunk, tmp_path):
+    sizes, found = [], []
+    for options in ({}, {CHECKPOINTING: True}):
+        kept: list[int] = []
+        with saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
+        ):
+            found.append(trained(tmp_path, of_twelve_layers(), max_steps=1, head_chunk=head_chunk, **options))
+        sizes.append(sum(kept))
+    assert sizes[1] < sizes[0] / 2
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_an_organ_learns_behind_reentrant_checkpoints(cache, tmp_path):
+    options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}, "cache_prefix": cache}
+    assert_same(trained(tmp_path / "a", max_steps=2, **options), trained(tmp_path / "b", max_steps=2))
+
+
+def test_what_is_trained_below_the_organ_learns_with_checkpointing(tmp_path):
+    found = [trained(tmp_path, with_trainable_embeddings(), max_steps=2, **{CHECKPOINTING: on}) for on in (0, 1)]
+    assert_same(*found)
 
 
 @pytest.mark.slow
@@ -460,6 +531,21 @@ def test_a_trained_prompt(tmp_path):
         trainer.train()
         found.append((losses(trainer), trainer.evaluate()["eval_loss"]))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "held", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [3]}}]
+)
+def test_kl_refuses_an_organ_with_frozen_modules_beside_its_layers(held, tmp_path):
+    base = tiny_model("llama")
+    donor = DonorModel.from_base(base, (2, 3), mode="replace")
+    model = TransplantedForCausalLM.from_pretrained(base, donor, is_trainable=True, **held).train()
+    for module in (model.lm_head, model.get_input_embeddings()):
+        module.requires_grad_(False)
+    batch = {key: torch.stack([each[key] for each in rows(2)]) for key in ("input_ids", "labels")}
+    with pytest.raises(NotHFError, match="an organ holds modules beside its layers; use kl_weight=0"):
+        made(model, tmp_path, kl_weight=1.0).compute_loss(model, batch)
+    assert model.active_donors == ["default"]
 
 
 def test_the_base_of_the_kl_term_has_the_precision_of_the_model(tmp_path):
