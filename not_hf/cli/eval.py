@@ -39,7 +39,7 @@ def evaluate(
 
     texts = load_text(data, split=split, column=column, sample_by=sample_by)["text"]
     loaded, tokenizer = load_model(model, base)
-    found = measure(loaded, tokenizer, texts, without_organ and has_organ(loaded))
+    found = measure(loaded, tokenizer, texts, without_organ)
     after, before = found["after"], found.get("before")
     names = {"before": "without the organ", "after": "with the organ" if has_organ(loaded) else model}
     title = f"{model} on {data}, with 95 % intervals"
@@ -79,8 +79,8 @@ def measure(
     """Measure the perplexity of texts as one stream.
 
     Returns:
-        The results of `perplexity`: `after` the transplant; and, if wanted, `before` it, without the organ, and the
-        `change`, as by `compare_perplexity`.
+        The results of `perplexity`: `after` the transplant; and, if wanted and an organ is active, `before` it,
+        without the organ, and the `change`, as by `compare_perplexity`.
     """
     from not_hf import compare_perplexity
     from not_hf.evaluation.perplexity import Perplexity
@@ -94,6 +94,7 @@ def measure(
         "batch_size": 1 if model.device.type == "cpu" else 16,  # a CPU is busy with one, and the progress bar moves
     }
     stream = ["\n".join(texts)]
+    without_organ = without_organ and has_organ(model)
     if without_organ and needs_organs(model, encode(stream, tokenizer, how["add_start_token"])[0]):
         typer.echo("not measured without the organ, which has the only rows for some tokens of the text", err=True)
         without_organ = False

@@ -43,7 +43,7 @@ def load_tokenizer(loaded: Any, model: str, base: str | None) -> PreTrainedToken
 
 
 def has_organ(model: Any) -> bool:
-    """Whether a model has organs, which can be switched off."""
+    """Whether a model has active organs, which can be switched off."""
     from not_hf.recipient.mixin import Recipient
 
-    return isinstance(model, Recipient)
+    return isinstance(model, Recipient) and bool(model.active_donors)

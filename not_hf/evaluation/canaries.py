@@ -80,7 +80,8 @@ def plant_canaries(
             several epochs shows each of them as many times more.
         num_each: Canaries of each of these counts.
         prefix: What stands before a secret; it holds `{name}`, for which each canary has random symbols of its own.
-        symbols: What names and secrets are drawn of, each as often as the others; each should be one token, or a few.
+        symbols: What names and secrets are drawn of, each as often as the others, without white space; each should be
+            one token, or a few.
         length: Symbols of a secret.
         file: JSON file to write the canaries to, for `probe_privacy` and `not-hf probe` in another process.
         seed: Of names, secrets and places.
@@ -108,6 +109,11 @@ def plant_canaries(
         )
     if "{name}" not in prefix:
         raise NotHFError(f"prefix must hold {{name}}, which tells the canaries apart, got {prefix!r:.200}")
+    if unfit := [each for each in symbols if str(each).split() != [each]]:
+        raise NotHFError(
+            f"symbols must be texts without white space, as spaces stand between them, and not empty; got "
+            f"{unfit[0]!r:.100}"
+        )
     count = len(repetitions) * num_each
     if length < 1 or len(set(symbols)) < 2 or len(set(symbols)) ** min(length, _NAME_LENGTH) < 4 * count:
         raise NotHFError(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from not_hf.errors import NotHFError
 from not_hf.evaluation.bootstrap import ConfidenceInterval, check_level, nll_difference_intervals
+from not_hf.evaluation.live_models import are_one_model
 from not_hf.evaluation.perplexity import (
     Scores,
     check_texts,
@@ -71,7 +72,7 @@ def compare_perplexity(
     Raises:
         NotHFError: There are no texts, or one that the models tokenize differently; an argument is out of range; a
             tokenizer is missing; both are one live model; `model_b` is `None`; `model_a` is, and `model_b` has no
-            organs, or they have the only rows for a token.
+            active organs, or they have the only rows for a token.
         UnsupportedArchitectureError: A model is no causal LM.
 
     Examples:
@@ -94,7 +95,7 @@ def compare_perplexity(
         raise NotHFError("no texts to score; give texts=[text, ...]")
     if model_b is None:
         raise NotHFError("model_b is None; only model_a may be, for model_b without its organs")
-    if _is_part(model_a, model_b) or _is_part(model_b, model_a):
+    if are_one_model(model_a, model_b):
         raise NotHFError(
             "model_a and model_b are one model: organs and adapters are put into a live model in place; give None as "
             "model_a for model_b without its organs, or load the base once more"
@@ -124,6 +125,11 @@ def compare_perplexity(
         recipient = next((module for module in model.modules() if isinstance(module, Recipient)), None)  # in a wrapper
         if recipient is None:
             raise NotHFError(f"{type(model).__name__} has no organs to leave out; give a model to compare with")
+        if not recipient.active_donors:
+            raise NotHFError(
+                "no organ is active, so there is none to leave out; activate one with set_donor(), outside of "
+                "disable_donors(), or give a model to compare with"
+            )
         if needs_organs(recipient, ids_a):
             raise NotHFError(
                 "the texts hold tokens for which only the organs have rows; give "
@@ -163,8 +169,3 @@ def _compare(a: Scores, b: Scores, is_same: bool, confidence_level: float, seed:
         "confidence_interval": {name: each if len(a.nats) > 1 else None for name, (_, each) in found.items()},
         "paired_by": "window" if is_same else "text",
     }
-
-
-def _is_part(model: object, whole: object) -> bool:
-    """Whether a live model is another one, or inside of it, as in a wrapper of PEFT."""
-    return isinstance(whole, nn.Module) and any(module is model for module in whole.modules())

@@ -59,6 +59,7 @@ RATES = {
 }  # in the middle of those that benchmarks/train.py tries
 
 _TRAINED = {"organ": prepare_organ, "LoRA": prepare_lora, FULL: prepare_full}
+_OUT_OF_MEMORY = "it ran out of memory; give a smaller batch_size or block_length"
 _NO_COSTS = dict.fromkeys(("rate", "steps", "tokens", "seconds", "peak_bytes", "saved_bytes"))
 
 
@@ -137,6 +138,8 @@ def compare_methods(
     - `"LoRA"`: of rank 16 and alpha 32 on all linear layers; left out if PEFT is not installed, or refuses the model.
     - `"full fine-tuning"`: all weights.
 
+    What does not fit into the memory of the accelerator is left out, too.
+
     Afterwards the weights are moved to base + scale · (trained − base), at the scales 0, 0.5, 0.7, 0.85 and 1, and
     measured at each. Perplexities are those of blocks, each without the text before it, so they are higher than those
     of `perplexity`. Intervals are over blocks, as of `compare_perplexity`: they say how much another text of the same
@@ -158,6 +161,7 @@ def compare_methods(
     Raises:
         IncompatibleDonorError: A donor does not fit.
         NotHFError: An argument is out of range, there is too little text, or the base has organs.
+        OutOfMemoryError: The base, or every method, does not fit into the memory of the accelerator.
         UnsupportedArchitectureError: The base is no causal LM, or cannot take the organ.
 
     Examples:
@@ -195,15 +199,24 @@ def compare_methods(
     nats: Nats = {BASE: scored.score(model, "base")}
     costs: dict[str, dict[str, Any]] = {"base": {}}
     del model
-    for name, prepare in methods.items():
+
+    def measured(name: str) -> tuple[dict[str, Any], Nats]:
         torch.manual_seed(seed)
-        each = prepare(fresh)
-        costs[name] = {"saved_bytes": each.saved_bytes}
+        each = methods[name](fresh)
+        cost: dict[str, Any] = {"saved_bytes": each.saved_bytes}
         if name in rates:
             how: dict[str, Any] = {"rate": rates[name], "batch_size": batch_size, "seed": seed}
-            costs[name] |= {"rate": rates[name], **train_for(seconds, each, parts.train, name=name, **how)}
-        nats |= _over_scales(each, scored, name, nats[BASE])
-        del each
+            cost |= {"rate": rates[name], **train_for(seconds, each, parts.train, name=name, **how)}
+        return cost, _over_scales(each, scored, name, nats[BASE])
+
+    for name in methods:
+        try:
+            costs[name], found = measured(name)
+            nats |= found
+        except torch.OutOfMemoryError:
+            if name == [*methods][-1] and costs.keys() == {"base"}:
+                raise
+            skipped.append({"method": name, "reason": _OUT_OF_MEMORY})
         gc.collect()  # a trainer and its model refer to each other
 
     num_tokens = {part: len(blocks) * (block_length - 1) for part, blocks in scored.parts.items()}

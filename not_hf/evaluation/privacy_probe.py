@@ -16,6 +16,7 @@ from not_hf.donor.modeling import DonorModel
 from not_hf.errors import NotHFError
 from not_hf.evaluation.bootstrap import check_level
 from not_hf.evaluation.canaries import Canary, ask_for_secrets, canaries_of
+from not_hf.evaluation.live_models import are_one_model
 from not_hf.evaluation.membership import Sides, attack_rows, repeated_rows
 from not_hf.evaluation.privacy_findings import findings, page
 from not_hf.evaluation.probed_models import (
@@ -147,7 +148,8 @@ def probe_privacy(
     Raises:
         IncompatibleDonorError: The donor does not fit a recipient.
         NotHFError: An argument is out of range, there are too few rows, a tokenizer or the base is missing or of other
-            tokens, recipients are given for a model that is no donor, or the model has diverged.
+            tokens, recipients are given for a model that is no donor, the reference is the probed model itself, none
+            of its organs is active and there is no reference, or the model has diverged.
         UnsupportedArchitectureError: The model is no causal LM.
 
     Examples:
@@ -170,6 +172,11 @@ def probe_privacy(
     secrets = canaries_of(canaries or ())
     donor = donor_of(model)
     models = probed_models(model, donor, base, recipients or {}, with_random_layers, seed)
+    if are_one_model(reference, model if donor is None else base):
+        raise NotHFError(
+            "the reference is the probed model: organs and adapters are put into a live model in place; give no "
+            "reference, for the model without its organs, or load the base once more"
+        )
 
     @functools.cache
     def words() -> PreTrainedTokenizerBase:
@@ -210,12 +217,22 @@ class _Questions:
     seed: int
 
     def ask(self, model: PreTrainedModel, reference: Source | None) -> dict[str, list[dict[str, Any]]]:
-        """Return the tables of a model."""
+        """Return the tables of a model.
+
+        Raises:
+            NotHFError: The model would be its own reference, as none of its organs is active; or it has diverged.
+        """
+        recipient = model if reference is None and isinstance(model, Recipient) else None
+        if recipient is not None and not recipient.active_donors:
+            raise NotHFError(
+                "no organ is active, so the model would be its own reference; activate one with set_donor(), outside "
+                "of disable_donors(), or give reference="
+            )
         own, usual = self._score(model, "with the organ"), None
         if reference is not None:
             usual = self._score(load_causal(reference), "the reference model")
-        elif isinstance(model, Recipient) and not needs_organs(model, self.rows.members + self.rows.non_members):
-            with model.disable_donors():
+        elif recipient is not None and not needs_organs(recipient, self.rows.members + self.rows.non_members):
+            with recipient.disable_donors():
                 usual = self._score(model, "without the organ")
         found = {
             "attacks": attack_rows(own, usual, self.seed, self.confidence_level),

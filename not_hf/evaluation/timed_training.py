@@ -100,6 +100,7 @@ def train_for(
             report_to="none",
             disable_tqdm=True,
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # Trainer would give each GPU of the machine a batch of its own
         rows: Any = [{"input_ids": ids, "labels": ids} for ids in blocks]
         trainer = prepared.trainer_class(
             model, arguments, data_collator=default_data_collator, train_dataset=rows, callbacks=[clock]

@@ -110,6 +110,17 @@ def test_each_organ_is_saved_in_its_own_dtype(how, both, tmp_path):
 
 
 @pytest.mark.slow
+def test_where_no_organ_is_active_the_model_is_measured_once(both, base, tmp_path):
+    model = TransplantedForCausalLM.from_pretrained(both)
+    model.set_donor([])
+    model.save_pretrained(both)
+    shown = done("eval", both, "--data", tmp_path / "text.txt")
+    assert shown["without_organ"] is shown["perplexity_without_organ"] is shown["change"] is None
+    assert shown["perplexity"] == done("eval", base, "--data", tmp_path / "text.txt")["perplexity"]
+    assert "the organ" not in invoke("eval", both, "--data", tmp_path / "text.txt").stdout
+
+
+@pytest.mark.slow
 def test_an_inactive_organ_is_not_said_to_be_trained(both, tmp_path):
     model = TransplantedForCausalLM.from_pretrained(both)
     model.donor_config["top"].metrics = {"perplexity": {"after": 3.0}}

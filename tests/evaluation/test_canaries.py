@@ -43,6 +43,9 @@ def test_texts_keep_their_order_and_secrets_are_planted_among_them(tmp_path):
         ({"num_each": 0}, "num_each at least 1, got .* and 0"),
         ({"prefix": "The code is"}, "prefix must hold {name}, which tells the canaries apart, got 'The code is'"),
         ({"symbols": "1"}, "8 of 1 symbols make too few secrets for 4 canaries; give more symbols"),
+        ({"symbols": ["a b", "c"]}, "symbols must be texts without white space, .*; got 'a b'$"),
+        ({"symbols": "0123 45"}, "symbols must be texts without white space, .*; got ' '$"),
+        ({"symbols": ["", "c"]}, "symbols must be texts without white space, .*, and not empty; got ''$"),
         ({"length": 1, "num_each": 9}, "1 of 10 symbols make too few secrets for 36 canaries"),
     ],
 )

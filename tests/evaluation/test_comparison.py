@@ -130,8 +130,23 @@ def test_says_what_is_wrong(model, change, message):
 def test_a_live_recipient_is_no_model_to_compare_its_organs_with():
     base = tiny_model("llama")
     model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1))
-    with pytest.raises(NotHFError, match="are one model: organs and adapters are put into a live model in place"):
-        compare_perplexity(base, model, TEXTS, **HOW)
+    for pair in ((base, model), (model.get_base_model(), model), (model, model.get_base_model())):
+        with pytest.raises(NotHFError, match="are one model: organs and adapters are put into a live model in place"):
+            compare_perplexity(*pair, TEXTS, **HOW)
+    other = tiny_model("llama", seed=1)
+    other.set_input_embeddings(base.get_input_embeddings())  # which saves memory
+    assert compare_perplexity(model, other, TEXTS[:2], **HOW)["perplexity_ratio"] != 1
+
+
+def test_where_no_organ_is_active_there_is_none_to_leave_out():
+    base = tiny_model("llama")
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1))
+    message = r"no organ is active, so there is none to leave out; activate one with set_donor\(\), outside of disable"
+    with model.disable_donors(), pytest.raises(NotHFError, match=message):
+        compare_perplexity(None, model, TEXTS, **HOW)
+    model.set_donor([])
+    with pytest.raises(NotHFError, match=message):
+        compare_perplexity(None, model, TEXTS, **HOW)
 
 
 def test_models_in_a_wrapper():

@@ -146,6 +146,53 @@ def test_training_ends_by_the_clock_and_the_rate_falls_until_then(monkeypatch):
     assert "forward" not in vars(organ.model)
 
 
+def test_a_step_is_one_batch_on_a_machine_with_several_gpus(monkeypatch):
+    ticks, num_rows = iter(range(1000)), []
+
+    class OfTwoGPUs(timed_training.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            assert self.device.type == "cpu"  # which sets `_n_gpu`
+            self._n_gpu = 2
+
+    class Watched(DonorTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            num_rows.append(len(inputs["input_ids"]))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(timed_training, "TrainingArguments", OfTwoGPUs)
+    monkeypatch.setattr(timed_training.time, "perf_counter", lambda: next(ticks))
+    organ = TRAINED["organ"](lambda: tiny_model("llama"))
+    prepared = Prepared(organ.model, organ.set_scale, organ.saved_bytes, Watched)
+    found = timed_training.train_for(2, prepared, parts().train, name="organ", rate=1e-3, batch_size=2, seed=0)
+    assert num_rows == [2, 2] and found["tokens"] == 2 * 2 * LENGTH
+
+
+@pytest.mark.slow
+def test_what_runs_out_of_memory_is_left_out(monkeypatch, tmp_path):
+    base, train, large = tiny_model("llama"), method_comparison.train_for, {"organ", "full fine-tuning"}
+    models = []
+
+    def out_of_memory(seconds, prepared, blocks, *, name, **how):
+        assert not [each for each in models if each() is not None]  # those before are out of memory
+        models.append(weakref.ref(prepared.model))
+        if name in large:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return train(seconds, prepared, blocks, name=name, **how)
+
+    monkeypatch.setattr(method_comparison, "train_for", out_of_memory)
+    found = compare_methods(base, TEXTS, **HOW)
+    assert [row["method"] for row in found.rows] == [*found.nats] == ["base", "LoRA"]
+    assert {row["method"] for row in found.front} == {"LoRA"}
+    assert [each["method"] for each in found.skipped] == ["organ", "full fine-tuning"]
+    found.save(tmp_path)
+    page = (tmp_path / "compare.md").read_text()
+    assert "full fine-tuning was left out: it ran out of memory; give a smaller batch_size or block_length." in page
+    large.add("LoRA")
+    with pytest.raises(torch.OutOfMemoryError):
+        compare_methods(base, TEXTS, **HOW)
+
+
 @pytest.mark.slow
 def test_what_cannot_be_scaled_is_measured_as_it_is():
     found = {}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -290,6 +291,34 @@ def test_recipients_that_do_not_fit_are_refused_before_anything_is_measured(tmp_
     ):
         with pytest.raises(error, match=message):
             probe_privacy(donor, recipients={"x": recipient}, **how)
+
+
+def test_a_reference_must_be_another_model_than_the_probed_one():
+    """Organs and adapters are put into a live model in place, so each attack would have the AUC of chance."""
+    base, adapted = tiny_model("llama"), tiny_model("llama")
+    donor, lora = organ(base, 1), get_peft_model(adapted, LoraConfig(task_type="CAUSAL_LM"))
+    model = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), donor)
+    for probed, reference, where in (
+        (donor, base, {"base": base}),
+        (model, model, {}),
+        (model, model.get_base_model(), {}),
+        (lora, adapted, {}),
+        (adapted, lora, {}),
+    ):
+        with pytest.raises(NotHFError, match=r"the reference is the probed model: .*; give no reference"):
+            probe_privacy(probed, ROWS[:20], ROWS[20:120], reference=reference, **where)
+
+
+def test_a_model_without_active_organs_is_no_reference_for_itself():
+    base, rows = tiny_model("llama"), (ROWS[:20], ROWS[20:120])
+    model = TransplantedForCausalLM.from_pretrained(base, organ(base, 1))
+    message = r"no organ is active, so the model would be its own reference; activate one with set_donor\(\)"
+    with model.disable_donors(), pytest.raises(NotHFError, match=message):
+        probe_privacy(model, *rows)
+    model.set_donor([])
+    with pytest.raises(NotHFError, match=message):
+        probe_privacy(model, *rows)
+    assert len(probe_privacy(model, *rows, reference=tiny_model("llama", seed=1)).attacks) == 4
 
 
 def test_an_encoder_is_refused():
