@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,16 @@ def has_adapters(model: nn.Module) -> bool:
 def stored_adapter(base: str) -> NotHFError:
     """Return the error for a base whose folder or repo holds an adapter beside the model."""
     return NotHFError(f"{base} holds an adapter (LoRA); merge it, save the merged model, and name that")
+
+
+def own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a module's parameters as if PEFT had put nothing around its parts: by their names then, and no others."""
+    for key in ("base_layer", "original_module"):
+        while isinstance(inner := getattr(module, key, None), nn.Module):
+            module = inner
+    yield from ((prefix + name, parameter) for name, parameter in module.named_parameters(recurse=False))
+    for name, child in module.named_children():
+        yield from own_parameters(child, f"{prefix}{name}.")
 
 
 def is_adapted(module: nn.Module) -> bool:

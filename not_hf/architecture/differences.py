@@ -173,15 +173,18 @@ def fingerprint(config: PreTrainedConfig) -> str:
 
 
 def _derived(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes that a module's class derives from the config, but for the layer's index."""
+    """The plain attributes, and lists of such, that a class derives from the config, but for the layer's index."""
     attributes = vars(module)
     return {
-        key: value
+        key: attributes[key]
         for key in attributes.keys() - tables.NOT_DERIVED
-        if isinstance(value := attributes[key], (bool, int, float, str, tuple, type(None)))
-        and not is_dropout(module, key)
-        and not key.startswith(BOOKKEEPING)
+        if _is_plain(attributes[key]) and not is_dropout(module, key) and not key.startswith(BOOKKEEPING)
     }
+
+
+def _is_plain(value: Any) -> bool:
+    plain = (bool, int, float, str, tuple, type(None))
+    return all(isinstance(each, plain) for each in (value if isinstance(value, list) else [value]))
 
 
 def _same(ours: Any, theirs: Any) -> bool:

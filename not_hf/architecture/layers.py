@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from not_hf.architecture.adapters import own_parameters
 from not_hf.architecture.master_weights import hold_master_weights
 from not_hf.architecture.tables import BRANCHES, OUTPUT_PROJECTIONS
 from not_hf.architecture.upstream import copy_checkpointing
@@ -23,7 +24,7 @@ def output_projections(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     Yields:
         Name below the layer, and the parameter.
     """
-    for name, parameter in layer.named_parameters():
+    for name, parameter in own_parameters(layer):
         *path, leaf = name.split(".")
         owner = path[-1] if leaf in ("weight", "bias") and path else leaf
         owners = (owner, ".".join((*path[-2:-1], owner)))

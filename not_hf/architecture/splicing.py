@@ -16,6 +16,8 @@ from not_hf.architecture.tables import (
     COUNT_ATTRIBUTES,
     COUNTED_BY_FIRST_LAYER,
     DENSE_PREFIXES,
+    FEATURE_LAYERS,
+    FEATURES_OF_FIRST_LAYERS,
     INDEX_ATTRIBUTES,
     LAYER_INDEX_LISTS,
     NUMBERED_FROM_ONE,
@@ -174,6 +176,26 @@ def require_counted(base: PreTrainedConfig, spliced: PreTrainedConfig) -> None:
 def place_bound(config: PreTrainedConfig) -> str | None:
     """The config key that says that layers have inputs of their own beside hidden states; `None` if they do not."""
     return next((key for key in PLACE_BOUND if getattr(config, key, None)), None)
+
+
+def moved_features(config: PreTrainedConfig, position: Any, mode: str) -> list[str]:
+    """Say if a model of this whole config adds features of images elsewhere with an organ at a place than without."""
+    lowest = _above_features(config) if mode == "insert" else 0
+    if position >= lowest:
+        return []
+    return [
+        "features of images are added by the index of the layer: an organ that is inserted below position "
+        f"{lowest} moves them to other layers, whatever it computes; insert it there or above"
+    ]
+
+
+def _above_features(config: PreTrainedConfig) -> int:
+    """The lowest position above the layers between which a model adds features of images; 0 if it does not."""
+    inner = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    counts = [len(getattr(config, key, None) or ()) for key in FEATURES_OF_FIRST_LAYERS]
+    indices = [n for key in FEATURE_LAYERS for n in getattr(config, key, None) or ()]
+    last = [n[-1] if isinstance(n, (list, tuple)) else n for n in indices]
+    return max([0, *counts, *last, *map(_above_features, inner)])
 
 
 def place_attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:

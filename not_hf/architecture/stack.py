@@ -124,6 +124,12 @@ def layers_config(config: PreTrainedConfig) -> PreTrainedConfig:
         raise UnsupportedArchitectureError(f"model_type {config.model_type!r}: {one_line(error, 200)}") from error
 
 
+def quantization_of(config: PreTrainedConfig) -> Any:
+    """How a model's files are quantized, from its config or that of its layers, of which transformers reads both."""
+    configs = (config, layers_config(config))
+    return next(filter(None, (getattr(each, "quantization_config", None) for each in configs)), None)
+
+
 def with_layers_config(config: PreTrainedConfig, layers: PreTrainedConfig) -> PreTrainedConfig:
     """A model's config in which `layers` stands for its `layers_config`; the config is not changed."""
     inner = layers_config(config)

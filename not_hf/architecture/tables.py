@@ -38,6 +38,14 @@ PLACE_ATTRIBUTES = ("store_full_length_kv", "kv_shared_layer_index")
 PLACE_BOUND = ("hidden_size_per_layer_input",)
 
 
+# Config lists of a whole model with an entry for each of the first layers behind which features of images are added.
+FEATURES_OF_FIRST_LAYERS = ("deepstack_visual_indexes",)
+
+
+# Config lists of the layers before which such features are added: their indices, or pairs that end with them.
+FEATURE_LAYERS = ("spatial_target_layers", "deepstack_layer_map")
+
+
 # Layer types without a KV cache, by whose length models count the tokens that a cache has seen.
 UNCOUNTED_TYPES = {"linear_attention", "mamba", "conv", "moe", "mlp"}
 
@@ -47,7 +55,10 @@ COUNTED_BY_FIRST_LAYER = {"minimax"}
 
 
 # Config lists that hold the indices of the layers that have a property.
-LAYER_INDEX_LISTS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
+LAYER_INDEX_LISTS = (
+    *("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids"),
+    "rope_scaling_layers",
+)
 
 
 # Dicts in configs, and the lists in them that number the layers of a kind from 1.

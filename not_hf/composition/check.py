@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from huggingface_hub.utils import TensorInfo
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from not_hf.architecture.differences import native_differences
 from not_hf.architecture.scaling import scale_problem
+from not_hf.architecture.splicing import moved_features
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import require_known, without_progress_bar
 from not_hf.composition.layout import Place, StackEntry, arrange, require_free_names
@@ -214,7 +215,7 @@ def recipient_problems(
 ) -> Mismatches:
     """`check_donor` for organs returned by `survey`; digests are compared if `verify`."""
     whole = compatibility.whole_config(recipient, hub_kwargs)
-    config, live = layers_config(whole), recipient if isinstance(recipient, PreTrainedModel) else whole
+    config, live = layers_config(whole), cast(Any, recipient if isinstance(recipient, PreTrainedModel) else whole)
     fit = examine([each.organ for each in surveyed], config)
     problems, differences = [*fit.problems], []
     if fit.differences:
@@ -228,7 +229,9 @@ def recipient_problems(
             found += module_problems(each.organ.spec.config, live)
         problems += [f"{prefix}{problem}" for problem in found]
         others = compatibility.recipient_differences(each.organ.spec, config, hub_kwargs.get("cache_dir"))
-        others += compatibility.layer_type_differences(each.organ.spec, config, each.organ.position, each.organ.mode)
+        place = (each.organ.position, each.organ.mode)
+        others += moved_features(getattr(live, "config", live), *place)
+        others += compatibility.layer_type_differences(each.organ.spec, config, *place)
         differences += [f"{prefix}{other}" for other in others]
     return Mismatches(problems, () if problems else differences)
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from not_hf.architecture.differences import LayerDescription, computing_differences
 from not_hf.architecture.part_names import ALL
 from not_hf.architecture.releases import overridden_keys, values_of_layer
-from not_hf.architecture.splicing import place_bound, require_counted, spliced_config
+from not_hf.architecture.splicing import moved_features, place_bound, require_counted, spliced_config
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.twin import meta_twin
 from not_hf.architecture.upstream import require_known, resolve_commit
@@ -101,10 +101,11 @@ def check_compatibility(
     whole = whole_config(recipient, hub_kwargs)
     spec, config = donor_config.check(), layers_config(whole)
     place = (donor_config.position if position is None else position, mode or donor_config.mode)
-    live = recipient if isinstance(recipient, PreTrainedModel) else whole
+    live: Any = recipient if isinstance(recipient, PreTrainedModel) else whole
     if problems := mismatches(spec, config, *place) or module_problems(donor_config, live):
         return Mismatches(problems)
     differences = recipient_differences(spec, config, hub_kwargs.get("cache_dir"))
+    differences += moved_features(getattr(live, "config", live), *place)
     return Mismatches((), differences + layer_type_differences(spec, config, *place))
 
 

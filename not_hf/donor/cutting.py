@@ -20,7 +20,7 @@ from not_hf.architecture.devices import execution_device
 from not_hf.architecture.differences import fingerprint
 from not_hf.architecture.part_names import ALL, Modules, parts_problem
 from not_hf.architecture.splicing import place_bound, spliced_config
-from not_hf.architecture.stack import Stack, find_stack, layers_config, saved_class
+from not_hf.architecture.stack import Stack, find_stack, layers_config, quantization_of, saved_class
 from not_hf.architecture.tables import STORED_NAMES, TEXT_PREFIXES
 from not_hf.architecture.twin import meta_twin, require_loadable
 from not_hf.architecture.upstream import HUB_KWARGS, commit_of, fetch_file, require_known, resolve_commit
@@ -191,10 +191,10 @@ def open_base(base: str | os.PathLike[str] | PreTrainedModel, **hub_kwargs: Any)
 def stored_base(name: str, config: PreTrainedConfig, hub_kwargs: Mapping[str, Any]) -> StoredBase:
     """Find the stack of a stored base from its config; `hub_kwargs` have a pinned revision. Raises as `open_base`."""
     stack, commit = meta_twin(config, saved_class(config)).stack, commit_of(hub_kwargs.get("revision"))
-    quantization = _dequantization(config)
-    if getattr(config, "quantization_config", None) is not None and quantization is None:
-        raise _quantized(name)
     native = layers_config(config)
+    quantization = _dequantization(stored := quantization_of(config))
+    if stored is not None and quantization is None:
+        raise _quantized(name)
     prefixes = (stack.base, *(STORED_NAMES if native is config else TEXT_PREFIXES))
     return StoredBase(name, commit, native, prefixes, stack.path, hub_kwargs, quantization)
 
@@ -205,9 +205,8 @@ def _quantized(name: str | None) -> UnsupportedArchitectureError:
     )
 
 
-def _dequantization(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a `quantization_config` that makes transformers dequantize, if it can (MXFP4, FP8, …)."""
-    stored = getattr(config, "quantization_config", None)
+def _dequantization(stored: Any) -> dict[str, Any] | None:
+    """Turn a `quantization_config` into one that makes transformers dequantize, if it can (MXFP4, FP8, …)."""
     if stored is None:
         return None
     try:

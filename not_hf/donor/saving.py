@@ -88,7 +88,8 @@ def write_donor(
         raise NotHFError(f"a delta is not a variant of the whole tensors; leave out variant={variant!r}, or delta")
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
-    with contextlib.nullcontext(draft) if draft else replacing(folder, is_main_process) as place:
+    stale = () if generation_config else (GENERATION_CONFIG_NAME,)  # another donor's, which a load would use for this
+    with contextlib.nullcontext(draft) if draft else replacing(folder, is_main_process, stale) as place:
         with full_disk_is_oserror(folder):
             PreTrainedModel.save_pretrained(donor, place, is_main_process, dict(tensors), **kwargs)
         if not is_main_process:

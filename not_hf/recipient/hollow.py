@@ -22,7 +22,7 @@ from not_hf.architecture.file_layout import saved_tensors, used_conversions
 from not_hf.architecture.layers import computes, is_finite
 from not_hf.architecture.scaling import first_of_each_kind, require_scalable
 from not_hf.architecture.splicing import spliced_config
-from not_hf.architecture.stack import saved_class
+from not_hf.architecture.stack import quantization_of, saved_class
 from not_hf.architecture.twin import meta_twin
 from not_hf.architecture.upstream import (
     HUB_KWARGS,
@@ -177,7 +177,7 @@ def _open(organ: ResolvedOrgan, shared: Mapping[str, Any]) -> dict[str, FileTens
 def _base_headers(opened: OpenedMerge) -> dict[str, TensorInfo]:
     """Read the headers of the recipient's files, unless its config says that they are not the model's."""
     config, base, where = opened.base_config, str(opened.resolved.base), opened.base_where
-    if getattr(config, "quantization_config", None) is not None:
+    if quantization_of(config) is not None:
         raise NotCopiedError("the recipient is quantized")
     if not any(organ.active for organ in opened.resolved.organs):
         raise NotCopiedError("no organ is active")

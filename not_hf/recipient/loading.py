@@ -16,13 +16,14 @@ from not_hf.architecture.devices import execution_device, follow
 from not_hf.architecture.differences import computing_differences
 from not_hf.architecture.layers import follow_dropout, require_finite, settle
 from not_hf.architecture.part_names import ALL
+from not_hf.architecture.splicing import moved_features
 from not_hf.architecture.stack import layers_config
 from not_hf.architecture.upstream import attention_of, commit_of, is_partitioned, keys_left_in_place
 from not_hf.composition.check import validate
 from not_hf.composition.resolve import ResolvedOrgan, resolve_organ
 from not_hf.composition.sources import OrganSource
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.saved_modules import Indices, choose_modules, held_by, sharing_differences
+from not_hf.donor.saved_modules import Indices, choose_modules, held_by, is_saved, sharing_differences
 from not_hf.donor.vocabulary import Repo, vocabulary_differences
 from not_hf.errors import NotHFError, some
 from not_hf.hub.consistent_read import read_steadily
@@ -175,6 +176,8 @@ def _fit_organ(
         logger.warning("organ %r was cut from a model with another config: %s", organ.name, some(others))
     if shared := sharing_differences(spec.config, spec.base, surgery.base_config):
         logger.warning("organ %r holds modules that share weights otherwise here: %s", organ.name, some(shared))
+    for moved in moved_features(model.config, organ.place.position, organ.place.mode):
+        logger.warning("organ %r: %s", organ.name, moved)
     there = None if repo is None else Repo(repo, resolved.revision, resolved.subfolder)
     here = Repo(surgery.base_config.name_or_path, surgery.base_revision, surgery.base_subfolder)
     if tokens := vocabulary_differences(spec, layers_config(model.config), there, here, cache_dir, bool(saved)):
@@ -219,3 +222,31 @@ def _own_layers(
     if has_values:
         require_finite(layers, resolved.name, known)
     return layers, kept
+
+
+def by_organ(state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+    """Sort the tensors of a trainer's checkpoint by organ; `None` if it is none.
+
+    Raises:
+        NotHFError: It is of one organ, and the model has none or several; or of organs that the model lacks.
+    """
+
+    def is_of_organ(key: str) -> bool:
+        return key.startswith(f"{DonorModel.base_model_prefix}.") or is_saved(key)
+
+    states: dict[str, dict[str, Any]] = {}
+    for key, value in state_dict.items():
+        name, _, inner = key.partition(".")
+        if is_of_organ(inner):
+            states.setdefault(name, {})[inner] = value
+    if state_dict and sum(map(len, states.values())) == len(state_dict):
+        if lacking := sorted(states.keys() - names):
+            raise NotHFError(f"the checkpoint has organs that the model lacks: {', '.join(lacking)}; load them first")
+        return states
+    if not state_dict or not all(map(is_of_organ, state_dict)):
+        return None
+    if len(names) != 1:
+        raise NotHFError(
+            f"the checkpoint of an organ needs a model with exactly one organ, not {len(names)}; use load_donor"
+        )
+    return {names[0]: dict(state_dict)}

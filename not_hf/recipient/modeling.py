@@ -35,11 +35,11 @@ from not_hf.composition.resolve import Resolved, resolve
 from not_hf.composition.sources import DEFAULT_NAME, DonorLike, OrganSource
 from not_hf.config import DonorConfig
 from not_hf.donor.modeling import DonorModel
-from not_hf.donor.saved_modules import Indices, class_names, is_saved
+from not_hf.donor.saved_modules import Indices, class_names
 from not_hf.errors import NotHFError, reading_base
 from not_hf.hub.consistent_read import read_steadily
 from not_hf.hub.push import PushOptions, push_folder
-from not_hf.recipient.loading import Training, fit_organs, load_donors
+from not_hf.recipient.loading import Training, by_organ, fit_organs, load_donors
 from not_hf.recipient.mixin import Recipient
 from not_hf.recipient.organ import Organ
 from not_hf.recipient.saving import organ_tensors, save_organs
@@ -230,7 +230,7 @@ class Transplanted(Recipient):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> IncompatibleKeys:
         """As in torch; also loads a trainer's checkpoint of the organs, as `Trainer` does to resume."""
-        states = _by_organ(state_dict, list(self._surgery.organs))
+        states = by_organ(state_dict, list(self._surgery.organs))
         if states is None:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         changes = [self._loading(self._surgery.organs[name], state, strict) for name, state in states.items()]
@@ -317,32 +317,6 @@ def _transplanted_class(kind: Any, native: Any) -> Any:
     kind = next(each for each in kind.__mro__ if "native_auto_class" in vars(each))
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
     return type(native.__name__, (kind, native), {**names, "config_class": native.config_class})
-
-
-def _by_organ(state_dict: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]] | None:
-    """Sort the tensors of a trainer's checkpoint by organ; `None` if it is none.
-
-    Raises:
-        NotHFError: It is of one organ, and the model has none or several.
-    """
-
-    def is_of_organ(key: str) -> bool:
-        return key.startswith(f"{DonorModel.base_model_prefix}.") or is_saved(key)
-
-    states: dict[str, dict[str, Any]] = {}
-    for key, value in state_dict.items():
-        name, _, inner = key.partition(".")
-        if name in names and is_of_organ(inner):
-            states.setdefault(name, {})[inner] = value
-    if state_dict and sum(map(len, states.values())) == len(state_dict):
-        return states
-    if not state_dict or not all(map(is_of_organ, state_dict)):
-        return None
-    if len(names) != 1:
-        raise NotHFError(
-            f"the checkpoint of an organ needs a model with exactly one organ, not {len(names)}; use load_donor"
-        )
-    return {names[0]: dict(state_dict)}
 
 
 def _revive(kind: type[Transplanted], native: type) -> Transplanted:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from not_hf.architecture.adapters import own_parameters
 from not_hf.architecture.computed_weights import store_weights
 from not_hf.architecture.differences import describe, native_differences
 from not_hf.architecture.layers import computes, is_finite, require_finite, settle
@@ -230,16 +231,18 @@ class Organ:
         (changes or Changes()).make(overwrite, restore)
 
     def scalable(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that a scale changes, by `<layer>.<name in the layer>`."""
+        """Return the parameters that a scale changes, by `<layer>.<name in the layer>`, also under adapters (LoRA)."""
         if self.config.mode == "insert":
             return dict(scaled_parameters(self.layers))
-        own = nn.ModuleList(self.layers).named_parameters()
+        own = own_parameters(nn.ModuleList(self.layers))
         return {name: each for name, each in own if name not in self.kept and computes(each)}
 
     def _replaced(self, name: str) -> torch.Tensor | None:
         """Return the parameter of the recipient in whose place one stands; `None` for an inserted organ."""
+        if self.config.mode == "insert":
+            return None
         n, _, inner = name.partition(".")
-        return self.replaced[int(n)].get_parameter(inner).detach() if self.config.mode == "replace" else None
+        return dict(own_parameters(self.replaced[int(n)]))[inner].detach()
 
     def require_scalable(self, stack: Stack) -> None:
         """Check that the organ can have another scale than 1.
@@ -252,7 +255,7 @@ class Organ:
             require_scalable(stack, self.layers)
             return
         ours = {name: each.shape for name, each in self.scalable().items()}
-        theirs = nn.ModuleList(self.replaced).named_parameters()
+        theirs = own_parameters(nn.ModuleList(self.replaced))
         found = {name: each.shape for name, each in theirs if computes(each) and not each.is_meta and name in ours}
         if unmatched := sorted(name for name, _ in ours.items() ^ found.items()):
             raise IncompatibleDonorError(

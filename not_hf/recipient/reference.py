@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from not_hf.architecture.layers import eval_mode
+from not_hf.architecture.stack import with_layers_config
 from not_hf.errors import NotHFError
 from not_hf.recipient.mixin import Recipient
 
@@ -37,7 +38,8 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
     view = _reference_class(native).__new__(_reference_class(native))
     with model.disable_donors():  # the generation config is the base's, too
         shared = {key: value for key, value in vars(model).items() if key not in ("_surgery", "forward")}
-    view.__dict__ = {**shared, "config": model.base_config, "_carrier": model}
+    config = with_layers_config(model.config, model.base_config)
+    view.__dict__ = {**shared, "config": config, "_carrier": model}
     return view
 
 

@@ -235,7 +235,7 @@ class Surgery:
             if "vocab_size" in vars(owner):
                 owner.vocab_size = values["vocab_size"]
         for (path, key), value in attributes.items():
-            setattr(model.get_submodule(path), key, value)
+            setattr(model.get_submodule(path), key, copy.copy(value))
         for n, ((layer, _), of_place) in enumerate(zip(placed, of_places, strict=True)):
             set_layer_index(layer, n, len(placed), of_place)
         for layer in entering:
@@ -296,7 +296,8 @@ class Surgery:
 
         def rescale() -> None:
             for name, scale in scales.items():
-                self.organs[name].rescale(scale)
+                if self.organs[name].config.scale != scale:
+                    self.organs[name].rescale(scale)
 
         def whole() -> None:
             for name in scales:

@@ -83,7 +83,11 @@ def test_an_organ_trained_at_scale_zero_is_not_saved(token_ids, tmp_path):
     with torch.no_grad():
         model._surgery.organs["default"].layers[0].mlp.down_proj.weight.add_(1)
     before = logits(model, token_ids)
-    for attempt in (lambda: model.save_pretrained(tmp_path), lambda: model.set_donor_scale("default", 1)):
+    for attempt in (
+        lambda: model.save_pretrained(tmp_path),
+        lambda: model.set_donor_scale("default", 1),
+        lambda: model.half(),
+    ):
         with pytest.raises(NotHFError, match="trained at scale 0"):
             attempt()
     assert torch.equal(logits(model, token_ids), before) and not list(tmp_path.iterdir())

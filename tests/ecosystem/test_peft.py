@@ -53,6 +53,25 @@ def test_organ_first_then_the_adapter_gives_the_same_model(saved, token_ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+def test_a_scaled_organ_with_an_adapter_may_be_moved(mode, token_ids, tmp_path):
+    model = transplanted(("default", tiny_organ(1, mode=mode), {}))
+    model.set_donor_scale("default", 0.5)
+    expected = logits(model, token_ids)
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]))  # which does nothing yet
+    lora.half().float()
+    loaded = logits(transplanted(("default", tiny_organ(1, mode=mode), {})).half().float(), token_ids)
+    assert torch.allclose(logits(lora, token_ids), expected, atol=1e-2)
+    model = lora.unload()
+    model.save_pretrained(tmp_path)
+    assert DonorModel.from_pretrained(tmp_path).config.scale == 0.5
+    model.set_donor_scale("default", 1)
+    assert torch.equal(logits(model, token_ids), loaded)
+    again = TransplantedForCausalLM.from_pretrained(tiny_model("llama"), tmp_path)
+    assert torch.allclose(logits(again, token_ids), expected, atol=1e-2)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("how", ["auto", "peft", "pipeline"])
 def test_an_adapter_that_names_the_donor_as_its_base_loads_base_organ_and_adapter(saved, how, token_ids):
     base, organ_folder, adapter, lora = saved

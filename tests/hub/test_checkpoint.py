@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 
 from not_hf import (
     CorruptDonorError,
@@ -23,8 +23,10 @@ from not_hf.hub.headers import BITS
 from testing.checkpoints import write_fp8, write_mxfp4
 from testing.commands import is_one_line
 from testing.cuts import WIDE, cut, is_cut, nbytes, weights
+from testing.donors import same
 from testing.models import tiny_model
 from testing.releases import dequantizes_fp8
+from testing.wrappers import WRAPPERS
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -81,6 +83,18 @@ def test_fp8_is_dequantized_as_transformers_does_it(hub, tmp_path):
     for source in (tmp_path, repo):
         organ = DonorModel.from_base(source, (1, 3))
         assert organ.dtype == torch.bfloat16 and is_cut(organ, dequantized, (1, 3))
+
+
+@dequantizes_fp8
+def test_fp8_of_a_text_model_that_says_so_itself_is_dequantized(tmp_path):
+    llama, llava = write_fp8(tmp_path), tmp_path / "llava"
+    text = json.loads((llama / "config.json").read_text())
+    AutoConfig.for_model("llava", **{**WRAPPERS["llava"][0], "text_config": text}).save_pretrained(llava)
+    assert "quantization_config" in json.loads((llava / "config.json").read_text())["text_config"]
+    tensors = load_file(llama / "model.safetensors")
+    inside = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file(inside, llava / "model.safetensors", metadata={"format": "pt"})
+    assert same(DonorModel.from_base(llava, (1, 3)), DonorModel.from_base(llama, (1, 3)))
 
 
 def test_mixed_dtypes_take_that_of_most_values(model, tmp_path):

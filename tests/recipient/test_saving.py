@@ -44,6 +44,15 @@ def test_shards_of_an_organ_load_one_by_one(token_ids, tmp_path):
         other.load_state_dict(load_file(shards[0]))
 
 
+def test_a_checkpoint_of_organs_that_the_model_lacks_is_not_passed_over(token_ids):
+    model = transplanted(("a", A, {}))
+    expected, tensors = logits(model, token_ids), C.state_dict()
+    both = {f"{name}.{key}": tensor for name in ("a", "law") for key, tensor in tensors.items()}
+    with pytest.raises(NotHFError, match="the checkpoint has organs that the model lacks: law; load them first"):
+        model.load_state_dict(both, strict=False)
+    assert torch.equal(logits(model, token_ids), expected)
+
+
 def test_an_organ_is_saved_in_its_own_dtype_or_as_asked_for(tmp_path):
     model = TransplantedForCausalLM.from_pretrained(tiny_model("llama").bfloat16(), A)
     for asked, dtype in ((None, torch.bfloat16), (torch.float16, torch.float16), ("bfloat16", torch.bfloat16)):
@@ -241,6 +250,11 @@ def test_a_changed_generation_config_is_kept(donors, where, base_folder, base_re
     assert TransplantedForCausalLM.from_pretrained(base, A).generation_config.temperature != 0.3
     given = GenerationConfig(temperature=0.9, do_sample=True)
     assert AutoModelForCausalLM.from_pretrained(place, generation_config=given).generation_config.temperature == 0.9
+    if not donors:  # another one in its place has none
+        other = DonorModel.from_base(base, (0, 2))
+        (other.save_pretrained if where == "folder" else other.push_to_hub)(place)
+        assert AutoModelForCausalLM.from_pretrained(place).generation_config.temperature != 0.3
+        save(place)
     model.generation_config.temperature, model.generation_config.do_sample = 1.0, False  # as the base
     save(place)
     assert AutoModelForCausalLM.from_pretrained(place).generation_config.temperature != 0.3

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
     LlamaForCausalLM,
     PreTrainedModel,
 )
@@ -12,10 +15,12 @@ from transformers import (
 from not_hf import (
     DonorModel,
     TransplantedForCausalLM,
+    TransplantedModel,
 )
 from not_hf.recipient import surgery
 from testing.donors import tiny_organ, transplanted
 from testing.models import logits, tiny_config, tiny_model
+from testing.shapes import LLAMA, SPECIAL
 
 A, B, C = tiny_organ(1, layers=(1, 2)), tiny_organ(2, layers=(0, 2)), tiny_organ(3, layers=(1, 2))
 (a,), (b0, b1) = (list(donor.stack.layers) for donor in (A, B))
@@ -149,3 +154,23 @@ def test_a_change_that_breaks_off_midway_is_undone(step, error, token_ids, monke
         assert model.active_donors == ["a"] and list(model.donor_config) == ["a", "b"]
         assert model.config.to_dict() == config and torch.equal(logits(model, token_ids), before)
         assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(5))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("molmo2_text" not in CONFIG_MAPPING, reason="transformers does not have it yet")
+def test_lists_that_a_model_makes_of_its_config_follow_the_layers(token_ids, tmp_path):
+    """Whether the rotary embedding of a layer is scaled."""
+    rotary = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    shape = {**SPECIAL, **LLAMA, "additional_vocab_size": 8, "rope_scaling_layers": [1, 3], "rope_parameters": rotary}
+    torch.manual_seed(0)
+    base = AutoModel.from_config(AutoConfig.for_model("molmo2_text", **shape)).eval()
+    donor = DonorModel.from_base(base, (0, 2), position=3, init="identity")
+    with torch.no_grad():
+        expected = base(token_ids).last_hidden_state
+        model = TransplantedModel.from_pretrained(base, donor)
+        assert model.rope_types == [f"{'un' * (not n)}scaled" for n in (0, 1, 0, 0, 1, 1)]
+        assert torch.equal(model(token_ids).last_hidden_state, expected)
+        with model.disable_donors():
+            assert torch.equal(model(token_ids).last_hidden_state, expected)
+        model.merge_and_unload().save_pretrained(tmp_path)
+        assert torch.equal(AutoModel.from_pretrained(tmp_path)(token_ids).last_hidden_state, expected)

@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     pipeline,
 )
@@ -25,8 +26,12 @@ from not_hf import (
     TransplantedForImageTextToText,
     TransplantedForMultimodalLM,
     UnsupportedArchitectureError,
+    check_compatibility,
+    check_donor,
     merge_donor,
+    reference_model,
 )
+from not_hf.architecture.splicing import moved_features
 from not_hf.architecture.stack import find_stack, head_class, layers_config
 from testing.donors import moved, organ, same
 from testing.models import exact_logits, tiny_model, tiny_tokenizer
@@ -57,6 +62,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[model_type]
 
     return get
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_an_organ_that_moves_features_of_images_to_other_layers_is_warned_of(position, folder, tmp_path, caplog):
+    native = wrapper("qwen3_vl")  # it adds features behind its first two layers
+    bare = logits(native, "qwen3_vl")
+    silent = DonorModel.from_base(native, (0, 1), init="identity", position=position)
+    silent.save_pretrained(tmp_path)
+    model = TransplantedForImageTextToText.from_pretrained(native, silent)
+    is_moved = position < 2
+    assert torch.equal(logits(model, "qwen3_vl"), bare) is not is_moved
+    said = "an organ that is inserted below position 2 moves them to other layers"
+    assert (said in caplog.text) is is_moved
+    for found in (check_compatibility(silent, native), check_donor(tmp_path, folder("qwen3_vl"))):
+        assert not found and (said in str(found.differences)) is is_moved
+    replaced = check_compatibility(DonorModel.from_base(folder("qwen3_vl"), (0, 1), mode="replace"), native)
+    assert said not in str(replaced.differences)
+
+
+def test_the_layers_to_which_features_of_images_are_added_may_be_listed():
+    whole = PreTrainedConfig(spatial_target_layers=[5, 3], deepstack_layer_map=[(9, 4), (8, 6)])
+    assert [len(moved_features(whole, position, "insert")) for position in (0, 5, 6)] == [1, 1, 0]
+    assert moved_features(whole, 0, "replace") == moved_features(PreTrainedConfig(), 0, "insert") == []
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl"])
+def test_a_reference_reads_images(model_type):
+    native = wrapper(model_type)
+    bare = logits(native, model_type)
+    model = TransplantedForImageTextToText.from_pretrained(native, organ(native, 1))
+    inputs = prompt(model_type)
+    loss = reference_model(model)(**inputs, labels=inputs["input_ids"]).loss
+    assert loss > 0 and torch.equal(logits(reference_model(model), model_type), bare)
 
 
 @pytest.mark.parametrize("mode", ["insert", "replace"])
