@@ -86,12 +86,13 @@ def describe(layer: nn.Module) -> LayerDescription:
 
 
 def outer_attributes(stack: Stack) -> dict[tuple[str, str], Any]:
-    """Plain attributes of the modules outside a stack (`has_sliding_layers`), by module name and attribute.
+    """Plain attributes, and lists of such, of the modules outside a stack, by module name and attribute.
 
-    A native `__init__` derives some of them from the per-layer config, so they change when layers do.
+    A native `__init__` derives some from the per-layer config (`has_sliding_layers`), so they change when layers do.
     """
     outside = stack.model.named_modules(memo={stack.layers})  # what is in the memo is passed over
-    return {(name, key): value for name, module in outside for key, value in _derived(module).items()}
+    found = ((name, _derived(module, or_lists=True)) for name, module in outside)
+    return {(name, key): value for name, attributes in found for key, value in attributes.items()}
 
 
 def native_differences(
@@ -172,19 +173,19 @@ def fingerprint(config: PreTrainedConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _derived(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes, and lists of such, that a class derives from the config, but for the layer's index."""
+def _derived(module: nn.Module, or_lists: bool = False) -> dict[str, Any]:
+    """The plain attributes that a module's class derives from the config, but for the layer's index."""
     attributes = vars(module)
     return {
-        key: attributes[key]
+        key: value
         for key in attributes.keys() - tables.NOT_DERIVED
-        if _is_plain(attributes[key]) and not is_dropout(module, key) and not key.startswith(BOOKKEEPING)
+        if _is_plain(value := attributes[key]) or (or_lists and isinstance(value, list) and all(map(_is_plain, value)))
+        if not is_dropout(module, key) and not key.startswith(BOOKKEEPING)
     }
 
 
 def _is_plain(value: Any) -> bool:
-    plain = (bool, int, float, str, tuple, type(None))
-    return all(isinstance(each, plain) for each in (value if isinstance(value, list) else [value]))
+    return isinstance(value, (bool, int, float, str, tuple, type(None)))
 
 
 def _same(ours: Any, theirs: Any) -> bool:
